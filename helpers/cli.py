@@ -1,0 +1,92 @@
+"""The verbs of `main.py`. Each imports what it needs when it is called: `--help` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Sequence
+
+__all__ = ["main"]
+
+HELP = """\
+Fine-tune a language model as CONFIG says, and look at what came of it.
+
+  python main.py CONFIG [--default] [key=value ...]     fine-tune; CONFIG is a YAML file or an https:// address
+  python main.py evaluate RUN [data=FILE] [rows=N]      held-out prompts answered before and after, with accuracy
+
+RUN is a run's folder, or its name under runs/. Keys and their meaning: helpers/schema.py.
+
+examples:
+  python main.py training_configs/tiny/quickstart.yaml
+  python main.py training_configs/tiny/quickstart.yaml learning_rate=3.0e-4 deepspeed=none run_name=try-2
+  python main.py evaluate quickstart rows=5
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; return the exit code: 0 for a result worth having, 2 for a user's mistake."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(
+        prog="main.py", usage="python main.py [VERB] TARGET [key=value ...]", description=HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("target", metavar="CONFIG | VERB RUN", nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--default", action="store_true", help="choose what CONFIG leaves out: LoRA, rank 8, all layers"
+    )
+    given = parser.parse_intermixed_args(arguments)
+    from helpers.errors import ForgebookError
+
+    try:
+        verb, *rest = given.target
+        if verb == "evaluate":
+            return _evaluate(rest)
+        return _fine_tune(verb, rest, given.default)
+    except ForgebookError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("stopped; the same command continues from the last complete state", file=sys.stderr)
+        return 130
+
+
+def _fine_tune(config_path: str, overrides: list[str], default: bool) -> int:
+    from helpers.config import load_config
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        config = load_config(config_path, overrides, default)
+    for warning in caught:
+        print(f"note: {warning.message}", file=sys.stderr)
+    from helpers.launch import fine_tune
+
+    fine_tune(config)
+    return 0
+
+
+def _evaluate(arguments: list[str]) -> int:
+    from helpers.console import make_console, table
+    from helpers.errors import ConfigError
+    from helpers.storage import find_run, write_json
+
+    if not arguments:
+        raise ConfigError("evaluate needs a RUN: a run's folder, or its name under runs/")
+    options = dict(argument.partition("=")[::2] for argument in arguments[1:])
+    if unknown := set(options) - {"data", "rows"}:
+        raise ConfigError(f"evaluate: unknown option {', '.join(sorted(unknown))}: it takes data=FILE and rows=N")
+    if not options.get("rows", "1").isdigit():
+        raise ConfigError(f"evaluate: rows must be a number, got {options['rows']!r}")
+    run = find_run(arguments[0])
+    from helpers.evaluate import compare_with_base
+
+    compared = compare_with_base(run, options.get("data"), int(options["rows"]) if "rows" in options else None)
+    output = make_console()
+    shown = zip(compared.prompts, compared.base, compared.tuned, compared.references, strict=True)
+    rows = [list(row) for _, row in zip(range(5), shown, strict=False)]
+    output.print(table("Held-out prompts", ["prompt", "base model", "tuned model", "reference"], rows))
+    before, after = compared.accuracy()
+    output.print(f"exact match on {len(compared.references)} held-out rows: base {before:.1%}, tuned {after:.1%}")
+    write_json(run.folder / "evaluation.json", compared.summary())
+    output.print(f"run folder  {run.folder}\nloss curve  {run.loss_curve}")
+    return 0

@@ -1,0 +1,50 @@
+"""What a user can get wrong: each message names the value got, the value needed and the place to change."""
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "ForgebookError",
+    "ModelError",
+    "ResourceError",
+    "StorageError",
+    "TrainingError",
+]
+
+
+class ForgebookError(Exception):
+    """Stop with one readable message; `main.py` prints it without a traceback and exits with `exit_code`."""
+
+    exit_code = 2
+
+
+class ConfigError(ForgebookError):
+    """Refuse a config file, an override, or values that contradict each other."""
+
+
+class DataError(ForgebookError):
+    """Refuse rows, naming `file:line`."""
+
+
+class ModelError(ForgebookError):
+    """Refuse a model, a tokenizer or an adapter that cannot be used as asked."""
+
+
+class ResourceError(ForgebookError):
+    """Refuse a run that the machines at hand cannot hold."""
+
+
+class StorageError(ForgebookError):
+    """Refuse a path or bucket that cannot be read or written, or a run folder that is in use."""
+
+
+class CheckpointError(ForgebookError):
+    """Report a checkpoint that is damaged or incomplete."""
+
+    exit_code = 1
+
+
+class TrainingError(ForgebookError):
+    """Report training that went wrong, such as a loss that is NaN or gradients that are all zero."""
+
+    exit_code = 1

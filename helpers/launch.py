@@ -1,0 +1,368 @@
+"""A config -> checked data and a run folder -> Ray Train workers -> a result worth having.
+
+    run = fine_tune(load_config("config.yaml"))
+
+Everything that can be wrong is found here before a worker starts; a run folder appears only after that.
+Workers run `helpers.train.train_loop`. num_devices: 0 runs it in this process, without Ray.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import math
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from helpers import console as consoles
+from helpers import data, models, plots, progress, storage
+from helpers.config import FinetuneConfig, config_differences, dump_config, load_config
+from helpers.errors import ConfigError, ForgebookError, ResourceError, StorageError, TrainingError
+from helpers.storage import Run
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["Prepared", "fine_tune", "prepare"]
+
+# Rows per device and step when the config names none: what fits a 24 GB GPU with a 7B LoRA, by context length.
+MICRO_BATCHES = {512: 16, 1024: 8, 2048: 4, 4096: 2}
+PACKAGES = ("torch", "ray", "transformers", "peft", "accelerate", "deepspeed")
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A run that is ready to start: a config without gaps, tokens, and the report on the data."""
+
+    config: FinetuneConfig
+    train: data.Tokens
+    valid: data.Tokens | None
+    report: dict[str, Any]
+
+
+def fine_tune(config: FinetuneConfig) -> Run:
+    """Fine-tune as `config` says, or continue the run of that name, and return its folder.
+
+    Raises a ForgebookError with one readable sentence for whatever the user can mend.
+    """
+    started = time.perf_counter()
+    output = consoles.make_console()
+    _refuse_unsupported(config)
+    run = storage.open_run(config)
+    prepared = prepare(config, output)
+    config = prepared.config
+    is_overwritten = config.on_existing == "overwrite"
+    if run.config.exists() and not is_overwritten:
+        _check_same(run, prepared)
+        if run.is_complete:
+            output.print(f"{run.folder} is complete already (on_existing=overwrite runs it again)")
+            _print_summary(output, run)
+            return run
+    _check_devices(config)
+    if is_overwritten:
+        shutil.rmtree(run.folder, ignore_errors=True)
+    _write_run(run, prepared)
+    _print_plan(output, run, prepared)
+    with consoles.quiet_descriptors(run.logs / "driver.log") as live:
+        try:
+            with consoles.follow(run.logs / "progress.jsonl", live):
+                result = _run_here(config, run) if config.num_devices == 0 else _run_on_ray(config, run, live)
+        except ForgebookError:
+            raise
+        except Exception as error:
+            raise TrainingError(
+                f"training failed: {_short(error)}\n{consoles.last_lines(run.logs)}\n"
+                f"The logs are in {run.logs}; the same command continues from the last complete state"
+            ) from error
+    _write_summary(run, result, time.perf_counter() - started)
+    _print_summary(output, run)
+    return run
+
+
+# Before the run ---------------------------------------------------------------------------------------
+
+
+def prepare(config: FinetuneConfig, output: Console | None = None) -> Prepared:
+    """Read, check and tokenise the data; fill in what the config leaves to it. Writes nothing.
+
+    Raises DataError, ModelError or StorageError.
+    """
+    tokenizer = models.load_tokenizer(models.tokenizer_source(config))
+    sets = {"train": config.train_path} | ({"valid": config.valid_path} if config.valid_path else {})
+    tokens = {}
+    for name, path in sets.items():
+        rows = data.read_rows(path, config.task)
+        if output:
+            output.print(f"[dim]tokenising {len(rows):,} rows of {path}[/dim]")
+        tokens[name] = data.tokenize_rows(rows, tokenizer, config.generation_config.prompt_format, config.task)
+    config = _fill_gaps(config, tokens)
+    report = {"tokenizer": models.tokenizer_source(config), "context_length": config.context_length}
+    for name, path in sets.items():
+        whole = tokens[name]
+        tokens[name], cut = data.fit_context(whole, config.context_length, config.truncation, path)
+        report[name] = {
+            "path": path,
+            **data.token_statistics(whole),
+            **cut,
+            "fingerprint": _fingerprint(tokens[name]),
+        }
+    return Prepared(config, tokens["train"], tokens.get("valid"), report)
+
+
+def _fill_gaps(config: FinetuneConfig, tokens: dict[str, data.Tokens]) -> FinetuneConfig:
+    """Choose what the config leaves open: context length, batch sizes, epochs (llmforge's rules)."""
+    chosen: dict[str, Any] = {}
+    if config.context_length is None:
+        p95 = max(data.token_statistics(one)["tokens_p95"] for one in tokens.values())
+        chosen["context_length"] = max(p95, models.native_context_length(models.locate(config.model_id)))
+    context = config.context_length or chosen["context_length"]
+    micro = next((batch for length, batch in MICRO_BATCHES.items() if context <= length), 1)
+    for name in ("train_batch_size_per_device", "eval_batch_size_per_device"):
+        if getattr(config, name) is None:
+            chosen[name] = micro
+    if chosen:
+        config = config.resolve(**chosen)
+    if config.num_epochs is None:
+        steps_per_epoch = math.ceil(len(tokens["train"]) / config.global_batch_size)
+        config = config.resolve(num_epochs=math.ceil(config.min_update_steps / steps_per_epoch))
+    return config
+
+
+def _fingerprint(tokens: data.Tokens) -> str:
+    """Hash what is trained, so that a continued run can tell whether its data changed."""
+    digest = hashlib.sha256()
+    for array in (tokens.input_ids, tokens.trained, tokens.offsets):
+        digest.update(array.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _refuse_unsupported(config: FinetuneConfig) -> None:
+    """Refuse what a config may say but this version does not do yet, rather than ignore it."""
+    unsupported = {
+        f"task: {config.task}": config.task not in ("causal_lm", "instruction_tuning"),
+        "logger": config.logger is not None,
+        "liger_kernel.enabled": config.liger_kernel is not None and config.liger_kernel.enabled,
+        "torch_compile": bool(config.torch_compile),
+    }
+    named = [name for name, is_asked in unsupported.items() if is_asked]
+    if named:
+        raise ConfigError(f"not supported yet: {', '.join(named)}: remove it from the config")
+
+
+def _check_same(run: Run, prepared: Prepared) -> None:
+    """Raise StorageError unless an existing run folder was made by this config and this data."""
+    earlier = load_config(run.config)
+    differences = config_differences(earlier, prepared.config)
+    if differences:
+        raise StorageError(
+            f"{run.folder} holds a run with another config ({', '.join(differences)}): "
+            "choose another run_name, or on_existing=overwrite"
+        )
+    report = storage.read_json(run.data_report)
+    for name in ("train", "valid"):
+        if name in report and report[name]["fingerprint"] != prepared.report[name]["fingerprint"]:
+            raise StorageError(
+                f"{report[name]['path']} is not what {run.folder} was started with: "
+                "choose another run_name, or on_existing=overwrite"
+            )
+
+
+def _check_devices(config: FinetuneConfig) -> None:
+    """Refuse more workers than this machine has cores for, before a local Ray cluster is started for nothing."""
+    if os.environ.get("RAY_ADDRESS") or config.num_devices == 0:
+        return
+    import torch
+
+    gpus, cores = torch.cuda.device_count(), os.cpu_count() or 1
+    have, kind = (gpus, "GPUs") if gpus else (cores, "CPU cores and no GPU")
+    if config.num_devices > have:
+        raise ResourceError(
+            f"num_devices is {config.num_devices}, this machine has {have} {kind}: "
+            f"set num_devices to at most {have}, or RAY_ADDRESS to a larger cluster"
+        )
+
+
+def _write_run(run: Run, prepared: Prepared) -> None:
+    """Make the run folder: config, data report and tokens."""
+    try:
+        run.logs.mkdir(parents=True, exist_ok=True)
+        run.checkpoints.mkdir(exist_ok=True)
+        run.resume.mkdir(exist_ok=True)
+        data.save_tokens(prepared.train, run.tokens / "train.arrow")
+        if prepared.valid is not None:
+            data.save_tokens(prepared.valid, run.tokens / "valid.arrow")
+        storage.write_json(run.data_report, prepared.report)
+        run.config.write_text(dump_config(prepared.config))
+    except OSError as error:
+        raise StorageError(f"{run.folder} cannot be written: {error}: set storage_path to another place") from None
+
+
+# The workers ------------------------------------------------------------------------------------------
+
+
+def _run_here(config: FinetuneConfig, run: Run) -> dict[str, Any]:
+    from helpers.train import train_loop
+
+    return train_loop(config, run)
+
+
+def _run_on_ray(config: FinetuneConfig, run: Run, output: Console) -> dict[str, Any]:
+    """Run the loop in one Ray Train worker per device; failed workers are restarted and continue."""
+    # Ray would move each worker into a folder of its own, where the config's relative paths lead nowhere.
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
+    # Tokenising is over before workers start; huge pages save CPU workers the page faults of large tensors.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    if not ray.is_initialized():
+        output.print("[dim]starting Ray[/dim]")
+        ray.init(
+            address=os.environ.get("RAY_ADDRESS") or "local",
+            include_dashboard=False if not os.environ.get("RAY_ADDRESS") else None,
+            log_to_driver=False,
+            logging_level="ERROR",
+        )
+    use_gpu = ray.cluster_resources().get("GPU", 0) > 0
+    per_worker = _resources_per_worker(config, use_gpu, ray.cluster_resources())
+    _check_cluster(config.num_devices, per_worker, ray.cluster_resources(), ray.available_resources())
+    output.print(f"[dim]starting {config.num_devices} workers[/dim]")
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"config": config, "run": run, "folder": str(Path.cwd())},
+        scaling_config=ScalingConfig(num_workers=config.num_devices, use_gpu=use_gpu, resources_per_worker=per_worker),
+        run_config=RunConfig(
+            name=f"{run.name}-{time.strftime('%Y%m%d-%H%M%S')}",
+            storage_path=str(run.logs / "ray"),
+            failure_config=FailureConfig(max_failures=config.max_failures),
+        ),
+    )
+    outcome = trainer.fit().return_value
+    if isinstance(outcome, ForgebookError):
+        raise outcome
+    return outcome
+
+
+def _worker(job: dict[str, Any]) -> dict[str, Any] | ForgebookError:
+    """Run the loop in a Ray worker.
+
+    A user's mistake is returned, not raised: Ray would take it for a failed worker and try it again. It is
+    the same on every rank, so that none is left waiting.
+    """
+    import ray.train
+
+    rank = ray.train.get_context().get_world_rank()
+    run: Run = job["run"]
+    if os.path.isdir(job["folder"]):
+        os.chdir(job["folder"])
+    log = os.open(run.logs / f"worker-{rank}.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    print(f"worker {rank}: process {os.getpid()}", flush=True)
+
+    from helpers.train import train_loop
+
+    try:
+        return train_loop(job["config"], run)
+    except ForgebookError as error:
+        return error
+
+
+def _resources_per_worker(config: FinetuneConfig, use_gpu: bool, cluster: dict[str, float]) -> dict[str, float]:
+    """Give a worker one GPU, or its share of the cores; and what worker_resources asks for beside."""
+    # A cluster of CPUs is shared out evenly: torch uses as many threads as the worker has cores.
+    base = {"GPU": 1, "CPU": 1} if use_gpu else {"CPU": max(1, int(cluster.get("CPU", 1)) // config.num_devices)}
+    return {**base, **config.worker_resources}
+
+
+def _check_cluster(workers: int, each: dict[str, float], total: dict[str, float], free: dict[str, float]) -> None:
+    """Raise ResourceError if the cluster could never hold the workers; Ray would wait for ever."""
+    short = {name: amount * workers for name, amount in each.items() if amount * workers > total.get(name, 0)}
+    if short:
+        needs = ", ".join(f"{amount:g} {name}" for name, amount in short.items())
+        has = ", ".join(f"{free.get(name, 0):g} of {total.get(name, 0):g} {name} free" for name in short)
+        raise ResourceError(
+            f"num_devices: {workers} workers need {needs}; the cluster has {has}: "
+            "lower num_devices, or correct worker_resources"
+        )
+
+
+# Telling ----------------------------------------------------------------------------------------------
+
+
+def _print_plan(output: Console, run: Run, prepared: Prepared) -> None:
+    """Say in a few lines what is about to happen."""
+    config, train = prepared.config, prepared.report["train"]
+    method = f"LoRA r={config.lora_config.get('r', 8)}" if config.is_lora else "full parameter"
+    held_out = f"; validation {prepared.report['valid']['rows']:,} rows" if prepared.valid is not None else ""
+    steps = math.ceil(len(prepared.train) / config.global_batch_size)
+    sharding = Path(config.deepspeed.config_path).stem if config.deepspeed else "no DeepSpeed"
+    workers = f"{config.num_devices} worker{'s' * (config.num_devices > 1)}" if config.num_devices else "this process"
+    capped = f", at most {config.max_steps}" if config.max_steps else ""
+    output.print(f"[bold]{run.name}[/bold]  {config.model_id}, {method}, {config.task}, {config.dtype}")
+    output.print(
+        f"  data   {train['rows']:,} rows, {train['tokens']:,} tokens, {train['supervised_share']:.0%} of them trained, "
+        f"longest {train['tokens_max']} of {config.context_length}{held_out}"
+    )
+    lost = train["rows_dropped"] + train["answer_tokens_cut"]
+    if lost:
+        output.print(
+            f"  [yellow]cut    {train['rows_dropped']} rows dropped, {train['answer_tokens_cut']} trained tokens lost "
+            f"(truncation: {config.truncation})[/yellow]"
+        )
+    output.print(
+        f"  steps  {config.num_epochs} epochs of {steps}{capped}, {config.global_batch_size} rows each, "
+        f"learning rate {config.learning_rate:g} {config.lr_scheduler_type}"
+    )
+    output.print(f"  where  {workers}, {sharding}; run folder {run.folder}")
+    if config.trainer_resources:
+        output.print("  [yellow]trainer_resources are not reserved: Ray Train gives every worker the same[/yellow]")
+
+
+def _write_summary(run: Run, result: dict[str, Any], seconds: float) -> None:
+    """Write what came of the run, and draw its loss curve."""
+    steps = [row for row in progress.read_metrics(run.metrics) if "train_loss_batch" in row]
+    # Real tokens (no padding), warm-up step excluded: the figure to compare runs by.
+    paced = steps[1:] or steps
+    throughput = sum(row["trained_tokens_this_iter"] for row in paced) / sum(
+        row["train_time_per_step"] for row in paced
+    )
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    plots.plot_losses(progress.read_metrics(run.metrics), run.loss_curve)
+    storage.write_json(
+        run.summary,
+        {
+            "run_name": run.name,
+            **result,
+            "trained_tokens_throughput": round(throughput, 1),
+            "total_seconds": round(seconds, 1),
+            "versions": versions,
+        },
+    )
+
+
+def _print_summary(output: Console, run: Run) -> None:
+    summary = storage.read_json(run.summary)
+    peak = max(summary["peak_memory_bytes_per_worker"]) / 1e9
+    if summary["eval_loss"] is not None:
+        output.print(
+            f"[bold]done[/bold]  evaluation loss {summary['eval_loss']:.4f}, perplexity {summary['perplexity']:.3f}"
+        )
+    output.print(
+        f"  {summary['steps']} steps, {summary['trained_tokens']:,} tokens in {summary['training_seconds']:.0f} s, "
+        f"{summary['trained_tokens_throughput']:,.0f} real tokens/s, peak {peak:.1f} GB per worker"
+    )
+    output.print(f"  best checkpoint  {run.folder / summary['best_checkpoint']}")
+    output.print(f"  loss curve       {run.loss_curve}")
+
+
+def _short(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__

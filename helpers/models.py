@@ -1,0 +1,190 @@
+"""Tokenizer and weights: from a local folder, a hub id, s3:// or gs://; LoRA or full parameter.
+
+source    = locate(config.model_id)               a local folder or a hub id
+tokenizer = load_tokenizer(source)
+model     = load_model(source, dtype=..., attention=...)
+model     = add_lora(model, config.lora_config)   or continue_lora(model, adapter_folder)
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from helpers import storage
+from helpers.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from helpers.config import FinetuneConfig, HubRepo
+
+__all__ = [
+    "TINY_MODEL",
+    "add_lora",
+    "continue_lora",
+    "load_model",
+    "load_tokenizer",
+    "locate",
+    "native_context_length",
+    "parameter_counts",
+    "tokenizer_source",
+]
+
+# The embedded model: what `model_id: tiny` means.
+TINY_MODEL = Path(__file__).resolve().parent.parent / "tiny_model"
+
+
+def locate(model: str | HubRepo) -> str:
+    """Turn a config's model path, URI, hub id or {repo_id: ...} into what `from_pretrained` takes.
+
+    Raises StorageError for a URI or path that holds nothing.
+    """
+    if not isinstance(model, str):
+        return _fetch_repo(model)
+    if model == "tiny":
+        return str(TINY_MODEL)
+    looks_local = model.startswith((".", "/", "~")) or Path(model).is_dir()
+    if storage.is_remote(model) or looks_local:
+        return str(storage.fetch_folder(model).resolve())
+    return model
+
+
+def _fetch_repo(repo: HubRepo) -> str:
+    """Download a repository's snapshot from the hub, once; return its folder."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return snapshot_download(repo.repo_id, revision=repo.revision)
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(f"{repo.repo_id} could not be fetched from the hub: {_first_line(error)}") from None
+
+
+def tokenizer_source(config: FinetuneConfig) -> str:
+    """Name where the tokenizer comes from: the checkpoint continued from, if it has one, else the base model."""
+    for start in (config.initial_adapter_model_ckpt_path, config.initial_base_model_ckpt_path):
+        if start is not None:
+            source = locate(start)
+            if (Path(source) / "tokenizer_config.json").exists():
+                return source
+    return locate(config.model_id)
+
+
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """Load a tokenizer that can pad on the right."""
+    from transformers import AutoTokenizer
+
+    with _readable_errors(source, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    if not tokenizer.is_fast:
+        raise ModelError(f"the tokenizer of {source} has no fast version, which the masks need (character offsets)")
+    if tokenizer.pad_token is None:
+        # Harmless: masks go by position, so padding with the end token hides no end token.
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def load_model(
+    source: str,
+    *,
+    dtype: str = "bfloat16",
+    attention: str = "auto",
+    rope_scaling: dict[str, Any] | None = None,
+    gradient_checkpointing: bool = False,
+) -> PreTrainedModel:
+    """Load a causal language model for training, on the CPU (ZeRO-3: in partitions, as DeepSpeed has arranged).
+
+    Raises ModelError if there is none at `source`, or it cannot run as asked.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with _readable_errors(source, "model"):
+        model_config = AutoConfig.from_pretrained(source)
+        if rope_scaling is not None:
+            model_config.rope_parameters = {**(model_config.rope_parameters or {}), **rope_scaling}
+        model = AutoModelForCausalLM.from_pretrained(
+            source,
+            config=model_config,
+            dtype=getattr(torch, dtype),
+            attn_implementation=_attention(attention),
+        )
+    if gradient_checkpointing:
+        # The reentrant kind loses the gradients of LoRA when the inputs themselves need none.
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def _attention(kind: str) -> str:
+    """Name the attention that transformers is to use; "auto" is flash attention where it can run, else SDPA."""
+    from transformers.utils import is_flash_attn_2_available
+
+    if kind == "auto":
+        return "flash_attention_2" if is_flash_attn_2_available() else "sdpa"
+    if kind == "flash_attention_2" and not is_flash_attn_2_available():
+        raise ModelError(
+            "attention: flash_attention_2 needs a GPU and the package flash-attn; auto takes what is there"
+        )
+    return kind
+
+
+def add_lora(model: PreTrainedModel, lora_config: dict[str, Any]):
+    """Put a new LoRA adapter on a model; only the adapter trains. Raises ModelError if it fits nowhere."""
+    from peft import LoraConfig, get_peft_model
+
+    try:
+        config = LoraConfig(**{"task_type": "CAUSAL_LM", **lora_config})
+        # Adapters take the base's dtype; the optimizer keeps their float32 copies.
+        return get_peft_model(model, config, autocast_adapter_dtype=False)
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"lora_config does not fit this model: {_first_line(error)}") from None
+
+
+def continue_lora(model: PreTrainedModel, source: str):
+    """Put a trained LoRA adapter on a model, to be trained further."""
+    from peft import PeftModel
+
+    with _readable_errors(source, "adapter"):
+        return PeftModel.from_pretrained(model, source, is_trainable=True, autocast_adapter_dtype=False)
+
+
+def parameter_counts(model) -> tuple[int, int]:
+    """Count (all, trainable) parameters; ZeRO-3's partitioned ones at their full size.
+
+    Raises ModelError if nothing is trainable.
+    """
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+    trainable = sum(size for size, trains in sizes if trains)
+    if not trainable:
+        raise ModelError("no parameter is trainable: is the adapter of initial_adapter_model_ckpt_path frozen?")
+    return sum(size for size, _ in sizes), trainable
+
+
+def native_context_length(source: str) -> int:
+    """Read the longest context, in tokens, that a model was made for."""
+    from transformers import AutoConfig
+
+    with _readable_errors(source, "model"):
+        config: PretrainedConfig = AutoConfig.from_pretrained(source)
+    return config.get_text_config().max_position_embeddings
+
+
+class _readable_errors:
+    """Turn what transformers raises for a missing or broken model into a ModelError of one sentence."""
+
+    def __init__(self, source: str, what: str):
+        self.source, self.what = source, what
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind, error, traceback) -> None:
+        # OSError: not there, no network; ValueError: unknown architecture, unusable attention; KeyError: bad config.
+        if isinstance(error, OSError | ValueError | KeyError) and not isinstance(error, ModelError):
+            raise ModelError(f"no {self.what} could be loaded from {self.source!r}: {_first_line(error)}") from None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).strip().splitlines()[0]

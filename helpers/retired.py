@@ -1,0 +1,86 @@
+"""Names that LLMForge's config files used over the years, and what they are called now."""
+
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+__all__ = ["DEEPSPEED_FILES", "RetiredNameWarning", "translate_retired"]
+
+
+class RetiredNameWarning(UserWarning):
+    """A config uses a retired name; the text gives the form of today."""
+
+
+# DeepSpeed files that early trees kept per model, and the shipped one that holds the same settings.
+DEEPSPEED_FILES = dict.fromkeys(
+    (
+        "zero_3_llama_2_7b.json",
+        "zero_3_llama_2_13b.json",
+        "zero_3_llama_2_70b.json",
+        "zero_3_mistral_7b.json",
+        "zero_3_optimizer_parameter_offload.json",
+    ),
+    "zero_3_offload_optim+param.json",
+)
+
+_FREQUENCY = "checkpoint_and_evaluation_frequency"
+
+# A value of the wrong type passes unchanged, so that the schema refuses it under its new name.
+_RENAMED = {
+    "checkpoint_every_n_epochs": (_FREQUENCY, lambda n: {"unit": "epochs", "frequency": n}),
+    "flash_attention_2": ("attention", lambda on: ("auto" if on else "sdpa") if isinstance(on, bool) else on),
+    "min_num_update_steps": ("min_update_steps", lambda n: n),
+    "model_tag": ("custom_model_tag", lambda tag: tag),
+    "no_gradient_checkpoint": (
+        "gradient_checkpointing",
+        lambda off: not off if isinstance(off, bool) else off,
+    ),
+    "num_data_blocks": ("num_data_blocks_per_device", lambda n: n),
+}
+
+_IGNORED = {
+    "dataset_size_scaling_factor": "data sets have no size limit any more",
+    "forward_checkpoint_config": "every fine-tuned model is listed; name it with custom_model_tag",
+    "output_dir": "it was scratch space on one machine; storage_path says where runs go",
+}
+
+
+def translate_retired(values: dict[str, Any], num_epochs: object = None) -> tuple[list[str], list[str]]:
+    """Rename retired keys in place; return a note on each, and what contradicts the new name beside it."""
+    notes, problems = [], []
+
+    def rename(block: dict[str, Any], old: str, new: str, convert: Callable[[Any], Any]) -> None:
+        value = block.pop(old, None)
+        if value is None:
+            return
+        if block.get(new) is not None:
+            problems.append(f"{old} and {new} are both given: {old} is the retired name, keep {new} alone")
+            return
+        block[new] = convert(value)
+        notes.append(f"{old} is retired: read as {new}: {json.dumps(block[new], default=str)}")
+
+    def ignore(old: str, reason: str) -> None:
+        if values.pop(old, None) is not None:
+            notes.append(f"{old} is retired and ignored: {reason}")
+
+    # A number of checkpoints can be spread over the epochs, if their number is known before the data is read.
+    count, epochs = values.get("max_num_checkpoints"), values.get("num_epochs", num_epochs)
+    if values.get("checkpoint_every_n_epochs") is not None:
+        ignore("max_num_checkpoints", "checkpoint_every_n_epochs beside it decides")
+    elif type(count) is int and count > 0 and type(epochs) is int:
+        spread = {"unit": "epochs", "frequency": math.ceil(epochs / count)}
+        rename(values, "max_num_checkpoints", _FREQUENCY, lambda _: spread)
+    else:
+        ignore("max_num_checkpoints", f"without num_epochs, every epoch ends with one; see {_FREQUENCY}")
+
+    for old, (new, convert) in _RENAMED.items():
+        rename(values, old, new, convert)
+    for old, reason in _IGNORED.items():
+        ignore(old, reason)
+
+    preference = values.get("preference_tuning_config")
+    scaling = preference.get("logprob_processor_scaling_config") if isinstance(preference, dict) else None
+    if isinstance(scaling, dict):
+        rename(scaling, "worker_resources", "custom_resources", lambda resources: resources)
+    return notes, problems

@@ -1,0 +1,500 @@
+"""Every key of a config file: its type, its default and what it means.
+
+`helpers.config` reads files into these classes and is what other modules import; `helpers.retired` translates
+names that LLMForge has dropped. Nothing here reads a file or needs a GPU stack.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PrivateAttr,
+    Tag,
+    field_validator,
+    model_validator,
+)
+
+__all__ = [
+    "LORA_KEYS",
+    "CheckpointFrequency",
+    "ClassifierConfig",
+    "DeepSpeed",
+    "FinetuneConfig",
+    "GenerationConfig",
+    "HubRepo",
+    "LigerKernel",
+    "Logger",
+    "LogprobProcessor",
+    "PreferenceTuningConfig",
+    "PromptFormat",
+    "VisionLanguageConfig",
+    "flatten",
+    "near_miss",
+    "prefixes",
+]
+
+# The constructor arguments of peft.LoraConfig, written out so that a typo is found without importing peft
+# (which imports torch); a test compares them with the installed peft.
+# fmt: off
+LORA_KEYS = frozenset({
+    "alora_invocation_tokens", "alpha_pattern", "arrow_config", "auto_mapping", "base_model_name_or_path",
+    "bias", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out",
+    "inference_mode", "init_lora_weights", "kasa_config", "layer_replication", "layers_pattern",
+    "layers_to_transform", "loftq_config", "lora_alpha", "lora_bias", "lora_dropout", "lora_ga_config",
+    "megatron_config", "megatron_core", "modules_to_save", "monteclora_config", "peft_type",
+    "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config",
+    "target_modules", "target_parameters", "task_type", "trainable_token_indices", "use_bdlora",
+    "use_dora", "use_qalora", "use_rslora", "velora_config",
+})
+# fmt: on
+
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+
+
+def _number(value: Any) -> Any:
+    """Turn `1e-4` into a number: YAML 1.1, hence PyYAML, reads it as text."""
+    return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else value
+
+
+def _whole_number(value: Any) -> Any:
+    """Turn `1e3` into 1000; leave 1.5 to be refused."""
+    value = _number(value)
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _numbers_inside(value: Any) -> Any:
+    """Turn `1e-4` into a number at any depth of a free-form block."""
+    if isinstance(value, dict):
+        return {key: _numbers_inside(item) for key, item in value.items()}
+    return [_numbers_inside(item) for item in value] if isinstance(value, list) else _number(value)
+
+
+def _amount(value: Any) -> Any:
+    """Keep whole amounts whole: 53687091200 bytes are not 53687091200.0."""
+    value = _number(value)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+        raise ValueError(f"got {value!r}, must be a number, 0 or more")
+    return value
+
+
+def _switch_or_block(value: Any) -> Any:
+    if not isinstance(value, bool | dict):
+        raise ValueError(f"got {value!r}, must be true, false or a block of options")
+    return _numbers_inside(value)
+
+
+Int = Annotated[int, BeforeValidator(_whole_number)]
+Float = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
+Fraction = Annotated[Float, Field(ge=0, lt=1)]
+Positive = Annotated[Int, Field(gt=0)]
+Block = Annotated[dict[str, Any], BeforeValidator(_numbers_inside)]
+Resources = dict[str, Annotated[int | float, BeforeValidator(_amount)]]
+
+
+class _Block(BaseModel):
+    """Refuse unknown keys, changes after loading, and values of another type (`true` is not 1)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class PromptFormat(_Block):
+    """How messages become text; every template holds `{instruction}`, the place of a message's content."""
+
+    system: str
+    """Template of the system message."""
+    user: str
+    """Template of a user message; with `system_in_user` it also holds `{system}`."""
+    assistant: str
+    """Template of an answer. It must end with the end-of-turn token, or the model never learns to stop."""
+    trailing_assistant: str = ""
+    """Text after the last message that opens the answer; only for generation."""
+    bos: str = ""
+    """Text at the start of every conversation."""
+    default_system_message: str = ""
+    """System message of conversations that have none."""
+    add_system_tags_even_if_message_is_empty: bool = False
+    """Render the system template for an empty system message too."""
+    system_in_user: bool = False
+    """Put the rendered system message inside the first user message."""
+    system_in_last_user: bool = False
+    """Put it inside the last user message instead; only for generation, needs `system_in_user`."""
+    strip_whitespace: bool = True
+    """Strip spaces and line ends around the content of every message."""
+
+    @field_validator("system", "user", "assistant")
+    @classmethod
+    def _has_instruction(cls, template: str) -> str:
+        if "{instruction}" not in template:
+            raise ValueError(f"got {template!r}, must contain '{{instruction}}', the place of the content")
+        return template
+
+    @model_validator(mode="after")
+    def _has_system(self) -> Self:
+        if self.system_in_user and "{system}" not in self.user:
+            raise ValueError(f"system_in_user: true needs '{{system}}' in the user template, got {self.user!r}")
+        if self.system_in_last_user and not self.system_in_user:
+            raise ValueError("system_in_last_user: true needs system_in_user: true")
+        return self
+
+
+class GenerationConfig(_Block):
+    """How the fine-tuned model is prompted and stopped, in training, generation and serving."""
+
+    prompt_format: PromptFormat | None = None
+    """Templates that turn messages into text. None: the catalog's format of the model."""
+    stopping_sequences: list[str | int] = []
+    """Texts or token ids that end an answer when serving."""
+
+
+class DeepSpeed(_Block):
+    """Which DeepSpeed settings the workers share."""
+
+    config_path: str = "deepspeed_configs/zero_3_offload_optim+param.json"
+    """JSON file, looked up in the working directory, beside the config file, then in this repository."""
+
+
+class CheckpointFrequency(_Block):
+    """When to evaluate, then save a checkpoint."""
+
+    unit: Literal["epochs", "steps"]
+    """What is counted; a step is one update of the weights."""
+    frequency: Positive
+    """Every how many of them."""
+
+
+class ClassifierConfig(_Block):
+    """Train the model to answer with one of a few labels."""
+
+    label_tokens: Annotated[list[str], Field(min_length=2)]
+    """The labels; each becomes one special token, and the last answer of every row is exactly one of them."""
+    eval_metrics: list[Literal["accuracy", "f1", "precision", "recall", "prauc", "rocauc"]] = ["accuracy"]
+    """Scores to compute on the validation rows."""
+
+    @field_validator("label_tokens")
+    @classmethod
+    def _distinct(cls, labels: list[str]) -> list[str]:
+        if len(set(labels)) < len(labels):
+            raise ValueError(f"got {labels!r}, must not name a label twice")
+        return labels
+
+
+class LogprobProcessor(_Block):
+    """Workers that compute the reference model's log-probabilities while training runs."""
+
+    custom_resources: Resources = {}
+    """Ray resources of one such worker."""
+    concurrency: Positive = 1
+    """Number of workers, one GPU each."""
+    batch_size: Positive | None = None
+    """Pairs per forward pass. None: the training batch per device."""
+
+
+class PreferenceTuningConfig(_Block):
+    """Train on pairs of a chosen and a rejected answer (DPO)."""
+
+    beta: Annotated[Float, Field(gt=0)] = 0.1
+    """How strongly the model is held to the reference model; higher is closer."""
+    logprob_processor_scaling_config: LogprobProcessor | None = None
+    """Compute reference log-probabilities on workers of their own. None: on the training workers."""
+
+
+class VisionLanguageConfig(_Block):
+    """Train a model that reads images too."""
+
+    freeze_vision_encoder: bool = True
+    """Train only the projection and the language model."""
+
+
+class LigerKernel(_Block):
+    """Fused Triton kernels that save memory and time on GPUs."""
+
+    enabled: bool = False
+    """Use them."""
+    kwargs: dict[
+        Literal["rms_norm", "rope", "swiglu", "geglu", "layer_norm", "cross_entropy", "fused_linear_cross_entropy"],
+        bool,
+    ] = {}
+    """Single kernels to switch; those not named are on where the model has them."""
+
+
+class Logger(_Block):
+    """Where metrics go besides metrics.jsonl in the run folder."""
+
+    provider: Literal["wandb", "mlflow", "tensorboard"]
+    """The tracker."""
+    provider_config: dict[str, Any] = {}
+    """Its settings, such as `project`, `group`, `name`, `tags` or `tracking_uri`, `experiment_name`."""
+    rank_zero_only: bool = True
+    """Log from the first worker only."""
+
+
+class HubRepo(_Block):
+    """A repository on the Hugging Face hub."""
+
+    repo_id: str
+    """`owner/name`."""
+    revision: str | None = None
+    """Branch, tag or commit. None: the main branch."""
+
+
+# The tag makes an error speak of the form that was written, not of both.
+WeightsPath = Annotated[
+    Annotated[str, Tag("a path")] | Annotated[HubRepo, Tag("a block")],
+    Discriminator(lambda value: "a path" if isinstance(value, str) else "a block"),
+]
+
+Task = Literal["causal_lm", "instruction_tuning", "classification", "preference_tuning", "vision_language"]
+TASK_OF_BLOCK = {
+    "classifier_config": "classification",
+    "preference_tuning_config": "preference_tuning",
+    "vision_language_config": "vision_language",
+}
+
+
+class FinetuneConfig(_Block):
+    """One fine-tuning run. Only `model_id` and `train_path` are required."""
+
+    # -- model and data
+    model_id: str
+    """Model to fine-tune: a Hugging Face id or a folder."""
+    train_path: str
+    """Training rows, JSON lines: a local path, s3://, gs:// or https://."""
+    valid_path: str | None = None
+    """Validation rows. None: no evaluation loss, and the last checkpoint counts as the best."""
+    task: Task | None = None
+    """Which tokens carry the loss. None: what the task's own block says, else causal_lm (every token)."""
+    initial_base_model_ckpt_path: WeightsPath | None = None
+    """Start from these weights instead of those of `model_id`: a path or `{repo_id: ...}`."""
+    initial_adapter_model_ckpt_path: WeightsPath | None = None
+    """Start from this LoRA adapter; needs `lora_config`."""
+    generation_config: GenerationConfig = GenerationConfig()
+    """Prompt format and stop sequences."""
+    context_length: Positive | None = None
+    """Longest row, in tokens. None: chosen from the data."""
+    truncation: Literal["error", "drop", "left", "right"] = "error"
+    """What happens to longer rows: refuse the data, leave the row out, or cut it at its start or end."""
+    padding: Literal["longest", "max_length"] = "longest"
+    """Pad a batch to its longest row, or to `context_length` to measure the worst case."""
+    rope_scaling: Block | None = None
+    """Stretch the context of the model, e.g. `{rope_type: linear, factor: 2.0}`."""
+
+    # -- one update
+    lora_config: Block | None = None
+    """Arguments of peft.LoraConfig. None: train all parameters."""
+    train_batch_size_per_device: Positive | None = None
+    """Rows per device in one forward pass. None: chosen from the model, the context and the memory."""
+    eval_batch_size_per_device: Positive | None = None
+    """Likewise for evaluation."""
+    gradient_accumulation_steps: Positive = 1
+    """Forward passes per update."""
+    learning_rate: Annotated[Float, Field(gt=0)] | None = None
+    """Peak learning rate. None: 1e-4 for LoRA, 1e-5 for all parameters."""
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
+    """Course of the learning rate after the warm-up."""
+    num_warmup_steps: Annotated[Int, Field(ge=0)] = 10
+    """Updates over which the learning rate rises linearly from zero."""
+    weight_decay: Annotated[Float, Field(ge=0)] = 0.0
+    """Decay of AdamW."""
+    adam_betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.999)
+    """Averaging factors of AdamW."""
+    adam_epsilon: Annotated[Float, Field(gt=0)] = 1e-8
+    """Smallest denominator of AdamW."""
+    max_grad_norm: Annotated[Float, Field(ge=0)] = 1.0
+    """Clip gradients to this norm; 0: no clipping."""
+
+    # -- length of the run
+    num_epochs: Positive | None = None
+    """Passes over the data. None: as many as give `min_update_steps` updates."""
+    min_update_steps: Positive = 100
+    """Fewest updates when `num_epochs` is not given."""
+    max_steps: Positive | None = None
+    """Stop after this many updates, whatever the epochs say."""
+    seed: Int = 42
+    """Seed of shuffling, dropout and new weights."""
+
+    # -- memory and speed
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Number format of the forward and backward pass."""
+    deepspeed: DeepSpeed | None = DeepSpeed()
+    """How devices share the model; `zero_2` is short for its file in deepspeed_configs/.
+    None: every device holds all of it (DDP)."""
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass: about a third slower, far less memory."""
+    attention: Literal["auto", "flash_attention_2", "flash_attention_3", "sdpa", "eager"] = "auto"
+    """Attention kernel. auto: the fastest that the device has."""
+    liger_kernel: LigerKernel = LigerKernel()
+    """Fused Triton kernels."""
+    torch_compile: Annotated[bool | dict[str, Any], BeforeValidator(_switch_or_block)] = False
+    """Compile the model; a block holds arguments of torch.compile."""
+
+    # -- machines
+    num_devices: Annotated[Int, Field(ge=0)] = 1
+    """Workers, one GPU each; 0: in this process, without a Ray cluster."""
+    worker_resources: Resources = {}
+    """Ray resources of every worker, e.g. `accelerator_type:A10G: 0.001` (any value in (0, 1])."""
+    trainer_resources: Resources = {}
+    """Ray resources of the first worker only, e.g. `memory` in bytes: it gathers the weights."""
+    num_data_blocks_per_device: Positive = 16
+    """Blocks of data per device; more let separate log-probability workers keep ahead of training."""
+    max_failures: Annotated[Int, Field(ge=0)] = 3
+    """Times that failed workers are restarted from the last checkpoint."""
+
+    # -- evaluation, checkpoints and tracking
+    eval_first: bool = False
+    """Evaluate once before training."""
+    checkpoint_and_evaluation_frequency: CheckpointFrequency | None = None
+    """When to evaluate and save. None: after every epoch."""
+    num_checkpoints_to_keep: Positive = 1
+    """Keep this many, those with the lowest evaluation loss."""
+    save_state_minutes: Annotated[Float, Field(ge=0)] = 15
+    """Save the state for continuing at least this often between checkpoints; 0: only with them."""
+    run_name: str | None = None
+    """Folder of the run under `storage_path`. None: the name of the config file without its ending."""
+    storage_path: str = "runs"
+    """Folder or bucket for runs."""
+    on_existing: Literal["resume", "overwrite", "fail"] = "resume"
+    """What happens when the run folder exists already."""
+    custom_model_tag: str | None = None
+    """Name under which the fine-tuned model is listed. None: generated."""
+    logger: Logger | None = None
+    """Experiment tracker."""
+
+    # -- blocks that choose the task
+    classifier_config: ClassifierConfig | None = None
+    """Labels to learn; makes the task `classification`."""
+    preference_tuning_config: PreferenceTuningConfig | None = None
+    """Pairs to learn from; makes the task `preference_tuning`."""
+    vision_language_config: VisionLanguageConfig | None = None
+    """Images in the rows; makes the task `vision_language`."""
+
+    _given: dict[str, str] = PrivateAttr(default_factory=dict)  # dotted key -> file, override or auto
+    _source: str | None = PrivateAttr(default=None)  # the path or URL that was loaded
+
+    @field_validator("deepspeed", mode="before")
+    @classmethod
+    def _read_shorthand(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        if value.lower() == "none":
+            return None
+        return {"config_path": value if value.endswith(".json") else f"deepspeed_configs/{value}.json"}
+
+    @field_validator("lora_config")
+    @classmethod
+    def _known_to_peft(cls, block: dict[str, Any] | None) -> dict[str, Any] | None:
+        problems = [f"unknown key {key!r}{near_miss(key, LORA_KEYS)}" for key in block or {} if key not in LORA_KEYS]
+        rank = (block or {}).get("r", 8)
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+            problems.append(f"r: got {rank!r}, must be a whole number greater than 0")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return block
+
+    @field_validator("run_name")
+    @classmethod
+    def _fit_for_a_folder(cls, name: str | None) -> str | None:
+        if name is not None and not re.fullmatch(r"[^/\\.][^/\\]*", name):
+            raise ValueError(f"got {name!r}, must be a folder name: not empty, no slash, no dot at its start")
+        return name
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        blocks = [block for block in TASK_OF_BLOCK if values.get(block) is not None]
+        filled = dict(values)
+        if filled.get("task") is None:
+            filled["task"] = TASK_OF_BLOCK[blocks[0]] if blocks else "causal_lm"
+        for block in ("preference_tuning_config", "vision_language_config"):
+            if filled["task"] == TASK_OF_BLOCK[block] and filled.get(block) is None:
+                filled[block] = {}
+        if filled.get("learning_rate") is None:
+            filled["learning_rate"] = 1e-5 if filled.get("lora_config") is None else 1e-4
+        return filled
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        for block, task in TASK_OF_BLOCK.items():
+            if getattr(self, block) is not None and self.task != task:
+                raise ValueError(f"{block} means task: {task}, which contradicts task: {self.task}; drop one of them")
+        if self.task == "classification" and self.classifier_config is None:
+            raise ValueError("task: classification needs classifier_config with its label_tokens")
+        if self.initial_adapter_model_ckpt_path is not None and not self.is_lora:
+            raise ValueError("initial_adapter_model_ckpt_path continues a LoRA adapter: it needs lora_config")
+        return self
+
+    def __eq__(self, other: object) -> bool:
+        """Compare values alone: where they came from does not matter."""
+        return isinstance(other, FinetuneConfig) and self.model_dump() == other.model_dump()
+
+    @property
+    def is_lora(self) -> bool:
+        """Say whether an adapter is trained instead of all parameters."""
+        return self.lora_config is not None
+
+    @property
+    def global_batch_size(self) -> int:
+        """Count the rows per update over all devices."""
+        if self.train_batch_size_per_device is None:
+            raise ValueError("train_batch_size_per_device is not chosen yet: resolve() it first")
+        return self.train_batch_size_per_device * max(1, self.num_devices) * self.gradient_accumulation_steps
+
+    @property
+    def source(self) -> str | None:
+        """Tell the path or URL that the config was loaded from."""
+        return self._source
+
+    @property
+    def origins(self) -> dict[str, str]:
+        """Tell of every dotted key where its value came from: file, override, default or auto."""
+        return {key: self._origin_of(key) for key in flatten(self.model_dump())}
+
+    def resolve(self, **values: Any) -> Self:
+        """Return a copy with values that the program chose: they are checked, and their origin is auto."""
+        resolved = type(self).model_validate(self.model_dump() | values)
+        changed = {name for name in values if getattr(resolved, name) != getattr(self, name)}
+        kept = {key: origin for key, origin in self._given.items() if key.split(".")[0] not in changed}
+        return resolved.with_origins(kept | dict.fromkeys(changed, "auto"), self._source)
+
+    def with_origins(self, given: dict[str, str], source: str | None) -> Self:
+        """Note which dotted keys were given, by what, and the path or URL of the file."""
+        self._given, self._source = given, source
+        return self
+
+    def _origin_of(self, key: str) -> str:
+        *_, field = parents = prefixes(key)
+        for parent in parents:  # `deepspeed=zero_2` gives deepspeed.config_path
+            if parent in self._given:
+                return self._given[parent]
+        untouched = not any(given.startswith(f"{field}.") for given in self._given)
+        optional = type(self).model_fields[field].default is None
+        return "auto" if optional and untouched and getattr(self, field) is not None else "default"
+
+
+def flatten(block: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Name every value of a nested block by its dotted key."""
+    leaves: dict[str, Any] = {}
+    for key, value in block.items():
+        dotted = f"{prefix}{key}"
+        leaves |= flatten(value, f"{dotted}.") if isinstance(value, dict) and value else {dotted: value}
+    return leaves
+
+
+def prefixes(key: str) -> list[str]:
+    """List a dotted key and the blocks around it, innermost first."""
+    parts = key.split(".")
+    return [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
+
+
+def near_miss(key: object, known: Iterable[str]) -> str:
+    """Suggest the known key that was probably meant; empty when none is close."""
+    close = difflib.get_close_matches(str(key), sorted(known), n=1)
+    return f": did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,237 @@
+"""Where things lie: local, s3://, gs:// and https:// paths, and the run folder.
+
+fetch_file(uri)     -> Path     a local copy of one file (the file itself if it is local)
+fetch_folder(uri)   -> Path     a local copy of a folder: model or adapter weights
+open_run(config)    -> Run      the run folder, new or to be continued
+published(folder)               a folder that appears complete, or not at all
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from helpers.errors import StorageError
+
+if TYPE_CHECKING:
+    from helpers.config import FinetuneConfig
+
+__all__ = [
+    "Run",
+    "fetch_file",
+    "fetch_folder",
+    "find_run",
+    "is_remote",
+    "open_run",
+    "published",
+    "read_json",
+    "write_json",
+]
+
+BUCKETS = ("s3://", "gs://")
+
+
+def is_remote(path: str) -> bool:
+    """Tell whether a path names a bucket or a web address."""
+    return path.startswith((*BUCKETS, "https://"))
+
+
+# Fetching ---------------------------------------------------------------------------------------------
+
+
+def fetch_file(uri: str) -> Path:
+    """Return a local path holding the file at `uri`; raise StorageError if there is none."""
+    if not is_remote(uri):
+        path = Path(uri).expanduser()
+        if path.is_dir():
+            raise StorageError(f"{uri} is a folder, need a file")
+        if not path.exists():
+            raise StorageError(f"{uri} does not exist (looked from {Path.cwd()})")
+        return path
+    target = _cached(uri)
+    if not target.exists():
+        with _aside(target) as temporary:
+            _download(uri, temporary)
+    return target
+
+
+def fetch_folder(uri: str) -> Path:
+    """Return a local folder holding what lies under `uri` (local, s3:// or gs://)."""
+    if not is_remote(uri):
+        path = Path(uri).expanduser()
+        if not path.is_dir():
+            raise StorageError(f"the folder {uri} does not exist (looked from {Path.cwd()})")
+        return path
+    if not uri.startswith(BUCKETS):
+        raise StorageError(f"{uri}: a folder can be read from a local path, s3:// or gs://, not over https://")
+    target = _cached(uri)
+    if not target.exists():
+        from pyarrow import fs
+
+        with _aside(target) as temporary:
+            bucket, path = _bucket(uri)
+            with _readable_errors(uri):
+                listing = bucket.get_file_info(fs.FileSelector(path, recursive=True))
+                files = [info for info in listing if info.type == fs.FileType.File]
+                if not files:
+                    raise StorageError(f"{uri}: no files there")
+                fs.copy_files(path, str(temporary), source_filesystem=bucket)
+    return target
+
+
+def _cached(uri: str) -> Path:
+    """Name the local copy of a remote path. One cache entry per address: addresses are taken as immutable."""
+    root = Path(os.environ.get("FORGEBOOK_CACHE", "~/.cache/forgebook")).expanduser()
+    name = uri.rstrip("/").rsplit("/", 1)[-1]
+    return root / hashlib.sha256(uri.encode()).hexdigest()[:16] / name
+
+
+def _download(uri: str, target: Path) -> None:
+    if uri.startswith("https://"):
+        try:
+            with urllib.request.urlopen(uri, timeout=60) as response, open(target, "wb") as file:
+                shutil.copyfileobj(response, file)
+        except (urllib.error.URLError, OSError) as error:
+            raise StorageError(f"{uri} could not be read: {getattr(error, 'reason', error)}") from None
+        return
+    bucket, path = _bucket(uri)
+    with _readable_errors(uri), bucket.open_input_stream(path) as source, open(target, "wb") as file:
+        shutil.copyfileobj(source, file)
+
+
+def _bucket(uri: str):
+    """Open the file system of an s3:// or gs:// address; credentials come from the environment."""
+    from pyarrow import fs
+
+    path = uri.split("://", 1)[1].rstrip("/")
+    if uri.startswith("gs://"):
+        return fs.GcsFileSystem(), path
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    return fs.S3FileSystem(endpoint_override=endpoint, region=region), path
+
+
+@contextlib.contextmanager
+def _readable_errors(uri: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise StorageError(f"{uri} could not be read: {reason}. Are the path and the credentials right?") from None
+
+
+@contextlib.contextmanager
+def _aside(target: Path) -> Iterator[Path]:
+    """Yield a temporary name beside `target`, renamed to it once the block has ended well."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        yield temporary
+        os.replace(temporary, target)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
+# The run folder ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """The paths of a run folder."""
+
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    config = property(lambda self: self.folder / "config.yaml")
+    data_report = property(lambda self: self.folder / "data_report.json")
+    metrics = property(lambda self: self.folder / "metrics.jsonl")
+    summary = property(lambda self: self.folder / "summary.json")
+    loss_curve = property(lambda self: self.folder / "loss.png")
+    checkpoints = property(lambda self: self.folder / "checkpoints")
+    resume = property(lambda self: self.folder / "resume")
+    tokens = property(lambda self: self.folder / "tokens")
+    logs = property(lambda self: self.folder / "logs")
+
+    @property
+    def is_complete(self) -> bool:
+        return self.summary.exists()
+
+
+def open_run(config: FinetuneConfig) -> Run:
+    """Open the run folder that a config names; what is there already is treated as `on_existing` says.
+
+    Raises StorageError if the folder exists and `on_existing` is fail, or holds a run with another config.
+    Creates nothing: the caller does, once the data is known to be good.
+    """
+    if is_remote(config.storage_path):
+        raise StorageError(
+            f"storage_path {config.storage_path}: run folders in a bucket are not supported yet: use a local path"
+        )
+    run = Run(Path(config.storage_path).expanduser().resolve() / config.run_name)
+    if not run.config.exists():
+        if run.folder.is_dir() and any(run.folder.iterdir()) and config.on_existing != "overwrite":
+            raise StorageError(f"{run.folder} exists and is not a run folder (no config.yaml): choose another run_name")
+        return run
+    if config.on_existing == "fail":
+        raise StorageError(f"the run {run.folder} exists: choose another run_name, or on_existing=resume or overwrite")
+    return run
+
+
+def find_run(name: str, storage_path: str = "runs") -> Run:
+    """Find a run by its folder, or by its name under storage_path."""
+    for folder in (Path(name).expanduser(), Path(storage_path) / name):
+        if (folder / "config.yaml").exists():
+            return Run(folder.resolve())
+    raise StorageError(f"no run {name!r}: neither a run folder nor a name under {storage_path}/")
+
+
+@contextlib.contextmanager
+def published(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `folder` to write into; it takes the name `folder` once the block ends well.
+
+    What a killed process leaves behind starts with a dot and is swept the next time.
+    """
+    aside = folder.with_name(f".writing-{folder.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        _flush(aside)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(aside, folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _flush(folder: Path) -> None:
+    """Bring a folder's files to the disk, so that a power cut cannot leave a named but hollow checkpoint."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of a run folder."""
+    return json.loads(path.read_text())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file that is complete or absent."""
+    with _aside(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")

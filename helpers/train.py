@@ -1,0 +1,423 @@
+"""The loop, once, for every way to run it: one process or many, plain DDP or DeepSpeed ZeRO 1-3.
+
+`train_loop(config, run)` runs in each worker (helpers.launch starts them). It reads tokenised rows from the
+run folder, writes metrics, checkpoints and its own training state there, and continues from the newest state
+it finds: a restarted worker and a second `python main.py` are the same case.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import resource
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import DeepSpeedPlugin, DistributedDataParallelKwargs
+
+from helpers import checkpoints, data, models, optimizers, ranks
+from helpers.config import FinetuneConfig, read_deepspeed_config
+from helpers.errors import TrainingError
+from helpers.losses import SupervisedLM
+from helpers.progress import Progress
+from helpers.storage import Run
+
+__all__ = ["evaluation_steps", "total_steps", "train_loop"]
+
+
+def train_loop(config: FinetuneConfig, run: Run) -> dict[str, Any]:
+    """Fine-tune as `config` says; return what summary.json reports, the same on every rank.
+
+    config: with context length, batch sizes and epochs resolved. Collective: call it once per worker, inside
+    an initialised process group or none.
+
+    Raises TrainingError if the loss is not finite or the gradient is zero; CheckpointError; ModelError.
+    """
+    # (1) Place. The accelerator comes first: under ZeRO-3, DeepSpeed's config must exist before the weights.
+    accelerator = _make_accelerator(config)
+    torch.manual_seed(config.seed)
+    saved = checkpoints.latest_resume(run.resume)
+    place = saved[1] if saved else {"step": 0, "trained_tokens": 0, "seconds": 0.0, "losses": {}}
+    progress = Progress(run, place["step"], silent=not accelerator.is_main_process)
+    began = time.perf_counter() - place["seconds"]
+
+    # (2) Data: mapped into memory, tokenised before any worker started.
+    train = data.load_tokens(run.tokens / "train.arrow")
+    valid = data.load_tokens(run.tokens / "valid.arrow") if config.valid_path else None
+    steps_per_epoch = math.ceil(len(train) / config.global_batch_size)
+    last_step = total_steps(config, steps_per_epoch)
+
+    # (3) Model, optimizer, and the learning rate of every step.
+    progress.stage("loading the model")
+    worker = _make_worker(config, accelerator)
+    rates = optimizers.learning_rates(
+        config.lr_scheduler_type, config.learning_rate, config.num_warmup_steps, last_step
+    )
+    parameters, trainable = worker.parameters
+
+    # (4) Continue from the last complete state, or rehearse a save: a full disk shows now, not after the night.
+    prompt_format = _prompt_format_text(config)
+    if saved:
+        checkpoints.load_resume(*saved, worker.model, worker.optimizer, worker.engine)
+    else:
+        progress.stage("rehearsing a checkpoint")
+        checkpoints.rehearse(
+            worker.model, worker.tokenizer, run.checkpoints,
+            prompt_format=prompt_format, copies=config.num_checkpoints_to_keep,
+        )  # fmt: skip
+    if config.eval_first and valid is not None and not saved:
+        progress.evaluation(step=0, epoch=0, **_evaluate(worker, valid))
+    step, losses, trained_tokens = place["step"], dict(place["losses"]), place["trained_tokens"]
+    progress.stage(
+        "training", steps=last_step, steps_per_epoch=steps_per_epoch, start=step, workers=accelerator.num_processes,
+        parameters=parameters, trainable_parameters=trainable,
+    )  # fmt: skip
+
+    # (5) Steps, counted from 1 over the whole run. Their rows depend on the seed and the epoch alone.
+    events = evaluation_steps(config, steps_per_epoch, last_step)
+    epoch_so_far, saved_at = _EpochSoFar(), time.perf_counter()
+    while step < last_step:
+        epoch, index = divmod(step, steps_per_epoch)
+        if index == 0 or not epoch_so_far.batches:
+            batches = data.epoch_batches(train, config.global_batch_size, config.seed, epoch)
+            epoch_so_far = _EpochSoFar(batches)
+        rows = epoch_so_far.batches[index]
+        done = _train_step(worker, train, rows, rates[step])
+        step += 1
+        _check(step, done, is_first=step == place["step"] + 1)
+        epoch_so_far.add(done)
+        trained_tokens += done.tokens
+
+        # (6) Report.
+        progress.step(
+            step=step, total_trained_steps=step, epoch=epoch + 1, num_iterations=steps_per_epoch,
+            learning_rate=rates[step - 1], **done.metrics(), **epoch_so_far.metrics(),
+            trained_tokens=trained_tokens, time_total_s=time.perf_counter() - began,
+        )  # fmt: skip
+
+        # (7) Evaluate, then save. Between evaluations only the training state is saved, by the clock.
+        if step in events:
+            name = events[step]
+            found = _evaluate(worker, valid) if valid is not None else {}
+            checkpoints.save_checkpoint(
+                worker.model, worker.tokenizer, run.checkpoints / name, prompt_format=prompt_format
+            )
+            losses[name] = found.get("eval_loss")
+            best = checkpoints.keep_best(run.checkpoints, losses, config.num_checkpoints_to_keep)
+            progress.evaluation(
+                step=step, epoch=epoch + 1, **found, **epoch_so_far.totals(),
+                checkpoint_dir_name=name, is_best=name == best,
+            )  # fmt: skip
+        elapsed = _agreed(worker, time.perf_counter() - saved_at)
+        if step in events or (config.save_state_minutes and elapsed > 60 * config.save_state_minutes):
+            seconds = time.perf_counter() - began
+            place = {"step": step, "trained_tokens": trained_tokens, "seconds": seconds, "losses": losses}
+            checkpoints.save_resume(run.resume, place, worker.model, worker.optimizer, worker.engine)
+            saved_at = time.perf_counter()
+
+    best = checkpoints.keep_best(run.checkpoints, losses, config.num_checkpoints_to_keep)
+    return {
+        "best_checkpoint": f"checkpoints/{best}",
+        "eval_loss": losses[best],
+        "perplexity": _perplexity(losses[best]),
+        "steps": step,
+        "epochs": round(step / steps_per_epoch, 4),
+        "trained_tokens": trained_tokens,
+        "training_seconds": time.perf_counter() - began,
+        "parameters": parameters,
+        "trainable_parameters": trainable,
+        "workers": accelerator.num_processes,
+        "device": accelerator.device.type,
+        "peak_memory_bytes_per_worker": _peak_memory(worker),
+    }
+
+
+def total_steps(config: FinetuneConfig, steps_per_epoch: int) -> int:
+    """Count the optimizer steps of a run."""
+    steps = config.num_epochs * steps_per_epoch
+    return min(steps, config.max_steps) if config.max_steps else steps
+
+
+def evaluation_steps(config: FinetuneConfig, steps_per_epoch: int, last_step: int) -> dict[int, str]:
+    """Map each step after which to evaluate and save to its checkpoint's name; the last step always is one."""
+    frequency = config.checkpoint_and_evaluation_frequency
+    by_steps = frequency is not None and frequency.unit == "steps"
+    every = (frequency.frequency if frequency else 1) * (1 if by_steps else steps_per_epoch)
+    steps = [*range(every, last_step, every), last_step]
+    if by_steps or last_step % steps_per_epoch:
+        return {step: f"step-{step}" for step in steps}
+    return {step: f"epoch-{step // steps_per_epoch}" for step in steps}
+
+
+# Setting up -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Worker:
+    """What a step needs: `model` is the plain or PEFT model inside `wrapped`; `engine` is DeepSpeed's, or None."""
+
+    config: FinetuneConfig
+    accelerator: Accelerator
+    tokenizer: Any
+    model: Any
+    wrapped: Any
+    optimizer: Any
+    engine: Any
+    parameters: tuple[int, int]
+
+
+def _make_accelerator(config: FinetuneConfig) -> Accelerator:
+    """Join the process group, with DeepSpeed's config filled in from ours where it says "auto"."""
+    on_cpu = not torch.cuda.is_available()
+    settings = read_deepspeed_config(config)
+    if settings is None:
+        buckets = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+        return Accelerator(cpu=on_cpu, kwargs_handlers=[buckets])
+    # DeepSpeed wants to know its ranks even when there is one process.
+    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(name, str(value))
+    os.environ.setdefault("MASTER_PORT", "29511")
+    is_bf16 = config.dtype == "bfloat16"
+    known = {
+        "train_micro_batch_size_per_gpu": config.train_batch_size_per_device,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "train_batch_size": config.global_batch_size,
+        "gradient_clipping": config.max_grad_norm,
+    }
+    settings |= {name: value for name, value in known.items() if settings.get(name, "auto") == "auto"}
+    settings["bf16"] = {**settings.get("bf16", {}), "enabled": is_bf16}
+    return Accelerator(
+        cpu=on_cpu,
+        mixed_precision="bf16" if is_bf16 else "no",
+        gradient_accumulation_steps=settings["gradient_accumulation_steps"],
+        deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=settings),
+    )
+
+
+def _make_worker(config: FinetuneConfig, accelerator: Accelerator) -> _Worker:
+    """Load tokenizer and model, put LoRA on it if asked, make the optimizer, wrap for DDP or DeepSpeed."""
+    with ranks.raised_everywhere():
+        tokenizer = models.load_tokenizer(models.tokenizer_source(config))
+        model = models.load_model(
+            models.locate(config.initial_base_model_ckpt_path or config.model_id),
+            dtype=config.dtype,
+            attention=config.attention,
+            rope_scaling=config.rope_scaling,
+            gradient_checkpointing=config.gradient_checkpointing,
+        )
+        if config.initial_adapter_model_ckpt_path is not None:
+            model = models.continue_lora(model, models.locate(config.initial_adapter_model_ckpt_path))
+        elif config.is_lora:
+            model = models.add_lora(model, config.lora_config)
+        parameters = models.parameter_counts(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    hyperparameters = {
+        "lr": config.learning_rate,
+        "betas": config.adam_betas,
+        "eps": config.adam_epsilon,
+        "weight_decay": config.weight_decay,
+    }
+    uses_deepspeed = accelerator.state.deepspeed_plugin is not None
+    make = torch.optim.AdamW if uses_deepspeed else optimizers.AdamW
+    if not uses_deepspeed:
+        model.to(accelerator.device)
+    optimizer = make(trained, **hyperparameters)
+    model.train()
+    if uses_deepspeed:
+        wrapped, optimizer = accelerator.prepare(SupervisedLM(model), optimizer)
+        return _Worker(config, accelerator, tokenizer, model, wrapped, optimizer, wrapped, parameters)
+    wrapped = accelerator.prepare(SupervisedLM(model))
+    return _Worker(config, accelerator, tokenizer, model, wrapped, optimizer, None, parameters)
+
+
+def _prompt_format_text(config: FinetuneConfig) -> str | None:
+    """Write the prompt format as YAML, to be kept with the weights."""
+    prompt_format = config.generation_config.prompt_format
+    return yaml.safe_dump(prompt_format.model_dump(), sort_keys=False) if prompt_format else None
+
+
+# One step ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What one optimizer step was: loss is the mean over the supervised tokens of the global batch."""
+
+    loss: float
+    gradient: float
+    forward_seconds: float
+    backward_seconds: float
+    seconds: float
+    tokens: int
+    supervised: int
+    padded: int
+
+    def metrics(self) -> dict[str, float]:
+        return {
+            "train_loss_batch": self.loss,
+            "grad_norm": self.gradient,
+            "fwd_time": self.forward_seconds,
+            "bwd_time": self.backward_seconds,
+            "train_time_per_step": self.seconds,
+            "trained_tokens_this_iter": self.tokens,
+            "supervised_tokens_this_iter": self.supervised,
+            "padding_share": round(max(0.0, 1 - self.tokens / self.padded), 4),
+            "trained_tokens_throughput_this_iter": self.tokens / self.seconds,
+        }
+
+
+def _train_step(worker: _Worker, train: data.Tokens, rows: np.ndarray, rate: float) -> _Step:
+    """Forward, backward and update over the rows of one global batch."""
+    config, accelerator = worker.config, worker.accelerator
+    started = time.perf_counter()
+    for group in worker.optimizer.param_groups:
+        group["lr"] = rate
+    world = accelerator.num_processes
+    supervised = int(train.supervised[rows].sum())
+    micros = data.split_batch(rows, train, world, config.gradient_accumulation_steps)[accelerator.process_index]
+    # DDP and DeepSpeed average over workers, DeepSpeed over micro batches too. The loss is to be the mean over
+    # all supervised tokens of the global batch, wherever they are: so undo their averages, divide once.
+    scale = world * (len(micros) if worker.engine else 1) / supervised
+    loss_sum = torch.zeros((), device=accelerator.device)
+    padded, forward_seconds, backward_seconds = 0, 0.0, 0.0
+    for k, part in enumerate(micros):
+        batch = _to_device(worker, data.collate(train, part, worker.tokenizer.pad_token_id, _width(config)))
+        padded += batch["input_ids"].numel()
+        is_last = k == len(micros) - 1
+        with contextlib.nullcontext() if worker.engine or is_last else accelerator.no_sync(worker.wrapped):
+            begun = _now(accelerator)
+            loss = worker.wrapped(**batch)
+            halfway = _now(accelerator)
+            if worker.engine:
+                accelerator.deepspeed_engine_wrapped.backward(loss * scale, sync_gradients=is_last)
+            else:
+                (loss * scale).backward()
+            ended = _now(accelerator)
+        forward_seconds += halfway - begun
+        backward_seconds += ended - halfway
+        loss_sum += loss.detach()
+    if worker.engine:  # its update was part of the last backward
+        gradient = float(worker.engine.get_global_grad_norm() or 0.0)
+    else:
+        trained = [p for p in worker.model.parameters() if p.requires_grad]
+        gradient = float(torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm or math.inf))
+        worker.optimizer.step()
+        worker.optimizer.zero_grad()
+    totals = torch.tensor([float(loss_sum), padded], dtype=torch.float64, device=accelerator.device)
+    loss_total, padded_total = accelerator.reduce(totals, "sum").tolist()
+    return _Step(
+        loss=loss_total / supervised,
+        gradient=gradient,
+        forward_seconds=forward_seconds,
+        backward_seconds=backward_seconds,
+        seconds=time.perf_counter() - started,
+        tokens=int(train.lengths[rows].sum()),
+        supervised=supervised,
+        padded=int(padded_total),
+    )
+
+
+def _check(step: int, done: _Step, is_first: bool) -> None:
+    """Stop at the first sign that the run is worth nothing."""
+    if not math.isfinite(done.loss) or not math.isfinite(done.gradient):
+        raise TrainingError(
+            f"step {step}: the loss is {done.loss}, the gradient norm {done.gradient}: nothing more can be learnt. "
+            "Lower learning_rate, or look at the rows of this step; the last good checkpoint is kept"
+        )
+    if is_first and done.gradient == 0:
+        raise TrainingError(
+            "the gradient of the first step is zero: the trainable parameters do not touch the loss "
+            "(a frozen adapter, or target_modules that are never called?)"
+        )
+
+
+@torch.no_grad()
+def _evaluate(worker: _Worker, valid: data.Tokens) -> dict[str, float]:
+    """Measure the mean loss per supervised token over the validation rows."""
+    config, accelerator = worker.config, worker.accelerator
+    started = time.perf_counter()
+    batch_size = config.eval_batch_size_per_device * accelerator.num_processes
+    order = np.argsort(-valid.lengths, kind="stable")
+    loss_sum = torch.zeros((), device=accelerator.device)
+    worker.wrapped.eval()
+    for start in range(0, len(order), batch_size):
+        rows = data.split_batch(order[start : start + batch_size], valid, accelerator.num_processes, 1)
+        part = rows[accelerator.process_index][0]
+        loss_sum += worker.wrapped(**_to_device(worker, data.collate(valid, part, worker.tokenizer.pad_token_id)))
+    worker.wrapped.train()
+    loss = float(accelerator.reduce(loss_sum.double(), "sum")) / int(valid.supervised.sum())
+    return {
+        "eval_loss": loss,
+        "perplexity": _perplexity(loss),
+        "eval_time_per_epoch": time.perf_counter() - started,
+    }
+
+
+def _perplexity(loss: float | None) -> float | None:
+    return None if loss is None else math.exp(min(loss, 700.0))
+
+
+def _width(config: FinetuneConfig) -> int | None:
+    return config.context_length if config.padding == "max_length" else None
+
+
+def _to_device(worker: _Worker, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.to(worker.accelerator.device) for name, tensor in batch.items()}
+
+
+def _now(accelerator: Accelerator) -> float:
+    """Read the clock when the device has done what it was given."""
+    if accelerator.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _agreed(worker: _Worker, seconds: float) -> float:
+    """Take rank 0's measure of time, so that all ranks decide alike."""
+    if worker.accelerator.num_processes == 1 or not worker.config.save_state_minutes:
+        return seconds
+    shared = torch.tensor(seconds if worker.accelerator.is_main_process else 0.0, device=worker.accelerator.device)
+    return float(worker.accelerator.reduce(shared, "sum"))
+
+
+def _peak_memory(worker: _Worker) -> list[int]:
+    """List each worker's peak: of GPU memory, or on a CPU of the process's resident memory (bytes)."""
+    if worker.accelerator.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    shared = torch.tensor([peak], dtype=torch.int64, device=worker.accelerator.device)
+    return worker.accelerator.gather(shared).tolist()
+
+
+@dataclass
+class _EpochSoFar:
+    """Running figures of an epoch, under LLMForge's names."""
+
+    batches: list[np.ndarray] = field(default_factory=list)
+    steps: list[_Step] = field(default_factory=list)
+
+    def add(self, step: _Step) -> None:
+        self.steps.append(step)
+
+    def metrics(self) -> dict[str, float]:
+        # The first step compiles, allocates and waits for the slowest worker: not part of the pace.
+        paced = self.steps[1:] or self.steps
+        return {
+            "avg_train_loss_epoch": sum(s.loss for s in self.steps) / len(self.steps),
+            "trained_tokens_throughput": sum(s.tokens for s in paced) / sum(s.seconds for s in paced),
+        }
+
+    def totals(self) -> dict[str, float]:
+        return {
+            "avg_train_loss_epoch": sum(s.loss for s in self.steps) / len(self.steps),
+            "avg_fwd_time_per_epoch": sum(s.forward_seconds for s in self.steps) / len(self.steps),
+            "avg_bwd_time_per_epoch": sum(s.backward_seconds for s in self.steps) / len(self.steps),
+            "train_time_per_epoch": sum(s.seconds for s in self.steps),
+        }
