@@ -218,15 +218,15 @@ def tokenize_rows(
 
 def token_statistics(tokens: Tokens) -> dict[str, float]:
     """Summarise a set: rows, tokens, percentiles of the row length, share of tokens that are trained."""
-    p50, p95, p99 = np.percentile(tokens.lengths, [50, 95, 99])
+    p50, p95, p99 = np.percentile(tokens.lengths, [50, 95, 99], method="inverted_cdf")
     return {
         "rows": len(tokens),
         "tokens": int(tokens.lengths.sum()),
         "supervised_tokens": int(tokens.supervised.sum()),
         "supervised_share": round(float(tokens.supervised.sum() / max(1, tokens.lengths.sum())), 4),
         "tokens_p50": int(p50),
-        "tokens_p95": int(np.ceil(p95)),
-        "tokens_p99": int(np.ceil(p99)),
+        "tokens_p95": int(p95),
+        "tokens_p99": int(p99),
         "tokens_max": int(tokens.lengths.max()),
     }
 
@@ -356,7 +356,7 @@ def collate(tokens: Tokens, rows: np.ndarray, pad_id: int, pad_to: int | None = 
         labels = np.where(trained[1 : last + 1], ids[1 : last + 1], -100)
         pairs.append((ids[:last], labels))
     # An empty part (more workers than rows in the last step) still takes part in collectives: one dead token.
-    pairs = pairs or [(np.zeros(1, np.int32), np.full(1, -100))]
+    pairs = pairs or [(np.full(1, pad_id), np.full(1, -100))]
     width = pad_to or max(len(ids) for ids, _ in pairs)
     input_ids = np.full((len(pairs), width), pad_id, np.int64)
     labels = np.full((len(pairs), width), -100, np.int64)

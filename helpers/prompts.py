@@ -14,6 +14,7 @@ end-of-turn token masks nothing.
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -68,7 +69,8 @@ def encode_prompt(
 ) -> list[int]:
     """Encode the conversation so far, up to where the assistant's answer begins."""
     text = render(messages, tokenizer, prompt_format, for_generation=True, tools=tools)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    answers = [len(_prompt_before(k, messages, tokenizer, prompt_format, tools)) for k in _answers(messages)]
+    return _tokenize(text, [cut for cut in answers if cut < len(text)], tokenizer)[0]
 
 
 def encode(
@@ -115,6 +117,15 @@ def encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> Encoded:
     return Encoded(ids, [True] * len(ids))
 
 
+def _answers(messages: list[Message]) -> list[int]:
+    return [k for k, message in enumerate(messages) if message["role"] == "assistant"]
+
+
+def _prompt_before(k: int, messages: list[Message], tokenizer, prompt_format, tools) -> str:
+    """Render what the model is given before it writes messages[k]."""
+    return render(messages[:k], tokenizer, prompt_format, for_generation=True, tools=tools)
+
+
 def _assistant_spans(messages, text, tokenizer, prompt_format, tools) -> list[tuple[int, int]]:
     """Find the characters [start, end) of each assistant turn in the rendered text."""
     if prompt_format is not None:
@@ -122,10 +133,8 @@ def _assistant_spans(messages, text, tokenizer, prompt_format, tools) -> list[tu
         # with every turn.
         prompt_format = prompt_format.model_copy(update={"system_in_last_user": False})
     spans = []
-    for k, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        prompt = render(messages[:k], tokenizer, prompt_format, for_generation=True, tools=tools)
+    for k in _answers(messages):
+        prompt = _prompt_before(k, messages, tokenizer, prompt_format, tools)
         through = render(messages[: k + 1], tokenizer, prompt_format, tools=tools)
         if not (through.startswith(prompt) and text.startswith(through)):
             raise DataError(
@@ -138,21 +147,26 @@ def _assistant_spans(messages, text, tokenizer, prompt_format, tools) -> list[tu
 
 
 def _tokenize(text: str, cuts: list[int], tokenizer) -> tuple[list[int], list[int]]:
-    """Tokenise text; return ids and the character where each token starts. No token crosses a cut.
+    """Tokenise text so that what lies before each cut is tokenised as if nothing followed.
 
-    A token that would merge the end of a prompt with the start of an answer never occurs at generation
-    time, where the prompt is tokenised alone; such a row is tokenised piece by piece.
+    Returns ids and the character where each token starts. A prompt is tokenised alone when a model answers;
+    were its last token to depend on the answer, the model would be trained on what it never sees. Such a row
+    is tokenised piece by piece.
     """
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    offsets = encoded["offset_mapping"]
-    if not any(start < cut < end for cut in cuts for start, end in offsets):
-        return encoded["input_ids"], [start for start, _ in offsets]
+    ids, starts = _with_starts(text, tokenizer)
+    if all(ids[: bisect_left(starts, cut)] == _with_starts(text[:cut], tokenizer)[0] for cut in cuts):
+        return ids, starts
     ids, starts = [], []
     for begin, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
-        piece = tokenizer(text[begin:end], add_special_tokens=False, return_offsets_mapping=True)
-        ids += piece["input_ids"]
-        starts += [begin + start for start, _ in piece["offset_mapping"]]
+        piece_ids, piece_starts = _with_starts(text[begin:end], tokenizer)
+        ids += piece_ids
+        starts += [begin + start for start in piece_starts]
     return ids, starts
+
+
+def _with_starts(text: str, tokenizer) -> tuple[list[int], list[int]]:
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    return encoded["input_ids"], [start for start, _ in encoded["offset_mapping"]]
 
 
 def _render_prompt_format(messages: list[Message], fmt: PromptFormat, for_generation: bool) -> str:

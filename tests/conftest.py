@@ -1,0 +1,101 @@
+"""Shared by all tests: the tiny model, small data, configs, and one Ray session."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+# Tests reach no hub; a forgotten download would hang or hide a missing file.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+TINY_MODEL = REPOSITORY / "tiny_model"
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """The tiny model's tokenizer."""
+    from helpers.models import load_tokenizer
+
+    return load_tokenizer(str(TINY_MODEL))
+
+
+def chat(question: str, answer: str, system: str | None = "You are helpful.") -> dict:
+    """Make one row."""
+    first = [{"role": "system", "content": system}] if system else []
+    return {"messages": [*first, {"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+def uneven_rows(count: int) -> list[dict]:
+    """Make rows of very different lengths, with very different shares of trained tokens."""
+    words = "the lamp of Maria is on the table near the old door of the house".split()
+    return [
+        chat(" ".join(words[: 1 + 5 * k % 13] * (1 + k % 3)), " ".join(words[: 1 + 7 * k % 11] * (1 + k % 4)))
+        for k in range(count)
+    ]
+
+
+@pytest.fixture
+def write_rows(tmp_path):
+    """Write rows as JSONL and return the path."""
+
+    def write(rows: list[dict], name: str = "rows.jsonl") -> str:
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def make_config(tmp_path, write_rows):
+    """Make a config for a small run: float32, in this process, 24 uneven rows; keywords override."""
+    from helpers.config import load_config
+
+    def make(**values):
+        settings = {
+            "model_id": str(TINY_MODEL),
+            "train_path": write_rows(uneven_rows(24), "train.jsonl"),
+            "valid_path": write_rows(uneven_rows(30)[24:], "valid.jsonl"),
+            "task": "instruction_tuning",
+            "run_name": "run",
+            "storage_path": str(tmp_path / "runs"),
+            "num_devices": 0,
+            "num_epochs": 1,
+            "train_batch_size_per_device": 8,
+            "eval_batch_size_per_device": 8,
+            "learning_rate": 1.0e-3,
+            "num_warmup_steps": 1,
+            "dtype": "float32",
+            "deepspeed": None,
+            "gradient_checkpointing": False,
+            **values,
+        }
+        path = tmp_path / f"{settings['run_name']}.yaml"
+        path.write_text(json.dumps(settings))  # JSON is YAML
+        return load_config(path)
+
+    return make
+
+
+LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
+
+
+def losses_of(run) -> list[float]:
+    """List the training losses of a run, step by step."""
+    from helpers.progress import read_metrics
+
+    return [row["train_loss_batch"] for row in read_metrics(run.metrics) if "train_loss_batch" in row]
+
+
+@pytest.fixture(scope="session")
+def ray_session():
+    """One Ray cluster of two cores for all tests that need one."""
+    import ray
+
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()

@@ -1,0 +1,261 @@
+"""The loop, in this process: invariants that hold however a batch is divided, and an outside oracle."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from conftest import LORA, TINY_MODEL, chat, losses_of
+from helpers import data, train
+from helpers.errors import CheckpointError, ModelError, TrainingError
+from helpers.launch import fine_tune, prepare
+from helpers.progress import read_metrics
+from helpers.storage import read_json
+
+
+def test_loss_falls(make_config):
+    run = fine_tune(make_config(num_epochs=6))
+    losses = losses_of(run)
+    assert len(losses) == 18 and losses[-1] < losses[0] - 0.3
+    evaluations = [row["eval_loss"] for row in read_metrics(run.metrics) if "eval_loss" in row]
+    assert len(evaluations) == 6 and evaluations[-1] < evaluations[0]
+    assert run.loss_curve.stat().st_size > 5_000
+
+
+@pytest.mark.parametrize("method", [None, LORA], ids=["full", "lora"])
+def test_accumulation_does_not_change_the_loss(make_config, method):
+    whole = fine_tune(make_config(run_name="whole", lora_config=method))
+    split = fine_tune(
+        make_config(run_name="split", lora_config=method, train_batch_size_per_device=1, gradient_accumulation_steps=8)
+    )
+    assert losses_of(whole) == pytest.approx(losses_of(split), abs=2e-5)
+    norms = [[row["grad_norm"] for row in read_metrics(run.metrics) if "grad_norm" in row] for run in (whole, split)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+
+
+def test_padding_does_not_move_the_loss(make_config):
+    short = fine_tune(make_config(run_name="short"))
+    long = fine_tune(make_config(run_name="long", padding="max_length", context_length=160))
+    assert losses_of(short) == pytest.approx(losses_of(long), abs=2e-5)
+    assert next(row for row in read_metrics(long.metrics) if "padding_share" in row)["padding_share"] > 0.5
+
+
+@pytest.mark.parametrize("method", [None, {**LORA, "lora_dropout": 0.1}], ids=["full", "lora with dropout"])
+def test_resuming_gives_the_same_run(make_config, method):
+    frequency = {"unit": "steps", "frequency": 2}
+    settings = {"num_epochs": 2, "lora_config": method, "checkpoint_and_evaluation_frequency": frequency}
+    whole = fine_tune(make_config(run_name="whole", max_steps=4, **settings))
+    halves = make_config(run_name="halves", max_steps=4, **settings)
+    with pytest.raises(KeyboardInterrupt):
+        _fine_tune_until(halves, step=3)
+    assert [row["step"] for row in read_metrics(whole.metrics)][-1] == 4
+    halves = fine_tune(halves)
+    assert losses_of(halves) == losses_of(whole)
+    last = "checkpoints/step-4"
+    names = sorted(path.name for path in (whole.folder / last).glob("*.safetensors"))
+    for name in names:
+        assert (whole.folder / last / name).read_bytes() == (halves.folder / last / name).read_bytes()
+
+
+def _fine_tune_until(config, step: int) -> None:
+    """Run, and interrupt right after the given step, before anything of it is saved."""
+    original = train._check
+
+    def check(at, done, is_first):
+        original(at, done, is_first)
+        if at == step:
+            raise KeyboardInterrupt
+
+    train._check = check
+    try:
+        fine_tune(config)
+    finally:
+        train._check = original
+
+
+def test_the_loss_equals_transformers_trainer(make_config, tokenizer, tmp_path):
+    """Same batches, same optimizer, same schedule: the same losses as transformers.Trainer, to float32 rounding."""
+    from torch.utils.data import DataLoader, Dataset
+    from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+    config = make_config(num_epochs=3, weight_decay=0.01)
+    ours = losses_of(fine_tune(config))
+    prepared = prepare(config)
+    tokens = prepared.train
+    order = [
+        row
+        for epoch in range(3)
+        for step in data.epoch_batches(tokens, 8, config.seed, epoch)
+        for row in data.split_batch(step, tokens, 1, 1)[0][0]
+    ]
+
+    class Rows(Dataset):
+        def __len__(self):
+            return len(order)
+
+        def __getitem__(self, k):
+            ids, trained = tokens.row(order[k])
+            ids = torch.tensor(ids, dtype=torch.long)
+            return {"input_ids": ids, "labels": torch.where(torch.tensor(trained), ids, -100)}
+
+    def stack(rows):
+        pad = torch.nn.utils.rnn.pad_sequence
+        ids = pad([row["input_ids"] for row in rows], batch_first=True, padding_value=tokenizer.pad_token_id)
+        labels = pad([row["labels"] for row in rows], batch_first=True, padding_value=-100)
+        return {"input_ids": ids, "labels": labels, "attention_mask": ids.ne(tokenizer.pad_token_id)}
+
+    class InOrder(Trainer):
+        def get_train_dataloader(self):
+            return DataLoader(self.train_dataset, batch_size=8, shuffle=False, collate_fn=stack)
+
+    trainer = InOrder(
+        model=AutoModelForCausalLM.from_pretrained(TINY_MODEL, dtype=torch.float32),
+        args=TrainingArguments(
+            output_dir=str(tmp_path / "trainer"), max_steps=9, per_device_train_batch_size=8, learning_rate=1e-3,
+            lr_scheduler_type="cosine", warmup_steps=1, weight_decay=0.01, max_grad_norm=1.0, logging_steps=1,
+            optim="adamw_torch", report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True,
+        ),
+        train_dataset=Rows(),
+    )  # fmt: skip
+    # Trainer leaves norms out of weight decay; ours, like torch, does not: one group with decay for both.
+    trainer.optimizer = torch.optim.AdamW(trainer.model.parameters(), lr=1e-3, weight_decay=0.01)
+    trainer.train()
+    theirs = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert len(theirs) == 9
+    assert ours == pytest.approx(theirs, abs=5e-4)
+
+
+def test_every_lora_matrix_moves_with_gradient_checkpointing(make_config):
+    from safetensors.torch import load_file
+
+    run = fine_tune(make_config(lora_config=LORA, gradient_checkpointing=True, dtype="bfloat16"))
+    saved = load_file(run.folder / read_json(run.summary)["best_checkpoint"] / "adapter_model.safetensors")
+    matrices = {name: tensor for name, tensor in saved.items() if "lora_B" in name}
+    layers = json.loads((TINY_MODEL / "config.json").read_text())["num_hidden_layers"]
+    assert len(matrices) == 7 * layers
+    assert all(tensor.any() for tensor in matrices.values())
+
+
+def test_gradient_checkpointing_changes_nothing(make_config):
+    plain = fine_tune(make_config(run_name="plain"))
+    recomputed = fine_tune(make_config(run_name="recomputed", gradient_checkpointing=True))
+    assert losses_of(plain) == pytest.approx(losses_of(recomputed), abs=1e-6)
+
+
+@pytest.mark.parametrize("method", [None, LORA], ids=["full", "lora"])
+def test_the_checkpoint_loads_without_this_project(make_config, method):
+    """Plain transformers and PEFT, their own loss, the saved chat template: the same evaluation loss."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    config = make_config(lora_config=method)
+    run = fine_tune(config)
+    summary = read_json(run.summary)
+    folder = run.folder / summary["best_checkpoint"]
+    if method:
+        base = AutoModelForCausalLM.from_pretrained(TINY_MODEL, dtype=torch.float32)
+        model = PeftModel.from_pretrained(base, folder).eval()
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    total, count = 0.0, 0
+    for line in open(config.valid_path):
+        messages = json.loads(line)["messages"]
+        ids = tokenizer.apply_chat_template(messages, return_dict=False, return_tensors="pt")
+        prompt = tokenizer.apply_chat_template(
+            messages[:-1], add_generation_prompt=True, return_dict=False, return_tensors="pt"
+        )
+        labels = ids.clone()
+        labels[:, : prompt.shape[1]] = -100
+        n = int((labels != -100).sum())
+        with torch.no_grad():
+            total += model(input_ids=ids, labels=labels).loss.item() * n
+        count += n
+    assert total / count == pytest.approx(summary["eval_loss"], abs=1e-4)
+    assert summary["perplexity"] == pytest.approx(math.exp(summary["eval_loss"]))
+
+
+def test_keeps_the_best_checkpoints(make_config):
+    run = fine_tune(make_config(num_epochs=4, num_checkpoints_to_keep=2))
+    losses = {r["checkpoint_dir_name"]: r["eval_loss"] for r in read_metrics(run.metrics) if "eval_loss" in r}
+    kept = {path.name for path in run.checkpoints.iterdir()}
+    assert kept == set(sorted(losses, key=losses.get)[:2])
+    assert read_json(run.summary)["best_checkpoint"] == "checkpoints/" + min(losses, key=losses.get)
+
+
+def test_evaluates_before_training_if_asked(make_config):
+    run = fine_tune(make_config(eval_first=True))
+    first = read_metrics(run.metrics)[0]
+    assert first["step"] == 0 and first["eval_loss"] > 0
+
+
+def test_causal_lm_trains_every_token(make_config, write_rows):
+    path = write_rows([{"text": "the lamp is on the table"}, {"messages": chat("hello there", "hi")["messages"][:2]}])
+    config = make_config(task="causal_lm", train_path=path, valid_path=None, train_batch_size_per_device=2)
+    tokens = prepare(config).train
+    assert (tokens.supervised == tokens.lengths - 1).all()
+    assert math.isfinite(losses_of(fine_tune(config))[0])
+
+
+def test_metrics_have_the_names_of_the_reference_system(make_config):
+    rows = read_metrics(fine_tune(make_config()).metrics)
+    step = {
+        "step", "epoch", "train_loss_batch", "avg_train_loss_epoch", "learning_rate", "fwd_time", "bwd_time",
+        "train_time_per_step", "num_iterations", "total_trained_steps", "trained_tokens", "trained_tokens_this_iter",
+        "trained_tokens_throughput", "trained_tokens_throughput_this_iter", "time_total_s",
+    }  # fmt: skip
+    evaluation = {
+        "eval_loss", "perplexity", "eval_time_per_epoch", "avg_fwd_time_per_epoch", "avg_bwd_time_per_epoch",
+        "train_time_per_epoch", "checkpoint_dir_name",
+    }  # fmt: skip
+    assert step <= rows[0].keys()
+    assert evaluation <= rows[-1].keys()
+
+
+# Guards -----------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(make_config):
+    with pytest.raises(TrainingError, match=r"step \d: the loss is .*(nan|inf).*Lower learning_rate"):
+        fine_tune(make_config(learning_rate=1e30))
+
+
+def test_a_gradient_of_zero_stops_the_run(make_config, tmp_path):
+    """Behind an output projection of zeros, an adapter on the queries can change nothing."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(TINY_MODEL)
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.data.zero_()
+    model.save_pretrained(tmp_path / "dead")
+    AutoTokenizer.from_pretrained(TINY_MODEL).save_pretrained(tmp_path / "dead")
+    with pytest.raises(TrainingError, match="gradient of the first step is zero"):
+        fine_tune(make_config(model_id=str(tmp_path / "dead"), lora_config={**LORA, "target_modules": ["q_proj"]}))
+
+
+def test_nothing_trainable_is_an_error(make_config, monkeypatch):
+    from helpers import models
+
+    add_lora = models.add_lora
+
+    def add_frozen(model, settings):
+        model = add_lora(model, settings)
+        model.requires_grad_(False)
+        return model
+
+    monkeypatch.setattr(models, "add_lora", add_frozen)
+    with pytest.raises(ModelError, match="no parameter is trainable"):
+        fine_tune(make_config(lora_config=LORA))
+
+
+def test_a_full_disk_shows_in_the_rehearsal(make_config, monkeypatch):
+    import shutil
+
+    from helpers import checkpoints
+
+    usage = shutil._ntuple_diskusage(total=10**6, used=10**6, free=10)
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path: usage)
+    config = make_config()
+    with pytest.raises(CheckpointError, match=r"needs about .* GB .* free: set storage_path"):
+        fine_tune(config)
