@@ -66,9 +66,9 @@ def _fine_tune(config_path: str, overrides: list[str], default: bool) -> int:
 
 
 def _evaluate(arguments: list[str]) -> int:
-    from helpers.console import make_console, table
+    from helpers.console import make_console, quiet_descriptors, table
     from helpers.errors import ConfigError
-    from helpers.storage import find_run, write_json
+    from helpers.storage import find_run, shown, write_json
 
     if not arguments:
         raise ConfigError("evaluate needs a RUN: a run's folder, or its name under runs/")
@@ -78,15 +78,16 @@ def _evaluate(arguments: list[str]) -> int:
     if not options.get("rows", "1").isdigit():
         raise ConfigError(f"evaluate: rows must be a number, got {options['rows']!r}")
     run = find_run(arguments[0])
-    from helpers.evaluate import compare_with_base
+    with quiet_descriptors(run.logs / "evaluate.log") as output:
+        output.print("loading the base model and the best checkpoint")
+        from helpers.evaluate import compare_with_base
 
-    compared = compare_with_base(run, options.get("data"), int(options["rows"]) if "rows" in options else None)
+        compared = compare_with_base(run, options.get("data"), int(options["rows"]) if "rows" in options else None)
     output = make_console()
-    shown = zip(compared.prompts, compared.base, compared.tuned, compared.references, strict=True)
-    rows = [list(row) for _, row in zip(range(5), shown, strict=False)]
-    output.print(table("Held-out prompts", ["prompt", "base model", "tuned model", "reference"], rows))
+    answers = zip(compared.prompts, compared.base, compared.tuned, compared.references, strict=True)
+    output.print(table("Held-out prompts", ["prompt", "base model", "tuned model", "reference"], list(answers)[:5]))
     before, after = compared.accuracy()
     output.print(f"exact match on {len(compared.references)} held-out rows: base {before:.1%}, tuned {after:.1%}")
     write_json(run.folder / "evaluation.json", compared.summary())
-    output.print(f"run folder  {run.folder}\nloss curve  {run.loss_curve}")
+    output.print(f"run folder  {shown(run.folder)}\nloss curve  {shown(run.loss_curve)}")
     return 0

@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +184,7 @@ def _evaluation_text(event: dict[str, Any]) -> str:
     return f"{where}  evaluation loss {event['eval_loss']:.4f}  perplexity {event['perplexity']:.3f}{best}"
 
 
-def table(title: str, columns: list[str], rows: list[list[str]]) -> Table:
+def table(title: str, columns: list[str], rows: Iterable[Iterable[str]]) -> Table:
     """Make a table for the console."""
     made = Table(title=title, title_justify="left", title_style="bold", expand=False)
     for column in columns:

@@ -59,7 +59,7 @@ def fine_tune(config: FinetuneConfig) -> Run:
     if run.config.exists() and not is_overwritten:
         _check_same(run, prepared)
         if run.is_complete:
-            output.print(f"{run.folder} is complete already (on_existing=overwrite runs it again)")
+            output.print(f"{storage.shown(run.folder)} is complete already (on_existing=overwrite runs it again)")
             _print_summary(output, run)
             return run
     _check_devices(config)
@@ -308,7 +308,7 @@ def _print_plan(output: Console, run: Run, prepared: Prepared) -> None:
     capped = f", at most {config.max_steps}" if config.max_steps else ""
     output.print(f"[bold]{run.name}[/bold]  {config.model_id}, {method}, {config.task}, {config.dtype}")
     output.print(
-        f"  data   {train['rows']:,} rows, {train['tokens']:,} tokens, {train['supervised_share']:.0%} of them trained, "
+        f"  data   {train['rows']:,} rows, {train['tokens']:,} tokens, {train['supervised_share']:.0%} trained, "
         f"longest {train['tokens_max']} of {config.context_length}{held_out}"
     )
     lost = train["rows_dropped"] + train["answer_tokens_cut"]
@@ -321,7 +321,7 @@ def _print_plan(output: Console, run: Run, prepared: Prepared) -> None:
         f"  steps  {config.num_epochs} epochs of {steps}{capped}, {config.global_batch_size} rows each, "
         f"learning rate {config.learning_rate:g} {config.lr_scheduler_type}"
     )
-    output.print(f"  where  {workers}, {sharding}; run folder {run.folder}")
+    output.print(f"  where  {workers}, {sharding}; run folder {storage.shown(run.folder)}")
     if config.trainer_resources:
         output.print("  [yellow]trainer_resources are not reserved: Ray Train gives every worker the same[/yellow]")
 
@@ -359,8 +359,8 @@ def _print_summary(output: Console, run: Run) -> None:
         f"  {summary['steps']} steps, {summary['trained_tokens']:,} tokens in {summary['training_seconds']:.0f} s, "
         f"{summary['trained_tokens_throughput']:,.0f} real tokens/s, peak {peak:.1f} GB per worker"
     )
-    output.print(f"  best checkpoint  {run.folder / summary['best_checkpoint']}")
-    output.print(f"  loss curve       {run.loss_curve}")
+    output.print(f"  best checkpoint  {storage.shown(run.folder / summary['best_checkpoint'])}")
+    output.print(f"  loss curve       {storage.shown(run.loss_curve)}")
 
 
 def _short(error: BaseException) -> str:

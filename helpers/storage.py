@@ -34,10 +34,16 @@ __all__ = [
     "open_run",
     "published",
     "read_json",
+    "shown",
     "write_json",
 ]
 
 BUCKETS = ("s3://", "gs://")
+
+
+def shown(path: Path) -> str:
+    """Write a path as a person would: from the working directory, if it lies below."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def is_remote(path: str) -> bool:
@@ -78,6 +84,7 @@ def fetch_folder(uri: str) -> Path:
         from pyarrow import fs
 
         with _aside(target) as temporary:
+            temporary.mkdir()
             bucket, path = _bucket(uri)
             with _readable_errors(uri):
                 listing = bucket.get_file_info(fs.FileSelector(path, recursive=True))
@@ -115,9 +122,14 @@ def _bucket(uri: str):
     path = uri.split("://", 1)[1].rstrip("/")
     if uri.startswith("gs://"):
         return fs.GcsFileSystem(), path
+    import boto3
+
+    # Without credentials a public bucket can be read all the same, but only if none are sent.
+    session = boto3.Session()
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    return fs.S3FileSystem(endpoint_override=endpoint, region=region), path
+    return fs.S3FileSystem(
+        endpoint_override=endpoint, region=session.region_name, anonymous=session.get_credentials() is None
+    ), path
 
 
 @contextlib.contextmanager

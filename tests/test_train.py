@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -160,7 +161,7 @@ def test_the_checkpoint_loads_without_this_project(make_config, method):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     total, count = 0.0, 0
-    for line in open(config.valid_path):
+    for line in Path(config.valid_path).read_text().splitlines():
         messages = json.loads(line)["messages"]
         ids = tokenizer.apply_chat_template(messages, return_dict=False, return_tensors="pt")
         prompt = tokenizer.apply_chat_template(

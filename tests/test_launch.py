@@ -1,0 +1,196 @@
+"""Ray Train workers: the same losses whatever shards the work, failures survived, impossible requests refused."""
+
+import os
+import re
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from conftest import LORA, REPOSITORY, losses_of, uneven_rows
+from helpers import launch
+from helpers.errors import ConfigError, DataError, ModelError, ResourceError, StorageError
+from helpers.launch import fine_tune
+from helpers.progress import read_metrics
+from helpers.storage import Run, read_json
+
+SHARDINGS = ["none", *sorted(path.stem for path in (REPOSITORY / "deepspeed_configs").glob("zero_[123].json"))]
+
+
+@pytest.fixture(scope="module")
+def one_worker():
+    """Losses of the reference run, made once: one process, no DeepSpeed."""
+    return {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [None, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("sharding", SHARDINGS)
+def test_two_workers_train_what_one_does(ray_session, make_config, one_worker, sharding, method):
+    """(2 workers x 4 rows) = (1 x 8), under DDP and ZeRO-1, -2 and -3, within bfloat16 rounding."""
+    settings = {"dtype": "bfloat16", "lora_config": method, "num_epochs": 2}
+    key = "lora" if method else "full"
+    if key not in one_worker:
+        one_worker[key] = losses_of(fine_tune(make_config(run_name="one", **settings)))
+    config = make_config(run_name="two", num_devices=2, train_batch_size_per_device=4, deepspeed=sharding, **settings)
+    run = fine_tune(config)
+    assert len(one_worker[key]) == 6
+    assert losses_of(run) == pytest.approx(one_worker[key], abs=0.02)
+    summary = read_json(run.summary)
+    assert summary["workers"] == 2 and len(summary["peak_memory_bytes_per_worker"]) == 2
+    weights = load_file(next((run.folder / summary["best_checkpoint"]).glob("*.safetensors")))
+    assert all(tensor.numel() for tensor in weights.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["none", "zero_2"])
+def test_a_killed_worker_changes_nothing(ray_session, make_config, write_rows, sharding):
+    """SIGKILL in the middle of an epoch: Ray restarts the workers, which end with the same losses."""
+    settings = {
+        "train_path": write_rows(uneven_rows(160), "many.jsonl"),
+        "num_devices": 2,
+        "train_batch_size_per_device": 2,
+        "num_epochs": 3,
+        "deepspeed": sharding,
+        "checkpoint_and_evaluation_frequency": {"unit": "steps", "frequency": 25},
+    }
+    undisturbed = losses_of(fine_tune(make_config(run_name="undisturbed", **settings)))
+    config = make_config(run_name="disturbed", **settings)
+    run = Run(Path(config.storage_path) / "disturbed")
+    killed = []
+    killer = threading.Thread(target=_kill_a_worker_at, args=(run, 30, killed))
+    killer.start()
+    fine_tune(config)
+    killer.join()
+    assert killed, "the worker had ended before it could be killed"
+    progress = (run.logs / "progress.jsonl").read_text()
+    assert progress.count('"training"') == 2 and '"start": 25' in progress
+    assert len(undisturbed) == 120 and losses_of(run) == undisturbed
+    steps = [row["step"] for row in read_metrics(run.metrics) if "train_loss_batch" in row]
+    assert steps == list(range(1, 121))
+
+
+def _kill_a_worker_at(run: Run, step: int, killed: list) -> None:
+    """Wait until a run reports `step`, then kill its worker 1."""
+    for _ in range(600):
+        if run.metrics.exists() and any(row["step"] >= step for row in read_metrics(run.metrics)):
+            pid = int(re.findall(r"process (\d+)", (run.logs / "worker-1.log").read_text())[-1])
+            os.kill(pid, signal.SIGKILL)
+            killed.append(pid)
+            return
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_a_users_mistake_on_the_workers_is_told_once_and_not_retried(ray_session, make_config):
+    config = make_config(num_devices=2, lora_config={**LORA, "target_modules": ["no_such_layer"]})
+    with pytest.raises(ModelError, match="lora_config does not fit this model: Target modules"):
+        fine_tune(config)
+    log = (Path(config.storage_path) / "run/logs/worker-0.log").read_text()
+    assert log.count("worker 0: process") == 1
+
+
+@pytest.mark.slow
+def test_resources_that_the_cluster_lacks_are_named(ray_session, make_config):
+    config = make_config(num_devices=2, worker_resources={"accelerator_type:A10G": 0.001})
+    with pytest.raises(ResourceError, match=r"need 0\.002 accelerator_type:A10G; the cluster has 0 of 0 .* free"):
+        fine_tune(config)
+
+
+def test_more_devices_than_this_machine_has(make_config, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    config = make_config(num_devices=(os.cpu_count() or 1) + 1)
+    with pytest.raises(ResourceError, match=r"num_devices is \d+, this machine has \d+ .*set num_devices to at most"):
+        fine_tune(config)
+    assert not Path(config.storage_path).exists()
+
+
+# Run folders ------------------------------------------------------------------------------------------
+
+
+def test_the_same_command_again_does_nothing_more(make_config, capsys):
+    run = fine_tune(make_config())
+    before = run.metrics.read_bytes()
+    fine_tune(make_config())
+    assert "is complete already" in capsys.readouterr().out
+    assert run.metrics.read_bytes() == before
+
+
+def test_another_config_in_the_same_folder_is_refused(make_config):
+    fine_tune(make_config())
+    with pytest.raises(StorageError, match=r"another config \(learning_rate\).*on_existing=overwrite"):
+        fine_tune(make_config(learning_rate=2e-3))
+
+
+def test_other_data_in_the_same_folder_is_refused(make_config, write_rows):
+    config = make_config()
+    fine_tune(config)
+    write_rows(uneven_rows(23), "train.jsonl")
+    with pytest.raises(StorageError, match=r"train\.jsonl is not what .* was started with"):
+        fine_tune(config)
+
+
+def test_overwriting_and_failing_are_choices(make_config):
+    run = fine_tune(make_config())
+    with pytest.raises(StorageError, match="exists: choose another run_name"):
+        fine_tune(make_config(on_existing="fail"))
+    fine_tune(make_config(on_existing="overwrite", learning_rate=2e-3))
+    assert "learning_rate: 0.002" in run.config.read_text()
+
+
+def test_a_folder_of_something_else_is_left_alone(make_config, tmp_path):
+    (tmp_path / "runs/run").mkdir(parents=True)
+    (tmp_path / "runs/run/thesis.txt").write_text("x")
+    with pytest.raises(StorageError, match="is not a run folder"):
+        fine_tune(make_config())
+    assert [path.name for path in (tmp_path / "runs/run").iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize(
+    ("values", "error"),
+    [
+        ({"train_path": "none.jsonl"}, StorageError),
+        ({"context_length": 8}, DataError),
+        ({"model_id": "./none"}, StorageError),
+        ({"model_id": "no-such-owner/no-such-model"}, ModelError),
+        ({"classifier_config": {"label_tokens": ["a", "b"]}, "task": "classification"}, ConfigError),
+        ({"attention": "flash_attention_2"}, ModelError),
+    ],
+)
+def test_mistakes_leave_no_run_folder(make_config, values, error):
+    config = make_config(**values)
+    with pytest.raises(error) as refused:
+        fine_tune(config)
+    assert len(str(refused.value)) < 400
+    assert not Path(config.storage_path).exists() or values.get("attention")
+
+
+# What the config leaves open --------------------------------------------------------------------------
+
+
+def test_gaps_are_filled_from_the_data_and_recorded(make_config):
+    config = make_config(
+        train_batch_size_per_device=None, eval_batch_size_per_device=None, num_epochs=None, min_update_steps=7
+    )
+    filled = launch.prepare(config).config
+    assert filled.context_length == 1024  # the base model's, which is above the 95th percentile
+    assert filled.train_batch_size_per_device == filled.eval_batch_size_per_device == 8
+    assert filled.num_epochs == 3  # 3 steps per epoch, 7 wanted
+    assert filled.origins["num_epochs"] == filled.origins["context_length"] == "auto"
+
+
+def test_the_resolved_config_tells_where_each_value_came_from(make_config):
+    text = fine_tune(make_config()).config.read_text()
+    assert re.search(r"^learning_rate: 0\.001\s+# file", text, flags=re.MULTILINE)
+    assert re.search(r"^context_length: 1024\s+# auto", text, flags=re.MULTILINE)
+    assert re.search(r"^seed: 42\s+# default", text, flags=re.MULTILINE)
+
+
+def test_the_data_report(make_config):
+    report = read_json(fine_tune(make_config()).data_report)
+    assert report["train"]["rows"] == 24 and report["valid"]["rows"] == 6
+    assert 0 < report["train"]["supervised_share"] < 1
+    assert report["train"]["rows_dropped"] == 0
