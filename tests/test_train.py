@@ -177,6 +177,18 @@ def test_the_checkpoint_loads_without_this_project(make_config, method):
     assert summary["perplexity"] == pytest.approx(math.exp(summary["eval_loss"]))
 
 
+@pytest.mark.parametrize("method", [None, LORA], ids=["full", "lora"])
+def test_a_run_starts_from_another_runs_checkpoint(make_config, method):
+    first = fine_tune(make_config(run_name="first", lora_config=method, num_epochs=3))
+    summary = read_json(first.summary)
+    key = "initial_adapter_model_ckpt_path" if method else "initial_base_model_ckpt_path"
+    start = {key: str(first.folder / summary["best_checkpoint"])}
+    second = fine_tune(make_config(run_name="second", lora_config=method, eval_first=True, **start))
+    rows = read_metrics(second.metrics)
+    assert rows[0]["eval_loss"] == pytest.approx(summary["eval_loss"], abs=1e-5)
+    assert rows[-1]["eval_loss"] != rows[0]["eval_loss"]
+
+
 def test_keeps_the_best_checkpoints(make_config):
     run = fine_tune(make_config(num_epochs=4, num_checkpoints_to_keep=2))
     losses = {r["checkpoint_dir_name"]: r["eval_loss"] for r in read_metrics(run.metrics) if "eval_loss" in r}

@@ -1,0 +1,53 @@
+# One verb per chore, the same here and in CI. `make help` lists them.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+PYTHON ?= python3
+BIN := .venv/bin
+# Notebook cells say `python`; they are to find this environment's.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+# DeepSpeed builds what it needs at first use; nothing is compiled at install.
+export DS_BUILD_OPS := 0
+# Threads that wait for each other asleep, not spinning: on a shared machine spinning costs far more.
+export OMP_WAIT_POLICY := passive
+
+.PHONY: help quickstart test test-fast check notebooks tiny-model clean
+help: ## list the verbs
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+.venv/run: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch .venv/run
+
+.venv/dev: requirements-dev.txt .venv/run
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch .venv/dev
+
+quickstart: .venv/run ## install, fine-tune the tiny model, show answers before and after
+	python main.py training_configs/tiny/quickstart.yaml on_existing=overwrite
+	python main.py evaluate quickstart
+
+test: .venv/dev check ## install what the tests need and run all of them
+	python -m pytest
+
+test-fast: .venv/dev ## the tests of daily use: no Ray workers, no notebooks
+	python -m pytest -m "not slow"
+
+check: .venv/dev ## style and formatting
+	ruff check --quiet .
+	ruff format --quiet --check .
+
+notebooks: .venv/dev ## run every notebook, keep its outputs, write its README.md
+	python -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False README.ipynb
+	python -m nbconvert --to markdown README.ipynb
+
+tiny-model: .venv/run ## make the embedded model again, from nothing (about half an hour on 2 cores)
+	python data/make_tiny_corpus.py data/corpus/train.jsonl --rows 60000 --seed 1
+	python data/make_tiny_corpus.py data/corpus/valid.jsonl --rows 500 --seed 2
+	python tiny_model/make_tokenizer.py data/corpus/train.jsonl data/corpus/start
+	python main.py training_configs/tiny/pretrain.yaml on_existing=overwrite
+	cp runs/pretrain/checkpoints/*/{config,generation_config,tokenizer,tokenizer_config}.json tiny_model/
+	cp runs/pretrain/checkpoints/*/{model.safetensors,chat_template.jinja} tiny_model/
+
+clean: ## remove runs and caches
+	rm -rf runs .pytest_cache .ruff_cache

@@ -1,0 +1,43 @@
+"""Links lead somewhere, and the maps name what exists."""
+
+import re
+
+import pytest
+
+from conftest import REPOSITORY
+
+PAGES = sorted(
+    path
+    for path in REPOSITORY.glob("**/*.md")
+    if not {".venv", "runs", ".pytest_cache"} & set(path.relative_to(REPOSITORY).parts)
+)
+
+
+def name(path):
+    return str(path.relative_to(REPOSITORY))
+
+
+def test_there_are_pages():
+    assert {"README.md", "CONTRIBUTING.md", "CHANGELOG.md", "tiny_model/README.md"} <= {name(path) for path in PAGES}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        if not target.startswith(("https://", "data:")):
+            assert (page.parent / target).exists(), f"{name(page)} links to {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_files_named_in_code_exist(page):
+    made_by_a_command = ("runs/", "data/corpus/")
+    for path in re.findall(
+        r"`?\b((?:helpers|tests|training_configs|deepspeed_configs|data|tiny_model)/[\w./+-]+\.\w+)", page.read_text()
+    ):
+        assert path.startswith(made_by_a_command) or (REPOSITORY / path).exists(), f"{name(page)} names {path}"
+
+
+def test_the_map_of_contributing_names_every_module():
+    text = (REPOSITORY / "CONTRIBUTING.md").read_text()
+    for path in (REPOSITORY / "helpers").glob("*.py"):
+        assert path.stem in ("__init__", "errors", "ranks") or f"helpers/{path.name}" in text

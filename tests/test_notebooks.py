@@ -1,0 +1,67 @@
+"""Every notebook runs from top to bottom as it stands, and is committed clean."""
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import REPOSITORY
+
+PLACES = ("*.ipynb", "cookbooks/**/*.ipynb", "end-to-end-examples/**/*.ipynb")
+NOTEBOOKS = sorted(
+    path for place in PLACES for path in REPOSITORY.glob(place) if ".ipynb_checkpoints" not in path.parts
+)
+
+
+def name(path):
+    return str(path.relative_to(REPOSITORY))
+
+
+def test_there_are_notebooks():
+    assert "README.ipynb" in [name(path) for path in NOTEBOOKS]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
+def test_notebook_runs_unmodified(path, tmp_path, monkeypatch):
+    """papermill runs it, training included; its last cell asserts what its text claims."""
+    import papermill
+
+    # `!python` in a cell is to be this Python, as in an activated environment.
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    papermill.execute_notebook(
+        path, tmp_path / "out.ipynb", cwd=path.parent, kernel_name="python3", progress_bar=False, execution_timeout=600
+    )
+    cells = json.loads(path.read_text())["cells"]
+    assert "assert" in "".join([cell for cell in cells if cell["cell_type"] == "code"][-1]["source"])
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
+def test_notebook_is_committed_clean(path):
+    """Run once from a fresh kernel, no errors, no widgets, no paths of somebody's machine, nothing huge."""
+    notebook = json.loads(path.read_text())
+    assert set(notebook["metadata"]) <= {"kernelspec", "language_info"}
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1)), "run `make notebooks`"
+    for cell in code:
+        assert set(cell["metadata"]) <= {"tags"}
+        for output in cell["outputs"]:
+            assert output["output_type"] != "error"
+            assert "application/vnd.jupyter.widget-view+json" not in output.get("data", {})
+            text = "".join(output.get("text", output.get("data", {}).get("text/plain", "")))
+            assert len(text) <= 4000
+            assert not re.search(r"(?<![\w.:/])/(home|root|work|tmp|Users)/", text), "an absolute path"
+            assert len(output.get("data", {}).get("image/png", "")) < 270_000  # base64 of 200 kB
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
+def test_readme_is_the_notebook(path):
+    """README.md is nbconvert's Markdown of the notebook: run `make notebooks` if it is not."""
+    from nbconvert import MarkdownExporter
+
+    resources = {"unique_key": path.stem, "output_files_dir": f"{path.stem}_files"}
+    body, _ = MarkdownExporter().from_filename(str(path), resources=resources)
+    assert body.strip() == path.with_suffix(".md").read_text().strip()
