@@ -23,14 +23,18 @@ from rich.table import Table
 __all__ = ["follow", "last_lines", "make_console", "quiet_descriptors", "table"]
 
 POLL_SECONDS = 0.2
-# Without a terminal a run is told in about this many lines.
-LINES_PER_RUN = 12
+# Without a terminal a run is told in about this many lines, a long one in a line every so many seconds.
+LINES_PER_RUN, SECONDS_PER_LINE = 12, 300
 
 
 def make_console() -> Console:
-    """Make the console that everything is printed on; wide enough for tables when there is no terminal."""
-    width = None if sys.stdout.isatty() and "JPY_PARENT_PID" not in os.environ else 110
-    return Console(highlight=False, soft_wrap=True, width=width)
+    """Make the console that everything is printed on: colours and a live bar in a terminal, else plain lines.
+
+    A notebook gives its cells' processes a terminal that cannot move its cursor: it counts as none.
+    """
+    if sys.stdout.isatty() and "JPY_PARENT_PID" not in os.environ:
+        return Console(highlight=False, soft_wrap=True)
+    return Console(highlight=False, soft_wrap=True, force_terminal=False, width=110)
 
 
 @contextlib.contextmanager
@@ -40,34 +44,36 @@ def quiet_descriptors(log: Path) -> Iterator[Console]:
     It works on descriptors because native libraries print too. Where sys.stdout is not the process's own
     (a notebook kernel, a test), printing is left as it is.
     """
+    console = make_console()
     if sys.stdout is not sys.__stdout__:
-        yield make_console()
+        yield console
         return
     log.parent.mkdir(parents=True, exist_ok=True)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    _flush_streams()
     real_out, real_err = os.dup(1), os.dup(2)
     with open(log, "ab") as sink, os.fdopen(os.dup(real_out), "w") as stream:
         os.dup2(sink.fileno(), 1)
         os.dup2(sink.fileno(), 2)
-        console = make_console()
         console.file = stream
         try:
             yield console
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            _flush_streams()
             os.dup2(real_out, 1)
             os.dup2(real_err, 2)
             os.close(real_out)
             os.close(real_err)
 
 
+def _flush_streams() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+
+
 @contextlib.contextmanager
 def follow(log: Path, console: Console) -> Iterator[None]:
     """Show what a run appends to its progress file while the block runs."""
-    in_terminal = console.is_terminal and "JPY_PARENT_PID" not in os.environ
-    view = _Bar(console) if in_terminal else _Lines(console)
+    view = _Bar(console) if console.is_terminal else _Lines(console)
     ended = threading.Event()
     start = log.stat().st_size if log.exists() else 0
     thread = threading.Thread(target=_follow, args=(log, start, view, ended), daemon=True)
@@ -140,14 +146,15 @@ class _Lines:
     def __init__(self, console: Console):
         self._console = console
         self._steps = self._start = 0
-        self._began = 0.0
+        self._began = self._told = 0.0
 
     def show(self, event: dict[str, Any]) -> None:
         if event["kind"] == "evaluation":
             self._console.print(_evaluation_text(event))
         elif event["kind"] == "step":
-            every = max(1, self._steps // LINES_PER_RUN)
-            if event["step"] % every == 0 or event["step"] == self._start + 1:
+            is_due = event["step"] % max(1, self._steps // LINES_PER_RUN) == 0 or event["step"] == self._start + 1
+            if is_due or time.monotonic() - self._told > SECONDS_PER_LINE:
+                self._told = time.monotonic()
                 self._console.print(self._step_text(event))
         elif event["text"] == "training":
             self._steps, self._start, self._began = event["steps"], event["start"], time.monotonic()

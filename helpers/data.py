@@ -14,6 +14,7 @@ that an undisturbed one would have seen.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -72,12 +73,12 @@ class Tokens:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    @property
+    @functools.cached_property
     def lengths(self) -> np.ndarray:
         """[rows] tokens per row."""
         return np.diff(self.offsets)
 
-    @property
+    @functools.cached_property
     def supervised(self) -> np.ndarray:
         """[rows] tokens per row that are targets of the loss; a row's first token never is."""
         targets = self.trained.astype(np.int64)

@@ -7,6 +7,7 @@ from typing import Any
 
 from helpers import data, generate, models, storage
 from helpers.config import load_config
+from helpers.errors import ConfigError, StorageError
 from helpers.storage import Run
 
 __all__ = ["Comparison", "compare_with_base", "exact_match"]
@@ -41,8 +42,14 @@ def compare_with_base(run: Run, path: str | None = None, rows: int | None = None
 
     path: JSONL of messages that end with an assistant's turn; default: the run's validation file.
     rows: the first so many.
+
+    Raises ConfigError without rows to ask, StorageError if the run is not complete.
     """
     config = load_config(run.config)
+    if path is None and config.valid_path is None:
+        raise ConfigError(f"the run {run.name} has no valid_path: name held-out rows with data=FILE")
+    if not run.is_complete:
+        raise StorageError(f"the run {run.name} has not ended well yet: its command continues it")
     best = run.folder / storage.read_json(run.summary)["best_checkpoint"]
     held_out = data.read_rows(path or config.valid_path)[:rows]
     asked = [row.messages[:-1] for row in held_out]

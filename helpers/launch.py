@@ -78,7 +78,7 @@ def fine_tune(config: FinetuneConfig) -> Run:
                 f"training failed: {_short(error)}\n{consoles.last_lines(run.logs)}\n"
                 f"The logs are in {run.logs}; the same command continues from the last complete state"
             ) from error
-    _write_summary(run, result, time.perf_counter() - started)
+    _write_summary(run, config, result, time.perf_counter() - started)
     _print_summary(output, run)
     return run
 
@@ -189,14 +189,14 @@ def _check_devices(config: FinetuneConfig) -> None:
 def _write_run(run: Run, prepared: Prepared) -> None:
     """Make the run folder: config, data report and tokens."""
     try:
-        run.logs.mkdir(parents=True, exist_ok=True)
-        run.checkpoints.mkdir(exist_ok=True)
-        run.resume.mkdir(exist_ok=True)
+        run.folder.mkdir(parents=True, exist_ok=True)
+        run.config.write_text(dump_config(prepared.config))  # first: it makes the folder a run's
+        for folder in (run.logs, run.checkpoints, run.resume):
+            folder.mkdir(exist_ok=True)
         data.save_tokens(prepared.train, run.tokens / "train.arrow")
         if prepared.valid is not None:
             data.save_tokens(prepared.valid, run.tokens / "valid.arrow")
         storage.write_json(run.data_report, prepared.report)
-        run.config.write_text(dump_config(prepared.config))
     except OSError as error:
         raise StorageError(f"{run.folder} cannot be written: {error}: set storage_path to another place") from None
 
@@ -217,7 +217,6 @@ def _run_on_ray(config: FinetuneConfig, run: Run, output: Console) -> dict[str, 
     # Tokenising is over before workers start; huge pages save CPU workers the page faults of large tensors.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
-    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -263,9 +262,9 @@ def _worker(job: dict[str, Any]) -> dict[str, Any] | ForgebookError:
     if os.path.isdir(job["folder"]):
         os.chdir(job["folder"])
     log = os.open(run.logs / f"worker-{rank}.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.write(log, f"worker {rank}: process {os.getpid()}\n".encode())
     os.dup2(log, 1)
     os.dup2(log, 2)
-    print(f"worker {rank}: process {os.getpid()}", flush=True)
 
     from helpers.train import train_loop
 
@@ -326,7 +325,7 @@ def _print_plan(output: Console, run: Run, prepared: Prepared) -> None:
         output.print("  [yellow]trainer_resources are not reserved: Ray Train gives every worker the same[/yellow]")
 
 
-def _write_summary(run: Run, result: dict[str, Any], seconds: float) -> None:
+def _write_summary(run: Run, config: FinetuneConfig, result: dict[str, Any], seconds: float) -> None:
     """Write what came of the run, and draw its loss curve."""
     steps = [row for row in progress.read_metrics(run.metrics) if "train_loss_batch" in row]
     # Real tokens (no padding), warm-up step excluded: the figure to compare runs by.
@@ -340,6 +339,7 @@ def _write_summary(run: Run, result: dict[str, Any], seconds: float) -> None:
         run.summary,
         {
             "run_name": run.name,
+            "custom_model_tag": config.custom_model_tag,
             **result,
             "trained_tokens_throughput": round(throughput, 1),
             "total_seconds": round(seconds, 1),

@@ -169,15 +169,41 @@ class Run:
     def name(self) -> str:
         return self.folder.name
 
-    config = property(lambda self: self.folder / "config.yaml")
-    data_report = property(lambda self: self.folder / "data_report.json")
-    metrics = property(lambda self: self.folder / "metrics.jsonl")
-    summary = property(lambda self: self.folder / "summary.json")
-    loss_curve = property(lambda self: self.folder / "loss.png")
-    checkpoints = property(lambda self: self.folder / "checkpoints")
-    resume = property(lambda self: self.folder / "resume")
-    tokens = property(lambda self: self.folder / "tokens")
-    logs = property(lambda self: self.folder / "logs")
+    @property
+    def config(self) -> Path:
+        return self.folder / "config.yaml"  # every value, and where it came from
+
+    @property
+    def data_report(self) -> Path:
+        return self.folder / "data_report.json"  # rows, tokens, what was cut
+
+    @property
+    def metrics(self) -> Path:
+        return self.folder / "metrics.jsonl"  # one line per step and evaluation
+
+    @property
+    def summary(self) -> Path:
+        return self.folder / "summary.json"  # written last: a run that has it is complete
+
+    @property
+    def loss_curve(self) -> Path:
+        return self.folder / "loss.png"  # training and evaluation loss
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"  # the model, for use
+
+    @property
+    def resume(self) -> Path:
+        return self.folder / "resume"  # the training state, for continuing
+
+    @property
+    def tokens(self) -> Path:
+        return self.folder / "tokens"  # tokenised rows, mapped by workers
+
+    @property
+    def logs(self) -> Path:
+        return self.folder / "logs"  # what Ray, DeepSpeed and torch print
 
     @property
     def is_complete(self) -> bool:
@@ -196,7 +222,7 @@ def open_run(config: FinetuneConfig) -> Run:
         )
     run = Run(Path(config.storage_path).expanduser().resolve() / config.run_name)
     if not run.config.exists():
-        if run.folder.is_dir() and any(run.folder.iterdir()) and config.on_existing != "overwrite":
+        if run.folder.is_dir() and any(run.folder.iterdir()):
             raise StorageError(f"{run.folder} exists and is not a run folder (no config.yaml): choose another run_name")
         return run
     if config.on_existing == "fail":

@@ -56,6 +56,8 @@ def train_loop(config: FinetuneConfig, run: Run) -> dict[str, Any]:
     # (3) Model, optimizer, and the learning rate of every step.
     progress.stage("loading the model")
     worker = _make_worker(config, accelerator)
+    # New weights are the same on every rank; dropout from here on is each rank's own.
+    torch.manual_seed(config.seed + accelerator.process_index)
     rates = optimizers.learning_rates(
         config.lr_scheduler_type, config.learning_rate, config.num_warmup_steps, last_step
     )
@@ -398,26 +400,39 @@ def _peak_memory(worker: _Worker) -> list[int]:
 
 @dataclass
 class _EpochSoFar:
-    """Running figures of an epoch, under LLMForge's names."""
+    """Running sums over an epoch's steps, reported under LLMForge's names."""
 
     batches: list[np.ndarray] = field(default_factory=list)
-    steps: list[_Step] = field(default_factory=list)
+    steps: int = 0
+    loss: float = 0.0
+    forward_seconds: float = 0.0
+    backward_seconds: float = 0.0
+    seconds: float = 0.0
+    tokens: int = 0
+    start: tuple[int, float] = (0, 0.0)
 
     def add(self, step: _Step) -> None:
-        self.steps.append(step)
+        self.steps += 1
+        self.loss += step.loss
+        self.forward_seconds += step.forward_seconds
+        self.backward_seconds += step.backward_seconds
+        self.seconds += step.seconds
+        self.tokens += step.tokens
+        if self.steps == 1:
+            # The first step compiles, allocates and waits for the slowest worker: not part of the pace.
+            self.start = (step.tokens, step.seconds)
 
     def metrics(self) -> dict[str, float]:
-        # The first step compiles, allocates and waits for the slowest worker: not part of the pace.
-        paced = self.steps[1:] or self.steps
+        tokens, seconds = self.start if self.steps > 1 else (0, 0.0)
         return {
-            "avg_train_loss_epoch": sum(s.loss for s in self.steps) / len(self.steps),
-            "trained_tokens_throughput": sum(s.tokens for s in paced) / sum(s.seconds for s in paced),
+            "avg_train_loss_epoch": self.loss / self.steps,
+            "trained_tokens_throughput": (self.tokens - tokens) / (self.seconds - seconds),
         }
 
     def totals(self) -> dict[str, float]:
         return {
-            "avg_train_loss_epoch": sum(s.loss for s in self.steps) / len(self.steps),
-            "avg_fwd_time_per_epoch": sum(s.forward_seconds for s in self.steps) / len(self.steps),
-            "avg_bwd_time_per_epoch": sum(s.backward_seconds for s in self.steps) / len(self.steps),
-            "train_time_per_epoch": sum(s.seconds for s in self.steps),
+            "avg_train_loss_epoch": self.loss / self.steps,
+            "avg_fwd_time_per_epoch": self.forward_seconds / self.steps,
+            "avg_bwd_time_per_epoch": self.backward_seconds / self.steps,
+            "train_time_per_epoch": self.seconds,
         }

@@ -1,12 +1,18 @@
 """main.py as a user runs it: exit codes, one readable sentence, no traceback, nothing half-written."""
 
+import contextlib
+import os
+import pty
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
 from conftest import REPOSITORY, TINY_MODEL
 from helpers.cli import main
+from helpers.progress import read_metrics
 
 GOOD = f"model_id: {TINY_MODEL}\ntrain_path: train.jsonl\ntask: instruction_tuning\nnum_devices: 0\nnum_epochs: 1\n"
 ROW = '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}\n'
@@ -89,17 +95,49 @@ def test_the_command_as_a_process(here):
     assert again.returncode == 0 and "is complete already" in again.stdout
 
 
+def test_a_terminal_sees_a_bar(here):
+    """The same command on a pseudo-terminal: a live bar with loss, pace and time left."""
+    controller, terminal = pty.openpty()
+    environment = {name: value for name, value in os.environ.items() if name != "JPY_PARENT_PID"} | {"TERM": "xterm"}
+    command = [sys.executable, str(REPOSITORY / "main.py"), "c.yaml", "deepspeed=none"]
+    process = subprocess.Popen(command, stdout=terminal, stderr=terminal, cwd=here, env=environment)
+    os.close(terminal)
+    seen = b""
+    with contextlib.suppress(OSError):  # Linux ends a terminal that nobody holds with an error
+        while chunk := os.read(controller, 65536):
+            seen += chunk
+    assert process.wait() == 0
+    told = seen.decode()
+    assert (
+        "\x1b[" in told and "epoch 1" in told and "tok/s" in told and "left" in told and "Loading weights" not in told
+    )
+
+
 @pytest.mark.slow
-def test_deepspeed_in_this_process(here):
-    """num_devices: 0 with ZeRO-2 and ZeRO-3, interrupted and continued, without Ray."""
-    for sharding in ("zero_2", "zero_3"):
-        command = [
-            sys.executable,
-            str(REPOSITORY / "main.py"),
-            "c.yaml",
-            f"deepspeed={sharding}",
-            f"run_name={sharding}",
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=here)
-        assert done.returncode == 0, done.stderr
-        assert "done" in done.stdout or "steps" in done.stdout
+@pytest.mark.parametrize(
+    ("sharding", "lora"), [("none", "null"), ("zero_2", "{r: 4, lora_dropout: 0.1}"), ("zero_3", "{r: 4}")]
+)
+def test_a_killed_command_continues_to_the_same_losses(here, sharding, lora):
+    """SIGKILL of the whole process between two saved states, then the same command again."""
+    (here / "train.jsonl").write_text("".join(ROW.replace('"q"', f'"{"q " * (1 + k % 7)}"') for k in range(48)))
+    command = [
+        sys.executable, str(REPOSITORY / "main.py"), "c.yaml", f"deepspeed={sharding}", f"lora_config={lora}",
+        "num_epochs=2", "train_batch_size_per_device=2", "learning_rate=1e-3", "checkpoint_and_evaluation_frequency="
+        "{unit: steps, frequency: 10}",
+    ]  # fmt: skip
+    undisturbed = subprocess.run([*command, "run_name=undisturbed"], capture_output=True, text=True, cwd=here)
+    assert undisturbed.returncode == 0, undisturbed.stderr
+    metrics = here / "runs/disturbed/metrics.jsonl"
+    first = subprocess.Popen([*command, "run_name=disturbed"], stdout=subprocess.DEVNULL, cwd=here)
+    while first.poll() is None and not (metrics.exists() and len(metrics.read_text().splitlines()) > 15):
+        time.sleep(0.02)
+    first.kill()
+    assert first.wait() == -signal.SIGKILL, "the run had ended before it could be killed"
+    again = subprocess.run([*command, "run_name=disturbed"], capture_output=True, text=True, cwd=here)
+    assert again.returncode == 0, again.stderr
+    assert "continuing after step" in again.stdout
+    losses = [
+        [row["train_loss_batch"] for row in read_metrics(here / f"runs/{name}/metrics.jsonl") if "grad_norm" in row]
+        for name in ("undisturbed", "disturbed")
+    ]
+    assert len(losses[0]) == 48 and losses[0] == losses[1]

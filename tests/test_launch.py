@@ -10,43 +10,49 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from conftest import LORA, REPOSITORY, losses_of, uneven_rows
+from conftest import LORA, losses_of, uneven_rows
 from helpers import launch
-from helpers.errors import ConfigError, DataError, ModelError, ResourceError, StorageError
+from helpers.errors import ConfigError, DataError, ModelError, ResourceError, StorageError, TrainingError
 from helpers.launch import fine_tune
 from helpers.progress import read_metrics
 from helpers.storage import Run, read_json
 
-SHARDINGS = ["none", *sorted(path.stem for path in (REPOSITORY / "deepspeed_configs").glob("zero_[123].json"))]
+SHARDINGS = ["none", "zero_1", "zero_2", "zero_3"]  # none first: the others are compared with it
+
+
+@pytest.mark.slow
+def test_two_workers_train_what_one_does(ray_session, make_config):
+    """(2 workers x 4 rows) = (1 x 8), with rows of very different lengths: equal to float32 rounding."""
+    one = fine_tune(make_config(run_name="one", num_epochs=2))
+    two = fine_tune(make_config(run_name="two", num_epochs=2, num_devices=2, train_batch_size_per_device=4))
+    assert len(losses_of(one)) == 6 and losses_of(two) == pytest.approx(losses_of(one), abs=1e-4)
+    summary = read_json(two.summary)
+    assert summary["workers"] == 2 and len(summary["peak_memory_bytes_per_worker"]) == 2
 
 
 @pytest.fixture(scope="module")
-def one_worker():
-    """Losses of the reference run, made once: one process, no DeepSpeed."""
+def plain_ddp():
+    """Losses of two workers without DeepSpeed, by method; the first test of each makes them."""
     return {}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", [None, LORA], ids=["full", "lora"])
 @pytest.mark.parametrize("sharding", SHARDINGS)
-def test_two_workers_train_what_one_does(ray_session, make_config, one_worker, sharding, method):
-    """(2 workers x 4 rows) = (1 x 8), under DDP and ZeRO-1, -2 and -3, within bfloat16 rounding."""
-    settings = {"dtype": "bfloat16", "lora_config": method, "num_epochs": 2}
-    key = "lora" if method else "full"
-    if key not in one_worker:
-        one_worker[key] = losses_of(fine_tune(make_config(run_name="one", **settings)))
-    config = make_config(run_name="two", num_devices=2, train_batch_size_per_device=4, deepspeed=sharding, **settings)
+@pytest.mark.parametrize("method", [None, LORA], ids=["full", "lora"])
+def test_every_sharding_trains_alike(ray_session, make_config, plain_ddp, sharding, method):
+    """Plain DDP, ZeRO-1, -2 and -3 give the same losses within bfloat16 rounding, and save whole weights."""
+    settings = {"num_devices": 2, "train_batch_size_per_device": 2, "gradient_accumulation_steps": 2}
+    config = make_config(deepspeed=sharding, dtype="bfloat16", lora_config=method, learning_rate=3e-4, **settings)
     run = fine_tune(config)
-    assert len(one_worker[key]) == 6
-    assert losses_of(run) == pytest.approx(one_worker[key], abs=0.02)
-    summary = read_json(run.summary)
-    assert summary["workers"] == 2 and len(summary["peak_memory_bytes_per_worker"]) == 2
-    weights = load_file(next((run.folder / summary["best_checkpoint"]).glob("*.safetensors")))
+    found = [*losses_of(run), read_json(run.summary)["eval_loss"]]
+    expected = plain_ddp.setdefault("lora" if method else "full", found)
+    assert len(found) == 4 and found == pytest.approx(expected, abs=0.02)
+    weights = load_file(next((run.folder / read_json(run.summary)["best_checkpoint"]).glob("*.safetensors")))
     assert all(tensor.numel() for tensor in weights.values())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sharding", ["none", "zero_2"])
+@pytest.mark.parametrize("sharding", ["none", "zero_3"])
 def test_a_killed_worker_changes_nothing(ray_session, make_config, write_rows, sharding):
     """SIGKILL in the middle of an epoch: Ray restarts the workers, which end with the same losses."""
     settings = {
@@ -71,6 +77,28 @@ def test_a_killed_worker_changes_nothing(ray_session, make_config, write_rows, s
     assert len(undisturbed) == 120 and losses_of(run) == undisturbed
     steps = [row["step"] for row in read_metrics(run.metrics) if "train_loss_batch" in row]
     assert steps == list(range(1, 121))
+
+
+@pytest.mark.slow
+def test_workers_that_cannot_be_kept_alive_end_the_run_with_their_last_words(ray_session, make_config, write_rows):
+    config = make_config(
+        train_path=write_rows(uneven_rows(160), "many.jsonl"),
+        num_devices=2,
+        train_batch_size_per_device=2,
+        num_epochs=3,
+        max_failures=0,
+    )
+    run = Run(Path(config.storage_path) / "run")
+    killed = []
+    killer = threading.Thread(target=_kill_a_worker_at, args=(run, 10, killed))
+    killer.start()
+    with pytest.raises(TrainingError) as failed:
+        fine_tune(config)
+    killer.join()
+    assert killed and failed.value.exit_code == 1
+    told = str(failed.value)
+    assert "--- worker-0.log, last lines ---" in told and "the same command continues" in told
+    assert not run.is_complete and not list(run.checkpoints.iterdir())
 
 
 def _kill_a_worker_at(run: Run, step: int, killed: list) -> None:
@@ -141,11 +169,12 @@ def test_overwriting_and_failing_are_choices(make_config):
     assert "learning_rate: 0.002" in run.config.read_text()
 
 
-def test_a_folder_of_something_else_is_left_alone(make_config, tmp_path):
+@pytest.mark.parametrize("on_existing", ["resume", "overwrite", "fail"])
+def test_a_folder_of_something_else_is_left_alone(make_config, tmp_path, on_existing):
     (tmp_path / "runs/run").mkdir(parents=True)
     (tmp_path / "runs/run/thesis.txt").write_text("x")
     with pytest.raises(StorageError, match="is not a run folder"):
-        fine_tune(make_config())
+        fine_tune(make_config(on_existing=on_existing))
     assert [path.name for path in (tmp_path / "runs/run").iterdir()] == ["thesis.txt"]
 
 
