@@ -172,12 +172,19 @@ def _check_same(run: Run, prepared: Prepared) -> None:
 
 
 def _check_devices(config: FinetuneConfig) -> None:
-    """Refuse more workers than this machine has cores for, before a local Ray cluster is started for nothing."""
-    if os.environ.get("RAY_ADDRESS") or config.num_devices == 0:
+    """Refuse what this machine cannot do, before a local Ray cluster is started for nothing."""
+    if os.environ.get("RAY_ADDRESS"):
         return
     import torch
 
     gpus, cores = torch.cuda.device_count(), os.cpu_count() or 1
+    if config.deepspeed and not gpus and not shutil.which("g++"):
+        raise ResourceError(
+            "deepspeed on a CPU compiles a small extension at its first use and finds no g++: install g++, or set "
+            "deepspeed: none"
+        )
+    if config.num_devices == 0:
+        return
     have, kind = (gpus, "GPUs") if gpus else (cores, "CPU cores and no GPU")
     if config.num_devices > have:
         raise ResourceError(

@@ -138,7 +138,7 @@ def add_lora(model: PreTrainedModel, lora_config: dict[str, Any]):
         config = LoraConfig(**{"task_type": "CAUSAL_LM", **lora_config})
         # Adapters take the base's dtype; the optimizer keeps their float32 copies.
         return get_peft_model(model, config, autocast_adapter_dtype=False)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, NotImplementedError) as error:
         raise ModelError(f"lora_config does not fit this model: {_first_line(error)}") from None
 
 

@@ -19,7 +19,12 @@ import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import DeepSpeedPlugin, DistributedDataParallelKwargs
+from accelerate.utils import (
+    DeepSpeedPlugin,
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+)
 
 from helpers import checkpoints, data, models, optimizers, ranks
 from helpers.config import FinetuneConfig, read_deepspeed_config
@@ -54,7 +59,8 @@ def train_loop(config: FinetuneConfig, run: Run) -> dict[str, Any]:
     last_step = total_steps(config, steps_per_epoch)
 
     # (3) Model, optimizer, and the learning rate of every step.
-    progress.stage("loading the model")
+    compiles = config.deepspeed is not None and not saved
+    progress.stage("loading the model" + compiles * "; DeepSpeed compiles an extension at its first use (a minute)")
     worker = _make_worker(config, accelerator)
     # New weights are the same on every rank; dropout from here on is each rank's own.
     torch.manual_seed(config.seed + accelerator.process_index)
@@ -135,6 +141,7 @@ def train_loop(config: FinetuneConfig, run: Run) -> dict[str, Any]:
         "parameters": parameters,
         "trainable_parameters": trainable,
         "workers": accelerator.num_processes,
+        "zero_stage": worker.engine.zero_optimization_stage() if worker.engine else None,
         "device": accelerator.device.type,
         "peak_memory_bytes_per_worker": _peak_memory(worker),
     }
@@ -179,6 +186,8 @@ def _make_accelerator(config: FinetuneConfig) -> Accelerator:
     on_cpu = not torch.cuda.is_available()
     settings = read_deepspeed_config(config)
     if settings is None:
+        # accelerate leaves this set by an earlier run of the same process.
+        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
         buckets = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
         return Accelerator(cpu=on_cpu, kwargs_handlers=[buckets])
     # DeepSpeed wants to know its ranks even when there is one process.
@@ -194,12 +203,16 @@ def _make_accelerator(config: FinetuneConfig) -> Accelerator:
     }
     settings |= {name: value for name, value in known.items() if settings.get(name, "auto") == "auto"}
     settings["bf16"] = {**settings.get("bf16", {}), "enabled": is_bf16}
-    return Accelerator(
-        cpu=on_cpu,
+    # cpu=True would make accelerate ignore DeepSpeed without a word; the backend says the same and is heard.
+    accelerator = Accelerator(
         mixed_precision="bf16" if is_bf16 else "no",
         gradient_accumulation_steps=settings["gradient_accumulation_steps"],
         deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=settings),
+        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if on_cpu else [],
     )
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        raise TrainingError(f"DeepSpeed was asked for, but accelerate started {accelerator.distributed_type}")
+    return accelerator
 
 
 def _make_worker(config: FinetuneConfig, accelerator: Accelerator) -> _Worker:
@@ -225,7 +238,7 @@ def _make_worker(config: FinetuneConfig, accelerator: Accelerator) -> _Worker:
         "eps": config.adam_epsilon,
         "weight_decay": config.weight_decay,
     }
-    uses_deepspeed = accelerator.state.deepspeed_plugin is not None
+    uses_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
     make = torch.optim.AdamW if uses_deepspeed else optimizers.AdamW
     if not uses_deepspeed:
         model.to(accelerator.device)

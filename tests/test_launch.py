@@ -47,6 +47,8 @@ def test_every_sharding_trains_alike(ray_session, make_config, plain_ddp, shardi
     found = [*losses_of(run), read_json(run.summary)["eval_loss"]]
     expected = plain_ddp.setdefault("lora" if method else "full", found)
     assert len(found) == 4 and found == pytest.approx(expected, abs=0.02)
+    # Alike because they are equal, not because DeepSpeed was never started.
+    assert read_json(run.summary)["zero_stage"] == (None if sharding == "none" else int(sharding[-1]))
     weights = load_file(next((run.folder / read_json(run.summary)["best_checkpoint"]).glob("*.safetensors")))
     assert all(tensor.numel() for tensor in weights.values())
 
@@ -134,6 +136,12 @@ def test_more_devices_than_this_machine_has(make_config, monkeypatch):
     with pytest.raises(ResourceError, match=r"num_devices is \d+, this machine has \d+ .*set num_devices to at most"):
         fine_tune(config)
     assert not Path(config.storage_path).exists()
+
+
+def test_deepspeed_on_a_cpu_without_a_compiler(make_config, monkeypatch):
+    monkeypatch.setattr(launch.shutil, "which", lambda name: None)
+    with pytest.raises(ResourceError, match=r"finds no g\+\+: install g\+\+, or set deepspeed: none"):
+        fine_tune(make_config(deepspeed="zero_2"))
 
 
 # Run folders ------------------------------------------------------------------------------------------
