@@ -58,7 +58,14 @@ def render(
             f"the tokenizer of {tokenizer.name_or_path!r} has no chat template: "
             "set generation_config.prompt_format in the config"
         )
-    return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=for_generation)
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(
+            messages, tools=tools, tokenize=False, add_generation_prompt=for_generation
+        )
+    except TemplateError as error:
+        raise DataError(f"the chat template refuses these messages: {error}") from None
 
 
 def encode_prompt(

@@ -461,6 +461,21 @@ def test_the_working_directory_comes_first(load, monkeypatch, tmp_path):
     assert find_deepspeed_config("mine.json", str(tmp_path / "tiny.yaml")) == here / "mine.json"
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config_files/deepspeed/zero_3_optimizer_parameter_offload.json",
+        "deepspeed_configs/zero_3_llama_2_7b.json",
+        "deepspeed_configs/zero_3_llama_2_70b.json",
+        "deepspeed_configs/zero_3_mistral_7b.json",
+    ],
+)
+def test_files_of_early_trees_are_read_as_the_shipped_one_with_their_settings(load, name):
+    with pytest.warns(UserWarning, match=r"does not exist: using deepspeed_configs/zero_3_offload_optim\+param"):
+        config = load(f"deepspeed: {{config_path: {name}}}")
+    assert read_deepspeed_config(config)["zero_optimization"]["offload_param"]["device"] == "cpu"
+
+
 def test_a_folder_of_another_project_falls_back_on_the_shipped_file_of_that_name(load):
     with pytest.warns(UserWarning, match=r"configs/deepspeed/zero_3\.json does not exist: using deepspeed_configs/"):
         config = load("deepspeed: {config_path: configs/deepspeed/zero_3.json}")

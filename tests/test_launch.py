@@ -139,6 +139,7 @@ def test_more_devices_than_this_machine_has(make_config, monkeypatch):
 
 
 def test_deepspeed_on_a_cpu_without_a_compiler(make_config, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     monkeypatch.setattr(launch.shutil, "which", lambda name: None)
     with pytest.raises(ResourceError, match=r"finds no g\+\+: install g\+\+, or set deepspeed: none"):
         fine_tune(make_config(deepspeed="zero_2"))

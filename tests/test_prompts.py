@@ -163,6 +163,12 @@ def test_two_system_messages_are_refused(tokenizer):
         render(rows, tokenizer, LLAMA_2)
 
 
+def test_what_the_template_refuses_is_told(tokenizer):
+    rows = [{"role": "critic", "content": "a"}]
+    with pytest.raises(DataError, match="the chat template refuses these messages: role is critic"):
+        render(rows, tokenizer)
+
+
 def test_no_template_and_no_format_is_refused(tokenizer):
     import copy
 
