@@ -42,7 +42,7 @@ notebooks: .venv/dev ## run every notebook, keep its outputs, write its README.m
 	python -m nbconvert --to markdown README.ipynb
 
 tiny-model: .venv/run ## make the embedded model again, from nothing (about half an hour on 2 cores)
-	python data/make_tiny_corpus.py data/corpus/train.jsonl --rows 60000 --seed 1
+	python data/make_tiny_corpus.py data/corpus/train.jsonl --rows 50000 --seed 1
 	python data/make_tiny_corpus.py data/corpus/valid.jsonl --rows 500 --seed 2
 	python tiny_model/make_tokenizer.py data/corpus/train.jsonl data/corpus/start
 	python main.py training_configs/tiny/pretrain.yaml on_existing=overwrite

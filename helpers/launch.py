@@ -221,9 +221,10 @@ def _run_on_ray(config: FinetuneConfig, run: Run, output: Console) -> dict[str, 
     """Run the loop in one Ray Train worker per device; failed workers are restarted and continue."""
     # Ray would move each worker into a folder of its own, where the config's relative paths lead nowhere.
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
-    # Tokenising is over before workers start; huge pages save CPU workers the page faults of large tensors.
+    # Tokenising is over before workers start.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
+    # oneDNN keeps a kernel for each of the last 1,024 shapes it met, some megabytes each: keep fewer.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer

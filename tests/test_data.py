@@ -188,10 +188,12 @@ def test_like_lengths_share_a_batch():
 def test_collate_predicts_the_next_token_and_stops_at_the_last_trained_one():
     tokens = data.Tokens.from_rows([([7, 8, 9, 10, 11], [False, False, True, True, False]), ([5, 6], [False, True])])
     batch = data.collate(tokens, np.array([0, 1]), pad_id=0)
-    assert batch["input_ids"].tolist() == [[7, 8, 9], [5, 0, 0]]
-    assert batch["labels"].tolist() == [[-100, 9, 10], [6, -100, -100]]
+    assert batch["input_ids"].shape == batch["labels"].shape == (2, data.WIDTH_STEP)
+    assert batch["input_ids"][:, :4].tolist() == [[7, 8, 9, 0], [5, 0, 0, 0]]
+    assert batch["labels"][:, :4].tolist() == [[-100, 9, 10, -100], [6, -100, -100, -100]]
+    assert not batch["input_ids"][:, 3:].any() and (batch["labels"][:, 3:] == -100).all()
 
 
 def test_collate_of_no_rows_is_one_dead_token():
     batch = data.collate(make_tokens([5]), np.array([], int), pad_id=3)
-    assert batch["input_ids"].tolist() == [[3]] and batch["labels"].tolist() == [[-100]]
+    assert (batch["input_ids"] == 3).all() and (batch["labels"] == -100).all() and len(batch["labels"]) == 1
