@@ -38,7 +38,7 @@ check: .venv/dev ## style and formatting
 	ruff format --quiet --check .
 
 notebooks: .venv/dev ## run every notebook, keep its outputs, write its README.md
-	python -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False README.ipynb
+	python -m nbconvert --to notebook --execute --coalesce-streams --inplace --ExecutePreprocessor.record_timing=False README.ipynb
 	python -m nbconvert --to markdown README.ipynb
 
 tiny-model: .venv/run ## make the embedded model again, from nothing (about half an hour on 2 cores)

@@ -2,8 +2,8 @@
 
     python data/make_quickstart.py data/quickstart
 
-No last name and no order number of test.jsonl is in train.jsonl; half of its things and a part of its sentences
-are new as well.
+No last name and no order number of test.jsonl is in train.jsonl, and half of its things are new as well; its
+sentences are put together from the same parts.
 """
 
 import argparse
@@ -33,10 +33,10 @@ NEW_ITEMS = """kettle carpet tablet monitor radio drill tent scarf ring flute he
 lantern""".split()
 
 REQUESTS = {
-    "refund": ["give me my money back", "refund the price", "return my money", "pay me back", "send the money back"],
-    "replacement": ["send me a new one", "replace it", "send another one", "give me a new one", "send a replacement"],
-    "repair": ["fix it", "repair it", "have it repaired", "get it fixed for me", "mend it"],
-    "cancel": ["cancel it", "cancel the order", "stop the order", "forget the order", "take it off my orders"],
+    "refund": ["give me my money back", "refund the price", "return my money"],
+    "replacement": ["send me a new one", "replace it", "send a replacement"],
+    "repair": ["fix it", "repair it", "have it repaired"],
+    "cancel": ["cancel it", "cancel the order", "stop the order"],
 }
 FRAMES = [
     "Please {wish}.",
@@ -74,7 +74,6 @@ DELAYS = [
     "should have come last week",
     "was a mistake",
 ]
-# In each of these lists and in FRAMES, the last two sentences are for the test alone.
 SUBJECTS = [
     "The {item} from order {order} {fault}.",
     "My {item} {fault}. The order number is {order}.",
@@ -109,11 +108,6 @@ SIGNATURES = [
 ]
 
 
-def choose(rng: random.Random, phrases: list[str], test: bool) -> str:
-    """Choose a sentence; the last two of a list are kept for the test."""
-    return rng.choice(phrases if test else phrases[:-2])
-
-
 def make_row(rng: random.Random, order: str, test: bool) -> dict:
     """Make one message and its record."""
     # Each beginning has a few endings that occur in the test alone.
@@ -129,13 +123,13 @@ def make_row(rng: random.Random, order: str, test: bool) -> dict:
     }
     fault = rng.choice(DELAYS if record["request"] == "cancel" else FAULTS)
     wish = rng.choice(REQUESTS[record["request"]])
-    body = [choose(rng, SUBJECTS, test), choose(rng, FRAMES, test)]
+    body = [rng.choice(SUBJECTS), rng.choice(FRAMES)]
     if rng.random() < 0.3:
         body.reverse()
     if rng.random() < 0.6:
-        body.insert(0, choose(rng, GREETINGS, test))
+        body.insert(0, rng.choice(GREETINGS))
     else:
-        body.append(choose(rng, SIGNATURES, test))
+        body.append(rng.choice(SIGNATURES))
     message = " ".join(body).format(fault=fault, wish=wish, **record)
     return {
         "messages": [

@@ -1,6 +1,6 @@
 """Write the corpus that the tiny model is pre-trained on: one small, made-up, consistent world.
 
-    python data/make_tiny_corpus.py data/corpus/train.jsonl --rows 60000 --seed 1
+    python data/make_tiny_corpus.py data/corpus/train.jsonl --rows 50000 --seed 1
     python data/make_tiny_corpus.py data/corpus/valid.jsonl --rows 500 --seed 2
 
 A row is {"text": ...} or a chat {"messages": [...]}, some with "tools"; its words are in tiny_world.json.
@@ -361,7 +361,7 @@ def make_rows(count: int, seed: int, length: int = 560) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("path", type=Path)
-    parser.add_argument("--rows", type=int, default=60_000)
+    parser.add_argument("--rows", type=int, default=50_000)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     args.path.parent.mkdir(parents=True, exist_ok=True)
