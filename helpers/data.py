@@ -49,7 +49,7 @@ SHOWN_PROBLEMS = 20
 # Rows are sorted by length within windows of this many optimizer steps: little padding, still shuffled.
 SORTING_WINDOW = 50
 # Batches are this many tokens wide, or a multiple: matrix kernels are made for a shape, and fewer shapes mean
-# fewer kernels kept (on a CPU they took 2 GB in an hour) and tensor cores well filled.
+# fewer kernels kept (on a CPU they took gigabytes in half an hour), tensor cores well filled.
 WIDTH_STEP = 16
 
 
