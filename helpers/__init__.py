@@ -1,25 +1,35 @@
 """Forgebook's package, in layers; a module imports only from layers below its own (tests/test_architecture.py).
 
-layer  module        one line
-0      errors        what a user can get wrong
-1      schema        every config key: type, default, meaning
-1      retired       names of older LLMForge files, translated
-1      ranks         which worker this is; errors that reach all
-2      sources       the text and the lines of a config file; key=value overrides
-3      config        YAML file or URL + overrides -> FinetuneConfig
-4      prompts       messages -> token ids and the mask of what is trained
-4      storage       local, s3://, gs://, https:// paths; the run folder
-5      data          rows -> checked -> tokens -> batches
-5      models        tokenizer, weights, LoRA
-5      losses        the loss at supervised positions only, in chunks
-5      optimizers    AdamW with float32 master weights; learning rates
-5      checkpoints   save, verify, keep the best, resume
-5      progress      metrics.jsonl and what the console follows
-6      train         the loop
-6      generate      prompts -> completions
-7      evaluate      base and tuned answers compared
-7      plots         figures
-7      console       the one stream that a person reads
-8      launch        config -> Ray Train workers -> run folder
-9      cli           the verbs of main.py
+layer  module          one line
+0      errors          what a user can get wrong
+1      schema          every config key: type, default, meaning
+1      retired         names of older LLMForge files, translated
+1      ranks           which worker this is; errors that reach all
+1      cluster         the Ray cluster: this machine's own, or a larger one
+1      formats         one raw row, in any format -> one checked conversation
+1      special_tokens  special tokens inside messages stay text
+1      tool_text       tools as text, for templates that know none
+2      sources         the text and the lines of a config file; key=value overrides
+3      config          YAML file or URL + overrides -> FinetuneConfig
+4      storage         local, s3://, gs://, https:// paths; the run folder
+4      prompt_formats  LLMForge's templates by role
+5      prompts         messages -> token ids and the mask of what is trained
+5      rows            files, buckets and data sets -> raw rows with their places
+5      models          tokenizer, weights, LoRA
+5      losses          the loss at supervised positions only, in chunks
+5      optimizers      AdamW with float32 master weights; learning rates
+5      checkpoints     save, verify, keep the best, resume
+5      progress        metrics.jsonl and what the console follows
+6      tokens          tokenised rows on disk, and views of them: truncation, mixing
+7      data            rows -> tokens, in process or with Ray Data, once
+7      batches         packing; which rows make up a step; tensors
+8      prepare         data and config made ready for a run; the data report
+8      preview         rows as the model will see them
+8      train           the loop
+8      generate        prompts -> completions
+9      evaluate        base and tuned answers compared
+9      plots           figures
+9      console         the one stream that a person reads
+10     launch          config -> Ray Train workers -> run folder
+11     cli             the verbs of main.py
 """

@@ -13,6 +13,7 @@ HELP = """\
 Fine-tune a language model as CONFIG says, and look at what came of it.
 
   python main.py CONFIG [--default] [key=value ...]     fine-tune; CONFIG is a YAML file or an https:// address
+  python main.py preview CONFIG [n=3] [--json]          rows as the model will see them, trained tokens marked
   python main.py evaluate RUN [data=FILE] [rows=N]      held-out prompts answered before and after, with accuracy
 
 RUN is a run's folder, or its name under runs/. Keys and their meaning: helpers/schema.py.
@@ -20,6 +21,7 @@ RUN is a run's folder, or its name under runs/. Keys and their meaning: helpers/
 examples:
   python main.py training_configs/tiny/quickstart.yaml
   python main.py training_configs/tiny/quickstart.yaml learning_rate=3.0e-4 deepspeed=none run_name=try-2
+  python main.py preview training_configs/tiny/quickstart.yaml n=1
   python main.py evaluate quickstart rows=5
 """
 
@@ -35,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--default", action="store_true", help="choose what CONFIG leaves out: LoRA, rank 8, all layers"
     )
+    parser.add_argument("--json", action="store_true", help="preview: one JSON object per row")
     given = parser.parse_intermixed_args(arguments)
     from helpers.errors import ForgebookError
 
@@ -42,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         verb, *rest = given.target
         if verb == "evaluate":
             return _evaluate(rest)
+        if verb == "preview":
+            return _preview(rest, given.default, given.json)
         return _fine_tune(verb, rest, given.default)
     except ForgebookError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
@@ -52,6 +57,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fine_tune(config_path: str, overrides: list[str], default: bool) -> int:
+    config = _load(config_path, overrides, default)
+    from helpers.launch import fine_tune
+
+    fine_tune(config)
+    return 0
+
+
+def _load(config_path: str, overrides: list[str], default: bool):
+    """Load a config; tell of retired names on the error stream."""
     from helpers.config import load_config
 
     with warnings.catch_warnings(record=True) as caught:
@@ -59,9 +73,31 @@ def _fine_tune(config_path: str, overrides: list[str], default: bool) -> int:
         config = load_config(config_path, overrides, default)
     for warning in caught:
         print(f"note: {warning.message}", file=sys.stderr)
-    from helpers.launch import fine_tune
+    return config
 
-    fine_tune(config)
+
+def _preview(arguments: list[str], default: bool, as_lines: bool) -> int:
+    from helpers.errors import ConfigError
+
+    counts = [argument for argument in arguments if argument.startswith("n=")]
+    config_path, *overrides = [argument for argument in arguments if argument not in counts] or [None]
+    if config_path is None:
+        raise ConfigError("preview needs a CONFIG: a YAML file or an https:// address")
+    count = counts[-1].removeprefix("n=") if counts else "3"
+    if not count.isdigit() or count == "0":
+        raise ConfigError(f"preview: n must be a number of rows, got {count!r}")
+    config = _load(config_path, overrides, default)
+    from helpers.preview import as_json, preview, print_row
+
+    rows = preview(config, int(count))
+    if as_lines:
+        print("\n".join(map(as_json, rows)))
+        return 0
+    from helpers.console import make_console
+
+    output = make_console()
+    for row in rows:
+        print_row(row, output)
     return 0
 
 

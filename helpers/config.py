@@ -23,6 +23,7 @@ from helpers.retired import DEEPSPEED_FILES, RetiredNameWarning, translate_retir
 from helpers.schema import (
     CheckpointFrequency,
     ClassifierConfig,
+    DataSource,
     DeepSpeed,
     FinetuneConfig,
     GenerationConfig,
@@ -42,6 +43,7 @@ from helpers.sources import Places, apply_override, parse_yaml, place_of, read_t
 __all__ = [
     "CheckpointFrequency",
     "ClassifierConfig",
+    "DataSource",
     "DeepSpeed",
     "FinetuneConfig",
     "GenerationConfig",

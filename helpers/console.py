@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-__all__ = ["follow", "last_lines", "make_console", "quiet_descriptors", "table"]
+__all__ = ["counting", "follow", "last_lines", "make_console", "quiet_descriptors", "table"]
 
 POLL_SECONDS = 0.2
 # Without a terminal a run is told in about this many lines, a long one in a line every so many seconds.
@@ -191,9 +191,27 @@ def _evaluation_text(event: dict[str, Any]) -> str:
     return f"{where}  evaluation loss {event['eval_loss']:.4f}  perplexity {event['perplexity']:.3f}{best}"
 
 
+@contextlib.contextmanager
+def counting(console: Console, what: str) -> Iterator[Callable[[str, int, int], None]]:
+    """Yield a function to call with (name, done, total): a bar with time left in a terminal, else nothing."""
+    if not console.is_terminal:
+        yield lambda name, done, total: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        tasks: dict[str, Any] = {}
+
+        def tell(name: str, done: int, total: int) -> None:
+            if name not in tasks:
+                tasks[name] = bar.add_task(f"{what} {name}")
+            bar.update(tasks[name], completed=done, total=total)
+
+        yield tell
+
+
 def table(title: str, columns: list[str], rows: Iterable[Iterable[str]]) -> Table:
     """Make a table for the console."""
-    made = Table(title=title, title_justify="left", title_style="bold", expand=False)
+    made = Table(title=title or None, title_justify="left", title_style="bold", expand=False)
     for column in columns:
         made.add_column(column, overflow="fold")
     for row in rows:

@@ -1,372 +1,316 @@
-"""Rows -> validated messages -> tokens -> batches.
+"""Sources of rows -> tokens, once per run and before any worker starts; small sets here, large ones with Ray Data.
 
-    rows = read_rows("train.jsonl")                       every bad row of a file is named, in one pass
-    tokens = tokenize_rows(rows, tokenizer, task=...)     Tokens: flat arrays, one row after the other
-    tokens, cut = fit_context(tokens, 512, "error")       the truncation policy
-    steps = epoch_batches(tokens, 32, seed, epoch)        which rows make up each optimizer step
-    micro = split_batch(steps[0], tokens, world, accum)   who computes which of them
-    batch = collate(tokens, micro[rank][k], pad_id)       tensors
+    sources = rows.find_sources(config.train_path)
+    tokens, notes = tokenize(sources, tokenizer, Recipe.of(config), folder)
 
-The rows of an optimizer step depend on the seed and the global batch size alone, so a run gives the same
-losses however the batch is divided among workers and accumulation steps, and a resumed run sees the rows
-that an undisturbed one would have seen.
+What is written under `folder` is named by a hash of all it depends on: the rows, the tokenizer, the template
+as it renders, what is trained, and the code. A change of any of these makes other files; none is ever stale.
 """
 
 from __future__ import annotations
 
+import collections
+import contextlib
+import dataclasses
 import functools
+import hashlib
+import importlib.metadata
+import itertools
 import json
-import math
-from collections.abc import Callable, Iterator
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from helpers import prompts, storage
+from helpers import formats, prompts, rows, special_tokens, storage, tokens, tool_text
 from helpers.errors import DataError
+from helpers.formats import Row
+from helpers.rows import Piece, Source
+from helpers.tokens import Tokens
 
 if TYPE_CHECKING:
-    import torch
+    from helpers.config import FinetuneConfig, PromptFormat
 
-__all__ = [
-    "Row",
-    "Tokens",
-    "collate",
-    "epoch_batches",
-    "fit_context",
-    "load_tokens",
-    "read_rows",
-    "save_tokens",
-    "split_batch",
-    "token_statistics",
-    "tokenize_rows",
-]
+__all__ = ["Recipe", "SetNotes", "bad_rows_error", "empty_error", "encode_rows", "read_rows", "tokenize", "write_piece"]
 
-ROLES = ("system", "user", "assistant", "tool")
 SHOWN_PROBLEMS = 20
-# Rows are sorted by length within windows of this many optimizer steps: little padding, still shuffled.
-SORTING_WINDOW = 50
-# Batches are this many tokens wide, or a multiple: matrix kernels are made for a shape, and fewer shapes mean
-# fewer kernels kept (on a CPU they took gigabytes in half an hour), tensor cores well filled.
-WIDTH_STEP = 16
+# Rows per call of the tokenizer: enough for all its threads.
+CHUNK_ROWS = 512
+# Sets of more pieces than this (of about 8 MB) are worth a Ray cluster.
+PIECES_IN_PROCESS = 32
+# Tasks whose loss is on the last answer alone.
+LAST_ANSWER_TASKS = ("classification", "preference_tuning")
+# What the conversation is to be that shows how a template renders (and what date it prints).
+PROBE = [
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": "b"},
+    {"role": "user", "content": "c"},
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Row:
-    """One validated row: chat messages (with tools), or plain text; `where` is its file:line."""
+class Recipe:
+    """All of a config that decides how a row becomes tokens."""
 
-    where: str
-    messages: list[prompts.Message] | None = None
-    text: str | None = None
-    tools: list[dict] | None = None
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """Tokenised rows in flat arrays.
-
-    input_ids: [tokens] int32; trained: [tokens] bool; offsets: [rows + 1] int64, where each row begins.
-    """
-
-    input_ids: np.ndarray
-    trained: np.ndarray
-    offsets: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    @functools.cached_property
-    def lengths(self) -> np.ndarray:
-        """[rows] tokens per row."""
-        return np.diff(self.offsets)
-
-    @functools.cached_property
-    def supervised(self) -> np.ndarray:
-        """[rows] tokens per row that are targets of the loss; a row's first token never is."""
-        targets = self.trained.astype(np.int64)
-        targets[self.offsets[:-1][self.lengths > 0]] = 0
-        ends = np.concatenate([[0], np.cumsum(targets)])
-        return ends[self.offsets[1:]] - ends[self.offsets[:-1]]
-
-    def row(self, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return row k's ids and trained marks, as views."""
-        part = slice(self.offsets[k], self.offsets[k + 1])
-        return self.input_ids[part], self.trained[part]
+    task: str = "instruction_tuning"
+    prompt_format: PromptFormat | None = None
+    train_on: str = "all"
+    rewritten_turns: str = "refuse"
+    labels: tuple[str, ...] = ()
 
     @classmethod
-    def from_rows(cls, rows: list[tuple[Any, Any]]) -> Tokens:
-        """Join rows of (ids, trained)."""
-        lengths = [len(ids) for ids, _ in rows]
-        return cls(
-            np.concatenate([np.asarray(ids, np.int32) for ids, _ in rows] or [np.zeros(0, np.int32)]),
-            np.concatenate([np.asarray(trained, bool) for _, trained in rows] or [np.zeros(0, bool)]),
-            np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        )
+    def of(cls, config: FinetuneConfig) -> Recipe:
+        """Take it out of a config."""
+        labels = tuple(config.classifier_config.label_tokens) if config.classifier_config else ()
+        prompt_format = config.generation_config.prompt_format
+        return cls(config.task, prompt_format, config.train_on, config.rewritten_turns, labels)
+
+    @property
+    def trained(self) -> str:
+        """Tell which tokens of a row are trained, as prompts.encode names them."""
+        if self.task == "causal_lm":
+            return "all"
+        return "last" if self.train_on == "last" or self.task in LAST_ANSWER_TASKS else "assistant"
 
 
-# Reading and checking ---------------------------------------------------------------------------------
+@dataclass
+class SetNotes:
+    """What was met while a set was read: for the data report."""
+
+    rows: int = 0
+    turns: int = 0
+    formats: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    ignored: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    labels: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    problems: list[str] = dataclasses.field(default_factory=list)
+
+    @classmethod
+    def from_json(cls, written: dict[str, Any]) -> SetNotes:
+        """Read what dataclasses.asdict wrote."""
+        counters = {name: collections.Counter(written[name]) for name in ("formats", "ignored", "labels")}
+        return cls(**{**written, **counters})
+
+    def __add__(self, other: SetNotes) -> SetNotes:
+        return SetNotes(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(self)})
 
 
-def read_rows(path: str, task: str = "instruction_tuning") -> list[Row]:
-    """Read and check a JSONL file, local or remote.
+# Rows -------------------------------------------------------------------------------------------------
 
-    Raises DataError naming every bad row as file:line (the first 20 are shown).
-    """
-    local = storage.fetch_file(path)
-    name = Path(path).name
-    rows, problems = [], []
-    for number, line in _numbered_lines(local, name):
-        where = f"{name}:{number}"
+
+def read_rows(
+    path: Any, task: str = "instruction_tuning", limit: int | None = None, labels: tuple[str, ...] = ()
+) -> list[Row]:
+    """Read and check the rows of a path, the first `limit`; raise DataError naming every bad one."""
+    good, notes = [], SetNotes()
+    sources = rows.find_sources(path)
+    pieces = itertools.chain.from_iterable(rows.cut(source.uri) for source in sources)
+    for piece in pieces:
+        for row in _checked(piece, Recipe(task, labels=labels), notes):
+            good.append(row)
+            if len(good) == limit:
+                break
+        if len(good) == limit:
+            break
+    if notes.problems:
+        raise bad_rows_error(path, notes)
+    if not good:
+        raise empty_error(path)
+    return good
+
+
+def _checked(piece: Piece, recipe: Recipe, notes: SetNotes) -> Iterator[Row]:
+    """Yield the good rows of a piece; note the bad."""
+    for where, raw in rows.read_piece(piece):
+        notes.rows += 1
         try:
-            rows.append(_parse_row(line, where, task))
+            if isinstance(raw, DataError):
+                raise raw
+            row, about = formats.parse_row(raw, where, recipe.task, recipe.labels)
         except DataError as error:
-            problems.append(str(error))
-    if problems:
-        shown = "\n  ".join(problems[:SHOWN_PROBLEMS])
-        more = f"\n  ... and {len(problems) - SHOWN_PROBLEMS} more" if len(problems) > SHOWN_PROBLEMS else ""
-        raise DataError(f"{len(problems)} of {len(problems) + len(rows)} rows of {path} are unusable:\n  {shown}{more}")
-    if not rows:
-        raise DataError(f'{path} is empty: it needs at least one row like {{"messages": [...]}}')
-    return rows
+            notes.problems.append(str(error))
+            continue
+        notes.formats[about.format] += 1
+        notes.ignored.update(about.ignored)
+        notes.turns += len(row.messages or ())
+        if recipe.labels:
+            notes.labels[row.messages[-1]["content"]] += 1
+        yield row
 
 
-def _numbered_lines(path: Path, name: str) -> Iterator[tuple[int, str]]:
-    """Yield (line number, text) of the lines that hold something."""
-    with open(path, "rb") as file:
-        for number, raw in enumerate(file, 1):
-            try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-            except UnicodeDecodeError as error:
-                raise DataError(
-                    f"{name}:{number}: not UTF-8 text (byte {error.start}): save the file as UTF-8"
-                ) from None
-            if line:
-                yield number, line
+def bad_rows_error(path: Any, notes: SetNotes) -> DataError:
+    """Make the error that names the bad rows of a set."""
+    shown = "\n  ".join(notes.problems[:SHOWN_PROBLEMS])
+    more = len(notes.problems) - SHOWN_PROBLEMS
+    hidden = f"\n  ... and {more} more" if more > 0 else ""
+    return DataError(f"{len(notes.problems)} of {notes.rows} rows of {path} are unusable:\n  {shown}{hidden}")
 
 
-def _parse_row(line: str, where: str, task: str) -> Row:
-    """Parse one line into a Row, or raise DataError with its place, field and mend."""
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{where}: not valid JSON ({error}): each line must be one JSON object") from None
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: got a JSON {type(row).__name__}, need an object with the key 'messages'")
-    if "messages" not in row:
-        if task == "causal_lm" and isinstance(row.get("text"), str) and row["text"]:
-            return Row(where, text=row["text"])
-        also = " or a non-empty 'text'" if task == "causal_lm" else ""
-        raise DataError(f"{where}: no 'messages' (its keys: {', '.join(row) or 'none'}): add a list of messages{also}")
-    _check_messages(row["messages"], where, needs_answer=task != "causal_lm")
-    return Row(where, messages=row["messages"], tools=row.get("tools"))
+def empty_error(path: Any) -> DataError:
+    """Make the error that a set without rows gives."""
+    return DataError(f'{path} is empty: it needs at least one row like {{"messages": [...]}}')
 
 
-def _check_messages(messages: Any, where: str, needs_answer: bool) -> None:
-    """Raise DataError unless messages are a conversation that can be rendered (and has an answer to train)."""
-    if not isinstance(messages, list) or not messages:
-        raise DataError(f"{where}: messages: need a non-empty list of {{role, content}}, got {_brief(messages)}")
-    for k, message in enumerate(messages):
-        at = f"{where}: messages[{k}]"
-        if not isinstance(message, dict):
-            raise DataError(f"{at}: need an object with role and content, got {_brief(message)}")
-        role = message.get("role")
-        if role not in ROLES:
-            raise DataError(f"{at}.role: got {_brief(role)}, need one of {', '.join(ROLES)}")
-        if not isinstance(message.get("content"), str) and not (role == "assistant" and message.get("tool_calls")):
-            raise DataError(f"{at}.content: need a string, got {_brief(message.get('content'))}")
-        if role == "system" and k > 0:
-            raise DataError(f"{at}.role: a system message can only come first")
-    if needs_answer and not any(message["role"] == "assistant" for message in messages):
-        raise DataError(
-            f"{where}: messages: no assistant turn, so nothing to train on: "
-            "add the answer, or set task: causal_lm to train on every token"
-        )
+# Tokens -----------------------------------------------------------------------------------------------
 
 
-def _brief(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "..."
+def encode_rows(batch: list[Row], tokenizer, recipe: Recipe) -> list[list[prompts.Encoded] | DataError]:
+    """Encode rows and mark what the task trains. Pure: the same rows give the same tokens in any process.
+
+    Returns for each row its encodings (one; two for a preference pair, the chosen first; more if its turns are
+    expanded), or the DataError, with file:line, that says why it cannot be trained.
+    """
+    conversations, owners = [], []
+    for k, row in enumerate(batch):
+        for messages in (row.messages, row.rejected):
+            if messages is not None:
+                conversations.append((messages, row.tools))
+                owners.append(k)
+    results = prompts.encode_many(
+        conversations, tokenizer, recipe.prompt_format,
+        trained=recipe.trained, rewritten_turns=recipe.rewritten_turns,
+    )  # fmt: skip
+    encoded: list[Any] = [[] for _ in batch]
+    for k, result in zip(owners, results, strict=True):
+        if isinstance(encoded[k], list):
+            encoded[k] = result if isinstance(result, DataError) else encoded[k] + result
+    for k, row in enumerate(batch):
+        if row.text is not None:
+            encoded[k] = [prompts.encode_text(row.text, tokenizer)]
+        if isinstance(encoded[k], DataError):
+            encoded[k] = DataError(f"{row.where}: {encoded[k]}")
+        elif not all(any(one.trained[1:]) for one in encoded[k]):
+            encoded[k] = DataError(f"{row.where}: no token of this row would be trained: is its assistant turn empty?")
+    return encoded
 
 
-# Tokenising -------------------------------------------------------------------------------------------
-
-
-def tokenize_rows(
-    rows: list[Row],
+def tokenize(
+    sources: list[Source],
     tokenizer,
-    prompt_format=None,
-    task: str = "instruction_tuning",
-    on_progress: Callable[[int], None] = lambda done: None,
-) -> Tokens:
-    """Tokenise rows and mark what the task trains: every token (causal_lm) or the assistant's turns.
+    recipe: Recipe,
+    folder: Path,
+    seed: int = 0,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[Tokens, SetNotes]:
+    """Tokenise a set, or map what an earlier run wrote of it; mix its sources by their weights.
 
-    Raises DataError, with file:line, for a row in which no token would be trained.
+    folder: where shards are kept, one folder per source and recipe. on_progress: called with (pieces done, all).
+
+    Raises DataError or StorageError if a source cannot be read at all; bad rows are in the notes.
     """
-    trained = "all" if task == "causal_lm" else "assistant"
-    encoded = []
-    for done, row in enumerate(rows, 1):
-        try:
-            if row.text is not None:
-                one = prompts.encode_text(row.text, tokenizer)
-            else:
-                one = prompts.encode(row.messages, tokenizer, prompt_format, trained=trained, tools=row.tools)
-        except DataError as error:
-            raise DataError(f"{row.where}: {error}") from None
-        if not any(one.trained[1:]):
-            raise DataError(f"{row.where}: no token of this row would be trained: is its assistant turn empty?")
-        encoded.append((one.input_ids, one.trained))
-        on_progress(done)
-    return Tokens.from_rows(encoded)
+    parts, total = [], SetNotes()
+    for source in sources:
+        kept = folder / _cache_key(source.uri, tokenizer, recipe)
+        if not kept.is_dir():
+            _write_shards(source.uri, tokenizer, recipe, kept, on_progress)
+        total += SetNotes.from_json(storage.read_json(kept / "notes.json"))
+        parts.append((sorted(kept.glob("*.arrow")), source.weight))
+    mixed = tokens.map_shards([shard for shards, _ in parts for shard in shards])
+    if all(weight == 1 for _, weight in parts):
+        return mixed, total
+    return _mixed(mixed, parts, seed), total
 
 
-def token_statistics(tokens: Tokens) -> dict[str, float]:
-    """Summarise a set: rows, tokens, percentiles of the row length, share of tokens that are trained."""
-    p50, p95, p99 = np.percentile(tokens.lengths, [50, 95, 99], method="inverted_cdf")
-    return {
-        "rows": len(tokens),
-        "tokens": int(tokens.lengths.sum()),
-        "supervised_tokens": int(tokens.supervised.sum()),
-        "supervised_share": round(float(tokens.supervised.sum() / max(1, tokens.lengths.sum())), 4),
-        "tokens_p50": int(p50),
-        "tokens_p95": int(p95),
-        "tokens_p99": int(p99),
-        "tokens_max": int(tokens.lengths.max()),
-    }
+def _mixed(whole: Tokens, parts: list[tuple[list[Path], float]], seed: int) -> Tokens:
+    import numpy as np
+
+    taken = []
+    for number, (shards, weight) in enumerate(parts):
+        names = {str(shard) for shard in shards}
+        of_source = np.array([file in names for file, _ in whole.files])
+        mine = np.flatnonzero(of_source[whole.part])
+        taken.append(tokens.repetitions(mine, weight, seed + number))
+    return whole.select(np.concatenate(taken))
 
 
-def fit_context(
-    tokens: Tokens, context_length: int, policy: str, name: str = "the data"
-) -> tuple[Tokens, dict[str, int]]:
-    """Apply the truncation policy to rows longer than context_length.
+def _cache_key(uri: str, tokenizer, recipe: Recipe) -> str:
+    """Hash everything that the tokens of a source depend on."""
+    try:
+        probe = prompts.render(PROBE, tokenizer, recipe.prompt_format)
+    except DataError as error:
+        probe = str(error)
+    code = b"".join(Path(m.__file__).read_bytes() for m in (formats, prompts, rows, special_tokens, tokens, tool_text))
+    parts = [
+        rows.content_key(uri),
+        uri.rsplit("/", 1)[-1],  # it names the rows in messages
+        tokenizer.backend_tokenizer.to_str(),
+        str(tokenizer.chat_template),
+        probe,
+        repr(recipe),
+        code.decode(),
+        Path(__file__).read_text(),
+        *(importlib.metadata.version(name) for name in ("transformers", "tokenizers", "jinja2")),
+    ]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
-    policy: "error" refuses if a trained token would be lost (a prompt's unneeded tail may go), "drop" leaves
-            such rows out, "left" / "right" cut that end off.
 
-    Returns the tokens and what it did: rows_cut, rows_dropped, tokens_cut, answer_tokens_cut.
-    Raises DataError if anything would be lost under "error", or if nothing trained is left of a row or set.
-    """
-    long = np.flatnonzero(tokens.lengths > context_length)
-    kept, dropped, answer_lost = [], 0, 0
-    cut = set(long.tolist())
-    for k in range(len(tokens)):
-        ids, trained = tokens.row(k)
-        if k in cut:
-            keep = slice(len(ids) - context_length, None) if policy == "left" else slice(0, context_length)
-            lost = int(trained[1:].sum() - trained[keep][1:].sum())
-            if policy == "drop" or (policy != "error" and not trained[keep][1:].any()):
-                dropped += 1
-                answer_lost += int(trained[1:].sum())
+def _write_shards(uri: str, tokenizer, recipe: Recipe, target: Path, on_progress) -> None:
+    """Tokenise a source piece by piece into shards under `target`, which appears when all are there."""
+    pieces = rows.cut(uri)
+    aside = target.with_name(f".{target.name}.{os.getpid()}")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    write = functools.partial(write_piece, tokenizer=tokenizer, recipe=recipe, folder=aside)
+    try:
+        notes = SetNotes()
+        many = len(pieces) > PIECES_IN_PROCESS
+        for done, one in enumerate(_with_ray(pieces, write) if many else map(write, itertools.count(), pieces), 1):
+            notes += one
+            on_progress(done, len(pieces))
+        storage.write_json(aside / "notes.json", vars(notes))
+        with contextlib.suppress(OSError):  # another run was faster: what it wrote is the same
+            os.replace(aside, target)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_piece(number: int, piece: Piece, *, tokenizer, recipe: Recipe, folder: Path) -> SetNotes:
+    """Tokenise one piece into one shard; return what was met."""
+    notes = SetNotes()
+    name = piece.uri.rsplit("/", 1)[-1]
+    written = _encoded(_checked(piece, recipe, notes), tokenizer, recipe, notes)
+    tokens.write_shard(written, folder / f"{number:06d}.arrow", name)
+    return notes
+
+
+def _encoded(good: Iterable[Row], tokenizer, recipe: Recipe, notes: SetNotes) -> Iterator[tuple[prompts.Encoded, int]]:
+    good = iter(good)
+    while batch := list(itertools.islice(good, CHUNK_ROWS)):
+        for row, encoded in zip(batch, encode_rows(batch, tokenizer, recipe), strict=True):
+            if isinstance(encoded, DataError):
+                notes.problems.append(str(encoded))
                 continue
-            answer_lost += lost
-            ids, trained = ids[keep], trained[keep]
-        kept.append((ids, trained))
-    if policy == "error" and answer_lost:
-        raise DataError(
-            f"{len(long)} of {len(tokens)} rows of {name} are longer than context_length {context_length} and would "
-            f"lose {answer_lost} trained tokens: set context_length to {int(tokens.lengths.max())} to lose none, "
-            "or truncation to drop, left or right"
-        )
-    if not kept:
-        raise DataError(
-            f"no row of {name} has a trained token within context_length {context_length}: "
-            f"the longest row has {int(tokens.lengths.max())} tokens"
-        )
-    fitted = Tokens.from_rows(kept) if len(long) else tokens
-    done = {
-        "rows_cut": len(long) - dropped,
-        "rows_dropped": dropped,
-        "tokens_cut": int(tokens.lengths.sum() - fitted.lengths.sum()),
-        "answer_tokens_cut": answer_lost,
-    }
-    return fitted, done
+            line = int(row.where.rsplit(":", 1)[1])
+            yield from ((one, line) for one in encoded)
 
 
-def save_tokens(tokens: Tokens, path: Path) -> None:
-    """Write tokens as an Arrow file that workers can map into memory."""
-    import pyarrow as pa
+class _PieceWriter:
+    """One Ray Data actor: it holds the tokenizer and writes shards to the run storage."""
 
-    table = pa.table(
-        {
-            "input_ids": pa.LargeListArray.from_arrays(tokens.offsets, tokens.input_ids),
-            "trained": pa.LargeListArray.from_arrays(tokens.offsets, tokens.trained.view(np.int8)),
-        }
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
-        writer.write_table(table)
+    def __init__(self, write):
+        self.write = write
+
+    def __call__(self, batch: dict) -> dict:
+        notes = [
+            self.write(int(n), Piece(**json.loads(p))) for n, p in zip(batch["number"], batch["piece"], strict=True)
+        ]
+        return {"number": batch["number"], "notes": [json.dumps(vars(one)) for one in notes]}
 
 
-def load_tokens(path: Path) -> Tokens:
-    """Map a file of save_tokens into memory; nothing is copied."""
-    import pyarrow as pa
+def _with_ray(pieces: list[Piece], write) -> Iterator[SetNotes]:
+    """Map pieces to shards with Ray Data, streaming; only notes come back to this process."""
+    import ray
 
-    batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
-    ids, trained = batch.column("input_ids"), batch.column("trained")
-    return Tokens(ids.values.to_numpy(), trained.values.to_numpy().view(bool), ids.offsets.to_numpy())
+    from helpers import cluster
 
-
-# Batches ----------------------------------------------------------------------------------------------
-
-
-def epoch_batches(tokens: Tokens, global_batch: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """Divide an epoch's rows into optimizer steps: shuffled, rows of like length together.
-
-    Returns one array of row numbers per step, each [global_batch], the last maybe shorter.
-    """
-    rng = np.random.default_rng([seed, epoch])
-    order = rng.permutation(len(tokens))
-    window = SORTING_WINDOW * global_batch
-    steps = []
-    for start in range(0, len(order), window):
-        part = order[start : start + window]
-        part = part[np.argsort(tokens.lengths[part], kind="stable")]
-        batches = [part[k : k + global_batch] for k in range(0, len(part), global_batch)]
-        steps += [batches[k] for k in rng.permutation(len(batches))]
-    # A short batch in the middle would make steps differ in kind; it goes last, once.
-    steps.sort(key=len, reverse=True)
-    return steps
-
-
-def split_batch(rows: np.ndarray, tokens: Tokens, world: int, accumulation: int) -> list[list[np.ndarray]]:
-    """Deal one step's rows to ranks and micro batches: [rank][micro] arrays of row numbers.
-
-    Rows of like length share a micro batch (little padding), and every rank gets its share of each length
-    (no rank waits for another). A part may be empty in an epoch's last step.
-    """
-    ordered = rows[np.argsort(-tokens.lengths[rows], kind="stable")]
-    parts: list[list[np.ndarray]] = [[] for _ in range(world)]
-    for micro in np.array_split(ordered, accumulation):
-        for rank in range(world):
-            parts[rank].append(micro[rank::world])
-    return parts
-
-
-def collate(tokens: Tokens, rows: np.ndarray, pad_id: int, pad_to: int | None = None) -> dict[str, torch.Tensor]:
-    """Stack rows into tensors, padded on the right.
-
-    Returns input_ids [rows, length] and labels [rows, length], where labels[:, t] is the token that position
-    t predicts, or -100. Tokens behind a row's last trained one are left out: they can change no loss. No
-    attention mask is needed: under causal attention a real token never sees the padding on its right.
-
-    pad_to: pad to this many tokens rather than to the longest row, rounded up (`padding: max_length`).
-    """
-    import torch
-
-    pairs = []
-    for k in rows:
-        ids, trained = tokens.row(k)
-        last = np.flatnonzero(trained)[-1]
-        labels = np.where(trained[1 : last + 1], ids[1 : last + 1], -100)
-        pairs.append((ids[:last], labels))
-    # An empty part (more workers than rows in the last step) still takes part in collectives: one dead token.
-    pairs = pairs or [(np.full(1, pad_id), np.full(1, -100))]
-    longest = max(len(ids) for ids, _ in pairs)
-    width = pad_to or math.ceil(longest / WIDTH_STEP) * WIDTH_STEP
-    input_ids = np.full((len(pairs), width), pad_id, np.int64)
-    labels = np.full((len(pairs), width), -100, np.int64)
-    for k, (ids, targets) in enumerate(pairs):
-        input_ids[k, : len(ids)] = ids
-        labels[k, : len(ids)] = targets
-    return {"input_ids": torch.from_numpy(input_ids), "labels": torch.from_numpy(labels)}
+    cluster.start_ray()
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    items = [{"number": k, "piece": json.dumps(dataclasses.asdict(piece))} for k, piece in enumerate(pieces)]
+    workers = max(1, int(ray.cluster_resources().get("CPU", 1)))
+    written = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+        _PieceWriter, batch_size=1, num_cpus=1, fn_constructor_args=(write,),
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=workers),
+    )  # fmt: skip
+    for row in written.iter_rows():
+        yield SetNotes.from_json(json.loads(row["notes"]))

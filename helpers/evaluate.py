@@ -51,7 +51,7 @@ def compare_with_base(run: Run, path: str | None = None, rows: int | None = None
     if not run.is_complete:
         raise StorageError(f"the run {run.name} has not ended well yet: its command continues it")
     best = run.folder / storage.read_json(run.summary)["best_checkpoint"]
-    held_out = data.read_rows(path or config.valid_path)[:rows]
+    held_out = data.read_rows(path or config.valid_path, limit=rows)
     asked = [row.messages[:-1] for row in held_out]
     answers = []
     for source in (models.locate(config.initial_base_model_ckpt_path or config.model_id), best):

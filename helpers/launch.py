@@ -8,40 +8,26 @@ Workers run `helpers.train.train_loop`. num_devices: 0 runs it in this process, 
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import importlib.metadata
-import math
 import os
 import shutil
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from helpers import cluster, plots, progress, storage, tokens
 from helpers import console as consoles
-from helpers import data, models, plots, progress, storage
 from helpers.config import FinetuneConfig, config_differences, dump_config, load_config
 from helpers.errors import ConfigError, ForgebookError, ResourceError, StorageError, TrainingError
+from helpers.prepare import Prepared, prepare, report_rows, steps_per_epoch
 from helpers.storage import Run
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["Prepared", "fine_tune", "prepare"]
+__all__ = ["fine_tune"]
 
-# Rows per device and step when the config names none: what fits a 24 GB GPU with a 7B LoRA, by context length.
-MICRO_BATCHES = {512: 16, 1024: 8, 2048: 4, 4096: 2}
 PACKAGES = ("torch", "ray", "transformers", "peft", "accelerate", "deepspeed")
-
-
-@dataclasses.dataclass(frozen=True)
-class Prepared:
-    """A run that is ready to start: a config without gaps, tokens, and the report on the data."""
-
-    config: FinetuneConfig
-    train: data.Tokens
-    valid: data.Tokens | None
-    report: dict[str, Any]
 
 
 def fine_tune(config: FinetuneConfig) -> Run:
@@ -53,7 +39,10 @@ def fine_tune(config: FinetuneConfig) -> Run:
     output = consoles.make_console()
     _refuse_unsupported(config)
     run = storage.open_run(config)
-    prepared = prepare(config, output)
+    if not run.is_complete:
+        _check_devices(config)
+    with consoles.counting(output, "tokenising") as on_progress:
+        prepared = prepare(config, run, on_progress)
     config = prepared.config
     is_overwritten = config.on_existing == "overwrite"
     if run.config.exists() and not is_overwritten:
@@ -62,7 +51,6 @@ def fine_tune(config: FinetuneConfig) -> Run:
             output.print(f"{storage.shown(run.folder)} is complete already (on_existing=overwrite runs it again)")
             _print_summary(output, run)
             return run
-    _check_devices(config)
     if is_overwritten:
         shutil.rmtree(run.folder, ignore_errors=True)
     _write_run(run, prepared)
@@ -84,60 +72,6 @@ def fine_tune(config: FinetuneConfig) -> Run:
 
 
 # Before the run ---------------------------------------------------------------------------------------
-
-
-def prepare(config: FinetuneConfig, output: Console | None = None) -> Prepared:
-    """Read, check and tokenise the data; fill in what the config leaves to it. Writes nothing.
-
-    Raises DataError, ModelError or StorageError.
-    """
-    tokenizer = models.load_tokenizer(models.tokenizer_source(config))
-    sets = {"train": config.train_path} | ({"valid": config.valid_path} if config.valid_path else {})
-    tokens = {}
-    for name, path in sets.items():
-        rows = data.read_rows(path, config.task)
-        if output:
-            output.print(f"[dim]tokenising {len(rows):,} rows of {path}[/dim]")
-        tokens[name] = data.tokenize_rows(rows, tokenizer, config.generation_config.prompt_format, config.task)
-    config = _fill_gaps(config, tokens)
-    report = {"tokenizer": models.tokenizer_source(config), "context_length": config.context_length}
-    for name, path in sets.items():
-        whole = tokens[name]
-        tokens[name], cut = data.fit_context(whole, config.context_length, config.truncation, path)
-        report[name] = {
-            "path": path,
-            **data.token_statistics(whole),
-            **cut,
-            "fingerprint": _fingerprint(tokens[name]),
-        }
-    return Prepared(config, tokens["train"], tokens.get("valid"), report)
-
-
-def _fill_gaps(config: FinetuneConfig, tokens: dict[str, data.Tokens]) -> FinetuneConfig:
-    """Choose what the config leaves open: context length, batch sizes, epochs (llmforge's rules)."""
-    chosen: dict[str, Any] = {}
-    if config.context_length is None:
-        p95 = max(data.token_statistics(one)["tokens_p95"] for one in tokens.values())
-        chosen["context_length"] = max(p95, models.native_context_length(models.locate(config.model_id)))
-    context = config.context_length or chosen["context_length"]
-    micro = next((batch for length, batch in MICRO_BATCHES.items() if context <= length), 1)
-    for name in ("train_batch_size_per_device", "eval_batch_size_per_device"):
-        if getattr(config, name) is None:
-            chosen[name] = micro
-    if chosen:
-        config = config.resolve(**chosen)
-    if config.num_epochs is None:
-        steps_per_epoch = math.ceil(len(tokens["train"]) / config.global_batch_size)
-        config = config.resolve(num_epochs=math.ceil(config.min_update_steps / steps_per_epoch))
-    return config
-
-
-def _fingerprint(tokens: data.Tokens) -> str:
-    """Hash what is trained, so that a continued run can tell whether its data changed."""
-    digest = hashlib.sha256()
-    for array in (tokens.input_ids, tokens.trained, tokens.offsets):
-        digest.update(array.tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _refuse_unsupported(config: FinetuneConfig) -> None:
@@ -200,9 +134,9 @@ def _write_run(run: Run, prepared: Prepared) -> None:
         run.config.write_text(dump_config(prepared.config))  # first: it makes the folder a run's
         for folder in (run.logs, run.checkpoints, run.resume):
             folder.mkdir(exist_ok=True)
-        data.save_tokens(prepared.train, run.tokens / "train.arrow")
+        tokens.save_view(prepared.train, run.tokens / "train.npz")
         if prepared.valid is not None:
-            data.save_tokens(prepared.valid, run.tokens / "valid.arrow")
+            tokens.save_view(prepared.valid, run.tokens / "valid.npz")
         storage.write_json(run.data_report, prepared.report)
     except OSError as error:
         raise StorageError(f"{run.folder} cannot be written: {error}: set storage_path to another place") from None
@@ -219,8 +153,6 @@ def _run_here(config: FinetuneConfig, run: Run) -> dict[str, Any]:
 
 def _run_on_ray(config: FinetuneConfig, run: Run, output: Console) -> dict[str, Any]:
     """Run the loop in one Ray Train worker per device; failed workers are restarted and continue."""
-    # Ray would move each worker into a folder of its own, where the config's relative paths lead nowhere.
-    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
     # Tokenising is over before workers start.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # oneDNN keeps a kernel for each of the last 1,024 shapes it met, some megabytes each: keep fewer.
@@ -231,12 +163,7 @@ def _run_on_ray(config: FinetuneConfig, run: Run, output: Console) -> dict[str, 
 
     if not ray.is_initialized():
         output.print("[dim]starting Ray[/dim]")
-        ray.init(
-            address=os.environ.get("RAY_ADDRESS") or "local",
-            include_dashboard=False if not os.environ.get("RAY_ADDRESS") else None,
-            log_to_driver=False,
-            logging_level="ERROR",
-        )
+    cluster.start_ray()
     use_gpu = ray.cluster_resources().get("GPU", 0) > 0
     per_worker = _resources_per_worker(config, use_gpu, ray.cluster_resources())
     _check_cluster(config.num_devices, per_worker, ray.cluster_resources(), ray.available_resources())
@@ -306,26 +233,25 @@ def _check_cluster(workers: int, each: dict[str, float], total: dict[str, float]
 
 def _print_plan(output: Console, run: Run, prepared: Prepared) -> None:
     """Say in a few lines what is about to happen."""
-    config, train = prepared.config, prepared.report["train"]
+    config, report = prepared.config, prepared.report
     method = f"LoRA r={config.lora_config.get('r', 8)}" if config.is_lora else "full parameter"
-    held_out = f"; validation {prepared.report['valid']['rows']:,} rows" if prepared.valid is not None else ""
-    steps = math.ceil(len(prepared.train) / config.global_batch_size)
+    steps = steps_per_epoch(config, prepared.train)
     sharding = Path(config.deepspeed.config_path).stem if config.deepspeed else "no DeepSpeed"
     workers = f"{config.num_devices} worker{'s' * (config.num_devices > 1)}" if config.num_devices else "this process"
+    unit = "packed sequences" if config.padding == "packed" else "rows"
     capped = f", at most {config.max_steps}" if config.max_steps else ""
     output.print(f"[bold]{run.name}[/bold]  {config.model_id}, {method}, {config.task}, {config.dtype}")
-    output.print(
-        f"  data   {train['rows']:,} rows, {train['tokens']:,} tokens, {train['supervised_share']:.0%} trained, "
-        f"longest {train['tokens_max']} of {config.context_length}{held_out}"
-    )
-    lost = train["rows_dropped"] + train["answer_tokens_cut"]
+    output.print(consoles.table("", ["", "training", "validation"][: len(report_rows(report)[0])], report_rows(report)))
+    lost = sum(report[name]["answer_tokens_cut"] for name in ("train", "valid") if name in report)
     if lost:
+        output.print(f"  [yellow]{lost:,} trained tokens are lost (truncation: {config.truncation})[/yellow]")
+    if report.get("overlap", {}).get("rows"):
         output.print(
-            f"  [yellow]cut    {train['rows_dropped']} rows dropped, {train['answer_tokens_cut']} trained tokens lost "
-            f"(truncation: {config.truncation})[/yellow]"
+            f"  [yellow]{report['overlap']['rows']:,} validation rows are training rows, too: their loss says nothing "
+            f"({report['overlap']['places'][0]})[/yellow]"
         )
     output.print(
-        f"  steps  {config.num_epochs} epochs of {steps}{capped}, {config.global_batch_size} rows each, "
+        f"  steps  {config.num_epochs} epochs of {steps}{capped}, {config.global_batch_size} {unit} each, "
         f"learning rate {config.learning_rate:g} {config.lr_scheduler_type}"
     )
     output.print(f"  where  {workers}, {sharding}; run folder {storage.shown(run.folder)}")
@@ -341,6 +267,8 @@ def _write_summary(run: Run, config: FinetuneConfig, result: dict[str, Any], sec
     throughput = sum(row["trained_tokens_this_iter"] for row in paced) / sum(
         row["train_time_per_step"] for row in paced
     )
+    real = sum(row["trained_tokens_this_iter"] for row in steps)
+    padded = sum(row["trained_tokens_this_iter"] / (1 - row["padding_share"]) for row in steps)
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     plots.plot_losses(progress.read_metrics(run.metrics), run.loss_curve)
     storage.write_json(
@@ -350,6 +278,7 @@ def _write_summary(run: Run, config: FinetuneConfig, result: dict[str, Any], sec
             "custom_model_tag": config.custom_model_tag,
             **result,
             "trained_tokens_throughput": round(throughput, 1),
+            "padding_share": round(1 - real / padded, 4),
             "total_seconds": round(seconds, 1),
             "versions": versions,
         },

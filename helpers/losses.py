@@ -16,7 +16,9 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["CHUNK", "SupervisedLM", "chunked_cross_entropy", "fused_linear_cross_entropy"]
+from helpers.errors import ModelError
+
+__all__ = ["CHUNK", "SupervisedLM", "check_isolation", "chunked_cross_entropy", "fused_linear_cross_entropy"]
 
 # Positions per chunk. Larger chunks make no step faster (the matrix products are large already), only bigger.
 CHUNK = 256
@@ -39,15 +41,48 @@ class SupervisedLM(nn.Module):
         self.config = causal.config
         _fuse(self._parts[1], causal.config)
 
-    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, input_ids: torch.Tensor, labels: torch.Tensor, position_ids: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Return the loss summed over supervised positions, a float32 scalar.
 
         input_ids: [rows, length]; labels: [rows, length], labels[:, t] is predicted by position t, -100 = none.
+        position_ids: [rows, length], of packed rows: each position 0 begins a document that sees no other.
         """
         decoder, head = self._parts
-        hidden = decoder(input_ids=input_ids, use_cache=False).last_hidden_state
+        if position_ids is None:
+            hidden = decoder(input_ids=input_ids, use_cache=False).last_hidden_state
+        else:
+            if "flash" in self.config._attn_implementation:
+                # Its kernel for documents of any length takes one long line and finds them by their positions.
+                input_ids, labels, position_ids = (t.reshape(1, -1) for t in (input_ids, labels, position_ids))
+            hidden = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
         supervised = labels != IGNORED
         return head(hidden[supervised], labels[supervised])
+
+
+@torch.no_grad()
+def check_isolation(wrapped: nn.Module, device: torch.device) -> None:
+    """Raise ModelError if a packed row can see the row before it in this model, with its attention kernel.
+
+    Asked of the model itself: the loss of a row is measured behind two different rows. Models that carry a state
+    along (Mamba, linear attention) and kernels that ignore positions are found so, whatever their names.
+    Collective under ZeRO-3.
+    """
+    length = 8
+    ids = torch.arange(5, 5 + length, device=device)
+    positions = torch.arange(length, device=device).repeat(2)[None]
+    labels = torch.cat([torch.full((length,), IGNORED, device=device), ids])[None]
+    pairs = (torch.cat([other, ids])[None] for other in (ids, ids.flip(0)))
+    try:
+        losses = [float(wrapped(input_ids=pair, labels=labels, position_ids=positions)) for pair in pairs]
+    except TypeError:  # a model without positions
+        losses = [0.0, 1.0]
+    if abs(losses[0] - losses[1]) > 1e-6 * abs(losses[0]):
+        raise ModelError(
+            "padding: packed would let rows see each other in this model with this attention kernel: "
+            "choose padding: longest, or attention: sdpa"
+        )
 
 
 def _fuse(head: nn.Module, config) -> None:

@@ -1,33 +1,50 @@
 """Messages -> token ids, and which of them are trained. The only place that renders and masks.
 
-Training, evaluation, generation and serving call the same two functions, so what a model is asked later is,
+Training, evaluation, generation and serving call the same functions, so what a model is asked later is,
 token for token, the prefix of what it was trained on:
 
     encode(messages, tokenizer)          -> Encoded(input_ids, trained)     a training row
     encode_prompt(messages, tokenizer)   -> [int, ...]                      the same row up to the answer
+    encode_many(rows, tokenizer)         -> [[Encoded, ...] | DataError]    many rows, one call of the tokenizer
+    show(encoded, tokenizer)                                                the row in a notebook, trained part marked
 
 Masks come from rendered prefixes, never from token ids: an assistant turn begins where the prompt with its
 generation header ends, so templates without `{% generation %}` tags work, and a pad token equal to the
-end-of-turn token masks nothing.
+end-of-turn token masks nothing. Only the template writes special tokens: a message that contains
+`<|eot_id|>` contains these characters, and ends no turn.
+
+Reasoning (`reasoning_content` of a message) is part of the answer and trained with it. A template that knows
+the key renders it; for all others it stands before the content as `<think>\\n...\\n</think>\\n\\n`.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import re
 from bisect import bisect_left
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from helpers.errors import DataError
+from helpers.prompt_formats import render_prompt_format
+from helpers.special_tokens import has_marks, in_literal_form, literal_tokenizer, map_texts, mark, special_ids, unmarked
+from helpers.tool_text import speaks_of_tools, tools_as_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from helpers.config import PromptFormat
 
-__all__ = ["Encoded", "Message", "encode", "encode_prompt", "encode_text", "render"]
+__all__ = ["Encoded", "Message", "encode", "encode_many", "encode_prompt", "encode_text", "pieces_of", "render", "show"]
 
 Message = dict[str, Any]
+Trained = Literal["assistant", "last", "all"]
+
+# What a template reads shows in its source.
+TAKES_TOOLS = re.compile(r"\{[%{][^}]*\btools\b")
+TAKES_REASONING = re.compile(r"reasoning_content|\.thinking\b|[\"']thinking[\"']")
 
 
 @dataclass(frozen=True)
@@ -51,21 +68,8 @@ def render(
     tools: list[dict] | None = None,
 ) -> str:
     """Render messages to text: by `prompt_format` if one is given, else by the tokenizer's chat template."""
-    if prompt_format is not None:
-        return _render_prompt_format(messages, prompt_format, for_generation)
-    if not getattr(tokenizer, "chat_template", None):
-        raise DataError(
-            f"the tokenizer of {tokenizer.name_or_path!r} has no chat template: "
-            "set generation_config.prompt_format in the config"
-        )
-    from jinja2 import TemplateError
-
-    try:
-        return tokenizer.apply_chat_template(
-            messages, tools=tools, tokenize=False, add_generation_prompt=for_generation
-        )
-    except TemplateError as error:
-        raise DataError(f"the chat template refuses these messages: {error}") from None
+    row = _Row(messages, tools, tokenizer, prompt_format)
+    return unmarked(row.render(row.messages, for_generation), tokenizer)
 
 
 def encode_prompt(
@@ -75,9 +79,9 @@ def encode_prompt(
     tools: list[dict] | None = None,
 ) -> list[int]:
     """Encode the conversation so far, up to where the assistant's answer begins."""
-    text = render(messages, tokenizer, prompt_format, for_generation=True, tools=tools)
-    answers = [len(_prompt_before(k, messages, tokenizer, prompt_format, tools)) for k in _answers(messages)]
-    return _tokenize(text, [cut for cut in answers if cut < len(text)], tokenizer)[0]
+    row = _Row(messages, tools, tokenizer, prompt_format)
+    text = row.prompt(len(row.messages))
+    return _tokenize([_Rendered(text, row.spans(text, len(row.messages)))], tokenizer)[0][1]
 
 
 def encode(
@@ -85,37 +89,54 @@ def encode(
     tokenizer: PreTrainedTokenizerBase,
     prompt_format: PromptFormat | None = None,
     *,
-    trained: Literal["assistant", "all"] = "assistant",
+    trained: Trained = "assistant",
     tools: list[dict] | None = None,
 ) -> Encoded:
     """Encode a conversation and mark what is trained.
 
-    trained: "assistant" marks each assistant turn from its first content token to its end-of-turn token;
-             "all" marks every token (causal language modelling).
+    trained: "assistant" marks each assistant turn, but those of weight 0, from its first content token to its
+             end-of-turn token; "last" only the last of them; "all" every token (causal language modelling).
 
     Raises DataError if the template rewrites earlier turns, so that no prefix of the text can be marked.
     """
-    text = render(messages, tokenizer, prompt_format, tools=tools)
-    if trained == "all":
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        return Encoded(ids, [True] * len(ids))
+    [encoded] = encode_many([(messages, tools)], tokenizer, prompt_format, trained=trained)
+    if isinstance(encoded, DataError):
+        raise encoded
+    return encoded[0]
 
-    spans = _assistant_spans(messages, text, tokenizer, prompt_format, tools)
-    ids, starts = _tokenize(text, [start for start, _ in spans], tokenizer)
-    mask = [False] * len(ids)
-    special = set(tokenizer.all_special_ids)
-    for start, end in spans:
-        turn = [k for k, at in enumerate(starts) if start <= at < end]
-        # What a template prints after the end-of-turn token (a newline, say) is never generated: not trained.
-        last = max((k for k in turn if ids[k] in special), default=turn[-1] if turn else -1)
-        for k in turn:
-            mask[k] = k <= last
-    return Encoded(ids, mask)
+
+def encode_many(
+    rows: Sequence[tuple[list[Message], list[dict] | None]],
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_format: PromptFormat | None = None,
+    *,
+    trained: Trained = "assistant",
+    rewritten_turns: Literal["refuse", "expand"] = "refuse",
+) -> list[list[Encoded] | DataError]:
+    """Encode rows of (messages, tools) with one call of the tokenizer.
+
+    rewritten_turns: what becomes of a row whose template shows an earlier answer otherwise once later turns
+                     follow: an error, or one encoded row per trained answer, each ending with it.
+
+    Returns for each row a list of one Encoded (more, if expanded), or the DataError that says what is wrong.
+    """
+    rendered: list[list[_Rendered] | DataError] = []
+    for messages, tools in rows:
+        try:
+            rendered.append(_rendered(messages, tools, tokenizer, prompt_format, trained, rewritten_turns))
+        except DataError as error:
+            rendered.append(error)
+    good = [piece for pieces in rendered if not isinstance(pieces, DataError) for piece in pieces]
+    tokenized = iter(_tokenize(good, tokenizer))
+    return [
+        pieces if isinstance(pieces, DataError) else [_marked(piece, *next(tokenized), tokenizer) for piece in pieces]
+        for pieces in rendered
+    ]
 
 
 def encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> Encoded:
     """Encode plain text for causal language modelling: at most one BOS before it, EOS after it, all trained."""
-    ids = tokenizer(text)["input_ids"]
+    ids = tokenizer(text, split_special_tokens=True)["input_ids"]
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if bos is not None and ids[:1] != [bos]:
         ids = [bos, *ids]
@@ -124,89 +145,286 @@ def encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> Encoded:
     return Encoded(ids, [True] * len(ids))
 
 
-def _answers(messages: list[Message]) -> list[int]:
-    return [k for k, message in enumerate(messages) if message["role"] == "assistant"]
+def show(encoded: Encoded, tokenizer: PreTrainedTokenizerBase):
+    """Show a row in a notebook: trained tokens on colour, special tokens framed. Returns an IPython HTML object."""
+    from html import escape
+
+    from IPython.display import HTML
+
+    spans = []
+    for text, is_trained, is_special in pieces_of(encoded, tokenizer):
+        style = "background:#2e7d3244;" * is_trained + "border:1px solid #8888;border-radius:3px;" * is_special
+        spans.append(f'<span style="{style}">{escape(text)}</span>' if style else escape(text))
+    legend = f"{sum(encoded.trained[1:])} of {len(encoded.input_ids)} tokens are trained (on colour)"
+    return HTML(f'<pre style="white-space:pre-wrap">{"".join(spans)}</pre><small>{legend}</small>')
 
 
-def _prompt_before(k: int, messages: list[Message], tokenizer, prompt_format, tools) -> str:
-    """Render what the model is given before it writes messages[k]."""
-    return render(messages[:k], tokenizer, prompt_format, for_generation=True, tools=tools)
+def pieces_of(encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool, bool]]:
+    """Divide a row's text into (text, is trained, is special), tokens of a kind together."""
+    special = special_ids(tokenizer)
+    kinds = [(trained, i in special) for i, trained in zip(encoded.input_ids, encoded.trained, strict=True)]
+    pieces, start = [], 0
+    for k in range(1, len(kinds) + 1):
+        # Special tokens stand alone; other tokens are decoded together: a character may take several of them.
+        if k == len(kinds) or kinds[k] != kinds[start] or kinds[start][1]:
+            pieces.append((tokenizer.decode(encoded.input_ids[start:k]), *kinds[start]))
+            start = k
+    return pieces
 
 
-def _assistant_spans(messages, text, tokenizer, prompt_format, tools) -> list[tuple[int, int]]:
-    """Find the characters [start, end) of each assistant turn in the rendered text."""
-    if prompt_format is not None:
+# Rendering --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Rendered:
+    """A text to tokenise. spans: the characters [start, end) of its assistant turns; which of them train."""
+
+    text: str
+    spans: list[tuple[int, int]]
+    trains: list[bool] = field(default_factory=list)
+    trains_all: bool = False
+
+
+class _Row:
+    """A conversation made ready for its template: tools and reasoning as the template takes them."""
+
+    def __init__(self, messages, tools, tokenizer, prompt_format):
+        self.tokenizer, self.prompt_format, self.tools = tokenizer, prompt_format, tools
+        source = _template_source(tokenizer, tools) if prompt_format is None else ""
+        self.called = [call["function"]["name"] for m in messages for call in m.get("tool_calls") or []]
+        if speaks_of_tools(messages, tools) and not TAKES_TOOLS.search(source):
+            messages, self.tools = tools_as_text(messages, tools), None
+        if not TAKES_REASONING.search(source):
+            messages = [_reasoning_in_content(message) for message in messages]
+        marked = functools.partial(mark, tokenizer=tokenizer)
+        self.messages = [map_texts(message, marked) for message in messages]
+        self.tools = map_texts(self.tools, marked)
+        self.answers = [k for k, message in enumerate(self.messages) if message["role"] == "assistant"]
+        self._rendered: dict[tuple[int, bool], str] = {}
+
+    def prompt(self, k: int) -> str:
+        """Render what the model is given before it writes message k."""
+        return self._render_first(k, for_generation=True)
+
+    def through(self, k: int) -> str:
+        """Render the conversation up to message k, with it."""
+        return self._render_first(k + 1, for_generation=False)
+
+    def _render_first(self, count: int, for_generation: bool) -> str:
+        key = count, for_generation
+        if key not in self._rendered:
+            self._rendered[key] = self.render(self.messages[:count], for_generation)
+        return self._rendered[key]
+
+    def render(self, messages: list[Message], for_generation: bool = False) -> str:
+        """Render some of the row's messages; special tokens of messages are private characters."""
+        if self.prompt_format is not None:
+            return render_prompt_format(messages, self.prompt_format, for_generation)
+        if not messages:
+            raise DataError("the conversation begins with an assistant's turn, and chat templates need one before it")
+        from jinja2 import TemplateError
+
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, tools=self.tools, tokenize=False, add_generation_prompt=for_generation
+            )
+        except TemplateError as error:
+            raise DataError(f"the chat template refuses these messages: {error}") from None
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
+            raise DataError(f"the chat template fails on these messages: {error}") from None
+
+    def spans(self, text: str, count: int) -> list[tuple[int, int]]:
+        """Find the characters [start, end) of each answer among the first `count` messages of a text.
+
+        An answer that the text shows otherwise than when it was given has an empty span, where it begins.
+        """
+        found = []
+        for k in [k for k in self.answers if k < count]:
+            prompt = self.prompt(k)
+            if text.startswith(prompt) and len(prompt) < len(text):
+                end = self.through(k) if text.startswith(self.through(k)) else prompt
+                found.append((len(prompt), max(len(prompt), len(end))))
+        return found
+
+
+def _template_source(tokenizer, tools) -> str:
+    if not getattr(tokenizer, "chat_template", None):
+        raise DataError(
+            f"the tokenizer of {tokenizer.name_or_path!r} has no chat template: "
+            "set generation_config.prompt_format in the config"
+        )
+    return tokenizer.get_chat_template(None, tools)
+
+
+def _reasoning_in_content(message: Message) -> Message:
+    if message.get("reasoning_content") is None:
+        return message
+    kept = {key: value for key, value in message.items() if key != "reasoning_content"}
+    return kept | {"content": f"<think>\n{message['reasoning_content']}\n</think>\n\n{message['content']}"}
+
+
+def _rendered(messages, tools, tokenizer, prompt_format, trained: Trained, rewritten_turns: str) -> list[_Rendered]:
+    """Render a row and find its assistant turns; several texts where earlier turns are rewritten and expanded."""
+    if prompt_format is not None and prompt_format.system_in_last_user and trained != "all":
         # Moving the system text into the last user turn is for inference alone: in training it would move
         # with every turn.
         prompt_format = prompt_format.model_copy(update={"system_in_last_user": False})
-    spans = []
-    for k in _answers(messages):
-        prompt = _prompt_before(k, messages, tokenizer, prompt_format, tools)
-        through = render(messages[: k + 1], tokenizer, prompt_format, tools=tools)
-        if not (through.startswith(prompt) and text.startswith(through)):
+    row = _Row(messages, tools, tokenizer, prompt_format)
+    count = len(row.messages)
+    text = row.through(count - 1)
+    _check_calls(row, text)
+    if trained == "all":
+        return [_Rendered(text, [], trains_all=True)]
+    wanted = [k for k in row.answers if row.messages[k].get("weight") != 0]
+    wanted = wanted[-1:] if trained == "last" else wanted
+    for k in wanted:
+        _check_answer(row, k)
+    rewritten = [k for k in wanted if not text.startswith(row.through(k))]
+    if not rewritten:
+        return [_with_spans(row, text, count, wanted)]
+    if rewritten_turns == "refuse":
+        raise DataError(
+            f"messages[{rewritten[0]}]: the chat template renders this assistant turn differently once later turns "
+            "follow (it strips the thinking, say): set rewritten_turns: expand to train each answer as it was given, "
+            "train_on: last to train only the last, or generation_config.prompt_format"
+        )
+    return [_with_spans(row, row.through(k), k + 1, [k]) for k in wanted]
+
+
+def _with_spans(row: _Row, text: str, count: int, wanted: list[int]) -> _Rendered:
+    starts = {len(row.prompt(k)) for k in wanted}
+    spans = row.spans(text, count)
+    return _Rendered(text, spans, [start in starts for start, _ in spans])
+
+
+def _check_calls(row: _Row, text: str) -> None:
+    missing = [name for name in row.called if name not in text]
+    if missing:
+        raise DataError(
+            f"the chat template leaves out the call of {missing[0]!r}: set generation_config.prompt_format, which "
+            "writes tools as text"
+        )
+
+
+def _check_answer(row: _Row, k: int) -> None:
+    """Raise DataError unless an answer continues its prompt and holds all that the message says."""
+    prompt, through, message = row.prompt(k), row.through(k), row.messages[k]
+    if not through.startswith(prompt):
+        raise DataError(
+            f"messages[{k}]: the chat template does not continue its own generation prompt with this assistant "
+            "turn, so no prompt would lead to it: set generation_config.prompt_format"
+        )
+    for key in ("reasoning_content", "content"):
+        said = (message.get(key) or "").strip()
+        # A template that parses thinking out of the content may put other white space around it.
+        if said not in through[len(prompt) :] and "</think>" not in said:
             raise DataError(
-                f"messages[{k}]: the chat template renders this assistant turn differently once later turns "
-                "follow, or does not continue its own generation prompt: keep only the last assistant turn of "
-                "the row, or set generation_config.prompt_format"
+                f"messages[{k}].{key}: the chat template does not show it as it is, so it would not be trained: "
+                "set generation_config.prompt_format"
             )
-        spans.append((len(prompt), len(through)))
-    return spans
 
 
-def _tokenize(text: str, cuts: list[int], tokenizer) -> tuple[list[int], list[int]]:
-    """Tokenise text so that what lies before each cut is tokenised as if nothing followed.
+# Tokenising and marking -------------------------------------------------------------------------------
 
-    Returns ids and the character where each token starts. A prompt is tokenised alone when a model answers;
-    were its last token to depend on the answer, the model would be trained on what it never sees. Such a row
-    is tokenised piece by piece.
+
+def _tokenize(pieces: list[_Rendered], tokenizer) -> list[tuple[str, list[int], list[int], list[tuple[int, int]]]]:
+    """Tokenise texts so that what lies before each assistant turn is tokenised as if nothing followed.
+
+    Returns for each the text that was tokenised, ids, the character where each token starts, and the spans.
+    A prompt is tokenised alone when a model answers; were its last token to depend on the answer, the model
+    would be trained on what it never sees. Such a row is tokenised turn by turn.
     """
-    ids, starts = _with_starts(text, tokenizer)
-    if all(ids[: bisect_left(starts, cut)] == _with_starts(text[:cut], tokenizer)[0] for cut in cuts):
-        return ids, starts
+    plain = [piece for piece in pieces if not has_marks(piece.text)]
+    batch = iter(_with_starts([piece.text for piece in plain], tokenizer))
+    done = []
+    for piece in pieces:
+        if has_marks(piece.text):
+            text, spans = _literal_piece(piece, tokenizer)
+            encode_texts = functools.partial(_with_starts_literally, tokenizer=literal_tokenizer(tokenizer))
+            ids, starts = encode_texts([text])[0]
+        else:
+            text, spans = piece.text, piece.spans
+            encode_texts = functools.partial(_with_starts, tokenizer=tokenizer)
+            ids, starts = next(batch)
+        cuts = [start for start, _ in spans]
+        if not all(_is_clean_cut(text, cut, ids, starts, tokenizer, encode_texts) for cut in cuts):
+            ids, starts = _turn_by_turn(text, cuts, encode_texts)
+        done.append((text, ids, starts, spans))
+    return done
+
+
+def _is_clean_cut(text, cut, ids, starts, tokenizer, encode_texts) -> bool:
+    """Tell whether the tokens before `cut` are those of the text before it alone."""
+    end = bisect_left(starts, cut)
+    special = special_ids(tokenizer)
+    # Special tokens divide a text: what follows the last one before the cut is tokenised on its own.
+    last = next((k for k in range(end - 1, -1, -1) if ids[k] in special), None)
+    if last is None:
+        return ids[:end] == encode_texts([text[:cut]])[0][0]
+    tail = _tail_ids(text[starts[last] : cut], encode_texts.func, encode_texts.keywords["tokenizer"])
+    return tuple(ids[last:end]) == tail
+
+
+@functools.lru_cache(maxsize=4096)
+def _tail_ids(tail: str, encode_texts, tokenizer) -> tuple[int, ...]:
+    """Tokenise the end of a prompt from its last special token on; most rows share a few such ends."""
+    return tuple(encode_texts([tail], tokenizer=tokenizer)[0][0])
+
+
+def _turn_by_turn(text: str, cuts: list[int], encode_texts) -> tuple[list[int], list[int]]:
     ids, starts = [], []
     for begin, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
-        piece_ids, piece_starts = _with_starts(text[begin:end], tokenizer)
+        [(piece_ids, piece_starts)] = encode_texts([text[begin:end]])
         ids += piece_ids
         starts += [begin + start for start in piece_starts]
     return ids, starts
 
 
-def _with_starts(text: str, tokenizer) -> tuple[list[int], list[int]]:
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    return encoded["input_ids"], [start for start, _ in encoded["offset_mapping"]]
+def _with_starts(texts: list[str], tokenizer) -> list[tuple[list[int], list[int]]]:
+    if not texts:
+        return []
+    tokenizer.backend_tokenizer.encode_special_tokens = False
+    encodings = tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
+    return [(encoding.ids, [start for start, _ in encoding.offsets]) for encoding in encodings]
 
 
-def _render_prompt_format(messages: list[Message], fmt: PromptFormat, for_generation: bool) -> str:
-    """Render by an LLMForge prompt format: bos, then each message in its role's template."""
-    system, turns = _split_system(messages, fmt)
-    rendered = []
-    if system is not None and not fmt.system_in_user:
-        rendered.append(_fill(fmt.system, instruction=system))
-    in_user = _fill(fmt.system, instruction=system) if system is not None and fmt.system_in_user else ""
-    users = [k for k, message in enumerate(turns) if message["role"] == "user"]
-    carrier = users[-1 if fmt.system_in_last_user and for_generation else 0] if users else None
-    for k, message in enumerate(turns):
-        content = message["content"].strip() if fmt.strip_whitespace else message["content"]
-        if message["role"] == "user":
-            rendered.append(_fill(fmt.user, instruction=content, system=in_user if k == carrier else ""))
-        else:
-            rendered.append(_fill(fmt.assistant, instruction=content))
-    return fmt.bos + "".join(rendered) + (fmt.trailing_assistant if for_generation else "")
+def _with_starts_literally(texts: list[str], tokenizer) -> list[tuple[list[int], list[int]]]:
+    encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
+    return [(encoding.ids, [start for start, _ in encoding.offsets]) for encoding in encodings]
 
 
-def _fill(template: str, **values: str) -> str:
-    """Put values into {instruction} and {system} in one pass; other braces (JSON, code) stay text."""
-    return re.sub(r"\{(instruction|system)\}", lambda match: values.get(match[1], ""), template)
+def _marked(piece: _Rendered, text: str, ids: list[int], starts: list[int], spans, tokenizer) -> Encoded:
+    """Mark the tokens of the trained turns."""
+    if piece.trains_all:
+        return Encoded(ids, [True] * len(ids))
+    ends = special_ids(tokenizer)
+    if tokenizer.bos_token_id != tokenizer.eos_token_id:
+        ends -= {tokenizer.bos_token_id}
+    mask = [False] * len(ids)
+    for (start, end), trains in zip(spans, piece.trains, strict=True):
+        if not trains:
+            continue
+        first, stop = bisect_left(starts, start), bisect_left(starts, end)
+        # What a template prints after the end-of-turn token (a newline, the next BOS) is never generated: it is
+        # not trained. A turn that ends otherwise is trained whole.
+        last = next((k for k in range(stop - 1, first - 1, -1) if ids[k] in ends), None)
+        if last is not None and not _said_after(text, ids, starts, last, stop, end, tokenizer):
+            stop = last + 1
+        mask[first:stop] = [True] * (stop - first)
+    return Encoded(ids, mask)
 
 
-def _split_system(messages: list[Message], fmt: PromptFormat) -> tuple[str | None, list[Message]]:
-    """Take the system message out of the turns; fall back on the format's default."""
-    systems = [message["content"] for message in messages if message["role"] == "system"]
-    if len(systems) > 1:
-        raise DataError("only one system message can be given, got " + str(len(systems)))
-    system = systems[0] if systems else fmt.default_system_message
-    if fmt.strip_whitespace:
-        system = system.strip()
-    if not system and not fmt.add_system_tags_even_if_message_is_empty:
-        system = None
-    return system, [message for message in messages if message["role"] != "system"]
+def _said_after(text, ids, starts, last, stop, end, tokenizer) -> bool:
+    """Tell whether anything but white space and a BOS stands between token `last` and the turn's end."""
+    after = [k for k in range(last + 1, stop) if ids[k] != tokenizer.bos_token_id]
+    return any(text[starts[k] : starts[k + 1] if k + 1 < stop else end].strip() for k in after)
+
+
+def _literal_piece(piece: _Rendered, tokenizer) -> tuple[str, list[tuple[int, int]]]:
+    """Write a piece for the literal tokenizer, its spans moved along."""
+    places = sorted({0, len(piece.text), *(place for span in piece.spans for place in span)})
+    text, moved = "", {0: 0}
+    for begin, end in itertools.pairwise(places):
+        text += in_literal_form(piece.text[begin:end], tokenizer)
+        moved[end] = len(text)
+    return text, [(moved[start], moved[end]) for start, end in piece.spans]

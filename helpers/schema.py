@@ -25,6 +25,7 @@ __all__ = [
     "LORA_KEYS",
     "CheckpointFrequency",
     "ClassifierConfig",
+    "DataSource",
     "DeepSpeed",
     "FinetuneConfig",
     "GenerationConfig",
@@ -244,10 +245,34 @@ class HubRepo(_Block):
     """Branch, tag or commit. None: the main branch."""
 
 
+class DataSource(_Block):
+    """Rows of one path in a mix of several."""
+
+    path: str
+    """A path, glob or address, as in train_path."""
+    weight: Annotated[Float, Field(gt=0)] = 1.0
+    """How often each row is taken per epoch: 2 twice, 0.5 a random half of them (the same one every epoch)."""
+
+
 # The tag makes an error speak of the form that was written, not of both.
 WeightsPath = Annotated[
     Annotated[str, Tag("a path")] | Annotated[HubRepo, Tag("a block")],
     Discriminator(lambda value: "a path" if isinstance(value, str) else "a block"),
+]
+
+DataPath = Annotated[
+    Annotated[str, Tag("a path")]
+    | Annotated[
+        list[
+            Annotated[
+                Annotated[str, Tag("a path")] | Annotated[DataSource, Tag("a block")],
+                Discriminator(lambda value: "a path" if isinstance(value, str) else "a block"),
+            ]
+        ],
+        Tag("a list"),
+        Field(min_length=1),
+    ],
+    Discriminator(lambda value: "a list" if isinstance(value, list) else "a path"),
 ]
 
 Task = Literal["causal_lm", "instruction_tuning", "classification", "preference_tuning", "vision_language"]
@@ -264,9 +289,11 @@ class FinetuneConfig(_Block):
     # -- model and data
     model_id: str
     """Model to fine-tune: a Hugging Face id or a folder."""
-    train_path: str
-    """Training rows, JSON lines: a local path, s3://, gs:// or https://."""
-    valid_path: str | None = None
+    train_path: DataPath
+    """Training rows: JSON lines, JSON, Parquet or CSV, maybe gzip; a local path, s3://, gs://, https:// or
+    hf://owner/name[/config]:split; `*` stands for several files. A list mixes: `[a.jsonl, {path: b.jsonl,
+    weight: 0.5}]`."""
+    valid_path: DataPath | None = None
     """Validation rows. None: no evaluation loss, and the last checkpoint counts as the best."""
     task: Task | None = None
     """Which tokens carry the loss. None: what the task's own block says, else causal_lm (every token)."""
@@ -280,8 +307,16 @@ class FinetuneConfig(_Block):
     """Longest row, in tokens. None: chosen from the data."""
     truncation: Literal["error", "drop", "left", "right"] = "error"
     """What happens to longer rows: refuse the data, leave the row out, or cut it at its start or end."""
-    padding: Literal["longest", "max_length"] = "longest"
-    """Pad a batch to its longest row, or to `context_length` to measure the worst case."""
+    padding: Literal["longest", "max_length", "packed"] = "longest"
+    """Pad a batch to its longest row, or to `context_length` to measure the worst case. packed: fill sequences
+    of `context_length` with whole rows that do not see each other; a batch then counts sequences."""
+    train_on: Literal["all", "last"] = "all"
+    """Which assistant turns carry the loss: all, or the last one of a row."""
+    rewritten_turns: Literal["refuse", "expand"] = "refuse"
+    """Where a chat template shows an earlier answer otherwise once later turns follow (it strips the thinking):
+    refuse such rows, or make one row of each answer, as it was when it was given."""
+    on_bad_rows: Literal["fail", "drop"] = "fail"
+    """Rows that cannot be used: stop before training, or leave them out and say so."""
     rope_scaling: Block | None = None
     """Stretch the context of the model, e.g. `{rope_type: linear, factor: 2.0}`."""
 

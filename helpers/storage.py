@@ -1,5 +1,6 @@
 """Where things lie: local, s3://, gs:// and https:// paths, and the run folder.
 
+find_files(glob)    -> [uri]    the files that a path or a glob names
 fetch_file(uri)     -> Path     a local copy of one file (the file itself if it is local)
 fetch_folder(uri)   -> Path     a local copy of a folder: model or adapter weights
 open_run(config)    -> Run      the run folder, new or to be continued
@@ -9,9 +10,12 @@ published(folder)               a folder that appears complete, or not at all
 from __future__ import annotations
 
 import contextlib
+import fnmatch
+import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import urllib.error
 import urllib.request
@@ -27,8 +31,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Run",
+    "aside",
+    "cache_folder",
     "fetch_file",
     "fetch_folder",
+    "find_files",
     "find_run",
     "is_remote",
     "open_run",
@@ -65,7 +72,7 @@ def fetch_file(uri: str) -> Path:
         return path
     target = _cached(uri)
     if not target.exists():
-        with _aside(target) as temporary:
+        with aside(target) as temporary:
             _download(uri, temporary)
     return target
 
@@ -83,7 +90,7 @@ def fetch_folder(uri: str) -> Path:
     if not target.exists():
         from pyarrow import fs
 
-        with _aside(target) as temporary:
+        with aside(target) as temporary:
             temporary.mkdir()
             bucket, path = _bucket(uri)
             with _readable_errors(uri):
@@ -95,11 +102,40 @@ def fetch_folder(uri: str) -> Path:
     return target
 
 
+def find_files(pattern: str) -> list[str]:
+    """List the files that a path or a glob (`*`, `?`, `[...]`) names, sorted; local, s3:// or gs://.
+
+    Raises StorageError if a glob finds none; a plain path is returned unseen.
+    """
+    if not any(sign in pattern for sign in "*?[") or pattern.startswith("https://"):
+        return [pattern]
+    if not is_remote(pattern):
+        found = glob.glob(str(Path(pattern).expanduser()), recursive=True)
+        found = [path for path in found if not Path(path).is_dir()]
+    else:
+        from pyarrow import fs
+
+        bucket, path = _bucket(pattern)
+        folder = re.split(r"[*?\[]", path)[0].rpartition("/")[0]
+        scheme = pattern.split("://")[0]
+        with _readable_errors(pattern):
+            listing = bucket.get_file_info(fs.FileSelector(folder, recursive=True))
+        files = [info.path for info in listing if info.type == fs.FileType.File]
+        found = [f"{scheme}://{file}" for file in fnmatch.filter(files, path)]
+    if not found:
+        raise StorageError(f"{pattern}: no file there has such a name")
+    return sorted(found)
+
+
+def cache_folder() -> Path:
+    """Name the folder of local copies: $FORGEBOOK_CACHE, or ~/.cache/forgebook."""
+    return Path(os.environ.get("FORGEBOOK_CACHE", "~/.cache/forgebook")).expanduser()
+
+
 def _cached(uri: str) -> Path:
     """Name the local copy of a remote path. One cache entry per address: addresses are taken as immutable."""
-    root = Path(os.environ.get("FORGEBOOK_CACHE", "~/.cache/forgebook")).expanduser()
     name = uri.rstrip("/").rsplit("/", 1)[-1]
-    return root / hashlib.sha256(uri.encode()).hexdigest()[:16] / name
+    return cache_folder() / hashlib.sha256(uri.encode()).hexdigest()[:16] / name
 
 
 def _download(uri: str, target: Path) -> None:
@@ -142,7 +178,7 @@ def _readable_errors(uri: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _aside(target: Path) -> Iterator[Path]:
+def aside(target: Path) -> Iterator[Path]:
     """Yield a temporary name beside `target`, renamed to it once the block has ended well."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
@@ -222,7 +258,8 @@ def open_run(config: FinetuneConfig) -> Run:
         )
     run = Run(Path(config.storage_path).expanduser().resolve() / config.run_name)
     if not run.config.exists():
-        if run.folder.is_dir() and any(run.folder.iterdir()):
+        # A data report alone is what a run leaves whose data was refused.
+        if run.folder.is_dir() and any(path != run.data_report for path in run.folder.iterdir()):
             raise StorageError(f"{run.folder} exists and is not a run folder (no config.yaml): choose another run_name")
         return run
     if config.on_existing == "fail":
@@ -271,5 +308,5 @@ def read_json(path: Path) -> Any:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file that is complete or absent."""
-    with _aside(path) as temporary:
+    with aside(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -26,12 +26,13 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
 )
 
-from helpers import checkpoints, data, models, optimizers, ranks
+from helpers import batches, checkpoints, models, optimizers, ranks, tokens
 from helpers.config import FinetuneConfig, read_deepspeed_config
 from helpers.errors import TrainingError
-from helpers.losses import SupervisedLM
+from helpers.losses import SupervisedLM, check_isolation
 from helpers.progress import Progress
 from helpers.storage import Run
+from helpers.tokens import Tokens
 
 __all__ = ["evaluation_steps", "total_steps", "train_loop"]
 
@@ -53,9 +54,10 @@ def train_loop(config: FinetuneConfig, run: Run) -> dict[str, Any]:
     began = time.perf_counter() - place["seconds"]
 
     # (2) Data: mapped into memory, tokenised before any worker started.
-    train = data.load_tokens(run.tokens / "train.arrow")
-    valid = data.load_tokens(run.tokens / "valid.arrow") if config.valid_path else None
-    steps_per_epoch = math.ceil(len(train) / config.global_batch_size)
+    train = tokens.load_view(run.tokens / "train.npz")
+    valid = tokens.load_view(run.tokens / "valid.npz") if config.valid_path else None
+    sequences = batches.make_sequences(train, config.padding, config.context_length)
+    steps_per_epoch = math.ceil(len(sequences) / config.global_batch_size)
     last_step = total_steps(config, steps_per_epoch)
 
     # (3) Model, optimizer, and the learning rate of every step.
@@ -68,6 +70,8 @@ def train_loop(config: FinetuneConfig, run: Run) -> dict[str, Any]:
         config.lr_scheduler_type, config.learning_rate, config.num_warmup_steps, last_step
     )
     parameters, trainable = worker.parameters
+    if config.padding == "packed":
+        check_isolation(worker.wrapped, accelerator.device)
 
     # (4) Continue from the last complete state, or rehearse a save: a full disk shows now, not after the night.
     prompt_format = _prompt_format_text(config)
@@ -93,10 +97,10 @@ def train_loop(config: FinetuneConfig, run: Run) -> dict[str, Any]:
     while step < last_step:
         epoch, index = divmod(step, steps_per_epoch)
         if index == 0 or not epoch_so_far.batches:
-            batches = data.epoch_batches(train, config.global_batch_size, config.seed, epoch)
-            epoch_so_far = _EpochSoFar(batches)
-        rows = epoch_so_far.batches[index]
-        done = _train_step(worker, train, rows, rates[step])
+            epoch_so_far = _EpochSoFar(
+                batches.epoch_batches(train, sequences, config.global_batch_size, config.seed, epoch)
+            )
+        done = _train_step(worker, train, epoch_so_far.batches[index], rates[step])
         step += 1
         _check(step, done, is_first=step == place["step"] + 1)
         epoch_so_far.add(done)
@@ -113,6 +117,8 @@ def train_loop(config: FinetuneConfig, run: Run) -> dict[str, Any]:
         if step in events:
             name = events[step]
             found = _evaluate(worker, valid) if valid is not None else {}
+            if worker.engine:  # ZeRO-3 may be fetching the next batch's first weights, which no save can gather
+                worker.engine.empty_partition_cache()
             checkpoints.save_checkpoint(
                 worker.model, worker.tokenizer, run.checkpoints / name, prompt_format=prompt_format
             )
@@ -287,22 +293,26 @@ class _Step:
         }
 
 
-def _train_step(worker: _Worker, train: data.Tokens, rows: np.ndarray, rate: float) -> _Step:
+def _train_step(worker: _Worker, train: Tokens, sequences: list[batches.Sequence], rate: float) -> _Step:
     """Forward, backward and update over the rows of one global batch."""
     config, accelerator = worker.config, worker.accelerator
     started = time.perf_counter()
     for group in worker.optimizer.param_groups:
         group["lr"] = rate
     world = accelerator.num_processes
+    rows = np.concatenate(sequences)
     supervised = int(train.supervised[rows].sum())
-    micros = data.split_batch(rows, train, world, config.gradient_accumulation_steps)[accelerator.process_index]
+    micros = batches.split_batch(sequences, train, world, config.gradient_accumulation_steps)[accelerator.process_index]
     # DDP and DeepSpeed average over workers, DeepSpeed over micro batches too. The loss is to be the mean over
     # all supervised tokens of the global batch, wherever they are: so undo their averages, divide once.
     scale = world * (len(micros) if worker.engine else 1) / supervised
     loss_sum = torch.zeros((), device=accelerator.device)
     padded, forward_seconds, backward_seconds = 0, 0.0, 0.0
     for k, part in enumerate(micros):
-        batch = _to_device(worker, data.collate(train, part, worker.tokenizer.pad_token_id, _width(config)))
+        made = batches.collate(
+            train, part, worker.tokenizer.pad_token_id, _width(config), packed=config.padding == "packed"
+        )
+        batch = _to_device(worker, made)
         padded += batch["input_ids"].numel()
         is_last = k == len(micros) - 1
         with contextlib.nullcontext() if worker.engine or is_last else accelerator.no_sync(worker.wrapped):
@@ -353,7 +363,7 @@ def _check(step: int, done: _Step, is_first: bool) -> None:
 
 
 @torch.no_grad()
-def _evaluate(worker: _Worker, valid: data.Tokens) -> dict[str, float]:
+def _evaluate(worker: _Worker, valid: Tokens) -> dict[str, float]:
     """Measure the mean loss per supervised token over the validation rows."""
     config, accelerator = worker.config, worker.accelerator
     started = time.perf_counter()
@@ -362,9 +372,9 @@ def _evaluate(worker: _Worker, valid: data.Tokens) -> dict[str, float]:
     loss_sum = torch.zeros((), device=accelerator.device)
     worker.wrapped.eval()
     for start in range(0, len(order), batch_size):
-        rows = data.split_batch(order[start : start + batch_size], valid, accelerator.num_processes, 1)
-        part = rows[accelerator.process_index][0]
-        loss_sum += worker.wrapped(**_to_device(worker, data.collate(valid, part, worker.tokenizer.pad_token_id)))
+        rows = list(order[start : start + batch_size, None])
+        part = batches.split_batch(rows, valid, accelerator.num_processes, 1)[accelerator.process_index][0]
+        loss_sum += worker.wrapped(**_to_device(worker, batches.collate(valid, part, worker.tokenizer.pad_token_id)))
     worker.wrapped.train()
     loss = float(accelerator.reduce(loss_sum.double(), "sum")) / int(valid.supervised.sum())
     return {
@@ -415,7 +425,7 @@ def _peak_memory(worker: _Worker) -> list[int]:
 class _EpochSoFar:
     """Running sums over an epoch's steps, reported under LLMForge's names."""
 
-    batches: list[np.ndarray] = field(default_factory=list)
+    batches: list[list[batches.Sequence]] = field(default_factory=list)
     steps: int = 0
     loss: float = 0.0
     forward_seconds: float = 0.0

@@ -37,6 +37,13 @@ def uneven_rows(count: int) -> list[dict]:
     ]
 
 
+def make_tokens(lengths, trained=1):
+    """Make rows of given lengths of which the last `trained` tokens are trained."""
+    from helpers.tokens import Tokens
+
+    return Tokens.from_rows([(range(n), [k >= n - trained for k in range(n)]) for n in lengths])
+
+
 @pytest.fixture
 def write_rows(tmp_path):
     """Write rows as JSONL and return the path."""

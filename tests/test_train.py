@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from conftest import LORA, TINY_MODEL, chat, losses_of
-from helpers import data, train
+from helpers import batches, train
 from helpers.errors import CheckpointError, ModelError, TrainingError
-from helpers.launch import fine_tune, prepare
+from helpers.launch import fine_tune
+from helpers.prepare import prepare
 from helpers.progress import read_metrics
-from helpers.storage import read_json
+from helpers.storage import open_run, read_json
 
 
 def test_loss_falls(make_config):
@@ -33,6 +34,39 @@ def test_accumulation_does_not_change_the_loss(make_config, method):
     assert losses_of(whole) == pytest.approx(losses_of(split), abs=2e-5)
     norms = [[row["grad_norm"] for row in read_metrics(run.metrics) if "grad_norm" in row] for run in (whole, split)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packing_does_not_move_loss_or_gradient(make_config, attention):
+    """Peers' point 16: two runs whose only update has all rows, one packed and one not, are one run."""
+    whole = {"train_batch_size_per_device": 24, "attention": attention, "context_length": 160}
+    alone = fine_tune(make_config(run_name="alone", **whole))
+    packed = fine_tune(make_config(run_name="packed", padding="packed", **whole))
+    assert losses_of(alone) == pytest.approx(losses_of(packed), abs=1e-5) and len(losses_of(packed)) == 1
+    rows = [read_metrics(run.metrics) for run in (alone, packed)]
+    assert rows[0][0]["grad_norm"] == pytest.approx(rows[1][0]["grad_norm"], rel=1e-5)
+    assert rows[0][-1]["eval_loss"] == pytest.approx(rows[1][-1]["eval_loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mamba", "jamba"])
+def test_packing_is_refused_where_rows_would_see_each_other(name):
+    """A recurrent model carries its state over from the row before, whether or not it takes positions."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from helpers.losses import SupervisedLM, check_isolation
+
+    torch.manual_seed(0)
+    shapes = {
+        "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8},
+        "jamba": {
+            "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "num_experts": 1, "num_experts_per_tok": 1, "attn_layer_period": 2,
+            "attn_layer_offset": 1, "use_mamba_kernels": False, "mamba_dt_rank": 4, "pad_token_id": 0,
+        },
+    }  # fmt: skip
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, vocab_size=64, **shapes[name]))
+    with pytest.raises(ModelError, match="padding: packed would let rows see each other"):
+        check_isolation(SupervisedLM(model), torch.device("cpu"))
 
 
 def test_padding_does_not_move_the_loss(make_config):
@@ -82,13 +116,13 @@ def test_the_loss_equals_transformers_trainer(make_config, tokenizer, tmp_path):
 
     config = make_config(num_epochs=3, weight_decay=0.01)
     ours = losses_of(fine_tune(config))
-    prepared = prepare(config)
-    tokens = prepared.train
+    tokens = prepare(config, open_run(config)).train
+    sequences = batches.make_sequences(tokens, "longest", config.context_length)
     order = [
         row
         for epoch in range(3)
-        for step in data.epoch_batches(tokens, 8, config.seed, epoch)
-        for row in data.split_batch(step, tokens, 1, 1)[0][0]
+        for step in batches.epoch_batches(tokens, sequences, 8, config.seed, epoch)
+        for [row] in batches.split_batch(step, tokens, 1, 1)[0][0]
     ]
 
     class Rows(Dataset):
@@ -206,7 +240,7 @@ def test_evaluates_before_training_if_asked(make_config):
 def test_causal_lm_trains_every_token(make_config, write_rows):
     path = write_rows([{"text": "the lamp is on the table"}, {"messages": chat("hello there", "hi")["messages"][:2]}])
     config = make_config(task="causal_lm", train_path=path, valid_path=None, train_batch_size_per_device=2)
-    tokens = prepare(config).train
+    tokens = prepare(config, open_run(config)).train
     assert (tokens.supervised == tokens.lengths - 1).all()
     assert math.isfinite(losses_of(fine_tune(config))[0])
 

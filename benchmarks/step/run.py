@@ -57,8 +57,9 @@ def prepare(rows_path: str, folder: Path) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from helpers import data
+    from helpers import tokens
     from helpers.models import TINY_MODEL, load_tokenizer
+    from helpers.prompts import Encoded
 
     torch.manual_seed(0)
     shape = LlamaConfig(
@@ -68,7 +69,7 @@ def prepare(rows_path: str, folder: Path) -> None:
     LlamaForCausalLM(shape).to(torch.bfloat16).save_pretrained(folder / "model")
     load_tokenizer(str(TINY_MODEL)).save_pretrained(folder / "model")
     rows = [encode(json.loads(line)) for line in Path(rows_path).read_text().splitlines()]
-    data.save_tokens(data.Tokens.from_rows(rows), folder / "train.arrow")
+    tokens.write_shard([(Encoded(*row), line) for line, row in enumerate(rows, 1)], folder / "train.arrow", "rows")
 
 
 def run_forgebook(folder: Path, steps: int, dtype: str) -> dict:
@@ -76,6 +77,7 @@ def run_forgebook(folder: Path, steps: int, dtype: str) -> dict:
     from helpers.config import load_config
     from helpers.progress import read_metrics
     from helpers.storage import Run
+    from helpers.tokens import map_shards, save_view
     from helpers.train import train_loop
 
     settings = {
@@ -88,7 +90,7 @@ def run_forgebook(folder: Path, steps: int, dtype: str) -> dict:
     run = Run(folder / f"run-{dtype}")
     for path in (run.tokens, run.checkpoints, run.resume):
         path.mkdir(parents=True)
-    os.link(folder / "train.arrow", run.tokens / "train.arrow")
+    save_view(map_shards([folder / "train.arrow"]), run.tokens / "train.npz")
     train_loop(load_config(folder / "config.yaml"), run)
     rows = [row for row in read_metrics(run.metrics) if "train_loss_batch" in row]
     return {
@@ -107,10 +109,13 @@ def run_trainer(folder: Path, steps: int, same_batches: bool) -> dict:
     from torch.utils.data import DataLoader
     from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-    from helpers import data
+    from helpers import batches
+    from helpers.tokens import map_shards
 
-    tokens = data.load_tokens(folder / "train.arrow")
-    order = np.concatenate(data.epoch_batches(tokens, BATCH, 42, 0))
+    tokens = map_shards([folder / "train.arrow"])
+    sequences = batches.make_sequences(tokens, "longest", 0)
+    steps = batches.epoch_batches(tokens, sequences, BATCH, 42, 0)
+    order = np.concatenate([row for step in steps for row in step])
     measured = {"seconds": [], "tokens": [], "losses": []}
 
     def stack(rows):
