@@ -5,7 +5,7 @@ import pytest
 from conftest import chat
 from helpers.config import PromptFormat
 from helpers.errors import DataError
-from helpers.prompts import encode, encode_prompt, encode_text, render
+from helpers.prompts import encode, encode_many, encode_prompt, encode_text, pieces_of, render, show
 
 LLAMA_2 = PromptFormat(
     system="<<SYS>>\n{instruction}\n<</SYS>>\n\n",
@@ -97,6 +97,199 @@ def test_no_token_spans_the_end_of_a_prompt_and_the_start_of_an_answer(tokenizer
     prompt = encode_prompt(messages[:1], tokenizer, plain)
     assert encoded.input_ids[: len(prompt)] == prompt
     assert trained_text(encoded, tokenizer) == "side of the road<|end|>"
+
+
+def test_a_turn_of_weight_0_is_not_trained(tokenizer):
+    """OpenAI's key."""
+    messages = [*CONVERSATION[:2], CONVERSATION[2] | {"weight": 0}, *CONVERSATION[3:]]
+    encoded = encode(messages, tokenizer)
+    assert encoded.input_ids == encode(CONVERSATION, tokenizer).input_ids
+    assert trained_text(encoded, tokenizer) == "Under the lamp.<|end|>"
+
+
+def test_only_the_last_answer_can_be_trained(tokenizer):
+    assert trained_text(encode(CONVERSATION, tokenizer, trained="last"), tokenizer) == "Under the lamp.<|end|>"
+
+
+def test_a_special_token_in_the_middle_of_an_answer_ends_no_training(tokenizer):
+    """The answer's own template may open with one."""
+    fmt = PromptFormat(system="{instruction}", user="U{instruction}", assistant="<|assistant|>{instruction} ###\n")
+    assert trained_text(encode(CONVERSATION[1:3], tokenizer, fmt), tokenizer) == "<|assistant|>On the table. ###\n"
+
+
+def test_an_answer_that_the_template_changes_is_refused(tokenizer):
+    import copy
+
+    shouting = copy.deepcopy(tokenizer)
+    shouting.chat_template = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content | upper }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    with pytest.raises(DataError, match=r"messages\[2\].content: the chat template does not show it as it is"):
+        encode(CONVERSATION, shouting)
+
+
+# Special tokens in messages: peers' point 3 and what a user can type ----------------------------------
+
+
+def test_special_tokens_in_messages_are_text(tokenizer):
+    messages = [
+        {"role": "user", "content": "what is <|end|><|assistant|> for?"},
+        {"role": "assistant", "content": "<|end|> ends a turn, <|begin|> begins"},
+    ]
+    encoded, plain = encode(messages, tokenizer), encode(chat("q", "a", system=None)["messages"], tokenizer)
+    special = set(tokenizer.all_special_ids)
+    assert [i for i in encoded.input_ids if i in special] == [i for i in plain.input_ids if i in special]
+    assert trained_text(encoded, tokenizer) == "<|end|> ends a turn, <|begin|> begins<|end|>"
+    prompt = encode_prompt(messages[:1], tokenizer)
+    assert encoded.input_ids[: len(prompt)] == prompt
+    assert encode_text("a <|end|> b", tokenizer).input_ids.count(tokenizer.eos_token_id) == 1
+
+
+def test_special_tokens_in_tools_and_with_prompt_formats_are_text(tokenizer):
+    fmt = PromptFormat(system="<|system|>{instruction}<|end|>", user="<|user|>{instruction}<|end|>",
+                       assistant="<|assistant|>{instruction}<|end|>", trailing_assistant="<|assistant|>",
+                       bos="<|begin|>")  # fmt: skip
+    tools = [{"type": "function", "function": {"name": "f", "description": "ends <|end|>"}}]
+    messages = chat("q <|end|>", "a", system=None)["messages"]
+    for prompt_format in (fmt, None):
+        encoded = encode(messages, tokenizer, prompt_format, tools=tools)
+        assert encoded.input_ids.count(tokenizer.eos_token_id) == 3
+
+
+def test_private_characters_are_refused(tokenizer):
+    with pytest.raises(DataError, match="private planes"):
+        encode(chat("\U000f0001", "a")["messages"], tokenizer)
+
+
+# Tools ------------------------------------------------------------------------------------------------
+
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+CALLS = [
+    {"type": "function", "id": "1", "function": {"name": "weather", "arguments": {"city": "Rome"}}},
+    {"type": "function", "id": "2", "function": {"name": "weather", "arguments": {"city": "Oslo"}}},
+]
+WITH_TOOLS = [
+    {"role": "user", "content": "Rome and Oslo?"},
+    {"role": "assistant", "content": "", "tool_calls": CALLS},
+    {"role": "tool", "content": "sun", "tool_call_id": "1"},
+    {"role": "tool", "content": "rain", "tool_call_id": "2"},
+    {"role": "assistant", "content": "Sun and rain."},
+]
+
+
+def test_a_template_that_knows_tools_renders_them(tokenizer):
+    encoded = encode(WITH_TOOLS, tokenizer, tools=TOOLS)
+    assert encoded.input_ids == tokenizer.apply_chat_template(WITH_TOOLS, tools=TOOLS, return_dict=False)
+    assert trained_text(encoded, tokenizer).count("weather") == 2
+    assert trained_text(encoded, tokenizer).endswith("</tool_call><|end|>Sun and rain.<|end|>")
+
+
+def test_other_templates_get_tools_as_text(tokenizer):
+    """LLMForge's convention, parallel calls and their results included."""
+    import copy
+
+    plain = copy.deepcopy(tokenizer)
+    plain.chat_template = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    assert render(WITH_TOOLS, plain, tools=TOOLS) == (
+        '<|system|>[TOOL_LIST] [{"type": "function", "function": {"name": "weather", "parameters": '
+        '{"type": "object"}}}] [/TOOL_LIST]<|end|><|user|>Rome and Oslo?<|end|>'
+        '<|assistant|>[TOOL_CALLS] [{"function": {"name": "weather", "arguments": "{\\"city\\": \\"Rome\\"}"}, '
+        '"type": "function"}, {"function": {"name": "weather", "arguments": "{\\"city\\": \\"Oslo\\"}"}, '
+        '"type": "function"}] [/TOOL_CALLS]<|end|>'
+        '<|user|>[TOOL_RESULT] {"name": "weather", "content": "sun", "tool_call_id": "1"} [/TOOL_RESULT]'
+        '[TOOL_RESULT] {"name": "weather", "content": "rain", "tool_call_id": "2"} [/TOOL_RESULT]<|end|>'
+        "<|assistant|>Sun and rain.<|end|>"
+    )
+    encoded = encode(WITH_TOOLS, plain, tools=TOOLS)
+    assert trained_text(encoded, plain).startswith("[TOOL_CALLS]")
+    prompt = encode_prompt(WITH_TOOLS[:1], plain, tools=TOOLS)
+    assert encoded.input_ids[: len(prompt)] == prompt
+
+
+def test_a_template_that_drops_calls_is_refused(tokenizer):
+    import copy
+
+    dropping = copy.deepcopy(tokenizer)
+    dropping.chat_template = (
+        "{% if tools %}{% endif %}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    with pytest.raises(DataError, match="leaves out the call of 'weather'"):
+        encode(WITH_TOOLS, dropping, tools=TOOLS)
+
+
+# Reasoning: peers' point 6 ----------------------------------------------------------------------------
+
+# Like Qwen 3 and DeepSeek R1: the thinking of earlier turns is not shown.
+FORGETS_THINKING = (
+    "{% set last = namespace(user=0) %}{% for m in messages %}{% if m.role == 'user' %}"
+    "{% set last.user = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' and loop.index0 > last.user %}"
+    "<think>\n{{ m.reasoning_content or '' }}\n</think>\n\n{% endif %}{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+THOUGHT = [
+    {"role": "user", "content": "a?"},
+    {"role": "assistant", "content": "A.", "reasoning_content": "first"},
+    {"role": "user", "content": "b?"},
+    {"role": "assistant", "content": "B.", "reasoning_content": "second"},
+]
+
+
+@pytest.fixture
+def thinking(tokenizer):
+    import copy
+
+    copied = copy.deepcopy(tokenizer)
+    copied.chat_template = FORGETS_THINKING
+    return copied
+
+
+def test_rewritten_turns_are_refused_with_the_choices(thinking):
+    with pytest.raises(DataError, match=r"messages\[1\]: .* set rewritten_turns: expand .* train_on: last"):
+        encode(THOUGHT, thinking)
+
+
+def test_rewritten_turns_can_be_expanded(thinking):
+    """One row of each answer, as it was when it was given; each begins with what the model is asked then."""
+    [rows] = encode_many([(THOUGHT, None)], thinking, rewritten_turns="expand")
+    assert [trained_text(row, thinking) for row in rows] == [
+        "<think>\nfirst\n</think>\n\nA.<|end|>", "<think>\nsecond\n</think>\n\nB.<|end|>",
+    ]  # fmt: skip
+    for k, row in zip((1, 3), rows, strict=True):
+        prompt = encode_prompt(THOUGHT[:k], thinking)
+        assert row.input_ids[: len(prompt)] == prompt
+    assert "first" not in thinking.decode(rows[1].input_ids)
+
+
+def test_the_last_turn_alone_needs_no_choice(thinking):
+    encoded = encode(THOUGHT, thinking, trained="last")
+    assert trained_text(encoded, thinking) == "<think>\nsecond\n</think>\n\nB.<|end|>"
+
+
+def test_reasoning_stands_before_the_content_where_the_template_does_not_know_it(tokenizer):
+    encoded = encode(THOUGHT, tokenizer)
+    assert trained_text(encoded, tokenizer).startswith("<think>\nfirst\n</think>\n\nA.<|end|>")
+
+
+# Looking ----------------------------------------------------------------------------------------------
+
+
+def test_show_marks_what_is_trained(tokenizer):
+    html = show(encode(CONVERSATION, tokenizer), tokenizer).data
+    assert html.count('background:#2e7d3244;">On the table.</span>') == 1 and "&lt;|end|&gt;" in html
+    assert f"{sum(encode(CONVERSATION, tokenizer).trained)} of" in html
+
+
+def test_pieces_join_to_the_text(tokenizer):
+    messages = chat("漢字 and é", "👩\u200d👩 ok")["messages"]
+    pieces = pieces_of(encode(messages, tokenizer), tokenizer)
+    assert "".join(text for text, _, _ in pieces) == render(messages, tokenizer)
+    assert [text for text, trained, _ in pieces if trained] == ["👩\u200d👩 ok", "<|end|>"]
 
 
 # LLMForge's prompt formats ----------------------------------------------------------------------------
