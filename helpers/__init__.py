@@ -6,6 +6,8 @@ layer  module          one line
 1      retired         names of older LLMForge files, translated
 1      ranks           which worker this is; errors that reach all
 1      cluster         the Ray cluster: this machine's own, or a larger one
+1      classification  labels as tokens; scores of a classifier
+1      preferences     losses that prefer one answer to another
 1      formats         one raw row, in any format -> one checked conversation
 1      special_tokens  special tokens inside messages stay text
 1      tool_text       tools as text, for templates that know none
@@ -23,9 +25,11 @@ layer  module          one line
 6      tokens          tokenised rows on disk, and views of them: truncation, mixing
 7      data            rows -> tokens, in process or with Ray Data, once
 7      batches         packing; which rows make up a step; tensors
+8      objectives      what a task minimises and measures
+8      reference       the reference model's log-probabilities
 8      prepare         data and config made ready for a run; the data report
 8      preview         rows as the model will see them
-8      train           the loop
+9      train           the loop
 8      generate        prompts -> completions
 9      evaluate        base and tuned answers compared
 9      plots           figures

@@ -25,7 +25,16 @@ if TYPE_CHECKING:
 
     from helpers.config import FinetuneConfig
 
-__all__ = ["Sequence", "collate", "epoch_batches", "make_sequences", "pack", "padding_share", "split_batch"]
+__all__ = [
+    "Sequence",
+    "collate",
+    "epoch_batches",
+    "make_sequences",
+    "pack",
+    "padding_share",
+    "single_sequences",
+    "split_batch",
+]
 
 # Rows that share one line of a batch: one, or several when packed.
 Sequence = np.ndarray
@@ -37,11 +46,17 @@ SORTING_WINDOW = 50
 WIDTH_STEP = 16
 
 
-def make_sequences(tokens: Tokens, padding: str, context_length: int) -> list[Sequence]:
-    """Make the sequences of an epoch: each row its own, or packed."""
-    if padding == "packed":
-        return pack(tokens.lengths, context_length)
-    return list(np.arange(len(tokens))[:, None])
+def make_sequences(tokens: Tokens, config: FinetuneConfig) -> list[Sequence]:
+    """Make the sequences of an epoch: each row its own, packed rows, or pairs."""
+    if config.padding == "packed":
+        return pack(tokens.lengths, config.context_length)
+    return single_sequences(tokens, config)
+
+
+def single_sequences(tokens: Tokens, config: FinetuneConfig) -> list[Sequence]:
+    """Make a sequence of each row, or of each pair of a chosen and a rejected answer."""
+    together = 2 if config.task == "preference_tuning" else 1
+    return list(np.arange(len(tokens)).reshape(-1, together))
 
 
 def pack(lengths: np.ndarray, capacity: int) -> list[Sequence]:
@@ -146,12 +161,16 @@ def collate(
     position t predicts, or -100. Tokens behind a row's last trained one are left out: they can change no loss.
     No attention mask is needed: under causal attention a real token never sees the padding on its right.
 
+    Rows of a sequence, a preference pair, stand on lines of their own unless packed.
+
     packed: also return position_ids [sequences, length], from 0 in each row; from them attention keeps rows of
             one sequence apart. The padding counts as a row of its own.
     pad_to: pad to this many tokens rather than to the longest sequence, rounded up (`padding: max_length`).
     """
     import torch
 
+    if not packed:
+        sequences = [row[None] for sequence in sequences for row in np.asarray(sequence)]
     lines = [_line(tokens, sequence) for sequence in sequences]
     # An empty part (more workers than rows in the last step) still takes part in collectives: one dead token.
     lines = lines or [(np.full(1, pad_id), np.full(1, -100), np.zeros(1, np.int64))]

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -188,7 +189,11 @@ def _evaluation_text(event: dict[str, Any]) -> str:
     if "eval_loss" not in event:
         return f"{where}  saved {event['checkpoint_dir_name']}"
     best = "  best so far" if event.get("is_best") else ""
-    return f"{where}  evaluation loss {event['eval_loss']:.4f}  perplexity {event['perplexity']:.3f}{best}"
+    for name in ("accuracy", "reward_accuracy"):
+        if f"eval_{name}" in event:
+            best = f"  {name.replace('_', ' ')} {event[f'eval_{name}']:.1%}{best}"
+    perplexity = f"  perplexity {event['perplexity']:.3f}" if "perplexity" in event else ""
+    return f"{where}  evaluation loss {event['eval_loss']:.4f}{perplexity}{best}"
 
 
 @contextlib.contextmanager
@@ -215,7 +220,7 @@ def table(title: str, columns: list[str], rows: Iterable[Iterable[str]]) -> Tabl
     for column in columns:
         made.add_column(column, overflow="fold")
     for row in rows:
-        made.add_row(*row)
+        made.add_row(*map(escape, row))  # square brackets are text here
     return made
 
 

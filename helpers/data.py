@@ -175,6 +175,10 @@ def encode_rows(batch: list[Row], tokenizer, recipe: Recipe) -> list[list[prompt
     for k, result in zip(owners, results, strict=True):
         if isinstance(encoded[k], list):
             encoded[k] = result if isinstance(result, DataError) else encoded[k] + result
+    if recipe.task == "classification":
+        encoded = [
+            result if isinstance(result, DataError) else _labels_only(result, tokenizer, recipe) for result in encoded
+        ]
     for k, row in enumerate(batch):
         if row.text is not None:
             encoded[k] = [prompts.encode_text(row.text, tokenizer)]
@@ -183,6 +187,15 @@ def encode_rows(batch: list[Row], tokenizer, recipe: Recipe) -> list[list[prompt
         elif not all(any(one.trained[1:]) for one in encoded[k]):
             encoded[k] = DataError(f"{row.where}: no token of this row would be trained: is its assistant turn empty?")
     return encoded
+
+
+def _labels_only(encoded: list[prompts.Encoded], tokenizer, recipe: Recipe) -> list[prompts.Encoded]:
+    """Train the label token alone, not the end of the turn after it."""
+    labels = set(tokenizer.convert_tokens_to_ids(list(recipe.labels)))
+    return [
+        prompts.Encoded(one.input_ids, [t and i in labels for i, t in zip(one.input_ids, one.trained, strict=True)])
+        for one in encoded
+    ]
 
 
 def tokenize(

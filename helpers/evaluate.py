@@ -53,11 +53,12 @@ def compare_with_base(run: Run, path: str | None = None, rows: int | None = None
     best = run.folder / storage.read_json(run.summary)["best_checkpoint"]
     held_out = data.read_rows(path or config.valid_path, limit=rows)
     asked = [row.messages[:-1] for row in held_out]
+    longest = 1 if config.task == "classification" else 128  # a label is one token
     answers = []
     for source in (models.locate(config.initial_base_model_ckpt_path or config.model_id), best):
         model, tokenizer, prompt_format = generate.load_for_generation(source)
         prompt_format = prompt_format or config.generation_config.prompt_format
-        answers.append(generate.complete(model, tokenizer, asked, prompt_format=prompt_format))
+        answers.append(generate.complete(model, tokenizer, asked, prompt_format=prompt_format, max_new_tokens=longest))
     return Comparison(
         prompts=[messages[-1]["content"] for messages in asked],
         references=[row.messages[-1]["content"] for row in held_out],

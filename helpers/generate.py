@@ -23,13 +23,15 @@ def load_for_generation(source: str | Path):
     adapter = folder / "adapter_config.json"
     base = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.exists() else str(source)
     model = models.load_model(base)
+    tokenizer = models.load_tokenizer(str(source))
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer))  # a classifier's labels; their rows are in the adapter
     if adapter.exists():
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, str(folder))
     saved_format = folder / "prompt_format.yaml"
     prompt_format = PromptFormat(**yaml.safe_load(saved_format.read_text())) if saved_format.exists() else None
-    tokenizer = models.load_tokenizer(str(source))
     tokenizer.padding_side = "left"
     return model.eval(), tokenizer, prompt_format
 

@@ -77,7 +77,7 @@ def fine_tune(config: FinetuneConfig) -> Run:
 def _refuse_unsupported(config: FinetuneConfig) -> None:
     """Refuse what a config may say but this version does not do yet, rather than ignore it."""
     unsupported = {
-        f"task: {config.task}": config.task not in ("causal_lm", "instruction_tuning"),
+        f"task: {config.task}": config.task == "vision_language",
         "logger": config.logger is not None,
         "liger_kernel.enabled": config.liger_kernel is not None and config.liger_kernel.enabled,
         "torch_compile": bool(config.torch_compile),
@@ -289,9 +289,8 @@ def _print_summary(output: Console, run: Run) -> None:
     summary = storage.read_json(run.summary)
     peak = max(summary["peak_memory_bytes_per_worker"]) / 1e9
     if summary["eval_loss"] is not None:
-        output.print(
-            f"[bold]done[/bold]  evaluation loss {summary['eval_loss']:.4f}, perplexity {summary['perplexity']:.3f}"
-        )
+        perplexity = f", perplexity {summary['perplexity']:.3f}" if summary["perplexity"] else ""
+        output.print(f"[bold]done[/bold]  evaluation loss {summary['eval_loss']:.4f}{perplexity}")
     output.print(
         f"  {summary['steps']} steps, {summary['trained_tokens']:,} tokens in {summary['training_seconds']:.0f} s, "
         f"{summary['trained_tokens_throughput']:,.0f} real tokens/s, peak {peak:.1f} GB per worker"

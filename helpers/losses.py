@@ -12,13 +12,23 @@ The caller divides by the number of supervised tokens of the whole global batch.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from helpers.errors import ModelError
 
-__all__ = ["CHUNK", "SupervisedLM", "check_isolation", "chunked_cross_entropy", "fused_linear_cross_entropy"]
+__all__ = [
+    "CHUNK",
+    "IGNORED",
+    "SupervisedLM",
+    "check_isolation",
+    "chunked_cross_entropy",
+    "chunked_log_probabilities",
+    "fused_linear_cross_entropy",
+]
 
 # Positions per chunk. Larger chunks make no step faster (the matrix products are large already), only bigger.
 CHUNK = 256
@@ -42,12 +52,18 @@ class SupervisedLM(nn.Module):
         _fuse(self._parts[1], causal.config)
 
     def forward(
-        self, input_ids: torch.Tensor, labels: torch.Tensor, position_ids: torch.Tensor | None = None
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        want: Literal["sum", "rows", "logits"] = "sum",
     ) -> torch.Tensor:
         """Return the loss summed over supervised positions, a float32 scalar.
 
         input_ids: [rows, length]; labels: [rows, length], labels[:, t] is predicted by position t, -100 = none.
         position_ids: [rows, length], of packed rows: each position 0 begins a document that sees no other.
+        want: "rows": [rows] log-probabilities summed over each row's supervised positions instead;
+              "logits": [supervised positions, vocabulary] float32, for the few positions of a classifier.
         """
         decoder, head = self._parts
         if position_ids is None:
@@ -58,7 +74,14 @@ class SupervisedLM(nn.Module):
                 input_ids, labels, position_ids = (t.reshape(1, -1) for t in (input_ids, labels, position_ids))
             hidden = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
         supervised = labels != IGNORED
-        return head(hidden[supervised], labels[supervised])
+        if want == "sum":
+            return head(hidden[supervised], labels[supervised])
+        found = head(hidden[supervised], labels[supervised], want=want)
+        if want == "logits":
+            return found
+        # `hidden.sum() * 0` keeps the graph connected when no position is supervised.
+        rows = torch.zeros(len(labels), device=found.device) + hidden.float().sum() * 0
+        return rows.index_add(0, supervised.nonzero()[:, 0], found)
 
 
 @torch.no_grad()
@@ -102,9 +125,13 @@ def _fuse(head: nn.Module, config) -> None:
         logits = plain_forward(hidden).float() * scale
         return torch.tanh(logits / softcap) * softcap if softcap is not None else logits
 
-    def forward(hidden: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(hidden: torch.Tensor, labels: torch.Tensor | None = None, want: str = "sum") -> torch.Tensor:
         if labels is None:
             return plain_forward(hidden)
+        if want == "logits":
+            return logits_of(hidden)
+        if want == "rows":
+            return chunked_log_probabilities(hidden, labels, logits_of)
         if is_plain:
             return fused_linear_cross_entropy(hidden, head.weight, labels)
         return chunked_cross_entropy(hidden, labels, logits_of)
@@ -127,6 +154,20 @@ def chunked_cross_entropy(hidden: torch.Tensor, labels: torch.Tensor, logits_of)
         chunk = slice(start, start + CHUNK)
         total = total + checkpoint(part, hidden[chunk], labels[chunk], use_reentrant=False)
     return total
+
+
+def chunked_log_probabilities(hidden: torch.Tensor, labels: torch.Tensor, logits_of) -> torch.Tensor:
+    """Compute log p(label) at each position, for any output layer, recomputing each chunk's logits in backward.
+
+    hidden: [positions, width]; labels: [positions]. Returns [positions] float32.
+    """
+
+    def part(hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return -nn.functional.cross_entropy(logits_of(hidden), labels, reduction="none")
+
+    chunks = [slice(start, start + CHUNK) for start in range(0, len(labels), CHUNK)]
+    found = [checkpoint(part, hidden[chunk], labels[chunk], use_reentrant=False) for chunk in chunks]
+    return torch.cat(found) if found else hidden.new_zeros(0, dtype=torch.float32)
 
 
 def fused_linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ model     = add_lora(model, config.lora_config)   or continue_lora(model, adapte
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,11 +24,13 @@ __all__ = [
     "TINY_MODEL",
     "add_lora",
     "continue_lora",
+    "fit_vocabulary",
     "load_model",
     "load_tokenizer",
     "locate",
     "native_context_length",
     "parameter_counts",
+    "tokenizer_of",
     "tokenizer_source",
 ]
 
@@ -71,8 +74,15 @@ def tokenizer_source(config: FinetuneConfig) -> str:
     return locate(config.model_id)
 
 
-def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
-    """Load a tokenizer that can pad on the right."""
+def tokenizer_of(config: FinetuneConfig) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that a config trains with; a classifier's labels are tokens of it."""
+    labels = config.classifier_config.label_tokens if config.classifier_config else []
+    return load_tokenizer(tokenizer_source(config), labels)
+
+
+def load_tokenizer(source: str, labels: Sequence[str] = ()) -> PreTrainedTokenizerBase:
+    """Load a tokenizer that can pad on the right; add a token for each label that it does not have."""
+    from tokenizers import AddedToken
     from transformers import AutoTokenizer
 
     with _readable_errors(source, "tokenizer"):
@@ -83,7 +93,32 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
         # Harmless: masks go by position, so padding with the end token hides no end token.
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
+    # Not "special" ones: they are answers, to be seen when a text is decoded. A word is a label only as a whole.
+    tokenizer.add_tokens([AddedToken(label, normalized=False, single_word=label.isalnum()) for label in labels])
     return tokenizer
+
+
+def fit_vocabulary(model: PreTrainedModel, tokenizer, config: FinetuneConfig) -> dict[str, Any]:
+    """Give the model a row for each token of its tokenizer; return what LoRA has to know to train the labels' rows.
+
+    Raises ModelError where that cannot be done.
+    """
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer))
+    if config.classifier_config is None or not config.is_lora:
+        return {}
+    if "trainable_token_indices" in config.lora_config or config.lora_config.get("modules_to_save"):
+        return {}  # the config says itself what is trained of the embeddings
+    if config.deepspeed and "zero_3" in config.deepspeed.config_path:
+        raise ModelError(
+            "classification with LoRA trains single rows of the embeddings, which PEFT cannot do under ZeRO-3: "
+            "set deepspeed: zero_2"
+        )
+    rows = [tokenizer.convert_tokens_to_ids(label) for label in config.classifier_config.label_tokens]
+    layers = [model.get_input_embeddings(), model.get_output_embeddings()]
+    names = {id(module): name.rsplit(".", 1)[-1] for name, module in model.named_modules()}
+    is_tied = layers[0].weight is layers[1].weight
+    return {"trainable_token_indices": {names[id(layer)]: rows for layer in layers[: 1 if is_tied else 2]}}
 
 
 def load_model(

@@ -47,7 +47,7 @@ def prepare(
 
     Raises DataError, ModelError or StorageError.
     """
-    tokenizer = models.load_tokenizer(models.tokenizer_source(config))
+    tokenizer = models.tokenizer_of(config)
     paths = {"train": config.train_path} | ({"valid": config.valid_path} if config.valid_path else {})
     recipe, kept = data.Recipe.of(config), run.folder.parent / ".tokens"
     sets, notes = {}, {}
@@ -62,7 +62,9 @@ def prepare(
     for name, path in paths.items():
         whole = sets[name]
         losses = tokens.truncation_losses(whole, config.context_length)
-        sets[name], cut = tokens.fit_context(whole, config.context_length, config.truncation, shown_path(path))
+        sets[name], cut = tokens.fit_context(
+            whole, config.context_length, config.truncation, shown_path(path), _together(config)
+        )
         report[name] = {
             "path": shown_path(path), **_told(notes[name]), **tokens.token_statistics(whole), "truncation": losses,
             **cut, **_duplicates(whole), "fingerprint": _fingerprint(sets[name]),
@@ -75,7 +77,7 @@ def prepare(
 
 def steps_per_epoch(config: FinetuneConfig, train: Tokens) -> int:
     """Count the optimizer steps of an epoch."""
-    sequences = batches.make_sequences(train, config.padding, config.context_length)
+    sequences = batches.make_sequences(train, config)
     return math.ceil(len(sequences) / config.global_batch_size)
 
 
@@ -127,7 +129,7 @@ def _overlap(train: Tokens, valid: Tokens) -> dict[str, Any]:
 
 def _padding(config: FinetuneConfig, train: Tokens) -> dict[str, Any]:
     """Say how the rows fill the batches of the first epoch."""
-    sequences = batches.make_sequences(train, config.padding, config.context_length)
+    sequences = batches.make_sequences(train, config)
     share = batches.padding_share(train, sequences, config)
     return {"sequences": len(sequences), "padding_share": round(share, 4)}
 
@@ -151,6 +153,10 @@ def _fill_gaps(config: FinetuneConfig, sets: dict[str, Tokens]) -> FinetuneConfi
         )
         config = config.resolve(num_epochs=math.ceil(config.min_update_steps / steps_per_epoch(config, fitted)))
     return config
+
+
+def _together(config: FinetuneConfig) -> int:
+    return 2 if config.task == "preference_tuning" else 1
 
 
 def _fingerprint(fitted: Tokens) -> str:

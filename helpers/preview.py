@@ -35,7 +35,7 @@ def preview(config: FinetuneConfig, count: int = 3) -> list[Preview]:
 
     Raises DataError for rows that cannot be used.
     """
-    tokenizer = models.load_tokenizer(models.tokenizer_source(config))
+    tokenizer = models.tokenizer_of(config)
     recipe = data.Recipe.of(config)
     shown = []
     rows = data.read_rows(config.train_path, config.task, limit=count, labels=recipe.labels)

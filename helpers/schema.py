@@ -198,10 +198,14 @@ class LogprobProcessor(_Block):
 
 
 class PreferenceTuningConfig(_Block):
-    """Train on pairs of a chosen and a rejected answer (DPO)."""
+    """Train on pairs of a chosen and a rejected answer."""
 
+    loss: Literal["dpo", "ipo", "simpo", "orpo", "kto"] = "dpo"
+    """What is minimised; simpo and orpo need no reference model."""
     beta: Annotated[Float, Field(gt=0)] = 0.1
     """How strongly the model is held to the reference model; higher is closer."""
+    label_smoothing: Annotated[Float, Field(ge=0, lt=0.5)] = 0.0
+    """dpo: the share of pairs that may be the wrong way round."""
     logprob_processor_scaling_config: LogprobProcessor | None = None
     """Compute reference log-probabilities on workers of their own. None: on the training workers."""
 
@@ -462,6 +466,8 @@ class FinetuneConfig(_Block):
                 raise ValueError(f"{block} means task: {task}, which contradicts task: {self.task}; drop one of them")
         if self.task == "classification" and self.classifier_config is None:
             raise ValueError("task: classification needs classifier_config with its label_tokens")
+        if self.task == "preference_tuning" and self.padding == "packed":
+            raise ValueError("padding: packed does not pack the pairs of preference_tuning; use longest")
         if self.initial_adapter_model_ckpt_path is not None and not self.is_lora:
             raise ValueError("initial_adapter_model_ckpt_path continues a LoRA adapter: it needs lora_config")
         return self

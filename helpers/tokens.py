@@ -235,12 +235,13 @@ def truncation_losses(tokens: Tokens, context_length: int) -> dict[str, int]:
 
 
 def fit_context(
-    tokens: Tokens, context_length: int, policy: str, name: str = "the data"
+    tokens: Tokens, context_length: int, policy: str, name: str = "the data", together: int = 1
 ) -> tuple[Tokens, dict[str, int]]:
     """Apply the truncation policy to rows longer than context_length.
 
     policy: "error" refuses if a trained token would be lost (a prompt's unneeded tail may go), "drop" leaves
             such rows out, "left" / "right" cut that end off.
+    together: rows that are dropped together, or not at all: 2 for the pairs of preference tuning.
 
     Returns the tokens and what it did: rows_cut, rows_dropped, tokens_cut, answer_tokens_cut.
     Raises DataError if anything would be lost under "error", or if nothing trained is left of the set.
@@ -257,6 +258,7 @@ def fit_context(
         else:
             end[k] = begin[k] + context_length
         kept[k] = policy != "drop" and (policy == "error" or supervised[k] > 0)
+    kept = np.repeat(kept.reshape(-1, together).all(axis=1), together)
     lost = int(tokens.supervised.sum() - supervised[kept].sum())
     if policy == "error" and lost:
         raise DataError(

@@ -7,6 +7,7 @@ it finds: a restarted worker and a second `python main.py` are the same case.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import math
 import os
@@ -24,17 +25,23 @@ from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
     InitProcessGroupKwargs,
+    gather_object,
 )
 
-from helpers import batches, checkpoints, models, optimizers, ranks, tokens
+from helpers import batches, checkpoints, classification, models, objectives, optimizers, ranks, tokens
 from helpers.config import FinetuneConfig, read_deepspeed_config
 from helpers.errors import TrainingError
 from helpers.losses import SupervisedLM, check_isolation
+from helpers.preferences import needs_reference
 from helpers.progress import Progress
+from helpers.reference import reference_logps
 from helpers.storage import Run
 from helpers.tokens import Tokens
 
 __all__ = ["evaluation_steps", "total_steps", "train_loop"]
+
+# What a task measures beside its loss: means over the pairs of a batch.
+TASK_SUMS = {"preference_tuning": ("reward_chosen", "reward_rejected", "reward_margin", "reward_accuracy")}
 
 
 def train_loop(config: FinetuneConfig, run: Run) -> dict[str, Any]:
@@ -56,7 +63,7 @@ def train_loop(config: FinetuneConfig, run: Run) -> dict[str, Any]:
     # (2) Data: mapped into memory, tokenised before any worker started.
     train = tokens.load_view(run.tokens / "train.npz")
     valid = tokens.load_view(run.tokens / "valid.npz") if config.valid_path else None
-    sequences = batches.make_sequences(train, config.padding, config.context_length)
+    sequences = batches.make_sequences(train, config)
     steps_per_epoch = math.ceil(len(sequences) / config.global_batch_size)
     last_step = total_steps(config, steps_per_epoch)
 
@@ -72,6 +79,8 @@ def train_loop(config: FinetuneConfig, run: Run) -> dict[str, Any]:
     parameters, trainable = worker.parameters
     if config.padding == "packed":
         check_isolation(worker.wrapped, accelerator.device)
+    train_set = _with_reference(worker, run, train, "training", progress)
+    valid_set = _with_reference(worker, run, valid, "validation", progress)
 
     # (4) Continue from the last complete state, or rehearse a save: a full disk shows now, not after the night.
     prompt_format = _prompt_format_text(config)
@@ -83,8 +92,8 @@ def train_loop(config: FinetuneConfig, run: Run) -> dict[str, Any]:
             worker.model, worker.tokenizer, run.checkpoints,
             prompt_format=prompt_format, copies=config.num_checkpoints_to_keep,
         )  # fmt: skip
-    if config.eval_first and valid is not None and not saved:
-        progress.evaluation(step=0, epoch=0, **_evaluate(worker, valid))
+    if config.eval_first and valid_set and not saved:
+        progress.evaluation(step=0, epoch=0, **_evaluate(worker, valid_set))
     step, losses, trained_tokens = place["step"], dict(place["losses"]), place["trained_tokens"]
     progress.stage(
         "training", steps=last_step, steps_per_epoch=steps_per_epoch, start=step, workers=accelerator.num_processes,
@@ -100,7 +109,7 @@ def train_loop(config: FinetuneConfig, run: Run) -> dict[str, Any]:
             epoch_so_far = _EpochSoFar(
                 batches.epoch_batches(train, sequences, config.global_batch_size, config.seed, epoch)
             )
-        done = _train_step(worker, train, epoch_so_far.batches[index], rates[step])
+        done = _train_step(worker, train_set, epoch_so_far.batches[index], rates[step])
         step += 1
         _check(step, done, is_first=step == place["step"] + 1)
         epoch_so_far.add(done)
@@ -116,7 +125,7 @@ def train_loop(config: FinetuneConfig, run: Run) -> dict[str, Any]:
         # (7) Evaluate, then save. Between evaluations only the training state is saved, by the clock.
         if step in events:
             name = events[step]
-            found = _evaluate(worker, valid) if valid is not None else {}
+            found = _evaluate(worker, valid_set) if valid_set else {}
             if worker.engine:  # ZeRO-3 may be fetching the next batch's first weights, which no save can gather
                 worker.engine.empty_partition_cache()
             checkpoints.save_checkpoint(
@@ -139,7 +148,7 @@ def train_loop(config: FinetuneConfig, run: Run) -> dict[str, Any]:
     return {
         "best_checkpoint": f"checkpoints/{best}",
         "eval_loss": losses[best],
-        "perplexity": _perplexity(losses[best]),
+        "perplexity": None if config.task == "preference_tuning" else _perplexity(losses[best]),
         "steps": step,
         "epochs": round(step / steps_per_epoch, 4),
         "trained_tokens": trained_tokens,
@@ -224,7 +233,7 @@ def _make_accelerator(config: FinetuneConfig) -> Accelerator:
 def _make_worker(config: FinetuneConfig, accelerator: Accelerator) -> _Worker:
     """Load tokenizer and model, put LoRA on it if asked, make the optimizer, wrap for DDP or DeepSpeed."""
     with ranks.raised_everywhere():
-        tokenizer = models.load_tokenizer(models.tokenizer_source(config))
+        tokenizer = models.tokenizer_of(config)
         model = models.load_model(
             models.locate(config.initial_base_model_ckpt_path or config.model_id),
             dtype=config.dtype,
@@ -232,10 +241,11 @@ def _make_worker(config: FinetuneConfig, accelerator: Accelerator) -> _Worker:
             rope_scaling=config.rope_scaling,
             gradient_checkpointing=config.gradient_checkpointing,
         )
+        new_rows = models.fit_vocabulary(model, tokenizer, config)
         if config.initial_adapter_model_ckpt_path is not None:
             model = models.continue_lora(model, models.locate(config.initial_adapter_model_ckpt_path))
         elif config.is_lora:
-            model = models.add_lora(model, config.lora_config)
+            model = models.add_lora(model, config.lora_config | new_rows)
         parameters = models.parameter_counts(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     hyperparameters = {
@@ -263,6 +273,38 @@ def _prompt_format_text(config: FinetuneConfig) -> str | None:
     return yaml.safe_dump(prompt_format.model_dump(), sort_keys=False) if prompt_format else None
 
 
+@dataclass(frozen=True)
+class _Set:
+    """Rows to train on or to evaluate; with the reference model's log-probabilities [rows], for preferences."""
+
+    rows: Tokens
+    reference: np.ndarray | None = None
+
+    def batch(self, worker: _Worker, part: list[batches.Sequence], width: int | None = None, packed: bool = False):
+        """Make the tensors of some sequences, on the worker's device."""
+        made = batches.collate(self.rows, part, worker.tokenizer.pad_token_id, width, packed=packed)
+        return {name: tensor.to(worker.accelerator.device) for name, tensor in made.items()}
+
+    def reference_of(self, worker: _Worker, part: list[batches.Sequence]) -> torch.Tensor | None:
+        """Pick the reference's figures for the rows of a batch, in its order."""
+        if self.reference is None or not part:
+            return None
+        return torch.from_numpy(self.reference[np.concatenate(part)]).to(worker.accelerator.device)
+
+
+def _with_reference(worker: _Worker, run: Run, rows: Tokens | None, name: str, progress: Progress) -> _Set | None:
+    """Add what the task compares with: once, before the first step, or as an earlier start of the run kept it."""
+    config = worker.config
+    if rows is None or config.task != "preference_tuning" or not needs_reference(config.preference_tuning_config.loss):
+        return None if rows is None else _Set(rows)
+    progress.stage(f"computing the reference model's log-probabilities of the {name} pairs")
+    processor = config.preference_tuning_config.logprob_processor_scaling_config
+    batch_size = (processor.batch_size if processor else None) or 2 * config.eval_batch_size_per_device
+    kept = run.tokens / f"reference-{name}.npy"
+    pad_id = worker.tokenizer.pad_token_id
+    return _Set(rows, reference_logps(worker.wrapped, worker.accelerator, rows, batch_size, pad_id, kept))
+
+
 # One step ---------------------------------------------------------------------------------------------
 
 
@@ -278,6 +320,7 @@ class _Step:
     tokens: int
     supervised: int
     padded: int
+    task: dict[str, float] = field(default_factory=dict)
 
     def metrics(self) -> dict[str, float]:
         return {
@@ -290,10 +333,11 @@ class _Step:
             "supervised_tokens_this_iter": self.supervised,
             "padding_share": round(max(0.0, 1 - self.tokens / self.padded), 4),
             "trained_tokens_throughput_this_iter": self.tokens / self.seconds,
+            **self.task,
         }
 
 
-def _train_step(worker: _Worker, train: Tokens, sequences: list[batches.Sequence], rate: float) -> _Step:
+def _train_step(worker: _Worker, train: _Set, sequences: list[batches.Sequence], rate: float) -> _Step:
     """Forward, backward and update over the rows of one global batch."""
     config, accelerator = worker.config, worker.accelerator
     started = time.perf_counter()
@@ -301,32 +345,30 @@ def _train_step(worker: _Worker, train: Tokens, sequences: list[batches.Sequence
         group["lr"] = rate
     world = accelerator.num_processes
     rows = np.concatenate(sequences)
-    supervised = int(train.supervised[rows].sum())
-    micros = batches.split_batch(sequences, train, world, config.gradient_accumulation_steps)[accelerator.process_index]
+    units = objectives.count_units(config, train.rows, rows)
+    micros = batches.split_batch(sequences, train.rows, world, config.gradient_accumulation_steps)
+    micros = micros[accelerator.process_index]
     # DDP and DeepSpeed average over workers, DeepSpeed over micro batches too. The loss is to be the mean over
-    # all supervised tokens of the global batch, wherever they are: so undo their averages, divide once.
-    scale = world * (len(micros) if worker.engine else 1) / supervised
-    loss_sum = torch.zeros((), device=accelerator.device)
-    padded, forward_seconds, backward_seconds = 0, 0.0, 0.0
+    # all supervised tokens (or pairs) of the global batch, wherever they are: so undo their averages, divide once.
+    scale = world * (len(micros) if worker.engine else 1) / units
+    sums: dict[str, float] = collections.Counter()
+    forward_seconds = backward_seconds = 0.0
     for k, part in enumerate(micros):
-        made = batches.collate(
-            train, part, worker.tokenizer.pad_token_id, _width(config), packed=config.padding == "packed"
-        )
-        batch = _to_device(worker, made)
-        padded += batch["input_ids"].numel()
+        batch = train.batch(worker, part, _width(config), packed=config.padding == "packed")
         is_last = k == len(micros) - 1
         with contextlib.nullcontext() if worker.engine or is_last else accelerator.no_sync(worker.wrapped):
             begun = _now(accelerator)
-            loss = worker.wrapped(**batch)
+            found = objectives.measure(config, worker.wrapped, batch, train.reference_of(worker, part))
             halfway = _now(accelerator)
             if worker.engine:
-                accelerator.deepspeed_engine_wrapped.backward(loss * scale, sync_gradients=is_last)
+                accelerator.deepspeed_engine_wrapped.backward(found.loss * scale, sync_gradients=is_last)
             else:
-                (loss * scale).backward()
+                (found.loss * scale).backward()
             ended = _now(accelerator)
         forward_seconds += halfway - begun
         backward_seconds += ended - halfway
-        loss_sum += loss.detach()
+        sums.update({"loss": float(found.loss), "padded": batch["input_ids"].numel()})
+        sums.update({name: float(value) for name, value in found.sums.items()})
     if worker.engine:  # its update was part of the last backward
         gradient = float(worker.engine.get_global_grad_norm() or 0.0)
     else:
@@ -334,18 +376,26 @@ def _train_step(worker: _Worker, train: Tokens, sequences: list[batches.Sequence
         gradient = float(torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm or math.inf))
         worker.optimizer.step()
         worker.optimizer.zero_grad()
-    totals = torch.tensor([float(loss_sum), padded], dtype=torch.float64, device=accelerator.device)
-    loss_total, padded_total = accelerator.reduce(totals, "sum").tolist()
+    totals = _summed(worker, sums)
     return _Step(
-        loss=loss_total / supervised,
+        loss=totals.pop("loss") / units,
         gradient=gradient,
         forward_seconds=forward_seconds,
         backward_seconds=backward_seconds,
         seconds=time.perf_counter() - started,
-        tokens=int(train.lengths[rows].sum()),
-        supervised=supervised,
-        padded=int(padded_total),
+        tokens=int(train.rows.lengths[rows].sum()),
+        supervised=int(train.rows.supervised[rows].sum()),
+        padded=int(totals.pop("padded")),
+        task={name: value / units for name, value in totals.items()},
     )
+
+
+def _summed(worker: _Worker, sums: dict[str, float]) -> dict[str, float]:
+    """Add sums up over the ranks; one that had nothing to measure lacks names, and counts as 0."""
+    names = ["loss", "padded", *TASK_SUMS.get(worker.config.task, ())]
+    shared = torch.tensor([sums.get(name, 0.0) for name in names], dtype=torch.float64)
+    shared = worker.accelerator.reduce(shared.to(worker.accelerator.device), "sum")
+    return dict(zip(names, shared.tolist(), strict=True))
 
 
 def _check(step: int, done: _Step, is_first: bool) -> None:
@@ -363,25 +413,39 @@ def _check(step: int, done: _Step, is_first: bool) -> None:
 
 
 @torch.no_grad()
-def _evaluate(worker: _Worker, valid: Tokens) -> dict[str, float]:
-    """Measure the mean loss per supervised token over the validation rows."""
+def _evaluate(worker: _Worker, valid: _Set) -> dict[str, float]:
+    """Measure the mean loss over the validation rows, and what the task measures beside it."""
     config, accelerator = worker.config, worker.accelerator
     started = time.perf_counter()
     batch_size = config.eval_batch_size_per_device * accelerator.num_processes
-    order = np.argsort(-valid.lengths, kind="stable")
-    loss_sum = torch.zeros((), device=accelerator.device)
+    sequences = batches.single_sequences(valid.rows, config)
+    sequences.sort(key=lambda rows: -int(valid.rows.lengths[rows].sum()))
+    labels = None
+    if config.task == "classification":
+        labels = classification.label_ids(worker.tokenizer, config.classifier_config.label_tokens)
+    sums: dict[str, float] = collections.Counter()
+    predictions: list[tuple[list[float], int]] = []
     worker.wrapped.eval()
-    for start in range(0, len(order), batch_size):
-        rows = list(order[start : start + batch_size, None])
-        part = batches.split_batch(rows, valid, accelerator.num_processes, 1)[accelerator.process_index][0]
-        loss_sum += worker.wrapped(**_to_device(worker, batches.collate(valid, part, worker.tokenizer.pad_token_id)))
+    for start in range(0, len(sequences), batch_size):
+        dealt = batches.split_batch(sequences[start : start + batch_size], valid.rows, accelerator.num_processes, 1)
+        part = dealt[accelerator.process_index][0]
+        reference = valid.reference_of(worker, part)
+        found = objectives.measure(config, worker.wrapped, valid.batch(worker, part), reference, labels)
+        sums.update({"loss": float(found.loss), **{name: float(value) for name, value in found.sums.items()}})
+        predictions += found.predictions
     worker.wrapped.train()
-    loss = float(accelerator.reduce(loss_sum.double(), "sum")) / int(valid.supervised.sum())
-    return {
-        "eval_loss": loss,
-        "perplexity": _perplexity(loss),
-        "eval_time_per_epoch": time.perf_counter() - started,
-    }
+    totals = _summed(worker, sums)
+    units = objectives.count_units(config, valid.rows, np.arange(len(valid.rows)))
+    loss = totals["loss"] / units
+    measured = {"eval_loss": loss}
+    if config.task != "preference_tuning":  # whose loss is no token's
+        measured["perplexity"] = _perplexity(loss)
+    measured |= {f"eval_{name}": totals[name] / units for name in TASK_SUMS.get(config.task, ())}
+    if labels is not None:
+        everyones = gather_object(predictions)
+        probabilities, truth = (np.array(column) for column in zip(*everyones, strict=True))
+        measured |= classification.scores(probabilities, truth, config.classifier_config.eval_metrics)
+    return {**measured, "eval_time_per_epoch": time.perf_counter() - started}
 
 
 def _perplexity(loss: float | None) -> float | None:
@@ -390,10 +454,6 @@ def _perplexity(loss: float | None) -> float | None:
 
 def _width(config: FinetuneConfig) -> int | None:
     return config.context_length if config.padding == "max_length" else None
-
-
-def _to_device(worker: _Worker, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.to(worker.accelerator.device) for name, tensor in batch.items()}
 
 
 def _now(accelerator: Accelerator) -> float:

@@ -117,7 +117,7 @@ def test_the_loss_equals_transformers_trainer(make_config, tokenizer, tmp_path):
     config = make_config(num_epochs=3, weight_decay=0.01)
     ours = losses_of(fine_tune(config))
     tokens = prepare(config, open_run(config)).train
-    sequences = batches.make_sequences(tokens, "longest", config.context_length)
+    sequences = batches.make_sequences(tokens, config)
     order = [
         row
         for epoch in range(3)
