@@ -29,7 +29,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from helpers.errors import DataError
 from helpers.prompt_formats import render_prompt_format
-from helpers.special_tokens import has_marks, in_literal_form, literal_tokenizer, map_texts, mark, special_ids, unmarked
+from helpers.special_tokens import (
+    has_marks,
+    in_literal_form,
+    literal_tokenizer,
+    map_texts,
+    mark,
+    special_ids,
+    unmarked,
+    without_closing_token,
+)
 from helpers.tool_text import speaks_of_tools, tools_as_text
 
 if TYPE_CHECKING:
@@ -210,6 +219,15 @@ class _Row:
         """Render the conversation up to message k, with it."""
         return self._render_first(k + 1, for_generation=False)
 
+    def turn(self, k: int, text: str) -> str:
+        """Render up to message k as `text` goes on: without a token that only ends a text (Phi-3's eos)."""
+        through = self.through(k)
+        if text.startswith(through):
+            return through
+        open_ended = without_closing_token(through, self.tokenizer)
+        goes_on = len(open_ended) > len(self.prompt(k)) and text.startswith(open_ended)
+        return open_ended if goes_on else through
+
     def _render_first(self, count: int, for_generation: bool) -> str:
         key = count, for_generation
         if key not in self._rendered:
@@ -242,7 +260,7 @@ class _Row:
         for k in [k for k in self.answers if k < count]:
             prompt = self.prompt(k)
             if text.startswith(prompt) and len(prompt) < len(text):
-                end = self.through(k) if text.startswith(self.through(k)) else prompt
+                end = self.turn(k, text) if text.startswith(self.turn(k, text)) else prompt
                 found.append((len(prompt), max(len(prompt), len(end))))
         return found
 
@@ -279,7 +297,7 @@ def _rendered(messages, tools, tokenizer, prompt_format, trained: Trained, rewri
     wanted = wanted[-1:] if trained == "last" else wanted
     for k in wanted:
         _check_answer(row, k)
-    rewritten = [k for k in wanted if not text.startswith(row.through(k))]
+    rewritten = [k for k in wanted if not text.startswith(row.turn(k, text))]
     if not rewritten:
         return [_with_spans(row, text, count, wanted)]
     if rewritten_turns == "refuse":

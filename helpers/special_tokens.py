@@ -21,7 +21,16 @@ from helpers.errors import DataError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["has_marks", "in_literal_form", "literal_tokenizer", "map_texts", "mark", "special_ids", "unmarked"]
+__all__ = [
+    "has_marks",
+    "in_literal_form",
+    "literal_tokenizer",
+    "map_texts",
+    "mark",
+    "special_ids",
+    "unmarked",
+    "without_closing_token",
+]
 
 # While a template runs, special tokens that stand in messages are these characters, one per token id; and for
 # the tokenizer of such a row the template's own are. Private use: no text has a reason to hold them.
@@ -52,6 +61,13 @@ def mark(text: str, tokenizer) -> str:
         raise DataError("a character of the private planes (U+F0000 and above) stands in a message: remove it")
     numbers, pattern = _special_tokens(tokenizer)
     return pattern.sub(lambda match: chr(_IN_MESSAGE + numbers[match[0]]), text)
+
+
+def without_closing_token(text: str, tokenizer) -> str:
+    """Take off a special token that follows another one at the end: the eos that some templates close a text with."""
+    special = _special_tokens(tokenizer)[1].pattern
+    closed = re.fullmatch(rf"(.*(?:{special})\s*)(?:{special})\s*", text, re.DOTALL)
+    return closed[1] if closed else text
 
 
 def map_texts(value: Any, change: Callable[[str], str]) -> Any:

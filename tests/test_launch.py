@@ -196,7 +196,7 @@ def test_a_folder_of_something_else_is_left_alone(make_config, tmp_path, on_exis
         ({"context_length": 8}, DataError),
         ({"model_id": "./none"}, StorageError),
         ({"model_id": "no-such-owner/no-such-model"}, ModelError),
-        ({"classifier_config": {"label_tokens": ["a", "b"]}, "task": "classification"}, ConfigError),
+        ({"task": "vision_language"}, ConfigError),
         ({"attention": "flash_attention_2"}, ModelError),
     ],
 )
