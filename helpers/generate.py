@@ -14,7 +14,7 @@ from helpers.config import PromptFormat
 __all__ = ["complete", "load_for_generation"]
 
 
-def load_for_generation(source: str | Path):
+def load_for_generation(source: str | Path, dtype: str = "bfloat16"):
     """Load a checkpoint folder (adapter or full), a model folder or a hub id for generation.
 
     Returns (model, tokenizer, prompt_format); prompt_format is None where the chat template serves.
@@ -22,7 +22,7 @@ def load_for_generation(source: str | Path):
     folder = Path(source)
     adapter = folder / "adapter_config.json"
     base = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.exists() else str(source)
-    model = models.load_model(base)
+    model = models.load_model(base, dtype=dtype)
     tokenizer = models.load_tokenizer(str(source))
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))  # a classifier's labels; their rows are in the adapter

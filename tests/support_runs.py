@@ -1,0 +1,101 @@
+"""Train two steps of every method and task under one sharding, reload what was saved, and print what came of it.
+
+    python tests/support_runs.py zero_2 FOLDER
+
+tests/test_support.py runs it, a process for each sharding: accelerate takes one kind per process. One line of
+JSON per combination: how far the reloaded checkpoint is from the evaluation at the end of training, or the refusal.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate.state import AcceleratorState
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+
+from conftest import LORA, TINY_MODEL, chat, uneven_rows
+from helpers import batches, generate, objectives
+from helpers.config import FinetuneConfig, load_config
+from helpers.errors import ForgebookError
+from helpers.launch import fine_tune
+from helpers.losses import SupervisedLM
+from helpers.progress import read_metrics
+from helpers.storage import Run
+from helpers.tokens import load_view
+
+METHODS = {
+    "full": {},
+    "lora": {"lora_config": LORA},
+    "dora": {"lora_config": LORA | {"use_dora": True}},
+    "qlora": {"lora_config": LORA, "quantization": "nf4"},
+}
+LABELS = ["[[1]]", "[[2]]"]
+TASKS = {
+    "causal_lm": {},
+    "instruction_tuning": {},
+    "classification": {"classifier_config": {"label_tokens": LABELS}},
+    "preference_tuning": {},
+}
+SHARDINGS = ["none", "zero_2", "zero_3"]
+
+
+def rows_of(task: str) -> list[dict]:
+    if task == "classification":
+        return [chat(f"the lamp {k}", LABELS[k % 2]) for k in range(8)]
+    if task == "preference_tuning":
+        sides = {"chosen": "on the table", "rejected": "no"}
+        return [{side: chat("where? " * (1 + k % 3), text)["messages"] for side, text in sides.items()} for k in range(8)]
+    return uneven_rows(8)
+
+
+def settings_of(method: str, task: str, sharding: str, folder: Path) -> dict:
+    path = folder / f"{task}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows_of(task)))
+    return {
+        "model_id": str(TINY_MODEL), "train_path": str(path), "valid_path": str(path), "task": task,
+        "run_name": f"{method}-{task}", "storage_path": str(folder / "runs"), "num_devices": 0, "num_epochs": 1,
+        "train_batch_size_per_device": 4, "eval_batch_size_per_device": 8, "learning_rate": 1e-3,
+        "num_warmup_steps": 0, "dtype": "float32", "deepspeed": sharding, **METHODS[method], **TASKS[task],
+    }  # fmt: skip
+
+
+def reloaded_loss(config: FinetuneConfig, run: Run, checkpoint: str) -> float:
+    """Measure the saved checkpoint on the validation rows, loaded as anyone would."""
+    unset_hf_deepspeed_config()  # or under ZeRO-3 transformers would load this model in partitions, too
+    model, tokenizer, _ = generate.load_for_generation(run.checkpoints / checkpoint, config.dtype)
+    valid = load_view(run.tokens / "valid.npz")
+    kept = run.tokens / "reference-validation.npy"
+    sequences = batches.single_sequences(valid, config)
+    order = [row for rows in sequences for row in rows]
+    reference = torch.from_numpy(np.load(kept)[order]) if kept.exists() else None
+    batch = batches.collate(valid, sequences, tokenizer.pad_token_id)
+    with torch.no_grad():
+        found = objectives.measure(config, SupervisedLM(model).eval(), batch, reference)
+    return float(found.loss) / objectives.count_units(config, valid, np.arange(len(valid)))
+
+
+def main() -> None:
+    sharding, folder = sys.argv[1], Path(sys.argv[2])
+    for method in METHODS:
+        for task in TASKS:
+            path = folder / f"{method}-{task}.yaml"
+            path.write_text(json.dumps(settings_of(method, task, sharding, folder)))
+            told = {"method": method, "task": task}
+            try:
+                config = load_config(path)
+                run = fine_tune(config)
+                evaluation = [row for row in read_metrics(run.metrics) if "eval_loss" in row][-1]
+                again = reloaded_loss(config, run, evaluation["checkpoint_dir_name"])
+                told |= {"eval_loss": evaluation["eval_loss"], "reloaded": again}
+            except ForgebookError as error:
+                told |= {"refused": str(error)}
+            AcceleratorState._reset_state(reset_partial_state=True)
+            print("RESULT " + json.dumps(told), flush=True)
+
+
+if __name__ == "__main__":
+    main()
