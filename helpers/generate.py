@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from helpers import models, prompts
+from helpers import adapters, models, prompts
 from helpers.config import PromptFormat
 
 __all__ = ["complete", "load_for_generation"]
@@ -22,7 +22,7 @@ def load_for_generation(source: str | Path):
     folder = Path(source)
     adapter = folder / "adapter_config.json"
     base = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.exists() else str(source)
-    model = models.load_model(base)
+    model = models.load_model(base, **(adapters.read_overrides(folder) if adapter.exists() else {}))
     if adapter.exists():
         from peft import PeftModel
 
