@@ -14,6 +14,8 @@ layer  module          one line
 2      sources         the text and the lines of a config file; key=value overrides
 3      config          YAML file or URL + overrides -> FinetuneConfig
 4      storage         local, s3://, gs://, https:// paths; the run folder
+4      adapters        what a saved adapter needs besides its weights
+4      kernels         Liger, torch.compile, bitsandbytes: what this machine has
 4      prompt_formats  LLMForge's templates by role
 5      prompts         messages -> token ids and the mask of what is trained
 5      rows            files, buckets and data sets -> raw rows with their places

@@ -21,12 +21,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 
-from helpers import ranks, storage
+from helpers import adapters, ranks, storage
 from helpers.errors import CheckpointError
 
 __all__ = [
     "keep_best",
+    "keep_start",
     "latest_resume",
     "load_resume",
     "rehearse",
@@ -41,11 +43,21 @@ PLACE = "place.json"
 # The model --------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(model, tokenizer, folder: Path, *, prompt_format: str | None = None, trained: bool = True) -> None:
+def save_checkpoint(
+    model,
+    tokenizer,
+    folder: Path,
+    *,
+    prompt_format: str | None = None,
+    overrides: dict[str, Any] | None = None,
+    start: dict[str, torch.Tensor] | None = None,
+    trained: bool = True,
+) -> None:
     """Save a model (full or PEFT) with all that is needed to use it, verify it, and only then name it `folder`.
 
-    Collective. prompt_format: YAML text, saved beside. trained: False for the rehearsal before the first
-    step, when an adapter is still all zero.
+    Collective. prompt_format: YAML text, saved beside. overrides: how an adapter's base was made, saved beside.
+    start: what `keep_start` returned. trained: False for the rehearsal before the first step, when an adapter is
+    still all zero.
 
     Raises CheckpointError, on all ranks, if it cannot be written or is not what it should be.
     """
@@ -54,7 +66,13 @@ def save_checkpoint(model, tokenizer, folder: Path, *, prompt_format: str | None
         if not ranks.is_main():
             return
         aside = stack.enter_context(storage.published(folder))
+        if start is not None:
+            weights = adapters.fit_original_base(weights, start, trained)
         _write_model(model, weights, aside)
+        if start is not None:
+            adapters.double_rank(aside / "adapter_config.json")
+        if overrides:
+            (aside / adapters.OVERRIDES).write_text(json.dumps(overrides, indent=2))
         tokenizer.save_pretrained(aside)
         if prompt_format is not None:
             (aside / "prompt_format.yaml").write_text(prompt_format)
@@ -129,13 +147,15 @@ def verify_checkpoint(folder: Path, expected: int, trained: bool = True) -> None
         raise CheckpointError("the saved adapter is all zero: it would change nothing")
 
 
-def rehearse(model, tokenizer, folder: Path, *, prompt_format: str | None, copies: int) -> None:
+def rehearse(model, tokenizer, folder: Path, *, copies: int, **beside: Any) -> None:
     """Save once before the first step and delete it: a full disk or a bad path fails now, not after the night.
 
-    copies: how many checkpoints the run will hold at a time. Raises CheckpointError, on all ranks.
+    copies: how many checkpoints the run will hold at a time. beside: as for `save_checkpoint`.
+
+    Raises CheckpointError, on all ranks.
     """
     rehearsal = folder / ".rehearsal"
-    save_checkpoint(model, tokenizer, rehearsal, prompt_format=prompt_format, trained=False)
+    save_checkpoint(model, tokenizer, rehearsal, **beside, trained=False)
     trainable = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
     with ranks.raised_everywhere():
         if ranks.is_main():
@@ -166,6 +186,24 @@ def keep_best(folder: Path, losses: dict[str, float | None], keep: int) -> str:
 
 def _or_infinite(loss: float | None) -> float:
     return float("inf") if loss is None else loss
+
+
+def keep_start(model, path: Path, is_continued: bool) -> dict[str, torch.Tensor] | None:
+    """Keep the start of an adapter that changed its base (PiSSA) for as long as the run lasts; None for others.
+
+    path: where it is written by a fresh run; a continued one reads it and makes its base the same. Collective.
+    """
+    if not adapters.changes_base(model):
+        return None
+    with ranks.raised_everywhere():
+        if is_continued:
+            start = load_file(path)
+            adapters.align_base(model, start)
+            return start
+        start = adapters.start_of(model)
+        if ranks.is_main():
+            save_file(start, path)
+        return start
 
 
 # The training state -----------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from helpers import models, prompts
+from helpers import adapters, models, prompts
 from helpers.config import PromptFormat
 
 __all__ = ["complete", "load_for_generation"]
@@ -22,7 +22,8 @@ def load_for_generation(source: str | Path, dtype: str = "bfloat16"):
     folder = Path(source)
     adapter = folder / "adapter_config.json"
     base = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.exists() else str(source)
-    model = models.load_model(base, dtype=dtype)
+    overrides = adapters.read_overrides(folder) if adapter.exists() else {}
+    model = models.load_model(base, dtype=dtype, **overrides)
     tokenizer = models.load_tokenizer(str(source))
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))  # a classifier's labels; their rows are in the adapter

@@ -15,9 +15,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helpers import cluster, plots, progress, storage, tokens
+from helpers import cluster, kernels, models, plots, progress, storage, tokens
 from helpers import console as consoles
-from helpers.config import FinetuneConfig, config_differences, dump_config, load_config
+from helpers.config import FinetuneConfig, config_differences, dump_config, load_config, read_deepspeed_config
 from helpers.errors import ConfigError, ForgebookError, ResourceError, StorageError, TrainingError
 from helpers.prepare import Prepared, prepare, report_rows, steps_per_epoch
 from helpers.storage import Run
@@ -79,12 +79,33 @@ def _refuse_unsupported(config: FinetuneConfig) -> None:
     unsupported = {
         f"task: {config.task}": config.task == "vision_language",
         "logger": config.logger is not None,
-        "liger_kernel.enabled": config.liger_kernel is not None and config.liger_kernel.enabled,
-        "torch_compile": bool(config.torch_compile),
     }
     named = [name for name, is_asked in unsupported.items() if is_asked]
     if named:
         raise ConfigError(f"not supported yet: {', '.join(named)}: remove it from the config")
+    _refuse_with_deepspeed(config)
+
+
+def _refuse_with_deepspeed(config: FinetuneConfig) -> None:
+    """Refuse methods that the DeepSpeed stage in use would break or leave out."""
+    zero = (read_deepspeed_config(config) or {}).get("zero_optimization", {})
+    lora = config.lora_config or {}
+    if zero.get("stage") == 3:
+        if config.quantization is not None:
+            raise ConfigError(
+                f"quantization: {config.quantization} does not go with ZeRO-3, which cannot partition "
+                "bitsandbytes' packed weights: set deepspeed: zero_2 or none"
+            )
+        if str(lora.get("init_lora_weights")).startswith("pissa"):
+            raise ConfigError(
+                "init_lora_weights: pissa does not go with ZeRO-3, where no worker has a whole weight to decompose: "
+                "set deepspeed: zero_2 or none"
+            )
+    if config.optimizer == "adamw_8bit" and (zero.get("offload_optimizer") or {}).get("device", "none") != "none":
+        raise ConfigError(
+            "optimizer: adamw_8bit does not go with an offloaded optimizer, for which DeepSpeed has its own AdamW on "
+            "the CPU: set optimizer: adamw, or a deepspeed file without offload_optimizer"
+        )
 
 
 def _check_same(run: Run, prepared: Prepared) -> None:
@@ -111,6 +132,7 @@ def _check_devices(config: FinetuneConfig) -> None:
         return
     import torch
 
+    kernels.refuse_missing(config)
     gpus, cores = torch.cuda.device_count(), os.cpu_count() or 1
     if config.deepspeed and not gpus and not shutil.which("g++"):
         raise ResourceError(
@@ -254,7 +276,17 @@ def _print_plan(output: Console, run: Run, prepared: Prepared) -> None:
         f"  steps  {config.num_epochs} epochs of {steps}{capped}, {config.global_batch_size} {unit} each, "
         f"learning rate {config.learning_rate:g} {config.lr_scheduler_type}"
     )
+    base = models.locate(config.initial_base_model_ckpt_path or config.model_id)
+    limit = models.context_limit(base, config.rope_scaling)
+    if limit is not None and config.context_length > limit:
+        cure = "raise its factor" if config.rope_scaling else "rope_scaling stretches it"
+        output.print(
+            f"  [yellow]context_length {config.context_length:,} is beyond the {limit:,} positions of {base}: "
+            f"{cure}[/yellow]"
+        )
     output.print(f"  where  {workers}, {sharding}; run folder {storage.shown(run.folder)}")
+    if config.is_lora:
+        output.print(f"  vLLM can serve the adapter: {models.vllm_serves(config.lora_config)}")
     if config.trainer_resources:
         output.print("  [yellow]trainer_resources are not reserved: Ray Train gives every worker the same[/yellow]")
 
@@ -277,6 +309,7 @@ def _write_summary(run: Run, config: FinetuneConfig, result: dict[str, Any], sec
             "run_name": run.name,
             "custom_model_tag": config.custom_model_tag,
             **result,
+            "vllm_serves": models.vllm_serves(config.lora_config) if config.is_lora else None,
             "trained_tokens_throughput": round(throughput, 1),
             "padding_share": round(1 - real / padded, 4),
             "total_seconds": round(seconds, 1),

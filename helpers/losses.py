@@ -97,10 +97,13 @@ def check_isolation(wrapped: nn.Module, device: torch.device) -> None:
     positions = torch.arange(length, device=device).repeat(2)[None]
     labels = torch.cat([torch.full((length,), IGNORED, device=device), ids])[None]
     pairs = (torch.cat([other, ids])[None] for other in (ids, ids.flip(0)))
+    was_training = wrapped.training
+    wrapped.eval()  # dropout and embedding noise differ between two calls anyway
     try:
         losses = [float(wrapped(input_ids=pair, labels=labels, position_ids=positions)) for pair in pairs]
     except TypeError:  # a model without positions
         losses = [0.0, 1.0]
+    wrapped.train(was_training)
     if abs(losses[0] - losses[1]) > 1e-6 * abs(losses[0]):
         raise ModelError(
             "padding: packed would let rows see each other in this model with this attention kernel: "

@@ -8,11 +8,12 @@ model     = add_lora(model, config.lora_config)   or continue_lora(model, adapte
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helpers import storage
+from helpers import adapters, storage
 from helpers.errors import ModelError
 
 if TYPE_CHECKING:
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "TINY_MODEL",
+    "add_embedding_noise",
     "add_lora",
+    "context_limit",
     "continue_lora",
     "fit_vocabulary",
     "load_model",
@@ -32,10 +35,14 @@ __all__ = [
     "parameter_counts",
     "tokenizer_of",
     "tokenizer_source",
+    "vllm_serves",
 ]
 
 # The embedded model: what `model_id: tiny` means.
 TINY_MODEL = Path(__file__).resolve().parent.parent / "tiny_model"
+
+# The largest rank that vLLM's max_lora_rank takes.
+VLLM_RANK = 512
 
 
 def locate(model: str | HubRepo) -> str:
@@ -127,9 +134,13 @@ def load_model(
     dtype: str = "bfloat16",
     attention: str = "auto",
     rope_scaling: dict[str, Any] | None = None,
+    quantization: str | None = None,
     gradient_checkpointing: bool = False,
 ) -> PreTrainedModel:
     """Load a causal language model for training, on the CPU (ZeRO-3: in partitions, as DeepSpeed has arranged).
+
+    quantization: "nf4" or "int8": the linear layers but the output layer, for training an adapter on them; such
+    a model is loaded where it stays, on this process's GPU if there is one.
 
     Raises ModelError if there is none at `source`, or it cannot run as asked.
     """
@@ -145,11 +156,40 @@ def load_model(
             config=model_config,
             dtype=getattr(torch, dtype),
             attn_implementation=_attention(attention),
+            **_quantized(quantization, dtype),
         )
+    for module in model.modules():
+        # On some CPUs an evaluation would repack 4-bit weights for kernels that have no backward pass, for good.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     if gradient_checkpointing:
         # The reentrant kind loses the gradients of LoRA when the inputs themselves need none.
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     return model
+
+
+def _quantized(kind: str | None, dtype: str) -> dict[str, Any]:
+    """Say to `from_pretrained` how bitsandbytes is to hold the weights."""
+    if kind is None:
+        return {}
+    import logging
+
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    # It tells of its float16 at every call of every layer.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    if kind == "nf4":  # as in the QLoRA paper, arXiv 2305.14314
+        settings = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=getattr(torch, dtype),
+        )
+    else:
+        settings = BitsAndBytesConfig(load_in_8bit=True)
+    place = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+    return {"quantization_config": settings, "device_map": {"": place}}
 
 
 def _attention(kind: str) -> str:
@@ -162,7 +202,7 @@ def _attention(kind: str) -> str:
         raise ModelError(
             "attention: flash_attention_2 needs a GPU and the package flash-attn; auto takes what is there"
         )
-    return kind
+    return "flex_attention" if kind == "flex" else kind
 
 
 def add_lora(model: PreTrainedModel, lora_config: dict[str, Any]):
@@ -171,18 +211,74 @@ def add_lora(model: PreTrainedModel, lora_config: dict[str, Any]):
 
     try:
         config = LoraConfig(**{"task_type": "CAUSAL_LM", **lora_config})
-        # Adapters take the base's dtype; the optimizer keeps their float32 copies.
-        return get_peft_model(model, config, autocast_adapter_dtype=False)
+        return _in_dtype_of_base(get_peft_model(model, config, autocast_adapter_dtype=False))
     except (ValueError, TypeError, NotImplementedError) as error:
         raise ModelError(f"lora_config does not fit this model: {_first_line(error)}") from None
 
 
-def continue_lora(model: PreTrainedModel, source: str):
-    """Put a trained LoRA adapter on a model, to be trained further."""
+def continue_lora(model: PreTrainedModel, source: str, rope_scaling: dict[str, Any] | None = None):
+    """Put a trained LoRA adapter on a model, to be trained further.
+
+    rope_scaling: that of `model`. Raises ModelError if the adapter was trained with another.
+    """
     from peft import PeftModel
 
+    earlier = adapters.read_overrides(source).get("rope_scaling")
+    if earlier != rope_scaling:
+        raise ModelError(
+            f"the adapter {source} was trained with rope_scaling: {earlier or 'null'}, the config says "
+            f"{rope_scaling or 'null'}: give it the same"
+        )
     with _readable_errors(source, "adapter"):
-        return PeftModel.from_pretrained(model, source, is_trainable=True, autocast_adapter_dtype=False)
+        model = PeftModel.from_pretrained(model, source, is_trainable=True, autocast_adapter_dtype=False)
+    return _in_dtype_of_base(model)
+
+
+def _in_dtype_of_base(model):
+    """Give the adapter the base's dtype, which PEFT cannot see in packed weights; the optimizer keeps float32."""
+    for p in model.parameters():
+        if p.requires_grad and p.dtype != model.dtype:
+            p.data = p.data.to(model.dtype)
+    return model
+
+
+def add_embedding_noise(model, alpha: float) -> None:
+    """Add NEFTune's noise to the input embeddings whenever the model is in training mode.
+
+    alpha: the noise is uniform in +-alpha / sqrt(length * width). It comes from torch's random numbers, which a
+    run seeds and keeps when it is continued.
+    """
+    import torch
+
+    def noisy(layer, inputs, output: torch.Tensor) -> torch.Tensor:
+        if not layer.training:
+            return output
+        size = alpha / (output.shape[-2] * output.shape[-1]) ** 0.5
+        return output + torch.empty_like(output).uniform_(-size, size)
+
+    model.get_input_embeddings().register_forward_hook(noisy)
+
+
+def vllm_serves(lora_config: dict[str, Any]) -> str:
+    """Say whether vLLM can load an adapter of these settings on top of its base: "yes" or "no: why"."""
+    targets = lora_config.get("target_modules") or []
+    ends = ("embed_tokens", "lm_head")
+    if isinstance(targets, str):  # a pattern over whole names; all-linear leaves the output layer out
+        names = {"lm_head": ("lm_head",), "embed_tokens": ("embed_tokens", "model.embed_tokens")}
+        reached = [end for end in ends if targets != "all-linear" and any(re.fullmatch(targets, n) for n in names[end])]
+    else:
+        reached = [end for end in ends if any(name.split(".")[-1] == end for name in targets)]
+    reasons = [f"target_modules include {', '.join(reached)}"] * bool(reached)
+    if lora_config.get("modules_to_save"):
+        reasons.append(f"modules_to_save include {', '.join(lora_config['modules_to_save'])}")
+    reasons += [f"{key} is set" for key in ("use_dora", "lora_bias", "trainable_token_indices") if lora_config.get(key)]
+    if lora_config.get("bias", "none") != "none":
+        reasons.append(f"bias is {lora_config['bias']}")
+    starts_from_base = str(lora_config.get("init_lora_weights")).startswith("pissa")
+    rank = max([lora_config.get("r", 8), *(lora_config.get("rank_pattern") or {}).values()]) * (1 + starts_from_base)
+    if rank > VLLM_RANK:
+        reasons.append(f"its rank is {rank}, above {VLLM_RANK}")
+    return f"no: {'; '.join(reasons)}" if reasons else "yes"
 
 
 def parameter_counts(model) -> tuple[int, int]:
@@ -203,7 +299,25 @@ def native_context_length(source: str) -> int:
 
     with _readable_errors(source, "model"):
         config: PretrainedConfig = AutoConfig.from_pretrained(source)
-    return config.get_text_config().max_position_embeddings
+    native = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if native is None:  # Mamba has no such limit
+        raise ModelError(f"the config of {source} names no longest context: set context_length")
+    return native
+
+
+def context_limit(source: str, rope_scaling: dict[str, Any] | None = None) -> int | None:
+    """Tell how long a context the model's positions reach, stretched as `rope_scaling` says; None if any."""
+    from transformers import AutoConfig
+
+    with _readable_errors(source, "model"):
+        config = AutoConfig.from_pretrained(source).get_text_config()
+    native = getattr(config, "max_position_embeddings", None)
+    if native is None:
+        return None
+    # Without one of ours: the base may be a checkpoint that was stretched already.
+    scaling = rope_scaling or getattr(config, "rope_parameters", None) or {}
+    original = scaling.get("original_max_position_embeddings") or native
+    return max(native, int(original * (scaling.get("factor") or 1)))
 
 
 class _readable_errors:

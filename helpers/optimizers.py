@@ -7,28 +7,36 @@ from typing import Any
 
 import torch
 
-__all__ = ["AdamW", "learning_rates"]
+__all__ = ["AdamW", "adamw", "learning_rates"]
 
 
-class AdamW(torch.optim.AdamW):
+class AdamW:
     """AdamW that keeps a float32 copy of each bfloat16 parameter and updates that.
 
     bfloat16 holds about three decimal digits, so an update smaller than 1/256 of a weight would be lost; with
     a learning rate of 1e-5 nearly every update is. DeepSpeed's optimizers do the same for ZeRO runs; this one
     serves plain DDP, so that all of them train alike.
+
+    bits: 32, or 8 for moments that bitsandbytes holds in 8 bits.
     """
 
-    def __init__(self, params: Iterable[torch.nn.Parameter], **kwargs: Any):
+    def __init__(self, params: Iterable[torch.nn.Parameter], *, bits: int = 32, **kwargs: Any):
         self.trained = list(params)
         # A float32 parameter is its own master copy.
         self.masters = [p if p.dtype == torch.float32 else p.detach().float() for p in self.trained]
-        super().__init__(self.masters, fused=True, **kwargs)
+        self.inner = (
+            torch.optim.AdamW(self.masters, fused=True, **kwargs) if bits == 32 else _in_8_bits(self.masters, **kwargs)
+        )
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.inner.param_groups
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:
+    def step(self) -> None:
         for p, master in self._copies():
             master.grad = p.grad.float() if p.grad is not None else None
-        super().step(closure)
+        self.inner.step()
         for p, master in self._copies():
             p.copy_(master)
             master.grad = None
@@ -38,17 +46,28 @@ class AdamW(torch.optim.AdamW):
             p.grad = None if set_to_none or p.grad is None else p.grad.zero_()
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "masters": [master.detach() for master in self.masters]}
+        return {**self.inner.state_dict(), "masters": [master.detach() for master in self.masters]}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         state = dict(state)
         for master, saved in zip(self.masters, state.pop("masters"), strict=True):
             master.copy_(saved)
-        super().load_state_dict(state)
+        self.inner.load_state_dict(state)
 
     def _copies(self) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
         return [(p, master) for p, master in zip(self.trained, self.masters, strict=True) if p is not master]
+
+
+def adamw(kind: str, params: Iterable[torch.nn.Parameter], **kwargs: Any) -> torch.optim.Optimizer:
+    """Make the optimizer that DeepSpeed runs on float32 partitions: "adamw" or "adamw_8bit"."""
+    return torch.optim.AdamW(params, **kwargs) if kind == "adamw" else _in_8_bits(params, **kwargs)
+
+
+def _in_8_bits(params: Iterable[torch.nn.Parameter], **kwargs: Any) -> torch.optim.Optimizer:
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit(params, **kwargs)
 
 
 def learning_rates(schedule: str, peak: float, num_warmup_steps: int, total_steps: int) -> list[float]:

@@ -56,6 +56,17 @@ LORA_KEYS = frozenset({
 })
 # fmt: on
 
+# Ways to start an adapter: those that leave the base as it was, and PiSSA, which checkpoints.py converts.
+_ADAPTER_STARTS = re.compile(r"gaussian|orthogonal|pissa(_niter_\d+)?")
+_ROPE_TYPES = ("linear", "dynamic", "yarn", "longrope", "llama3")
+# fmt: off
+_ROPE_KEYS = frozenset({
+    "attention_factor", "beta_fast", "beta_slow", "factor", "high_freq_factor", "long_factor", "low_freq_factor",
+    "mscale", "mscale_all_dim", "original_max_position_embeddings", "partial_rotary_factor", "rope_theta",
+    "rope_type", "short_factor", "truncate",
+})
+# fmt: on
+
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
 
@@ -218,7 +229,7 @@ class VisionLanguageConfig(_Block):
 
 
 class LigerKernel(_Block):
-    """Fused Triton kernels that save memory and time on GPUs."""
+    """Fused Triton kernels that save memory and time on GPUs; needs the package liger-kernel."""
 
     enabled: bool = False
     """Use them."""
@@ -226,7 +237,8 @@ class LigerKernel(_Block):
         Literal["rms_norm", "rope", "swiglu", "geglu", "layer_norm", "cross_entropy", "fused_linear_cross_entropy"],
         bool,
     ] = {}
-    """Single kernels to switch; those not named are on where the model has them."""
+    """Single kernels to switch; those not named are on where the model has them. cross_entropy and
+    fused_linear_cross_entropy change nothing: the loss is Forgebook's own, which is fused already."""
 
 
 class Logger(_Block):
@@ -322,11 +334,16 @@ class FinetuneConfig(_Block):
     on_bad_rows: Literal["fail", "drop"] = "fail"
     """Rows that cannot be used: stop before training, or leave them out and say so."""
     rope_scaling: Block | None = None
-    """Stretch the context of the model, e.g. `{rope_type: linear, factor: 2.0}`."""
+    """Stretch the context of the model, e.g. `{rope_type: linear, factor: 2.0}` (linear, dynamic, yarn, longrope,
+    llama3). Kept with the checkpoint: in its config.json, beside an adapter in config_overrides.json."""
 
     # -- one update
     lora_config: Block | None = None
-    """Arguments of peft.LoraConfig. None: train all parameters."""
+    """Arguments of peft.LoraConfig, e.g. r, target_modules, use_rslora, use_dora, modules_to_save,
+    init_lora_weights: pissa. None: train all parameters."""
+    quantization: Literal["nf4", "int8"] | None = None
+    """Hold the frozen weights in 4 bits (QLoRA: NF4 with double quantisation) or 8 bits, through bitsandbytes;
+    embeddings and output layer stay as they are. Needs `lora_config`; not with ZeRO-3."""
     train_batch_size_per_device: Positive | None = None
     """Rows per device in one forward pass. None: chosen from the model, the context and the memory."""
     eval_batch_size_per_device: Positive | None = None
@@ -347,6 +364,11 @@ class FinetuneConfig(_Block):
     """Smallest denominator of AdamW."""
     max_grad_norm: Annotated[Float, Field(ge=0)] = 1.0
     """Clip gradients to this norm; 0: no clipping."""
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """adamw_8bit: both moments in 8 bits, through bitsandbytes; tensors of fewer than 4,096 elements keep 32."""
+    neftune_noise_alpha: Annotated[Float, Field(gt=0)] | None = None
+    """Add noise to the embeddings in training, uniform in +-alpha / sqrt(length * width) of the padded batch
+    (NEFTune, arXiv 2310.05914). None: none."""
 
     # -- length of the run
     num_epochs: Positive | None = None
@@ -366,12 +388,12 @@ class FinetuneConfig(_Block):
     None: every device holds all of it (DDP)."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: about a third slower, far less memory."""
-    attention: Literal["auto", "flash_attention_2", "flash_attention_3", "sdpa", "eager"] = "auto"
+    attention: Literal["auto", "flash_attention_2", "flash_attention_3", "sdpa", "flex", "eager"] = "auto"
     """Attention kernel. auto: the fastest that the device has."""
     liger_kernel: LigerKernel = LigerKernel()
     """Fused Triton kernels."""
     torch_compile: Annotated[bool | dict[str, Any], BeforeValidator(_switch_or_block)] = False
-    """Compile the model; a block holds arguments of torch.compile."""
+    """Compile the decoder, at its first step and for every new shape; a block holds arguments of torch.compile."""
 
     # -- machines
     num_devices: Annotated[Int, Field(ge=0)] = 1
@@ -432,6 +454,34 @@ class FinetuneConfig(_Block):
         rank = (block or {}).get("r", 8)
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
             problems.append(f"r: got {rank!r}, must be a whole number greater than 0")
+        start = (block or {}).get("init_lora_weights", True)
+        if not isinstance(start, bool) and not _ADAPTER_STARTS.fullmatch(str(start)):
+            problems.append(
+                f"init_lora_weights: got {start!r}, must be true, gaussian, orthogonal, pissa or pissa_niter_16: "
+                "the others need data, or change the base so that a saved adapter would not fit it"
+            )
+        elif str(start).startswith("pissa") and (block or {}).get("use_dora"):
+            problems.append(
+                "init_lora_weights: pissa with use_dora cannot be saved as an adapter of the unchanged base"
+            )
+        if problems:
+            raise ValueError("; ".join(problems))
+        return block
+
+    @field_validator("rope_scaling")
+    @classmethod
+    def _known_to_transformers(cls, block: dict[str, Any] | None) -> dict[str, Any] | None:
+        if block is None:
+            return None
+        # transformers once said `type`; today it would take that for no scaling at all.
+        block = {("rope_type" if key == "type" else key): value for key, value in block.items()}
+        problems = [f"unknown key {key!r}{near_miss(key, _ROPE_KEYS)}" for key in block if key not in _ROPE_KEYS]
+        kind = block.get("rope_type")
+        if kind not in _ROPE_TYPES:
+            problems.append(f"rope_type: got {kind!r}, must be one of {', '.join(_ROPE_TYPES)}")
+        factor = block.get("factor")
+        if kind != "longrope" and (not isinstance(factor, int | float) or isinstance(factor, bool) or factor < 1):
+            problems.append(f"factor: got {factor!r}, must be a number, 1 or more")
         if problems:
             raise ValueError("; ".join(problems))
         return block
@@ -470,6 +520,12 @@ class FinetuneConfig(_Block):
             raise ValueError("padding: packed does not pack the pairs of preference_tuning; use longest")
         if self.initial_adapter_model_ckpt_path is not None and not self.is_lora:
             raise ValueError("initial_adapter_model_ckpt_path continues a LoRA adapter: it needs lora_config")
+        if self.quantization is not None and not self.is_lora:
+            raise ValueError(
+                f"quantization: {self.quantization} needs lora_config: quantised weights cannot be trained"
+            )
+        if self.quantization is not None and str(self.lora_config.get("init_lora_weights")).startswith("pissa"):
+            raise ValueError("init_lora_weights: pissa needs weights that are not quantised: drop quantization")
         return self
 
     def __eq__(self, other: object) -> bool:

@@ -234,6 +234,10 @@ class Run:
         return self.folder / "resume"  # the training state, for continuing
 
     @property
+    def adapter_start(self) -> Path:
+        return self.folder / "adapter_start.safetensors"  # of an adapter that changed its base (PiSSA)
+
+    @property
     def tokens(self) -> Path:
         return self.folder / "tokens"  # tokenised rows, mapped by workers
 

@@ -28,7 +28,7 @@ from accelerate.utils import (
     gather_object,
 )
 
-from helpers import batches, checkpoints, classification, models, objectives, optimizers, ranks, tokens
+from helpers import batches, checkpoints, classification, kernels, models, objectives, optimizers, ranks, tokens
 from helpers.config import FinetuneConfig, read_deepspeed_config
 from helpers.errors import TrainingError
 from helpers.losses import SupervisedLM, check_isolation
@@ -83,15 +83,18 @@ def train_loop(config: FinetuneConfig, run: Run) -> dict[str, Any]:
     valid_set = _with_reference(worker, run, valid, "validation", progress)
 
     # (4) Continue from the last complete state, or rehearse a save: a full disk shows now, not after the night.
-    prompt_format = _prompt_format_text(config)
+    beside = {
+        "prompt_format": _prompt_format_text(config),
+        "overrides": _base_overrides(config),
+        "start": checkpoints.keep_start(worker.model, run.adapter_start, is_continued=bool(saved)),
+    }
     if saved:
         checkpoints.load_resume(*saved, worker.model, worker.optimizer, worker.engine)
     else:
         progress.stage("rehearsing a checkpoint")
         checkpoints.rehearse(
-            worker.model, worker.tokenizer, run.checkpoints,
-            prompt_format=prompt_format, copies=config.num_checkpoints_to_keep,
-        )  # fmt: skip
+            worker.model, worker.tokenizer, run.checkpoints, copies=config.num_checkpoints_to_keep, **beside
+        )
     if config.eval_first and valid_set and not saved:
         progress.evaluation(step=0, epoch=0, **_evaluate(worker, valid_set))
     step, losses, trained_tokens = place["step"], dict(place["losses"]), place["trained_tokens"]
@@ -128,9 +131,7 @@ def train_loop(config: FinetuneConfig, run: Run) -> dict[str, Any]:
             found = _evaluate(worker, valid_set) if valid_set else {}
             if worker.engine:  # ZeRO-3 may be fetching the next batch's first weights, which no save can gather
                 worker.engine.empty_partition_cache()
-            checkpoints.save_checkpoint(
-                worker.model, worker.tokenizer, run.checkpoints / name, prompt_format=prompt_format
-            )
+            checkpoints.save_checkpoint(worker.model, worker.tokenizer, run.checkpoints / name, **beside)
             losses[name] = found.get("eval_loss")
             best = checkpoints.keep_best(run.checkpoints, losses, config.num_checkpoints_to_keep)
             progress.evaluation(
@@ -233,19 +234,28 @@ def _make_accelerator(config: FinetuneConfig) -> Accelerator:
 def _make_worker(config: FinetuneConfig, accelerator: Accelerator) -> _Worker:
     """Load tokenizer and model, put LoRA on it if asked, make the optimizer, wrap for DDP or DeepSpeed."""
     with ranks.raised_everywhere():
+        kernels.refuse_missing(config)
         tokenizer = models.tokenizer_of(config)
         model = models.load_model(
             models.locate(config.initial_base_model_ckpt_path or config.model_id),
             dtype=config.dtype,
             attention=config.attention,
             rope_scaling=config.rope_scaling,
+            quantization=config.quantization,
             gradient_checkpointing=config.gradient_checkpointing,
         )
         new_rows = models.fit_vocabulary(model, tokenizer, config)
+        if config.liger_kernel.enabled:
+            kernels.use_liger(model, config.liger_kernel.kwargs)
         if config.initial_adapter_model_ckpt_path is not None:
-            model = models.continue_lora(model, models.locate(config.initial_adapter_model_ckpt_path))
+            adapter = models.locate(config.initial_adapter_model_ckpt_path)
+            model = models.continue_lora(model, adapter, config.rope_scaling)
         elif config.is_lora:
             model = models.add_lora(model, config.lora_config | new_rows)
+        if config.neftune_noise_alpha is not None:
+            models.add_embedding_noise(model, config.neftune_noise_alpha)
+        if config.torch_compile:
+            kernels.compile_decoder(model, config.torch_compile)
         parameters = models.parameter_counts(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     hyperparameters = {
@@ -255,10 +265,12 @@ def _make_worker(config: FinetuneConfig, accelerator: Accelerator) -> _Worker:
         "weight_decay": config.weight_decay,
     }
     uses_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
-    make = torch.optim.AdamW if uses_deepspeed else optimizers.AdamW
-    if not uses_deepspeed:
-        model.to(accelerator.device)
-    optimizer = make(trained, **hyperparameters)
+    if uses_deepspeed:
+        optimizer = optimizers.adamw(config.optimizer, trained, **hyperparameters)
+    else:
+        if config.quantization is None:  # quantised weights were loaded where they stay
+            model.to(accelerator.device)
+        optimizer = optimizers.AdamW(trained, bits=8 if config.optimizer == "adamw_8bit" else 32, **hyperparameters)
     model.train()
     if uses_deepspeed:
         wrapped, optimizer = accelerator.prepare(SupervisedLM(model), optimizer)
@@ -271,6 +283,12 @@ def _prompt_format_text(config: FinetuneConfig) -> str | None:
     """Write the prompt format as YAML, to be kept with the weights."""
     prompt_format = config.generation_config.prompt_format
     return yaml.safe_dump(prompt_format.model_dump(), sort_keys=False) if prompt_format else None
+
+
+def _base_overrides(config: FinetuneConfig) -> dict[str, Any] | None:
+    """Say how the base of an adapter was made, where that is not in its own config.json."""
+    made = {"rope_scaling": config.rope_scaling, "quantization": config.quantization}
+    return {name: value for name, value in made.items() if value is not None} if config.is_lora else None
 
 
 @dataclass(frozen=True)

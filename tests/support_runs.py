@@ -1,6 +1,6 @@
 """Train two steps of every method and task under one sharding, reload what was saved, and print what came of it.
 
-    python tests/support_runs.py zero_2 FOLDER
+    PYTHONPATH=.:tests python tests/support_runs.py zero_2 FOLDER
 
 tests/test_support.py runs it, a process for each sharding: accelerate takes one kind per process. One line of
 JSON per combination: how far the reloaded checkpoint is from the evaluation at the end of training, or the refusal.
@@ -14,8 +14,6 @@ import numpy as np
 import torch
 from accelerate.state import AcceleratorState
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 from conftest import LORA, TINY_MODEL, chat, uneven_rows
 from helpers import batches, generate, objectives
@@ -48,7 +46,9 @@ def rows_of(task: str) -> list[dict]:
         return [chat(f"the lamp {k}", LABELS[k % 2]) for k in range(8)]
     if task == "preference_tuning":
         sides = {"chosen": "on the table", "rejected": "no"}
-        return [{side: chat("where? " * (1 + k % 3), text)["messages"] for side, text in sides.items()} for k in range(8)]
+        return [
+            {side: chat("where? " * (1 + k % 3), text)["messages"] for side, text in sides.items()} for k in range(8)
+        ]
     return uneven_rows(8)
 
 
