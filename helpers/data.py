@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -18,8 +19,10 @@ import importlib.metadata
 import itertools
 import json
 import os
+import queue
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,8 +41,8 @@ __all__ = ["Recipe", "SetNotes", "bad_rows_error", "empty_error", "encode_rows",
 SHOWN_PROBLEMS = 20
 # Rows per call of the tokenizer: enough for all its threads.
 CHUNK_ROWS = 512
-# Sets of more pieces than this (of about 8 MB) are worth a Ray cluster.
-PIECES_IN_PROCESS = 32
+# Sets of more pieces than this (of about 2 MB) are worth a Ray cluster.
+PIECES_IN_PROCESS = 128
 # Tasks whose loss is on the last answer alone.
 LAST_ANSWER_TASKS = ("classification", "preference_tuning")
 # What the conversation is to be that shows how a template renders (and what date it prints).
@@ -267,8 +270,8 @@ def _write_shards(uri: str, tokenizer, recipe: Recipe, target: Path, on_progress
     write = functools.partial(write_piece, tokenizer=tokenizer, recipe=recipe, folder=aside)
     try:
         notes = SetNotes()
-        many = len(pieces) > PIECES_IN_PROCESS
-        for done, one in enumerate(_with_ray(pieces, write) if many else map(write, itertools.count(), pieces), 1):
+        spread = _with_ray if len(pieces) > PIECES_IN_PROCESS else _with_threads
+        for done, one in enumerate(spread(pieces, write), 1):
             notes += one
             on_progress(done, len(pieces))
         storage.write_json(aside / "notes.json", vars(notes))
@@ -296,6 +299,27 @@ def _encoded(good: Iterable[Row], tokenizer, recipe: Recipe, notes: SetNotes) ->
                 continue
             line = int(row.where.rsplit(":", 1)[1])
             yield from ((one, line) for one in encoded)
+
+
+def _with_threads(pieces: list[Piece], write: functools.partial) -> Iterator[SetNotes]:
+    """Map pieces to shards in this process: one thread renders while another's texts are being tokenised.
+
+    Each thread has a tokenizer of its own: calls of one tokenizer wait for each other.
+    """
+    threads = min(os.cpu_count() or 1, len(pieces))
+    free: queue.SimpleQueue = queue.SimpleQueue()
+    for _ in range(threads):
+        free.put(copy.deepcopy(write.keywords["tokenizer"]))
+
+    def write_one(number: int, piece: Piece) -> SetNotes:
+        mine = free.get()
+        try:
+            return write(number, piece, tokenizer=mine)
+        finally:
+            free.put(mine)
+
+    with ThreadPoolExecutor(threads) as pool:
+        yield from pool.map(write_one, itertools.count(), pieces)
 
 
 class _PieceWriter:

@@ -42,6 +42,7 @@ from helpers.special_tokens import (
 from helpers.tool_text import speaks_of_tools, tools_as_text
 
 if TYPE_CHECKING:
+    from tokenizers import Encoding, Tokenizer
     from transformers import PreTrainedTokenizerBase
 
     from helpers.config import PromptFormat
@@ -90,7 +91,7 @@ def encode_prompt(
     """Encode the conversation so far, up to where the assistant's answer begins."""
     row = _Row(messages, tools, tokenizer, prompt_format)
     text = row.prompt(len(row.messages))
-    return _tokenize([_Rendered(text, row.spans(text, len(row.messages)))], tokenizer)[0][1]
+    return _tokenize([_Rendered(text, row.spans(text, len(row.messages)))], tokenizer)[0][1].ids
 
 
 def encode(
@@ -145,12 +146,13 @@ def encode_many(
 
 def encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> Encoded:
     """Encode plain text for causal language modelling: at most one BOS before it, EOS after it, all trained."""
-    ids = tokenizer(text, split_special_tokens=True)["input_ids"]
+    marked = mark(text, tokenizer)
+    if has_marks(marked):
+        ids = literal_tokenizer(tokenizer).encode(in_literal_form(marked, tokenizer), add_special_tokens=False).ids
+    else:
+        ids = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    if bos is not None and ids[:1] != [bos]:
-        ids = [bos, *ids]
-    if eos is not None and ids[-1:] != [eos]:
-        ids = [*ids, eos]
+    ids = [*([] if bos is None else [bos]), *ids, *([] if eos is None else [eos])]
     return Encoded(ids, [True] * len(ids))
 
 
@@ -345,74 +347,88 @@ def _check_answer(row: _Row, k: int) -> None:
 # Tokenising and marking -------------------------------------------------------------------------------
 
 
-def _tokenize(pieces: list[_Rendered], tokenizer) -> list[tuple[str, list[int], list[int], list[tuple[int, int]]]]:
+class _Tokenized:
+    """The tokens of a text. Where they start is looked up, not listed: a row asks for a few of thousands."""
+
+    def __init__(self, ids: list[int], encoding: Encoding | None = None, starts: list[int] | None = None):
+        self.ids, self._encoding, self._starts = ids, encoding, starts
+
+    @classmethod
+    def of(cls, texts: list[str], backend: Tokenizer) -> list[_Tokenized]:
+        return [cls(one.ids, encoding=one) for one in backend.encode_batch(texts, add_special_tokens=False)]
+
+    @property
+    def starts(self) -> list[int]:
+        """[tokens] the character where each starts."""
+        if self._starts is None:
+            self._starts = [start for start, _ in self._encoding.offsets]
+        return self._starts
+
+    def start(self, k: int) -> int:
+        """Find the character where token k starts."""
+        return self._encoding.token_to_chars(k)[0] if self._starts is None else self._starts[k]
+
+    def first_from(self, character: int) -> int:
+        """Find the first token that starts at a character or behind it."""
+        k = self._encoding.char_to_token(character) if self._starts is None else None
+        if k is None:  # the end of the text, or a character that no token has
+            return bisect_left(self.starts, character)
+        return k if self.start(k) == character else k + 1
+
+
+def _tokenize(pieces: list[_Rendered], tokenizer) -> list[tuple[str, _Tokenized, list[tuple[int, int]]]]:
     """Tokenise texts so that what lies before each assistant turn is tokenised as if nothing followed.
 
-    Returns for each the text that was tokenised, ids, the character where each token starts, and the spans.
-    A prompt is tokenised alone when a model answers; were its last token to depend on the answer, the model
-    would be trained on what it never sees. Such a row is tokenised turn by turn.
+    Returns for each the text that was tokenised, its tokens, and the spans. A prompt is tokenised alone when a
+    model answers; were its last token to depend on the answer, the model would be trained on what it never sees.
+    Such a row is tokenised turn by turn.
     """
-    plain = [piece for piece in pieces if not has_marks(piece.text)]
-    batch = iter(_with_starts([piece.text for piece in plain], tokenizer))
+    usual = tokenizer.backend_tokenizer
+    plain = iter(_Tokenized.of([piece.text for piece in pieces if not has_marks(piece.text)], usual))
     done = []
     for piece in pieces:
         if has_marks(piece.text):
             text, spans = _literal_piece(piece, tokenizer)
-            encode_texts = functools.partial(_with_starts_literally, tokenizer=literal_tokenizer(tokenizer))
-            ids, starts = encode_texts([text])[0]
+            backend = literal_tokenizer(tokenizer)
+            [made] = _Tokenized.of([text], backend)
         else:
-            text, spans = piece.text, piece.spans
-            encode_texts = functools.partial(_with_starts, tokenizer=tokenizer)
-            ids, starts = next(batch)
+            text, spans, backend, made = piece.text, piece.spans, usual, next(plain)
         cuts = [start for start, _ in spans]
-        if not all(_is_clean_cut(text, cut, ids, starts, tokenizer, encode_texts) for cut in cuts):
-            ids, starts = _turn_by_turn(text, cuts, encode_texts)
-        done.append((text, ids, starts, spans))
+        if not all(_is_clean_cut(text, cut, made, tokenizer, backend) for cut in cuts):
+            made = _turn_by_turn(text, cuts, backend)
+        done.append((text, made, spans))
     return done
 
 
-def _is_clean_cut(text, cut, ids, starts, tokenizer, encode_texts) -> bool:
+def _is_clean_cut(text: str, cut: int, made: _Tokenized, tokenizer, backend: Tokenizer) -> bool:
     """Tell whether the tokens before `cut` are those of the text before it alone."""
-    end = bisect_left(starts, cut)
+    end = made.first_from(cut)
     special = special_ids(tokenizer)
     # Special tokens divide a text: what follows the last one before the cut is tokenised on its own.
-    last = next((k for k in range(end - 1, -1, -1) if ids[k] in special), None)
+    last = next((k for k in range(end - 1, -1, -1) if made.ids[k] in special), None)
     if last is None:
-        return ids[:end] == encode_texts([text[:cut]])[0][0]
-    tail = _tail_ids(text[starts[last] : cut], encode_texts.func, encode_texts.keywords["tokenizer"])
-    return tuple(ids[last:end]) == tail
+        return made.ids[:end] == _Tokenized.of([text[:cut]], backend)[0].ids
+    return tuple(made.ids[last:end]) == _tail_ids(text[made.start(last) : cut], backend)
 
 
 @functools.lru_cache(maxsize=4096)
-def _tail_ids(tail: str, encode_texts, tokenizer) -> tuple[int, ...]:
+def _tail_ids(tail: str, backend: Tokenizer) -> tuple[int, ...]:
     """Tokenise the end of a prompt from its last special token on; most rows share a few such ends."""
-    return tuple(encode_texts([tail], tokenizer=tokenizer)[0][0])
+    return tuple(backend.encode(tail, add_special_tokens=False).ids)
 
 
-def _turn_by_turn(text: str, cuts: list[int], encode_texts) -> tuple[list[int], list[int]]:
+def _turn_by_turn(text: str, cuts: list[int], backend: Tokenizer) -> _Tokenized:
     ids, starts = [], []
     for begin, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
-        [(piece_ids, piece_starts)] = encode_texts([text[begin:end]])
-        ids += piece_ids
-        starts += [begin + start for start in piece_starts]
-    return ids, starts
+        [piece] = _Tokenized.of([text[begin:end]], backend)
+        ids += piece.ids
+        starts += [begin + start for start in piece.starts]
+    return _Tokenized(ids, starts=starts)
 
 
-def _with_starts(texts: list[str], tokenizer) -> list[tuple[list[int], list[int]]]:
-    if not texts:
-        return []
-    tokenizer.backend_tokenizer.encode_special_tokens = False
-    encodings = tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
-    return [(encoding.ids, [start for start, _ in encoding.offsets]) for encoding in encodings]
-
-
-def _with_starts_literally(texts: list[str], tokenizer) -> list[tuple[list[int], list[int]]]:
-    encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
-    return [(encoding.ids, [start for start, _ in encoding.offsets]) for encoding in encodings]
-
-
-def _marked(piece: _Rendered, text: str, ids: list[int], starts: list[int], spans, tokenizer) -> Encoded:
+def _marked(piece: _Rendered, text: str, made: _Tokenized, spans: list[tuple[int, int]], tokenizer) -> Encoded:
     """Mark the tokens of the trained turns."""
+    ids = made.ids
     if piece.trains_all:
         return Encoded(ids, [True] * len(ids))
     ends = special_ids(tokenizer)
@@ -422,20 +438,20 @@ def _marked(piece: _Rendered, text: str, ids: list[int], starts: list[int], span
     for (start, end), trains in zip(spans, piece.trains, strict=True):
         if not trains:
             continue
-        first, stop = bisect_left(starts, start), bisect_left(starts, end)
+        first, stop = made.first_from(start), made.first_from(end)
         # What a template prints after the end-of-turn token (a newline, the next BOS) is never generated: it is
         # not trained. A turn that ends otherwise is trained whole.
         last = next((k for k in range(stop - 1, first - 1, -1) if ids[k] in ends), None)
-        if last is not None and not _said_after(text, ids, starts, last, stop, end, tokenizer):
+        if last is not None and not _said_after(text, made, last, stop, end, tokenizer):
             stop = last + 1
         mask[first:stop] = [True] * (stop - first)
     return Encoded(ids, mask)
 
 
-def _said_after(text, ids, starts, last, stop, end, tokenizer) -> bool:
+def _said_after(text: str, made: _Tokenized, last: int, stop: int, end: int, tokenizer) -> bool:
     """Tell whether anything but white space and a BOS stands between token `last` and the turn's end."""
-    after = [k for k in range(last + 1, stop) if ids[k] != tokenizer.bos_token_id]
-    return any(text[starts[k] : starts[k + 1] if k + 1 < stop else end].strip() for k in after)
+    after = [k for k in range(last + 1, stop) if made.ids[k] != tokenizer.bos_token_id]
+    return any(text[made.start(k) : made.start(k + 1) if k + 1 < stop else end].strip() for k in after)
 
 
 def _literal_piece(piece: _Rendered, tokenizer) -> tuple[str, list[tuple[int, int]]]:

@@ -29,8 +29,8 @@ from helpers.errors import DataError, StorageError
 __all__ = ["Piece", "Source", "content_key", "cut", "find_sources", "read_piece"]
 
 # What one task reads at once: large enough to be worth a task, small enough to share work evenly.
-PIECE_BYTES = 8 * 2**20
-PIECE_ROWS = 10_000
+PIECE_BYTES = 2 * 2**20
+PIECE_ROWS = 2_500
 # A longer line is refused: it is a file without line ends, and tokenising it would take hours.
 LONGEST_LINE = 16 * 2**20
 HUB = "hf://"

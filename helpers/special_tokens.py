@@ -39,7 +39,7 @@ _MARKS = re.compile(f"[{chr(_IN_MESSAGE)}-{chr(_OF_TEMPLATE - 1)}]")
 _PRIVATE = re.compile(f"[{chr(_IN_MESSAGE)}-\U0010ffff]")
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=64)
 def _special_tokens(tokenizer) -> tuple[dict[str, int], re.Pattern]:
     """List the tokenizer's special tokens, numbered, and a pattern that finds any of them."""
     contents = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
@@ -48,7 +48,7 @@ def _special_tokens(tokenizer) -> tuple[dict[str, int], re.Pattern]:
     return {text: k for k, text in enumerate(longest_first)}, re.compile(pattern)
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=64)
 def special_ids(tokenizer) -> frozenset[int]:
     """List the ids of the tokenizer's special tokens."""
     added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -92,7 +92,7 @@ def has_marks(text: str) -> bool:
     return not text.isascii() and _MARKS.search(text) is not None
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=64)
 def literal_tokenizer(tokenizer) -> Tokenizer:
     """Copy the tokenizer, its special tokens renamed to private characters: their usual names are plain text to it."""
     from tokenizers import Tokenizer
