@@ -98,7 +98,7 @@ def _refuse_with_deepspeed(config: FinetuneConfig) -> None:
             )
         if str(lora.get("init_lora_weights")).startswith("pissa"):
             raise ConfigError(
-                "init_lora_weights: pissa does not go with ZeRO-3, where no worker has a whole weight to decompose: "
+                "init_lora_weights: pissa does not go with ZeRO-3, which partitions the start its checkpoints need: "
                 "set deepspeed: zero_2 or none"
             )
     if config.optimizer == "adamw_8bit" and (zero.get("offload_optimizer") or {}).get("device", "none") != "none":

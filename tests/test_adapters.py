@@ -33,7 +33,11 @@ def plain_base(dtype=torch.float32, quantization=None, **settings):
         )
     elif quantization == "int8":
         settings["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
-    return AutoModelForCausalLM.from_pretrained(TINY_MODEL, dtype=dtype, **settings)
+    model = AutoModelForCausalLM.from_pretrained(TINY_MODEL, dtype=dtype, **settings)
+    for module in model.modules():  # on some CPUs its 4-bit evaluation would compute in bfloat16, whatever the dtype
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def plain_loss(model, config, tokenizer) -> float:
@@ -416,23 +420,22 @@ def test_the_start_of_a_pissa_run_is_kept_in_its_folder(make_config):
 # Several workers --------------------------------------------------------------------------------------
 
 SHARDED = {
-    "nf4": ({"quantization": "nf4"}, ["zero_1", "zero_2"]),
-    "int8": ({"quantization": "int8"}, ["zero_2"]),
+    "nf4": ({"quantization": "nf4"}, ["none", "zero_1", "zero_2"]),
     "pissa": ({"lora_config": {**LORA, "init_lora_weights": "pissa"}}, ["zero_2"]),
-    "dora": ({"lora_config": {**LORA, "use_dora": True}}, ["zero_2", "zero_3"]),
+    "dora": ({"lora_config": {**LORA, "use_dora": True}}, ["zero_3"]),
     "head saved whole": ({"lora_config": {**LORA, "modules_to_save": ["lm_head"]}}, ["zero_3"]),
-    "8-bit moments": ({"optimizer": "adamw_8bit"}, ["zero_2", "zero_3"]),
+    "8-bit moments": ({"optimizer": "adamw_8bit"}, ["zero_2"]),
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", SHARDED)
 def test_two_workers_train_and_save_as_one(ray_session, make_config, method):
-    """Plain DDP and the ZeRO stages on two workers, and one process: the same losses, the same saved tensors."""
+    """Two workers, with plain DDP or a ZeRO stage, and one process: the same losses, the same saved tensors."""
     values, stages = SHARDED[method]
     values = {"lora_config": LORA, **values}
     one = fine_tune(make_config(run_name="one", **values))
-    for stage in ["none", *stages]:
+    for stage in stages:
         two = fine_tune(
             make_config(run_name=stage, deepspeed=stage, num_devices=2, train_batch_size_per_device=4, **values)
         )

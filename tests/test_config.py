@@ -126,7 +126,7 @@ adam_betas: [9e-1, 0.95]
 max_steps: 1e3
 worker_resources: {accelerator_type:A10G: 1e-3}
 lora_config: {lora_dropout: 5e-2, rank_pattern: {a: 1e1}}
-rope_scaling: {factor: 2e0}
+rope_scaling: {rope_type: linear, factor: 2e0}
 """,
         "weight_decay=1e-2",
         "trainer_resources.memory=5e10",
@@ -137,7 +137,7 @@ rope_scaling: {factor: 2e0}
     assert config.worker_resources == {"accelerator_type:A10G": 0.001}
     assert config.trainer_resources == {"memory": 5e10}
     assert config.lora_config == {"lora_dropout": 0.05, "rank_pattern": {"a": 10.0}}
-    assert config.rope_scaling == {"factor": 2.0}
+    assert config.rope_scaling == {"rope_type": "linear", "factor": 2.0}
 
 
 def test_text_that_looks_like_something_else_stays_text(load):

@@ -57,13 +57,11 @@ def test_a_missing_compiler_is_named(make_config, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("deepspeed", ["none", "zero_2"])
-def test_a_compiled_model_has_the_same_losses_and_the_same_checkpoint(make_config, deepspeed):
-    settings = {"padding": "max_length", "context_length": 96, "lora_config": LORA, "deepspeed": deepspeed}
+def test_a_compiled_model_has_the_same_losses_and_the_same_checkpoint(make_config):
+    settings = {"padding": "max_length", "context_length": 96, "lora_config": LORA}
     plain = fine_tune(make_config(run_name="plain", **settings))
     compiled = fine_tune(make_config(run_name="compiled", torch_compile={"dynamic": False}, **settings))
     assert losses_of(compiled) == pytest.approx(losses_of(plain), abs=1e-4)
-    assert losses_of(compiled) != losses_of(plain) or torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     names = [
         sorted(path.name for path in (run.folder / read_json(run.summary)["best_checkpoint"]).iterdir())
