@@ -15,10 +15,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helpers import cluster, kernels, models, plots, progress, storage, tokens
+from helpers import cluster, kernels, models, plots, progress, reference, storage, tokens
 from helpers import console as consoles
 from helpers.config import FinetuneConfig, config_differences, dump_config, load_config, read_deepspeed_config
 from helpers.errors import ConfigError, ForgebookError, ResourceError, StorageError, TrainingError
+from helpers.preferences import needs_reference
 from helpers.prepare import Prepared, prepare, report_rows, steps_per_epoch
 from helpers.storage import Run
 
@@ -200,6 +201,9 @@ def _run_on_ray(config: FinetuneConfig, run: Run, output: Console) -> dict[str, 
             failure_config=FailureConfig(max_failures=config.max_failures),
         ),
     )
+    if _scorers(config):
+        output.print("[dim]starting the workers that score the reference[/dim]")
+        reference.start_stage(config, run)
     outcome = trainer.fit().return_value
     if isinstance(outcome, ForgebookError):
         raise outcome
@@ -234,8 +238,17 @@ def _worker(job: dict[str, Any]) -> dict[str, Any] | ForgebookError:
 def _resources_per_worker(config: FinetuneConfig, use_gpu: bool, cluster: dict[str, float]) -> dict[str, float]:
     """Give a worker one GPU, or its share of the cores; and what worker_resources asks for beside."""
     # A cluster of CPUs is shared out evenly: torch uses as many threads as the worker has cores.
-    base = {"GPU": 1, "CPU": 1} if use_gpu else {"CPU": max(1, int(cluster.get("CPU", 1)) // config.num_devices)}
+    cores = int(cluster.get("CPU", 1)) - _scorers(config)
+    base = {"GPU": 1, "CPU": 1} if use_gpu else {"CPU": max(1, cores // config.num_devices)}
     return {**base, **config.worker_resources}
+
+
+def _scorers(config: FinetuneConfig) -> int:
+    """Count the workers beside the training ones, one core each: those that score the reference of preferences."""
+    preference = config.preference_tuning_config
+    if preference is None or not needs_reference(preference.loss) or not preference.logprob_processor_scaling_config:
+        return 0
+    return preference.logprob_processor_scaling_config.concurrency
 
 
 def _check_cluster(workers: int, each: dict[str, float], total: dict[str, float], free: dict[str, float]) -> None:
@@ -287,6 +300,11 @@ def _print_plan(output: Console, run: Run, prepared: Prepared) -> None:
     output.print(f"  where  {workers}, {sharding}; run folder {storage.shown(run.folder)}")
     if config.is_lora:
         output.print(f"  vLLM can serve the adapter: {models.vllm_serves(config.lora_config)}")
+    if config.is_lora and config.initial_base_model_ckpt_path and not config.initial_adapter_model_ckpt_path:
+        output.print(
+            "  [yellow]a LoRA adapter on a checkpoint of its own: whoever serves it needs that whole checkpoint as its "
+            "base, which no other adapter shares[/yellow]"
+        )
     if config.trainer_resources:
         output.print("  [yellow]trainer_resources are not reserved: Ray Train gives every worker the same[/yellow]")
 

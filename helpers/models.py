@@ -29,6 +29,7 @@ __all__ = [
     "continue_lora",
     "fit_vocabulary",
     "load_model",
+    "load_start",
     "load_tokenizer",
     "locate",
     "native_context_length",
@@ -205,6 +206,19 @@ def _attention(kind: str) -> str:
     return "flex_attention" if kind == "flex" else kind
 
 
+def load_start(config: FinetuneConfig, tokenizer) -> PreTrainedModel:
+    """Load what a run begins with, not to be trained: the base, with the adapter that it continues if it does."""
+    model = load_model(
+        locate(config.initial_base_model_ckpt_path or config.model_id), dtype=config.dtype, attention=config.attention,
+        rope_scaling=config.rope_scaling, quantization=config.quantization,
+    )  # fmt: skip
+    fit_vocabulary(model, tokenizer, config)
+    if config.initial_adapter_model_ckpt_path is not None:
+        adapter = locate(config.initial_adapter_model_ckpt_path)
+        model = continue_lora(model, adapter, config.lora_config, config.rope_scaling)
+    return model
+
+
 def add_lora(model: PreTrainedModel, lora_config: dict[str, Any]):
     """Put a new LoRA adapter on a model; only the adapter trains. Raises ModelError if it fits nowhere."""
     from peft import LoraConfig, get_peft_model
@@ -216,12 +230,19 @@ def add_lora(model: PreTrainedModel, lora_config: dict[str, Any]):
         raise ModelError(f"lora_config does not fit this model: {_first_line(error)}") from None
 
 
-def continue_lora(model: PreTrainedModel, source: str, rope_scaling: dict[str, Any] | None = None):
+def continue_lora(
+    model: PreTrainedModel,
+    source: str,
+    lora_config: dict[str, Any],
+    rope_scaling: dict[str, Any] | None = None,
+):
     """Put a trained LoRA adapter on a model, to be trained further.
 
-    rope_scaling: that of `model`. Raises ModelError if the adapter was trained with another.
+    lora_config: what the config says of the adapter; rope_scaling: that of `model`.
+
+    Raises ModelError if the adapter is another one than these say.
     """
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
 
     earlier = adapters.read_overrides(source).get("rope_scaling")
     if earlier != rope_scaling:
@@ -229,6 +250,14 @@ def continue_lora(model: PreTrainedModel, source: str, rope_scaling: dict[str, A
             f"the adapter {source} was trained with rope_scaling: {earlier or 'null'}, the config says "
             f"{rope_scaling or 'null'}: give it the same"
         )
+    with _readable_errors(source, "adapter"):
+        saved = PeftConfig.from_pretrained(source)
+    for key in ("r", "lora_alpha", "use_dora", "use_rslora"):
+        if key in lora_config and lora_config[key] != getattr(saved, key):
+            raise ModelError(
+                f"the adapter {source} has {key}: {getattr(saved, key)}, lora_config says {lora_config[key]}: "
+                "an adapter is continued as it is; leave the key out or give it the same"
+            )
     with _readable_errors(source, "adapter"):
         model = PeftModel.from_pretrained(model, source, is_trainable=True, autocast_adapter_dtype=False)
     return _in_dtype_of_base(model)

@@ -12,6 +12,7 @@ import contextlib
 import math
 import os
 import resource
+import socket
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,7 +35,7 @@ from helpers.errors import TrainingError
 from helpers.losses import SupervisedLM, check_isolation
 from helpers.preferences import needs_reference
 from helpers.progress import Progress
-from helpers.reference import reference_logps
+from helpers.reference import StagedReference, reference_logps
 from helpers.storage import Run
 from helpers.tokens import Tokens
 
@@ -209,7 +210,7 @@ def _make_accelerator(config: FinetuneConfig) -> Accelerator:
     # DeepSpeed wants to know its ranks even when there is one process.
     for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, str(value))
-    os.environ.setdefault("MASTER_PORT", "29511")
+    os.environ.setdefault("MASTER_PORT", str(_free_port()))
     is_bf16 = config.dtype == "bfloat16"
     known = {
         "train_micro_batch_size_per_gpu": config.train_batch_size_per_device,
@@ -231,6 +232,13 @@ def _make_accelerator(config: FinetuneConfig) -> Accelerator:
     return accelerator
 
 
+def _free_port() -> int:
+    """Ask the system for a port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def _make_worker(config: FinetuneConfig, accelerator: Accelerator) -> _Worker:
     """Load tokenizer and model, put LoRA on it if asked, make the optimizer, wrap for DDP or DeepSpeed."""
     with ranks.raised_everywhere():
@@ -249,7 +257,7 @@ def _make_worker(config: FinetuneConfig, accelerator: Accelerator) -> _Worker:
             kernels.use_liger(model, config.liger_kernel.kwargs)
         if config.initial_adapter_model_ckpt_path is not None:
             adapter = models.locate(config.initial_adapter_model_ckpt_path)
-            model = models.continue_lora(model, adapter, config.rope_scaling)
+            model = models.continue_lora(model, adapter, config.lora_config, config.rope_scaling)
         elif config.is_lora:
             model = models.add_lora(model, config.lora_config | new_rows)
         if config.neftune_noise_alpha is not None:
@@ -296,7 +304,7 @@ class _Set:
     """Rows to train on or to evaluate; with the reference model's log-probabilities [rows], for preferences."""
 
     rows: Tokens
-    reference: np.ndarray | None = None
+    reference: np.ndarray | StagedReference | None = None
 
     def batch(self, worker: _Worker, part: list[batches.Sequence], width: int | None = None, packed: bool = False):
         """Make the tensors of some sequences, on the worker's device."""
@@ -315,9 +323,11 @@ def _with_reference(worker: _Worker, run: Run, rows: Tokens | None, name: str, p
     config = worker.config
     if rows is None or config.task != "preference_tuning" or not needs_reference(config.preference_tuning_config.loss):
         return None if rows is None else _Set(rows)
-    progress.stage(f"computing the reference model's log-probabilities of the {name} pairs")
     processor = config.preference_tuning_config.logprob_processor_scaling_config
-    batch_size = (processor.batch_size if processor else None) or 2 * config.eval_batch_size_per_device
+    if processor and name == "training" and config.num_devices:
+        return _Set(rows, StagedReference(config, run, rows))
+    progress.stage(f"computing the reference model's log-probabilities of the {name} pairs")
+    batch_size = 2 * ((processor and processor.batch_size) or config.eval_batch_size_per_device)
     kept = run.tokens / f"reference-{name}.npy"
     pad_id = worker.tokenizer.pad_token_id
     return _Set(rows, reference_logps(worker.wrapped, worker.accelerator, rows, batch_size, pad_id, kept))

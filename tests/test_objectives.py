@@ -121,6 +121,20 @@ def test_two_workers_prefer_as_one(ray_session, preferences):
     assert losses_of(two) == pytest.approx(losses_of(one), abs=1e-4)
 
 
+@pytest.mark.slow
+def test_the_reference_can_be_scored_beside_the_training(ray_session, preferences):
+    """By Ray Data workers with resources of their own; the losses are those of a run that scored it first."""
+    first = fine_tune(preferences(run_name="first", num_devices=1, num_epochs=2))
+    processor = {"concurrency": 1, "batch_size": 3, "custom_resources": {}}
+    block = {"loss": "dpo", "beta": 0.2, "logprob_processor_scaling_config": processor}
+    beside = fine_tune(
+        preferences(run_name="beside", num_devices=1, num_epochs=2, preference_tuning_config=block,
+                    num_data_blocks_per_device=3)
+    )  # fmt: skip
+    assert losses_of(beside) == pytest.approx(losses_of(first), abs=1e-5) and len(losses_of(first)) == 6
+    assert {path.name for path in (beside.tokens / "reference").iterdir()} == {"0.npy", "1.npy", "2.npy"}
+
+
 def test_both_answers_of_a_pair_are_dropped_together(preferences):
     from helpers.prepare import prepare
     from helpers.storage import open_run

@@ -5,9 +5,9 @@ python benchmarks/data/run.py --rows 10000 --to rows.jsonl          (the generat
 
 Rows are made up, with a seed: chats of 2 to 5 messages, in all a log-normal number of words (median 90, about
 GSM8K's) from some 24,000 words as frequent as words are (Zipf), 15 % of them made up. Per size, in a new process
-and with an empty cache: helpers.data.tokenize with the tiny model's tokenizer, which is reading, checking, rendering, tokenising,
-marking and writing shards; then the same call again, which finds them. Large sets go through Ray Data; its start is
-measured apart.
+and with an empty cache: helpers.data.tokenize with the tiny model's tokenizer, which is reading, checking,
+rendering, tokenising, marking and writing shards; then the same call again, which finds them. Large sets go through
+Ray Data; its start is measured apart.
 
 TRL's python is one of another environment:
 
