@@ -107,7 +107,7 @@ def _run_stage(config: FinetuneConfig, run: Run, missing: list[int]) -> None:
         blocks = ray.data.from_items([{"block": k} for k in missing], override_num_blocks=max(1, len(missing)))
         scored = blocks.map_batches(
             _Scorer, batch_size=1, fn_constructor_args=(config, run), num_cpus=1, num_gpus=1 if has_gpu else None,
-            ray_remote_args={"resources": settings.custom_resources}, concurrency=settings.concurrency,
+            compute=ray.data.ActorPoolStrategy(size=settings.concurrency), resources=settings.custom_resources,
         )  # fmt: skip
         for _ in scored.iter_rows():
             pass
