@@ -29,6 +29,7 @@ layer  module          one line
 7      batches         packing; which rows make up a step; tensors
 8      objectives      what a task minimises and measures
 8      reference       the reference model's log-probabilities
+8      worker          a worker's model, optimizer and place among the others
 8      prepare         data and config made ready for a run; the data report
 8      preview         rows as the model will see them
 9      train           the loop

@@ -10,34 +10,26 @@ from __future__ import annotations
 import collections
 import contextlib
 import math
-import os
 import resource
-import socket
 import time
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from accelerate import Accelerator
-from accelerate.utils import (
-    DeepSpeedPlugin,
-    DistributedDataParallelKwargs,
-    DistributedType,
-    InitProcessGroupKwargs,
-    gather_object,
-)
+from accelerate.utils import gather_object
 
-from helpers import batches, checkpoints, classification, kernels, models, objectives, optimizers, ranks, tokens
-from helpers.config import FinetuneConfig, read_deepspeed_config
+from helpers import batches, checkpoints, classification, objectives, optimizers, tokens
+from helpers.config import FinetuneConfig
 from helpers.errors import TrainingError
-from helpers.losses import SupervisedLM, check_isolation
+from helpers.losses import check_isolation
 from helpers.preferences import needs_reference
 from helpers.progress import Progress
 from helpers.reference import StagedReference, reference_logps
 from helpers.storage import Run
 from helpers.tokens import Tokens
+from helpers.worker import Worker, base_overrides, make_accelerator, make_worker, prompt_format_text
 
 __all__ = ["evaluation_steps", "total_steps", "train_loop"]
 
@@ -54,7 +46,7 @@ def train_loop(config: FinetuneConfig, run: Run) -> dict[str, Any]:
     Raises TrainingError if the loss is not finite or the gradient is zero; CheckpointError; ModelError.
     """
     # (1) Place. The accelerator comes first: under ZeRO-3, DeepSpeed's config must exist before the weights.
-    accelerator = _make_accelerator(config)
+    accelerator = make_accelerator(config)
     torch.manual_seed(config.seed)
     saved = checkpoints.latest_resume(run.resume)
     place = saved[1] if saved else {"step": 0, "trained_tokens": 0, "seconds": 0.0, "losses": {}}
@@ -71,7 +63,7 @@ def train_loop(config: FinetuneConfig, run: Run) -> dict[str, Any]:
     # (3) Model, optimizer, and the learning rate of every step.
     compiles = config.deepspeed is not None and not saved
     progress.stage("loading the model" + compiles * "; DeepSpeed compiles an extension at its first use (a minute)")
-    worker = _make_worker(config, accelerator)
+    worker = make_worker(config, accelerator)
     # New weights are the same on every rank; dropout from here on is each rank's own.
     torch.manual_seed(config.seed + accelerator.process_index)
     rates = optimizers.learning_rates(
@@ -85,8 +77,8 @@ def train_loop(config: FinetuneConfig, run: Run) -> dict[str, Any]:
 
     # (4) Continue from the last complete state, or rehearse a save: a full disk shows now, not after the night.
     beside = {
-        "prompt_format": _prompt_format_text(config),
-        "overrides": _base_overrides(config),
+        "prompt_format": prompt_format_text(config),
+        "overrides": base_overrides(config),
         "start": checkpoints.keep_start(worker.model, run.adapter_start, is_continued=bool(saved)),
     }
     if saved:
@@ -181,122 +173,7 @@ def evaluation_steps(config: FinetuneConfig, steps_per_epoch: int, last_step: in
     return {step: f"epoch-{step // steps_per_epoch}" for step in steps}
 
 
-# Setting up -------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Worker:
-    """What a step needs: `model` is the plain or PEFT model inside `wrapped`; `engine` is DeepSpeed's, or None."""
-
-    config: FinetuneConfig
-    accelerator: Accelerator
-    tokenizer: Any
-    model: Any
-    wrapped: Any
-    optimizer: Any
-    engine: Any
-    parameters: tuple[int, int]
-
-
-def _make_accelerator(config: FinetuneConfig) -> Accelerator:
-    """Join the process group, with DeepSpeed's config filled in from ours where it says "auto"."""
-    on_cpu = not torch.cuda.is_available()
-    settings = read_deepspeed_config(config)
-    if settings is None:
-        # accelerate leaves this set by an earlier run of the same process.
-        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
-        buckets = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
-        return Accelerator(cpu=on_cpu, kwargs_handlers=[buckets])
-    # DeepSpeed wants to know its ranks even when there is one process.
-    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}.items():
-        os.environ.setdefault(name, str(value))
-    os.environ.setdefault("MASTER_PORT", str(_free_port()))
-    is_bf16 = config.dtype == "bfloat16"
-    known = {
-        "train_micro_batch_size_per_gpu": config.train_batch_size_per_device,
-        "gradient_accumulation_steps": config.gradient_accumulation_steps,
-        "train_batch_size": config.global_batch_size,
-        "gradient_clipping": config.max_grad_norm,
-    }
-    settings |= {name: value for name, value in known.items() if settings.get(name, "auto") == "auto"}
-    settings["bf16"] = {**settings.get("bf16", {}), "enabled": is_bf16}
-    # cpu=True would make accelerate ignore DeepSpeed without a word; the backend says the same and is heard.
-    accelerator = Accelerator(
-        mixed_precision="bf16" if is_bf16 else "no",
-        gradient_accumulation_steps=settings["gradient_accumulation_steps"],
-        deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=settings),
-        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if on_cpu else [],
-    )
-    if accelerator.distributed_type != DistributedType.DEEPSPEED:
-        raise TrainingError(f"DeepSpeed was asked for, but accelerate started {accelerator.distributed_type}")
-    return accelerator
-
-
-def _free_port() -> int:
-    """Ask the system for a port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def _make_worker(config: FinetuneConfig, accelerator: Accelerator) -> _Worker:
-    """Load tokenizer and model, put LoRA on it if asked, make the optimizer, wrap for DDP or DeepSpeed."""
-    with ranks.raised_everywhere():
-        kernels.refuse_missing(config)
-        tokenizer = models.tokenizer_of(config)
-        model = models.load_model(
-            models.locate(config.initial_base_model_ckpt_path or config.model_id),
-            dtype=config.dtype,
-            attention=config.attention,
-            rope_scaling=config.rope_scaling,
-            quantization=config.quantization,
-            gradient_checkpointing=config.gradient_checkpointing,
-        )
-        new_rows = models.fit_vocabulary(model, tokenizer, config)
-        if config.liger_kernel.enabled:
-            kernels.use_liger(model, config.liger_kernel.kwargs)
-        if config.initial_adapter_model_ckpt_path is not None:
-            adapter = models.locate(config.initial_adapter_model_ckpt_path)
-            model = models.continue_lora(model, adapter, config.lora_config, config.rope_scaling)
-        elif config.is_lora:
-            model = models.add_lora(model, config.lora_config | new_rows)
-        if config.neftune_noise_alpha is not None:
-            models.add_embedding_noise(model, config.neftune_noise_alpha)
-        if config.torch_compile:
-            kernels.compile_decoder(model, config.torch_compile)
-        parameters = models.parameter_counts(model)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    hyperparameters = {
-        "lr": config.learning_rate,
-        "betas": config.adam_betas,
-        "eps": config.adam_epsilon,
-        "weight_decay": config.weight_decay,
-    }
-    uses_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
-    if uses_deepspeed:
-        optimizer = optimizers.adamw(config.optimizer, trained, **hyperparameters)
-    else:
-        if config.quantization is None:  # quantised weights were loaded where they stay
-            model.to(accelerator.device)
-        optimizer = optimizers.AdamW(trained, bits=8 if config.optimizer == "adamw_8bit" else 32, **hyperparameters)
-    model.train()
-    if uses_deepspeed:
-        wrapped, optimizer = accelerator.prepare(SupervisedLM(model), optimizer)
-        return _Worker(config, accelerator, tokenizer, model, wrapped, optimizer, wrapped, parameters)
-    wrapped = accelerator.prepare(SupervisedLM(model))
-    return _Worker(config, accelerator, tokenizer, model, wrapped, optimizer, None, parameters)
-
-
-def _prompt_format_text(config: FinetuneConfig) -> str | None:
-    """Write the prompt format as YAML, to be kept with the weights."""
-    prompt_format = config.generation_config.prompt_format
-    return yaml.safe_dump(prompt_format.model_dump(), sort_keys=False) if prompt_format else None
-
-
-def _base_overrides(config: FinetuneConfig) -> dict[str, Any] | None:
-    """Say how the base of an adapter was made, where that is not in its own config.json."""
-    made = {"rope_scaling": config.rope_scaling, "quantization": config.quantization}
-    return {name: value for name, value in made.items() if value is not None} if config.is_lora else None
+# Rows with what the task compares them with ------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -306,19 +183,19 @@ class _Set:
     rows: Tokens
     reference: np.ndarray | StagedReference | None = None
 
-    def batch(self, worker: _Worker, part: list[batches.Sequence], width: int | None = None, packed: bool = False):
+    def batch(self, worker: Worker, part: list[batches.Sequence], width: int | None = None, packed: bool = False):
         """Make the tensors of some sequences, on the worker's device."""
         made = batches.collate(self.rows, part, worker.tokenizer.pad_token_id, width, packed=packed)
         return {name: tensor.to(worker.accelerator.device) for name, tensor in made.items()}
 
-    def reference_of(self, worker: _Worker, part: list[batches.Sequence]) -> torch.Tensor | None:
+    def reference_of(self, worker: Worker, part: list[batches.Sequence]) -> torch.Tensor | None:
         """Pick the reference's figures for the rows of a batch, in its order."""
         if self.reference is None or not part:
             return None
         return torch.from_numpy(self.reference[np.concatenate(part)]).to(worker.accelerator.device)
 
 
-def _with_reference(worker: _Worker, run: Run, rows: Tokens | None, name: str, progress: Progress) -> _Set | None:
+def _with_reference(worker: Worker, run: Run, rows: Tokens | None, name: str, progress: Progress) -> _Set | None:
     """Add what the task compares with: once, before the first step, or as an earlier start of the run kept it."""
     config = worker.config
     if rows is None or config.task != "preference_tuning" or not needs_reference(config.preference_tuning_config.loss):
@@ -365,7 +242,7 @@ class _Step:
         }
 
 
-def _train_step(worker: _Worker, train: _Set, sequences: list[batches.Sequence], rate: float) -> _Step:
+def _train_step(worker: Worker, train: _Set, sequences: list[batches.Sequence], rate: float) -> _Step:
     """Forward, backward and update over the rows of one global batch."""
     config, accelerator = worker.config, worker.accelerator
     started = time.perf_counter()
@@ -418,7 +295,7 @@ def _train_step(worker: _Worker, train: _Set, sequences: list[batches.Sequence],
     )
 
 
-def _summed(worker: _Worker, sums: dict[str, float]) -> dict[str, float]:
+def _summed(worker: Worker, sums: dict[str, float]) -> dict[str, float]:
     """Add sums up over the ranks; one that had nothing to measure lacks names, and counts as 0."""
     names = ["loss", "padded", *TASK_SUMS.get(worker.config.task, ())]
     shared = torch.tensor([sums.get(name, 0.0) for name in names], dtype=torch.float64)
@@ -441,7 +318,7 @@ def _check(step: int, done: _Step, is_first: bool) -> None:
 
 
 @torch.no_grad()
-def _evaluate(worker: _Worker, valid: _Set) -> dict[str, float]:
+def _evaluate(worker: Worker, valid: _Set) -> dict[str, float]:
     """Measure the mean loss over the validation rows, and what the task measures beside it."""
     config, accelerator = worker.config, worker.accelerator
     started = time.perf_counter()
@@ -491,7 +368,7 @@ def _now(accelerator: Accelerator) -> float:
     return time.perf_counter()
 
 
-def _agreed(worker: _Worker, seconds: float) -> float:
+def _agreed(worker: Worker, seconds: float) -> float:
     """Take rank 0's measure of time, so that all ranks decide alike."""
     if worker.accelerator.num_processes == 1 or not worker.config.save_state_minutes:
         return seconds
@@ -499,7 +376,7 @@ def _agreed(worker: _Worker, seconds: float) -> float:
     return float(worker.accelerator.reduce(shared, "sum"))
 
 
-def _peak_memory(worker: _Worker) -> list[int]:
+def _peak_memory(worker: Worker) -> list[int]:
     """List each worker's peak: of GPU memory, or on a CPU of the process's resident memory (bytes)."""
     if worker.accelerator.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated()

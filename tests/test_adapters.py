@@ -101,7 +101,7 @@ def losses_by_hand(config, tokenizer, kind, dtype) -> list[float]:
     masters = [p.detach().float() for p in trained]
     optimizer = torch.optim.AdamW(masters, weight_decay=config.weight_decay)
     rows = prepare(config, open_run(config)).train
-    sequences = batches.make_sequences(rows, "longest", None)
+    sequences = batches.make_sequences(rows, config)
     steps = batches.epoch_batches(rows, sequences, 8, config.seed, 0)
     losses = []
     for step, rate in zip(steps, learning_rates("cosine", config.learning_rate, 1, 3), strict=True):
@@ -221,8 +221,9 @@ def test_a_pissa_run_continues_exactly_and_its_adapter_further(make_config):
     assert losses_of(halves) == losses_of(whole)
     best = whole.folder / read_json(whole.summary)["best_checkpoint"]
     assert json.loads((best / "adapter_config.json").read_text())["r"] == 2 * LORA["r"]
+    as_saved = {"target_modules": "all-linear"}  # its rank is twice that of the config
     further = fine_tune(
-        make_config(run_name="f", lora_config=LORA, eval_first=True, initial_adapter_model_ckpt_path=str(best))
+        make_config(run_name="f", lora_config=as_saved, eval_first=True, initial_adapter_model_ckpt_path=str(best))
     )
     assert read_metrics(further.metrics)[0]["eval_loss"] == pytest.approx(
         read_json(whole.summary)["eval_loss"], abs=1e-4

@@ -73,7 +73,7 @@ def test_the_loss_is_that_of_a_hand_computation(classifier, method):
 
 
 def test_only_the_rows_of_the_labels_move(classifier):
-    """Under LoRA the embeddings of all other tokens stay as they are."""
+    """Peers' point 19: under LoRA new tokens are trained, merged and saved; all other embeddings stay."""
     run = fine_tune(classifier(lora_config=LORA))
     model, tokenizer, _ = load_for_generation(run.checkpoints / "epoch-1")
     merged = model.merge_and_unload().get_input_embeddings().weight

@@ -6,6 +6,8 @@ import pytest
 
 from conftest import REPOSITORY
 from helpers.config import load_config, read_deepspeed_config
+from helpers.launch import fine_tune
+from helpers.progress import read_metrics
 
 CONFIGS = sorted(REPOSITORY.glob("training_configs/**/*.yaml")) + sorted(REPOSITORY.glob("cookbooks/**/*.yaml"))
 DEEPSPEED = sorted(REPOSITORY.glob("deepspeed_configs/*.json"))
@@ -34,6 +36,27 @@ def test_config_loads(path, recwarn):
 @pytest.mark.parametrize("path", CONFIGS, ids=name)
 def test_config_says_how_it_is_run(path):
     assert path.read_text().startswith("#") and f"python main.py {name(path)}" in path.read_text()
+
+
+# What the tiny model reaches on held-out rows, as the YAMLs and the README say.
+RESULTS = {
+    "classify": lambda first, last: last["eval_accuracy"] > 0.9,
+    "prefer": lambda first, last: first["eval_reward_accuracy"] <= 0.5 and last["eval_reward_accuracy"] > 0.9,
+    "notes": lambda first, last: first["perplexity"] > 1_000 and last["perplexity"] < 6,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stem", RESULTS)
+def test_a_task_reaches_its_result(stem, tmp_path, monkeypatch):
+    """In this process, without DeepSpeed: the same rows in the same updates as with its two workers."""
+    monkeypatch.chdir(REPOSITORY)
+    path = REPOSITORY / f"training_configs/tiny/{stem}.yaml"
+    batch = load_config(path).global_batch_size
+    overrides = ["num_devices=0", "deepspeed=none", f"train_batch_size_per_device={batch}", f"storage_path={tmp_path}"]
+    run = fine_tune(load_config(path, overrides))
+    evaluations = [row for row in read_metrics(run.metrics) if "eval_loss" in row]
+    assert RESULTS[stem](evaluations[0], evaluations[-1]), evaluations
 
 
 @pytest.mark.parametrize("path", DEEPSPEED, ids=name)

@@ -92,6 +92,7 @@ def test_an_empty_answer_still_trains_its_end_token(tokenizer):
 
 
 def test_a_row_without_a_trained_token_is_refused(tokenizer):
+    """Peers' point 1."""
     from helpers.config import PromptFormat
 
     silent = PromptFormat(system="{instruction}", user="{instruction}", assistant="{instruction}")

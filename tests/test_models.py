@@ -63,9 +63,9 @@ def test_zero_3_never_holds_the_whole_model_on_a_rank():
     """The DeepSpeed config exists before the weights are read: every parameter arrives partitioned."""
     code = f"""
 from helpers.config import FinetuneConfig
-from helpers import models, train
+from helpers import models, worker
 config = FinetuneConfig(model_id="tiny", train_path="-", deepspeed="zero_3", train_batch_size_per_device=1)
-accelerator = train._make_accelerator(config)
+accelerator = worker.make_accelerator(config)
 parameters = list(models.load_model({str(TINY_MODEL)!r}).parameters())
 print(len(parameters), sum(hasattr(p, "ds_id") and p.numel() == 0 for p in parameters))
 """

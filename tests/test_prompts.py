@@ -28,6 +28,8 @@ def trained_text(encoded, tokenizer) -> str:
 
 
 def test_trains_the_assistant_turns_through_their_end_tokens(tokenizer):
+    """Peers' point 1: the template has no `{% generation %}` tags, and the mask needs none."""
+    assert "{% generation" not in tokenizer.chat_template
     encoded = encode(CONVERSATION, tokenizer)
     assert trained_text(encoded, tokenizer) == "On the table.<|end|>Under the lamp.<|end|>"
 
@@ -37,6 +39,7 @@ def test_the_ids_are_those_of_the_chat_template(tokenizer):
 
 
 def test_each_generation_prompt_is_a_prefix_of_the_training_row(tokenizer):
+    """Peers' point 5."""
     encoded = encode(CONVERSATION, tokenizer)
     for k in (2, 4):
         prompt = encode_prompt(CONVERSATION[:k], tokenizer)
@@ -45,11 +48,13 @@ def test_each_generation_prompt_is_a_prefix_of_the_training_row(tokenizer):
 
 
 def test_there_is_one_bos(tokenizer):
+    """Peers' point 3."""
     for encoded in (encode(CONVERSATION, tokenizer), encode_text("the lamp", tokenizer)):
         assert encoded.input_ids.count(tokenizer.bos_token_id) == 1
 
 
 def test_pad_equal_to_eos_hides_no_end_token(tokenizer):
+    """Peers' point 2."""
     import copy
 
     padded_with_eos = copy.deepcopy(tokenizer)

@@ -44,6 +44,7 @@ def test_a_weight_says_how_often_rows_are_taken(weight, count):
 
 
 def test_truncation_error_names_the_length_that_loses_nothing():
+    """Peers' point 4."""
     with pytest.raises(DataError, match=r"1 of 2 rows .* lose 4 trained tokens: set context_length to 20"):
         tokens.fit_context(make_tokens([5, 20], trained=4), 10, "error")
 
