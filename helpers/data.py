@@ -103,9 +103,13 @@ class SetNotes:
 
 
 def read_rows(
-    path: Any, task: str = "instruction_tuning", limit: int | None = None, labels: tuple[str, ...] = ()
+    path: Any,
+    task: str = "instruction_tuning",
+    limit: int | None = None,
+    labels: tuple[str, ...] = (),
+    on_bad_rows: str = "fail",
 ) -> list[Row]:
-    """Read and check the rows of a path, the first `limit`; raise DataError naming every bad one."""
+    """Read and check the rows of a path, the first `limit`; raise DataError naming every bad one, or drop them."""
     good, notes = [], SetNotes()
     sources = rows.find_sources(path)
     pieces = itertools.chain.from_iterable(rows.cut(source.uri) for source in sources)
@@ -116,7 +120,7 @@ def read_rows(
                 break
         if len(good) == limit:
             break
-    if notes.problems:
+    if notes.problems and on_bad_rows == "fail":
         raise bad_rows_error(path, notes)
     if not good:
         raise empty_error(path)

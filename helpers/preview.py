@@ -33,14 +33,16 @@ class Preview:
 def preview(config: FinetuneConfig, count: int = 3) -> list[Preview]:
     """Encode the first rows of the training data exactly as training would, truncation included.
 
-    Raises DataError for rows that cannot be used.
+    Raises DataError for rows that cannot be used, unless `on_bad_rows` drops them.
     """
     tokenizer = models.tokenizer_of(config)
     recipe = data.Recipe.of(config)
     shown = []
-    rows = data.read_rows(config.train_path, config.task, limit=count, labels=recipe.labels)
+    rows = data.read_rows(config.train_path, config.task, count, recipe.labels, config.on_bad_rows)
     for row, encoded in zip(rows, data.encode_rows(rows, tokenizer, recipe), strict=True):
         if isinstance(encoded, DataError):
+            if config.on_bad_rows == "drop":
+                continue
             raise encoded
         for one in encoded:
             one, note = _fitted(one, config)

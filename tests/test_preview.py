@@ -43,6 +43,9 @@ def test_bad_rows_are_told(make_config, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"messages": []}')
     with pytest.raises(DataError, match=r"bad\.jsonl:1: messages: need a non-empty list"):
         preview(make_config(train_path=str(tmp_path / "bad.jsonl")))
+    (tmp_path / "mixed.jsonl").write_text('{"messages": []}\n' + json.dumps(uneven_rows(1)[0]))
+    [row] = preview(make_config(train_path=str(tmp_path / "mixed.jsonl"), on_bad_rows="drop"))
+    assert row.where == "mixed.jsonl:2"
 
 
 def test_the_verb(make_config, tmp_path, capsys):
