@@ -310,7 +310,7 @@ def _with_threads(pieces: list[Piece], write: functools.partial) -> Iterator[Set
 
     Each thread has a tokenizer of its own: calls of one tokenizer wait for each other.
     """
-    threads = min(os.cpu_count() or 1, len(pieces))
+    threads = max(1, min(os.cpu_count() or 1, len(pieces)))
     free: queue.SimpleQueue = queue.SimpleQueue()
     for _ in range(threads):
         free.put(copy.deepcopy(write.keywords["tokenizer"]))
