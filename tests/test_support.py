@@ -17,6 +17,7 @@ REFUSED = {
     ("dora", "classification", "zero_3"): "trains single rows of the embeddings",
     ("qlora", "classification", "zero_3"): "bitsandbytes' packed weights",
 }
+METHODS_AND_TASKS = [(method, task) for method in METHODS for task in TASKS]
 COMBINATIONS = [(method, task, sharding) for sharding in SHARDINGS for method in METHODS for task in TASKS]
 
 
@@ -40,7 +41,7 @@ def results(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "task", "sharding"), COMBINATIONS, ids="-".join)
+@pytest.mark.parametrize(("method", "task", "sharding"), COMBINATIONS, ids=map("-".join, COMBINATIONS))
 def test_it_trains_saves_and_reloads_or_says_why_not(results, method, task, sharding):
     found = results(sharding)[method, task]
     if reason := REFUSED.get((method, task, sharding)):
@@ -50,7 +51,7 @@ def test_it_trains_saves_and_reloads_or_says_why_not(results, method, task, shar
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "task"), [(m, t) for m in METHODS for t in TASKS], ids="-".join)
+@pytest.mark.parametrize(("method", "task"), METHODS_AND_TASKS, ids=map("-".join, METHODS_AND_TASKS))
 def test_every_sharding_ends_at_the_same_loss(results, method, task):
     losses = [results(s)[method, task]["eval_loss"] for s in SHARDINGS if (method, task, s) not in REFUSED]
     assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-4, abs=1e-4) and len(losses) >= 2
