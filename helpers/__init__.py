@@ -12,6 +12,7 @@ layer  module          one line
 1      special_tokens  special tokens inside messages stay text
 1      tool_text       tools as text, for templates that know none
 2      sources         the text and the lines of a config file; key=value overrides
+2      catalog         GPUs with memory, peak and price; shapes of core models
 3      config          YAML file or URL + overrides -> FinetuneConfig
 4      storage         local, s3://, gs://, https:// paths; the run folder
 4      adapters        what a saved adapter needs besides its weights
