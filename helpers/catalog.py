@@ -22,7 +22,7 @@ from helpers.schema import near_miss
 if TYPE_CHECKING:
     from helpers.schema import FinetuneConfig
 
-__all__ = ["Catalog", "Gpu", "Linear", "Shape", "hardware_of", "read_catalog", "shape_of"]
+__all__ = ["Catalog", "Gpu", "Linear", "Shape", "hardware_of", "model_folder", "read_catalog", "shape_of"]
 
 _HERE = Path(__file__).resolve().parent
 _TINY_MODEL = _HERE.parent / "tiny_model"
@@ -173,8 +173,7 @@ def shape_of(config: FinetuneConfig, catalog: Catalog | None = None) -> Shape:
 
     Raises ModelError where neither knows it.
     """
-    model = config.model_id
-    folder = _TINY_MODEL if model == "tiny" else Path(model).expanduser()
+    model, folder = config.model_id, model_folder(config)
     if (folder / "config.json").is_file():
         return _shape_in(folder / "config.json")
     shapes = (catalog or read_catalog()).shapes
@@ -184,6 +183,11 @@ def shape_of(config: FinetuneConfig, catalog: Catalog | None = None) -> Shape:
         f"model_id: the shape of {model!r} is not known{near_miss(model.lower(), shapes)}: name a local folder with "
         "its config.json, or add it to a copy of helpers/catalog.yaml that $FORGEBOOK_CATALOG names"
     )
+
+
+def model_folder(config: FinetuneConfig) -> Path:
+    """Name the local folder that `model_id` would be; it need not exist."""
+    return _TINY_MODEL if config.model_id == "tiny" else Path(config.model_id).expanduser()
 
 
 def _shape_in(path: Path) -> Shape:
