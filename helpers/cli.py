@@ -13,8 +13,9 @@ HELP = """\
 Fine-tune a language model as CONFIG says, and look at what came of it.
 
   python main.py CONFIG [--default] [key=value ...]     fine-tune; CONFIG is a YAML file or an https:// address
-  python main.py plan CONFIG [hardware=8xA100-80G] [mfu=0.4] [--json]
-                                                        memory, time and cost before the run; trains nothing
+  python main.py plan CONFIG [hardware=8xA100-80G] [mfu=0.4] [fit=true] [--json]
+                                                        memory, time and cost before the run; trains nothing.
+                                                        fit: write the fastest settings that fit as CONFIG-fit.yaml
   python main.py preview CONFIG [n=3] [--json]          rows as the model will see them, trained tokens marked
   python main.py evaluate RUN [data=FILE] [rows=N]      held-out prompts answered before and after, with accuracy
 
@@ -86,7 +87,7 @@ def _plan(arguments: list[str], default: bool, as_object: bool) -> int:
     from helpers.errors import ConfigError
     from helpers.plan import MFU, as_json, count_data, hardware_in, plan, plan_rows, price_rows, verdict
 
-    own = [argument for argument in arguments if argument.startswith(("hardware=", "mfu="))]
+    own = [argument for argument in arguments if argument.startswith(("hardware=", "mfu=", "fit="))]
     options = dict(argument.split("=", 1) for argument in own)
     config_path, *overrides = [argument for argument in arguments if argument not in own] or [None]
     if config_path is None:
@@ -99,7 +100,12 @@ def _plan(arguments: list[str], default: bool, as_object: bool) -> int:
         raise ConfigError(f"plan: mfu must be a share of the peak, above 0 and at most 1, got {options['mfu']!r}")
     config = _load(config_path, overrides, default)
     hardware = hardware_of(options["hardware"]) if "hardware" in options else hardware_in(config)
-    told = plan(config, shape_of(config), hardware, count_data(config), mfu=mfu)
+    shape, data = shape_of(config), count_data(config)
+    if options.get("fit", "false") not in ("true", "false"):
+        raise ConfigError(f"plan: fit must be true or false, got {options['fit']!r}")
+    if options.get("fit") == "true":
+        config = _fitted(config, shape, hardware, data)
+    told = plan(config, shape, hardware, data, mfu=mfu)
     if as_object:
         import json
 
@@ -115,6 +121,26 @@ def _plan(arguments: list[str], default: bool, as_object: bool) -> int:
         output.print(f"note: {note}")
     output.print(f"[bold]{verdict(told)}[/bold]")
     return 0
+
+
+def _fitted(config, shape, hardware, data):
+    """Write the fastest settings that fit the hardware beside the config, under a name of their own."""
+    from pathlib import Path
+
+    from helpers.config import dump_config
+    from helpers.errors import ConfigError, ResourceError
+    from helpers.plan import fit
+
+    if hardware is None:
+        raise ConfigError("plan: fit=true needs the hardware to fit, such as hardware=8xA100-80G")
+    found = fit(config, shape, hardware, data)
+    if found is None:
+        raise ResourceError(f"{config.model_id} fits {hardware[0]}x{hardware[1].name} with no settings: take more GPUs")
+    folder = Path(config.source).parent if "://" not in config.source else Path()
+    target = folder / f"{config.run_name}-fit.yaml"
+    target.write_text(dump_config(found))
+    print(f"wrote {target}", file=sys.stderr)
+    return found
 
 
 def _preview(arguments: list[str], default: bool, as_lines: bool) -> int:

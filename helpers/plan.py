@@ -37,6 +37,7 @@ __all__ = [
     "as_json",
     "cost_per_million_tokens",
     "count_data",
+    "fit",
     "flops_per_token",
     "hardware_in",
     "micro_batch_for",
@@ -322,6 +323,8 @@ def plan(
     checkpoint = width * (trained if config.is_lora else shape.parameters)
     # The state for continuing: weights, masters and two moments; old and new exist at once, as do checkpoints.
     state = trained * (width + 12 if width == 2 else width + 8)
+    if sharding_of(config, shape).offload_optimizer or sharding_of(config, shape).offload_param:
+        notes.append(f"the hosts must hold {_gb(workers * need.host)} over all workers, which is not checked")
     if gpu is not None and gpu.note:
         notes.append(f"{gpu.name}: {gpu.note}")
     if data is None:
@@ -425,6 +428,31 @@ def _possible_changes(config: FinetuneConfig, shape: Shape, workers: int) -> Ite
             values = {"num_devices": count, "quantization": config.quantization, "lora_config": config.lora_config}
             sharded = "zero_2" if config.quantization else "zero_3"
             yield f"num_devices={count} deepspeed={sharded}", {**values, "deepspeed": sharded}
+
+
+def fit(config: FinetuneConfig, shape: Shape, hardware: tuple[int, Gpu], data: Statistics | None = None):
+    """Find the fastest settings that fit, with the same rows per update; None if none do.
+
+    Speeds are not measured but ordered: moving weights to the host is slower than moving optimizer states, that
+    than sharing out the weights, that than recomputing activations, and that than smaller micro batches.
+    """
+    workers, gpu = hardware
+    config = _without_gaps(config.resolve(num_devices=workers), shape, data)
+    length = config.context_length if data is None else _work(config, data, config.context_length)[3]
+    rows_per_device = config.train_batch_size_per_device * config.gradient_accumulation_steps
+    micros = [n for n in range(rows_per_device, 0, -1) if rows_per_device % n == 0]
+    shared = ["zero_3", "zero_3_offload_optim", "zero_3_offload_optim+param"] if config.quantization is None else []
+    shardings = [None, "zero_1", "zero_2", *shared] if workers > 1 else [None, *shared[1:]]
+    for sharding in shardings:
+        for checkpointing in (False, True):
+            for micro in micros:
+                tried = config.resolve(
+                    deepspeed=sharding, gradient_checkpointing=checkpointing, train_batch_size_per_device=micro,
+                    gradient_accumulation_steps=rows_per_device // micro,
+                )  # fmt: skip
+                if _fits(memory_of(tried, shape, workers=workers, length=length), gpu):
+                    return tried
+    return None
 
 
 # Telling ----------------------------------------------------------------------------------------------

@@ -22,6 +22,9 @@ from helpers.plan import (
     utilisation,
     verdict,
 )
+from helpers.plan import (
+    fit as find_fit,
+)
 from test_catalog import config_for
 
 LLAMA_8B = "meta-llama/Meta-Llama-3-8B-Instruct"
@@ -181,6 +184,18 @@ def test_the_cheapest_change_is_told(hardware, values, changes):
         assert "nothing that this plan knows" in verdict(told)
 
 
+def test_the_fastest_settings_that_fit_keep_the_rows_of_an_update():
+    config = big(train_batch_size_per_device=8, deepspeed="zero_3_offload_optim+param")
+    found = find_fit(config, shape_of(config), hardware_of("8xA100-80G"))
+    assert found.global_batch_size == 64 and found.deepspeed.config_path.endswith("zero_1.json")
+    assert plan(found, shape_of(found), hardware_of("8xA100-80G")).fits
+    assert find_fit(config, shape_of(config), hardware_of("1xH200")).deepspeed.config_path.endswith(
+        "offload_optim.json"
+    )
+    large = big("meta-llama/Meta-Llama-3-70B", context_length=8192)
+    assert find_fit(large, shape_of(large), hardware_of("1xT4")) is None
+
+
 # -- data, time and money
 
 
@@ -283,11 +298,21 @@ def test_plan_prints_and_answers_in_json(config_file, capsys):
     assert told["steps"] > 0 and {one["gpu"] for one in told["costs"]} == set(read_catalog().gpus)
 
 
+def test_fit_writes_a_config_that_can_be_run(config_file, capsys):
+    from helpers.config import load_config
+
+    assert main(["plan", config_file, "hardware=1xL40S", "fit=true"]) == 0
+    assert "it fits 1xL40S" in capsys.readouterr().out
+    written = load_config(config_file.replace("c.yaml", "c-fit.yaml"))
+    assert not written.gradient_checkpointing and written.deepspeed is None and written.global_batch_size == 4
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         ([], "plan needs a CONFIG"),
         (["hardware=8xB52"], "hardware: got '8xB52'"),
+        (["fit=true", "hardware=1xT4", "attention=eager", "padding=max_length", "context_length=8192"], "no settings"),
         (["mfu=2"], "mfu must be a share"),
         (["model_id=meta/nothing"], "the shape of 'meta/nothing' is not known"),
     ],
