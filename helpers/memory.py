@@ -212,7 +212,18 @@ def memory_of(config: FinetuneConfig, shape: Shape, *, workers: int, length: int
     # The step makes float32 gradients of all masters at once; ZeRO-3 of a group of them.
     step = 4 * trained // of_optimizer if width == 2 else 0
     step = min(step, 4 * sharding.step) if sharding.stage == 3 else step
-    activations = max(_activations(config, shape, width, length) + _loss(config, shape, width, length, sharding), step)
+    mask = 1 if on_gpu else width  # of dropout: true or false on a GPU, a factor on a CPU
+    kept, layer = _activations(config, shape, width, length, mask)
+    kept += _loss(config, shape, width, length)
+    trains_head = not config.is_lora or "lm_head" in (config.lora_config.get("modules_to_save") or [])
+    head = shape.embedding_parameters * width * trains_head
+    # The output layer's gradient beside the others: before a shared one is handed out, and where two are added up.
+    extra = head * ((sharding.stage >= 2) + (shape.tied or config.gradient_accumulation_steps > 1))
+    if sharding.stage == 0 and workers == 1 and config.gradient_accumulation_steps == 1:
+        # Gradients come while activations go: the peak is at the start of the backward pass, or at its end.
+        activations = max(max(kept + head, gradients + extra + layer) - gradients, step)
+    else:
+        activations = max(kept + extra, step)
     held = sharding.bucket if on_gpu else min(sharding.bucket, trained)
     buffers = held * width + (CONTEXT_BYTES if on_gpu else 0)
 
@@ -234,11 +245,11 @@ def _base_bytes(config: FinetuneConfig, shape: Shape, width: int) -> int:
     return int(linear * each + (shape.parameters - linear) * width)
 
 
-def _activations(config: FinetuneConfig, shape: Shape, width: int, length: int) -> int:
-    """Tell the bytes that the decoder's forward pass keeps for the backward pass, and that pass's own."""
+def _activations(config: FinetuneConfig, shape: Shape, width: int, length: int, mask: int) -> tuple[int, int]:
+    """Tell the bytes kept for the backward pass and that pass's own, of the whole decoder; and of one layer."""
     rows = config.train_batch_size_per_device * (2 if config.task == "preference_tuning" else 1)
     tokens = rows * length
-    layer = tokens * _kept_per_token(config, shape, width)
+    layer = tokens * _kept_per_token(config, shape, width, mask)
     working = tokens * (3 * width * _active_width(shape) + 2 * width * shape.hidden + 8 * shape.hidden)
     if config.attention == "eager":
         square = rows * shape.heads * length * length
@@ -251,15 +262,15 @@ def _activations(config: FinetuneConfig, shape: Shape, width: int, length: int) 
         kept = shape.layers * tokens * shape.hidden * width + layer
     else:
         kept = shape.layers * layer
-    return kept + working
+    return kept + working, layer + working
 
 
 def _active_width(shape: Shape) -> int:
     return shape.intermediate * shape.active_experts
 
 
-def _kept_per_token(config: FinetuneConfig, shape: Shape, width: int) -> int:
-    """Tell the bytes that one decoder layer keeps per token, but for length^2 matrices."""
+def _kept_per_token(config: FinetuneConfig, shape: Shape, width: int, mask: int) -> int:
+    """Tell the bytes that one decoder layer keeps per token, but for length^2 matrices. mask: bytes per element."""
     hidden, inner = shape.hidden, _active_width(shape)
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     norms = 4 if shape.model_type in ("gemma2", "gemma3_text") else 2
@@ -272,7 +283,7 @@ def _kept_per_token(config: FinetuneConfig, shape: Shape, width: int) -> int:
         return kept + width * (2 * hidden + inner)  # what goes into q, k, v; into gate and up; into down
     layer = [(name, rank, inputs) for name, rank, inputs, _ in _targets(lora, shape) if ".layers.0." in name]
     if lora.get("lora_dropout", 0):  # each adapter keeps its own thinned input, and which elements were left
-        kept += sum(inputs * (width + 1) for _, _, inputs in layer)
+        kept += sum(inputs * (width + mask) for _, _, inputs in layer)
     else:
         shared = {name.rsplit(".", 1)[-1] for name, _, _ in layer}
         kept += width * hidden * bool(shared & {"q_proj", "k_proj", "v_proj", "qkv_proj"})
@@ -281,15 +292,11 @@ def _kept_per_token(config: FinetuneConfig, shape: Shape, width: int) -> int:
     return kept + sum(width * rank for _, rank, _ in layer)
 
 
-def _loss(config: FinetuneConfig, shape: Shape, width: int, length: int, sharding: Sharding) -> int:
-    """Tell the bytes of the last norm, the chunk of logits and the output layer's gradient."""
+def _loss(config: FinetuneConfig, shape: Shape, width: int, length: int) -> int:
+    """Tell the bytes of the last norm and of the chunk of logits."""
     rows = config.train_batch_size_per_device * (2 if config.task == "preference_tuning" else 1)
     tokens = rows * length
     is_plain = shape.model_type != "gemma2"  # a softcap goes by autograd, which keeps more of a chunk
     chunk = min(LOSS_CHUNK, tokens) * shape.vocab * (width + (4 if is_plain else 16))
     hidden = tokens * shape.hidden * (4 + 3 * width)
-    head = shape.embedding_parameters * width
-    trains_head = not config.is_lora or "lm_head" in (config.lora_config.get("modules_to_save") or [])
-    # Beside the gradients themselves: before a shared gradient is handed out, and where two are added up.
-    extra = trains_head * (sharding.stage >= 2) + trains_head * (shape.tied or config.gradient_accumulation_steps > 1)
-    return chunk + hidden + extra * head
+    return chunk + hidden
