@@ -9,10 +9,13 @@ layer  module          one line
 1      classification  labels as tokens; scores of a classifier
 1      preferences     losses that prefer one answer to another
 1      formats         one raw row, in any format -> one checked conversation
+1      vllm            what vLLM can load
 1      special_tokens  special tokens inside messages stay text
 1      tool_text       tools as text, for templates that know none
 2      sources         the text and the lines of a config file; key=value overrides
+2      catalog         GPUs with memory, peak and price; shapes of core models
 3      config          YAML file or URL + overrides -> FinetuneConfig
+4      memory          bytes per GPU and host, before anything is loaded
 4      storage         local, s3://, gs://, https:// paths; the run folder
 4      adapters        what a saved adapter needs besides its weights
 4      kernels         Liger, torch.compile, bitsandbytes: what this machine has
@@ -24,6 +27,7 @@ layer  module          one line
 5      optimizers      AdamW with float32 master weights; learning rates
 5      checkpoints     save, verify, keep the best, resume
 5      progress        metrics.jsonl and what the console follows
+6      plan            whether a run fits, its time and its cost
 6      tokens          tokenised rows on disk, and views of them: truncation, mixing
 7      data            rows -> tokens, in process or with Ray Data, once
 7      batches         packing; which rows make up a step; tensors

@@ -13,6 +13,9 @@ HELP = """\
 Fine-tune a language model as CONFIG says, and look at what came of it.
 
   python main.py CONFIG [--default] [key=value ...]     fine-tune; CONFIG is a YAML file or an https:// address
+  python main.py plan CONFIG [hardware=8xA100-80G] [mfu=0.4] [fit=true] [--json]
+                                                        memory, time and cost before the run; trains nothing.
+                                                        fit: write the fastest settings that fit as CONFIG-fit.yaml
   python main.py preview CONFIG [n=3] [--json]          rows as the model will see them, trained tokens marked
   python main.py evaluate RUN [data=FILE] [rows=N]      held-out prompts answered before and after, with accuracy
 
@@ -22,6 +25,7 @@ examples:
   python main.py training_configs/tiny/quickstart.yaml
   python main.py training_configs/tiny/quickstart.yaml learning_rate=3.0e-4 deepspeed=none run_name=try-2
   python main.py preview training_configs/tiny/quickstart.yaml n=1
+  python main.py plan training_configs/tiny/quickstart.yaml hardware=1xT4
   python main.py evaluate quickstart rows=5
 """
 
@@ -37,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--default", action="store_true", help="choose what CONFIG leaves out: LoRA, rank 8, all layers"
     )
-    parser.add_argument("--json", action="store_true", help="preview: one JSON object per row")
+    parser.add_argument("--json", action="store_true", help="plan: one JSON object; preview: one per row")
     given = parser.parse_intermixed_args(arguments)
     from helpers.errors import ForgebookError
 
@@ -45,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         verb, *rest = given.target
         if verb == "evaluate":
             return _evaluate(rest)
+        if verb == "plan":
+            return _plan(rest, given.default, given.json)
         if verb == "preview":
             return _preview(rest, given.default, given.json)
         return _fine_tune(verb, rest, given.default)
@@ -74,6 +80,67 @@ def _load(config_path: str, overrides: list[str], default: bool):
     for warning in caught:
         print(f"note: {warning.message}", file=sys.stderr)
     return config
+
+
+def _plan(arguments: list[str], default: bool, as_object: bool) -> int:
+    from helpers.catalog import hardware_of, shape_of
+    from helpers.errors import ConfigError
+    from helpers.plan import MFU, as_json, count_data, hardware_in, plan, plan_rows, price_rows, verdict
+
+    own = [argument for argument in arguments if argument.startswith(("hardware=", "mfu=", "fit="))]
+    options = dict(argument.split("=", 1) for argument in own)
+    config_path, *overrides = [argument for argument in arguments if argument not in own] or [None]
+    if config_path is None:
+        raise ConfigError("plan needs a CONFIG: a YAML file or an https:// address")
+    try:
+        mfu = float(options.get("mfu", MFU))
+    except ValueError:
+        mfu = 0.0
+    if not 0 < mfu <= 1:
+        raise ConfigError(f"plan: mfu must be a share of the peak, above 0 and at most 1, got {options['mfu']!r}")
+    config = _load(config_path, overrides, default)
+    hardware = hardware_of(options["hardware"]) if "hardware" in options else hardware_in(config)
+    shape, data = shape_of(config), count_data(config)
+    if options.get("fit", "false") not in ("true", "false"):
+        raise ConfigError(f"plan: fit must be true or false, got {options['fit']!r}")
+    if options.get("fit") == "true":
+        config = _fitted(config, shape, hardware, data)
+    told = plan(config, shape, hardware, data, mfu=mfu)
+    if as_object:
+        import json
+
+        print(json.dumps(as_json(told), indent=2))
+        return 0
+    from helpers.console import make_console, table
+
+    output = make_console()
+    output.print(table(f"Plan of {config.run_name}: {told.model_id}", ["", "", ""], plan_rows(told)))
+    columns = ["hardware", "fits", "time", "cost", "per million tokens"]
+    output.print(table(f"Time and cost at {mfu:.0%} MFU; {told.priced}", columns, price_rows(told)))
+    for note in told.notes:
+        output.print(f"note: {note}")
+    output.print(f"[bold]{verdict(told)}[/bold]")
+    return 0
+
+
+def _fitted(config, shape, hardware, data):
+    """Write the fastest settings that fit the hardware beside the config, under a name of their own."""
+    from pathlib import Path
+
+    from helpers.config import dump_config
+    from helpers.errors import ConfigError, ResourceError
+    from helpers.plan import fit
+
+    if hardware is None:
+        raise ConfigError("plan: fit=true needs the hardware to fit, such as hardware=8xA100-80G")
+    found = fit(config, shape, hardware, data)
+    if found is None:
+        raise ResourceError(f"{config.model_id} fits {hardware[0]}x{hardware[1].name} with no settings: take more GPUs")
+    folder = Path(config.source).parent if "://" not in config.source else Path()
+    target = folder / f"{config.run_name}-fit.yaml"
+    target.write_text(dump_config(found))
+    print(f"wrote {target}", file=sys.stderr)
+    return found
 
 
 def _preview(arguments: list[str], default: bool, as_lines: bool) -> int:

@@ -8,13 +8,13 @@ model     = add_lora(model, config.lora_config)   or continue_lora(model, adapte
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers import adapters, storage
 from helpers.errors import ModelError
+from helpers.vllm import vllm_serves
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -41,9 +41,6 @@ __all__ = [
 
 # The embedded model: what `model_id: tiny` means.
 TINY_MODEL = Path(__file__).resolve().parent.parent / "tiny_model"
-
-# The largest rank that vLLM's max_lora_rank takes.
-VLLM_RANK = 512
 
 
 def locate(model: str | HubRepo) -> str:
@@ -286,28 +283,6 @@ def add_embedding_noise(model, alpha: float) -> None:
         return output + torch.empty_like(output).uniform_(-size, size)
 
     model.get_input_embeddings().register_forward_hook(noisy)
-
-
-def vllm_serves(lora_config: dict[str, Any]) -> str:
-    """Say whether vLLM can load an adapter of these settings on top of its base: "yes" or "no: why"."""
-    targets = lora_config.get("target_modules") or []
-    ends = ("embed_tokens", "lm_head")
-    if isinstance(targets, str):  # a pattern over whole names; all-linear leaves the output layer out
-        names = {"lm_head": ("lm_head",), "embed_tokens": ("embed_tokens", "model.embed_tokens")}
-        reached = [end for end in ends if targets != "all-linear" and any(re.fullmatch(targets, n) for n in names[end])]
-    else:
-        reached = [end for end in ends if any(name.split(".")[-1] == end for name in targets)]
-    reasons = [f"target_modules include {', '.join(reached)}"] * bool(reached)
-    if lora_config.get("modules_to_save"):
-        reasons.append(f"modules_to_save include {', '.join(lora_config['modules_to_save'])}")
-    reasons += [f"{key} is set" for key in ("use_dora", "lora_bias", "trainable_token_indices") if lora_config.get(key)]
-    if lora_config.get("bias", "none") != "none":
-        reasons.append(f"bias is {lora_config['bias']}")
-    starts_from_base = str(lora_config.get("init_lora_weights")).startswith("pissa")
-    rank = max([lora_config.get("r", 8), *(lora_config.get("rank_pattern") or {}).values()]) * (1 + starts_from_base)
-    if rank > VLLM_RANK:
-        reasons.append(f"its rank is {rank}, above {VLLM_RANK}")
-    return f"no: {'; '.join(reasons)}" if reasons else "yes"
 
 
 def parameter_counts(model) -> tuple[int, int]:

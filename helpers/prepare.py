@@ -16,13 +16,12 @@ import numpy as np
 from helpers import batches, data, models, rows, storage, tokens
 from helpers.config import FinetuneConfig
 from helpers.errors import DataError
+from helpers.plan import micro_batch_for
 from helpers.storage import Run
 from helpers.tokens import Tokens
 
 __all__ = ["Prepared", "prepare", "report_rows", "steps_per_epoch"]
 
-# Rows per device and step when the config names none: what fits a 24 GB GPU with a 7B LoRA, by context length.
-MICRO_BATCHES = {512: 16, 1024: 8, 2048: 4, 4096: 2}
 SHOWN_PLACES = 5
 
 
@@ -141,7 +140,7 @@ def _fill_gaps(config: FinetuneConfig, sets: dict[str, Tokens]) -> FinetuneConfi
         p95 = max(tokens.token_statistics(one)["tokens_p95"] for one in sets.values())
         chosen["context_length"] = max(p95, models.native_context_length(models.locate(config.model_id)))
     context = config.context_length or chosen["context_length"]
-    micro = next((batch for length, batch in MICRO_BATCHES.items() if context <= length), 1)
+    micro = micro_batch_for(context)
     for name in ("train_batch_size_per_device", "eval_batch_size_per_device"):
         if getattr(config, name) is None:
             chosen[name] = micro

@@ -1,0 +1,232 @@
+"""Memory as planned against memory as measured: training steps of models with random weights, on CPUs.
+
+    python benchmarks/plan/run.py [results.json]         some minutes on two cores; about 8 GB of memory
+
+Each case runs in processes of its own. Measured is the peak of a worker's anonymous resident memory during two
+optimizer steps, above what it held before the model was made (imports, and a small model trained to fill the
+kernels' caches). The plan is `memory_of(..., on_gpu=False)`: the same terms without CUDA's context.
+"""
+
+import json
+import os
+import platform
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+from importlib.metadata import version
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SHAPES = {
+    # hidden, intermediate, layers, heads, kv heads, vocabulary, tied
+    "40M": (512, 1536, 8, 8, 4, 16384, True),
+    "110M": (768, 2048, 12, 12, 4, 32768, True),
+    "170M": (768, 2048, 12, 12, 12, 65536, False),
+    "500M": (1280, 3584, 20, 20, 5, 65536, False),
+}
+LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+BASE = {"dtype": "float32", "deepspeed": None, "gradient_checkpointing": False, "attention": "sdpa"}
+# glibc keeps freed memory by rules of its own; with fixed thresholds what is measured is what tensors hold.
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+# name: shape, rows, length, workers, settings
+CASES = {
+    "full": ("110M", 2, 256, 1, {}),
+    "full, checkpointing": ("110M", 2, 256, 1, {"gradient_checkpointing": True}),
+    "full, bfloat16": ("110M", 2, 256, 1, {"dtype": "bfloat16"}),
+    "full, one short row": ("170M", 1, 128, 1, {}),
+    "full, long rows": ("40M", 1, 1024, 1, {}),
+    "full, long rows, eager": ("40M", 1, 1024, 1, {"attention": "eager"}),
+    "full, eager, checkpointing": ("40M", 1, 1024, 1, {"attention": "eager", "gradient_checkpointing": True}),
+    "full, accumulation": ("110M", 2, 256, 1, {"gradient_accumulation_steps": 2}),
+    "LoRA": ("170M", 2, 256, 1, {"lora_config": LORA}),
+    "LoRA, dropout": ("110M", 2, 256, 1, {"lora_config": {**LORA, "lora_dropout": 0.05}}),
+    "LoRA, checkpointing": ("500M", 2, 256, 1, {"lora_config": LORA, "gradient_checkpointing": True}),
+    "LoRA, bfloat16": ("170M", 2, 256, 1, {"lora_config": LORA, "dtype": "bfloat16"}),
+    "full, 500M": ("500M", 1, 128, 1, {"gradient_checkpointing": True}),
+    "full, DDP, 2 workers": ("110M", 2, 256, 2, {}),
+    "full, ZeRO-1, 2 workers": ("110M", 1, 256, 2, {"deepspeed": "zero_1"}),
+    "full, ZeRO-2, 2 workers": ("110M", 1, 256, 2, {"deepspeed": "zero_2"}),
+    "LoRA, ZeRO-2, 2 workers": ("170M", 2, 256, 2, {"deepspeed": "zero_2", "lora_config": LORA}),
+    "full, ZeRO-3, 2 workers": ("110M", 1, 256, 2, {"deepspeed": "zero_3"}),
+}
+
+
+def anonymous_bytes() -> int:
+    """Read how much memory of its own this process holds; files that are mapped do not count."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssAnon:")[1].split()[0]) * 1024
+
+
+class Peak:
+    """The highest memory seen while a block runs, looked at every few milliseconds."""
+
+    def __enter__(self):
+        self.bytes, self._ended = anonymous_bytes(), threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def _watch(self):
+        while not self._ended.wait(0.002):
+            self.bytes = max(self.bytes, anonymous_bytes())
+
+    def __exit__(self, *_):
+        self._ended.set()
+        self._thread.join()
+
+
+def write_model(name: str, folder: Path) -> None:
+    """Write a Llama of random weights, with the tiny model's tokenizer."""
+    import shutil
+
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    hidden, intermediate, layers, heads, kv_heads, vocab, tied = SHAPES[name]
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
+            num_key_value_heads=kv_heads, vocab_size=vocab, tie_word_embeddings=tied, max_position_embeddings=4096,
+        )
+    )  # fmt: skip
+    model.to(torch.bfloat16).save_pretrained(folder)
+    for file in (REPOSITORY / "tiny_model").glob("*token*"):
+        shutil.copy(file, folder)
+
+
+def config_of(case: str, folder: str):
+    from helpers.config import FinetuneConfig
+
+    _, rows, length, workers, settings = CASES[case]
+    return FinetuneConfig.model_validate(
+        {
+            "model_id": folder, "train_path": "none.jsonl", "train_batch_size_per_device": rows, "num_epochs": 1,
+            "context_length": length, "num_devices": workers, **BASE, **settings,
+        }
+    )  # fmt: skip
+
+
+def measure(case: str, folder: str) -> int:
+    """Train two steps; return the peak of memory above the start, in bytes."""
+    import peft  # noqa: F401  imported before the start is measured
+    import torch
+    from transformers.models.llama import modeling_llama  # noqa: F401
+
+    from helpers.worker import make_accelerator, make_worker
+
+    config = config_of(case, folder)
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.num_devices))
+    accelerator = make_accelerator(config)
+    for dtype in (torch.float32, torch.bfloat16):
+        small = torch.nn.Linear(256, 256, dtype=dtype)
+        small(torch.zeros(64, 256, dtype=dtype)).sum().backward()
+    before = anonymous_bytes()
+    worker = make_worker(config, accelerator)
+    ids = torch.randint(5, 2000, (config.train_batch_size_per_device, config.context_length))
+    with Peak() as peak:
+        for _ in range(2):
+            for _ in range(config.gradient_accumulation_steps):
+                loss = worker.wrapped(input_ids=ids, labels=ids) / ids.numel()
+                if worker.engine is None:
+                    accelerator.backward(loss)
+                else:
+                    accelerator.deepspeed_engine_wrapped.backward(loss, sync_gradients=True)
+            if worker.engine is None:
+                torch.nn.utils.clip_grad_norm_(worker.optimizer.trained, 1.0)
+                worker.optimizer.step()
+                worker.optimizer.zero_grad()
+    return peak.bytes - before
+
+
+def run_case(case: str, folder: str) -> int:
+    """Measure a case in new processes, one per worker; return the largest of their peaks."""
+    workers = CASES[case][3]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    started = []
+    for rank in range(workers):
+        env = {**os.environ, "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32", "HF_HUB_OFFLINE": "1", **ALLOCATOR}
+        if workers > 1:
+            env |= {
+                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(workers), "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(workers),
+            }  # fmt: skip
+        command = [sys.executable, __file__, "--measure", case, folder]
+        started.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    peaks = []
+    for process in started:
+        out, err = process.communicate(timeout=240)
+        if process.returncode:
+            raise RuntimeError(f"{case}: {err[-2000:]}")
+        peaks.append(int(out.split("peak:")[1].split()[0]))
+    return max(peaks)
+
+
+def planned(case: str, folder: str):
+    """Plan a case."""
+    from helpers.catalog import shape_of
+    from helpers.memory import memory_of
+
+    config = config_of(case, folder)
+    return memory_of(config, shape_of(config), workers=config.num_devices, length=config.context_length, on_gpu=False)
+
+
+def main(target: str, only: list[str]) -> None:
+    results, failed = [], []
+    with tempfile.TemporaryDirectory() as scratch:
+        for case in only or CASES:
+            folder = Path(scratch) / CASES[case][0]
+            if not folder.exists():
+                write_model(CASES[case][0], folder)
+            need = planned(case, str(folder))
+            try:
+                measured = run_case(case, str(folder))
+            except (RuntimeError, subprocess.TimeoutExpired, IndexError) as error:
+                print(f"{case}: failed: {error}", file=sys.stderr)
+                failed.append(case)
+                continue
+            off = need.total / measured - 1
+            shape, rows, length, workers, settings = CASES[case]
+            results.append(
+                {
+                    "case": case, "model": shape, "rows": rows, "length": length, "workers": workers,
+                    "settings": settings, "planned": need.total, "measured": measured, "error": round(off, 4),
+                    "terms": need.terms,
+                }
+            )  # fmt: skip
+            mib = {name: size >> 20 for name, size in need.terms.items()}
+            print(
+                f"{case:32} planned {need.total / 1e6:8.0f} MB  measured {measured / 1e6:8.0f} MB  {off:+.1%}  {mib}",
+                flush=True,
+            )
+            write_results(target, results, failed)
+    print(write_results(target, results, failed))
+
+
+def write_results(target: str, results: list[dict], failed: list[str]) -> dict:
+    """Write what is measured so far, with its environment; return the summary."""
+    errors = [abs(one["error"]) for one in results]
+    summary = {
+        "cases": len(results), "failed": failed,
+        "median_error": round(statistics.median(errors), 4), "worst_error": max(errors),
+        "cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(),
+        "python": platform.python_version(), "torch": version("torch"), "transformers": version("transformers"),
+    }  # fmt: skip
+    if target:
+        Path(target).write_text(json.dumps({"summary": summary, "results": results}, indent=1) + "\n")
+    return summary
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--measure"]:
+        print(f"peak: {measure(*sys.argv[2:])} ")
+    else:
+        arguments = sys.argv[1:]
+        wanted = [name for name in arguments if name in CASES]
+        main(next((one for one in arguments if one.endswith(".json")), ""), wanted)

@@ -1,0 +1,85 @@
+"""Facts: parameter counts that follow from the shapes are the published ones; wrong names are told."""
+
+import json
+
+import pytest
+
+from conftest import TINY_MODEL
+from helpers.catalog import hardware_of, read_catalog, shape_of
+from helpers.config import FinetuneConfig
+from helpers.errors import ConfigError, ModelError
+
+# As the model cards and the hub's safetensors figures state them.
+PUBLISHED = {
+    "meta-llama/Meta-Llama-3-8B": 8_030_261_248,
+    "meta-llama/Llama-3.1-8B-Instruct": 8_030_261_248,
+    "meta-llama/Meta-Llama-Guard-2-8B": 8_030_261_248,
+    "meta-llama/Meta-Llama-3-70B": 70_553_706_496,
+    "meta-llama/Llama-3.3-70B-Instruct": 70_553_706_496,
+    "meta-llama/Llama-3.2-1B": 1_235_814_400,
+    "meta-llama/Llama-3.2-3B": 3_212_749_824,
+    "Qwen/Qwen2.5-7B": 7_615_616_512,
+    "Qwen/Qwen2.5-7B-Instruct": 7_615_616_512,
+    "Qwen/Qwen3-8B": 8_190_735_360,
+    "google/gemma-2-9b-it": 9_241_705_984,
+    "google/gemma-2-27b-it": 27_227_128_320,
+    "google/gemma-3-1b-it": 999_885_952,
+    "mistralai/Mistral-7B-v0.1": 7_241_732_096,
+    "mistralai/Mistral-7B-Instruct-v0.3": 7_248_023_552,
+    "mistralai/Mistral-Nemo-Instruct-2407": 12_247_782_400,
+    "mistralai/Mixtral-8x7B-v0.1": 46_702_792_704,
+    "microsoft/Phi-3-mini-4k-instruct": 3_821_079_552,
+    "microsoft/phi-4": 14_659_507_200,
+}
+
+
+def config_for(model_id: str, **values) -> FinetuneConfig:
+    return FinetuneConfig.model_validate({"model_id": model_id, "train_path": "train.jsonl", **values})
+
+
+@pytest.mark.parametrize("model_id", PUBLISHED)
+def test_parameters_are_the_published_ones(model_id):
+    assert shape_of(config_for(model_id)).parameters == pytest.approx(PUBLISHED[model_id], rel=0.01)
+
+
+def test_every_shape_of_the_catalog_has_a_published_count():
+    shapes = read_catalog().shapes
+    checked = {shapes[model_id.lower()] for model_id in PUBLISHED}
+    assert checked == set(shapes.values())
+
+
+def test_tiny_is_counted_exactly():
+    assert shape_of(config_for("tiny")).parameters == shape_of(config_for(str(TINY_MODEL))).parameters == 2_885_888
+
+
+def test_two_of_eight_experts_work_on_a_token():
+    assert shape_of(config_for("mistralai/Mixtral-8x7B-v0.1")).active_parameters == pytest.approx(12.9e9, rel=0.02)
+
+
+def test_a_model_that_nobody_knows_is_told(tmp_path):
+    with pytest.raises(ModelError, match="did you mean 'qwen/qwen3-8b'"):
+        shape_of(config_for("Qwen/Qwen3-8"))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba"}))
+    with pytest.raises(ModelError, match="model_type 'mamba'"):
+        shape_of(config_for(str(tmp_path)))
+
+
+def test_hardware_is_a_count_and_a_gpu():
+    count, gpu = hardware_of("8xa100-80g")
+    assert (count, gpu.name, gpu.memory) == (8, "A100-80G", 80 * 2**30)
+    assert hardware_of("H100")[0] == 1
+    with pytest.raises(ConfigError, match="did you mean 'a100-80g'"):
+        hardware_of("8xA100-80")
+
+
+def test_the_catalog_can_be_replaced(tmp_path, monkeypatch):
+    own = tmp_path / "own.yaml"
+    own.write_text(
+        "prices: {date: 2026-01, source: our own}\n"
+        "gpus: {B1: {memory_mib: 1024, peak_tflops: 10, price: 0.1}}\nmodels: []\n"
+    )
+    monkeypatch.setenv("FORGEBOOK_CATALOG", str(own))
+    assert list(read_catalog().gpus) == ["B1"] and read_catalog().priced == "our own (2026-01)"
+    own.with_name("bad.yaml").write_text("gpus: 3\n")
+    with pytest.raises(ConfigError, match="is no catalog"):
+        read_catalog(own.with_name("bad.yaml"))

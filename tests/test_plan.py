@@ -1,0 +1,336 @@
+"""The plan before the run: counts against PEFT's, memory against hand arithmetic, LLMForge's table recomputed."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from conftest import LORA, REPOSITORY
+from helpers import losses, memory
+from helpers.catalog import Shape, hardware_of, read_catalog, shape_of
+from helpers.cli import main
+from helpers.memory import memory_of, trainable_parameters
+from helpers.models import tokenizer_of
+from helpers.plan import (
+    as_json,
+    cost_per_million_tokens,
+    count_data,
+    flops_per_token,
+    plan,
+    utilisation,
+    verdict,
+)
+from helpers.plan import (
+    fit as find_fit,
+)
+from test_catalog import config_for
+
+LLAMA_8B = "meta-llama/Meta-Llama-3-8B-Instruct"
+LLMFORGE_TARGETS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj embed_tokens lm_head".split()
+
+
+def big(model_id=LLAMA_8B, **values):
+    """A config of an 8B model without DeepSpeed; keywords override."""
+    settings = {"context_length": 512, "train_batch_size_per_device": 4, "deepspeed": None, **values}
+    return config_for(model_id, **settings)
+
+
+# -- parameters
+
+SMALL = {
+    "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_hidden_layers": 3,
+    "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 128, "max_position_embeddings": 64, "pad_token_id": 0,
+}  # fmt: skip
+ADAPTERS = {
+    "all-linear": {"target_modules": "all-linear"},
+    "names": {"target_modules": LLMFORGE_TARGETS},
+    "dora": {"target_modules": ["q_proj", "o_proj", "down_proj"], "use_dora": True},
+    "pattern": {"target_modules": r".*\.1\.self_attn\.(q|v)_proj"},
+    "ranks": {"target_modules": ["q_proj", "k_proj"], "rank_pattern": {"k_proj": 3}, "layers_to_transform": [0, 2]},
+    "saved": {"target_modules": ["v_proj"], "modules_to_save": ["lm_head"], "exclude_modules": ["2.self_attn.v_proj"]},
+}
+
+
+def meta_model(kind: str):
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    config = CONFIG_MAPPING[kind](**SMALL, tie_word_embeddings=kind.startswith("gemma"))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    model.tie_weights()
+    return model
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "mixtral", "phi3"])
+def test_counts_are_those_of_transformers_and_peft(kind):
+    from peft import LoraConfig, get_peft_model
+
+    experts = {"experts": 8, "active_experts": 2} if kind == "mixtral" else {}
+    shape = Shape(kind, 3, 64, 96, 4, 2, 16, 128, 64, tied=kind.startswith("gemma"), **experts)
+    assert shape.parameters == sum(p.numel() for p in meta_model(kind).parameters())
+    for name, settings in ADAPTERS.items():
+        if kind in ("mixtral", "phi3") and name != "all-linear":
+            continue  # their layers have other names
+        model = get_peft_model(meta_model(kind), LoraConfig(task_type="CAUSAL_LM", r=8, **settings))
+        counted = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        assert trainable_parameters(config_for("x", lora_config={"r": 8, **settings}), shape) == counted, name
+
+
+def test_all_parameters_are_trained_without_an_adapter():
+    assert trainable_parameters(config_for("tiny"), shape_of(config_for("tiny"))) == 2_885_888
+
+
+# -- memory
+
+
+def test_the_chunk_of_the_loss_is_that_of_the_loss():
+    assert memory.LOSS_CHUNK == losses.CHUNK
+
+
+def test_full_training_holds_sixteen_bytes_per_parameter():
+    config = big()
+    shape = shape_of(config)
+    need = memory_of(config, shape, workers=1, length=512)
+    assert need.weights == need.gradients == 2 * shape.parameters
+    assert need.optimizer == 12 * shape.parameters and need.largest == "optimizer"
+
+
+@pytest.mark.parametrize(("stage", "bytes_each"), [("zero_1", 4 + 12 / 8), ("zero_2", 2 + 14 / 8)])
+def test_zero_shares_out(stage, bytes_each):
+    config = big(deepspeed=stage)
+    shape = shape_of(config)
+    need = memory_of(config, shape, workers=8, length=512)
+    held = need.weights + need.gradients + need.optimizer
+    assert held == pytest.approx(bytes_each * shape.parameters, rel=1e-6)
+
+
+def test_zero_3_holds_its_part_and_what_is_gathered():
+    config = big(deepspeed="zero_3")
+    shape = shape_of(config)
+    need = memory_of(config, shape, workers=8, length=512)
+    gathered = 2 * 1_000_000_000
+    held = need.weights + need.gradients + need.optimizer
+    assert held == pytest.approx(16 * shape.parameters / 8 + gathered, rel=1e-6)
+
+
+def test_offloading_moves_bytes_to_the_host():
+    config = big(deepspeed="zero_3_offload_optim+param")
+    shape = shape_of(config)
+    need = memory_of(config, shape, workers=8, length=512)
+    assert need.optimizer == need.gradients == 0 and need.weights < 2.2e9
+    assert need.host > (12 + 4 + 2) * shape.parameters / 8
+
+
+def test_four_bits_take_about_half_a_byte():
+    lora = {"r": 8, "target_modules": "all-linear"}
+    held = {
+        kind: memory_of(big(lora_config=lora, quantization=kind), shape_of(big()), workers=1, length=512).weights
+        for kind in (None, "int8", "nf4")
+    }
+    assert held[None] == pytest.approx(16.1e9, rel=0.01)
+    # What bitsandbytes makes of Llama 3 8B: embeddings and output layer stay in two bytes.
+    assert held["int8"] == pytest.approx(9.1e9, rel=0.02) and held["nf4"] == pytest.approx(5.7e9, rel=0.02)
+
+
+def test_checkpointing_smaller_batches_and_kernels_save_activations():
+    shape = shape_of(big())
+
+    def activations(**values):
+        config = big(lora_config=LORA, **values)
+        return memory_of(config, shape, workers=1, length=2048).activations
+
+    assert activations() < 0.2 * activations(gradient_checkpointing=False)
+    assert activations(train_batch_size_per_device=1) < 0.5 * activations()
+    # One layer's scores: 4 rows x 32 heads x 2048^2, in float32 and bfloat16, and two gradients.
+    assert activations(attention="eager") - activations() == 4 * 32 * 2048**2 * (4 + 2 + 8)
+
+
+# -- does it fit, and what would make it
+
+
+def fit(hardware: str, **values):
+    config = big(**values)
+    return plan(config, shape_of(config), hardware_of(hardware))
+
+
+def test_what_fits_needs_no_change():
+    told = fit("4xA10G", lora_config=LORA)
+    assert told.fits and told.changes == () and verdict(told).startswith("it fits 4xA10G")
+
+
+@pytest.mark.parametrize(
+    ("hardware", "values", "changes"),
+    [
+        ("1xA100-40G", {"lora_config": LORA, "gradient_checkpointing": False, "train_batch_size_per_device": 16},
+         ("gradient_checkpointing=true",)),
+        ("1xL4", {"lora_config": LORA, "context_length": 8192, "train_batch_size_per_device": 2},
+         ("train_batch_size_per_device=1 gradient_accumulation_steps=2",)),
+        ("8xA100-80G", {}, ("deepspeed=zero_1",)),
+        ("8xA100-40G", {}, ("deepspeed=zero_2",)),
+        ("1xA100-80G", {}, ("deepspeed=zero_3_offload_optim",)),
+        ("1xT4", {"lora_config": LORA, "train_batch_size_per_device": 1, "deepspeed": "zero_3_offload_optim+param",
+                  "context_length": 8192, "attention": "eager", "model_id": "meta-llama/Llama-3.1-70B"}, ()),
+    ],
+)  # fmt: skip
+def test_the_cheapest_change_is_told(hardware, values, changes):
+    told = fit(hardware, **values)
+    assert told.fits is False and told.changes == changes
+    if changes:
+        assert told.changed_memory.total <= told.capacity and changes[0] in verdict(told)
+    else:
+        assert "nothing that this plan knows" in verdict(told)
+
+
+def test_the_fastest_settings_that_fit_keep_the_rows_of_an_update():
+    config = big(train_batch_size_per_device=8, deepspeed="zero_3_offload_optim+param")
+    found = find_fit(config, shape_of(config), hardware_of("8xA100-80G"))
+    assert found.global_batch_size == 64 and found.deepspeed.config_path.endswith("zero_1.json")
+    assert plan(found, shape_of(found), hardware_of("8xA100-80G")).fits
+    assert find_fit(config, shape_of(config), hardware_of("1xH200")).deepspeed.config_path.endswith(
+        "offload_optim.json"
+    )
+    large = big("meta-llama/Meta-Llama-3-70B", context_length=8192)
+    assert find_fit(large, shape_of(large), hardware_of("1xT4")) is None
+
+
+# -- data, time and money
+
+
+def test_counted_tokens_are_near_those_of_the_run(make_config):
+    from helpers import data
+
+    config = make_config(train_path=str(REPOSITORY / "data/quickstart/train.jsonl"))
+    counted = count_data(config)
+    recipe = data.Recipe.of(config)
+    whole = data.read_rows(config.train_path, config.task, counted.rows, recipe.labels, config.on_bad_rows)
+    exact = sum(len(one.input_ids) for row in data.encode_rows(whole, tokenizer_of(config), recipe) for one in row)
+    assert counted.rows == len(whole) and counted.tokens == pytest.approx(exact, rel=0.1)
+
+
+def test_steps_are_those_of_the_run(make_config):
+    from helpers.launch import fine_tune
+    from helpers.storage import read_json
+
+    config = make_config(num_epochs=2, train_batch_size_per_device=5, gradient_accumulation_steps=2)
+    told = plan(config, shape_of(config), None, count_data(config))
+    summary = read_json(fine_tune(config).summary)
+    assert told.steps == summary["steps"]
+    assert told.tokens == pytest.approx(summary["trained_tokens"], rel=0.2)
+
+
+def test_data_elsewhere_is_not_fetched():
+    config = big(train_path="s3://bucket/rows.jsonl")
+    told = plan(config, shape_of(config), None, count_data(config))
+    assert told.steps is None and told.costs[0].cost is None and told.costs[0].cost_per_million_tokens > 0
+    assert any("not counted" in note for note in told.notes)
+
+
+def test_flops_are_six_and_four_per_parameter():
+    shape = shape_of(big())
+    active = shape.parameters - shape.embedding_parameters  # no look-up
+    assert flops_per_token(big(), shape, 0) == 6 * active
+    adapter = trainable_parameters(big(lora_config=LORA), shape)
+    assert flops_per_token(big(lora_config=LORA), shape, 0) == 4 * active + 6 * adapter
+    # Causal attention: half of 4 FLOPs x width x length per layer, and twice that backward.
+    assert flops_per_token(big(), shape, 512) - 6 * active == 6 * 32 * 4096 * 512
+
+
+def test_cost_follows_from_time_and_price():
+    config = big(lora_config=LORA)
+    slow, fast = (plan(config, shape_of(config), mfu=mfu).costs for mfu in (0.2, 0.4))
+    for one, other in zip(slow, fast, strict=True):
+        assert one.cost_per_million_tokens == pytest.approx(2 * other.cost_per_million_tokens)
+
+
+# LLMForge's table of January 2024: LoRA on one machine of 8 A100-80G at 40.77 USD per hour. For each model: the
+# parameters that its MFU counts, and rows of (million tokens per hour, MFU, published USD per million tokens).
+PRICE, GPUS = 40.77, 8
+PUBLISHED = {
+    "Llama-2-7B": (7e9, [(101.47, 0.47, 0.74), (103.7, 0.48, 0.72), (99.75, 0.47, 0.71), (102.58, 0.48, 0.69)]),
+    "Llama-2-70B": (70e9, [(11.23, 0.53, 3.05), (9.65, 0.45, 4.77), (8.58, 0.40, 4.25), (13.40, 0.63, 3.65)]),
+    "Mixtral-8x7B": (14e9, [(59.73, 0.56, 0.41), (57.20, 0.53, 0.40), (56.85, 0.53, 0.40), (55.84, 0.52, 0.40)]),
+}
+
+
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_llmforges_table_recomputed(model):
+    parameters, rows = PUBLISHED[model]
+    peak = read_catalog().gpus["A100-80G"].peak
+    for millions_per_hour, mfu, _ in rows:
+        per_second = millions_per_hour * 1e6 / 3600
+        # Its formula: 2 x 3 x tokens x parameters / time / peak, so six per parameter although LoRA needs four.
+        assert utilisation(per_second, 6 * parameters, GPUS, peak) == pytest.approx(mfu, abs=0.01)
+        assert mfu * GPUS * peak / (6 * parameters) == pytest.approx(per_second, rel=0.02)
+
+
+def test_llmforges_costs_are_upside_down():
+    rows = [row for _, block in PUBLISHED.values() for row in block]
+    computed = [cost_per_million_tokens(PRICE, millions * 1e6 / 3600) for millions, _, _ in rows]
+    published = [cost for _, _, cost in rows]
+    assert sum(abs(a - b) > 0.02 for a, b in zip(computed, published, strict=True)) == len(rows)
+    assert computed == pytest.approx(published[::-1], rel=0.01, abs=0.02)
+
+
+# -- the command
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        f"model_id: {LLAMA_8B}\ntrain_path: {REPOSITORY}/data/quickstart/train.jsonl\ntask: instruction_tuning\n"
+        "context_length: 512\nnum_epochs: 1\ntrain_batch_size_per_device: 4\ndeepspeed: zero_2\n"
+        "worker_resources: {accelerator_type:A10G: 0.001}\nlora_config: {r: 8, target_modules: all-linear}\n"
+    )
+    return str(path)
+
+
+def test_plan_prints_and_answers_in_json(config_file, capsys):
+    assert main(["plan", config_file]) == 0
+    printed = capsys.readouterr().out
+    assert "it fits 1xA10G" in printed and "the largest" in printed and "8xH100" not in printed
+    assert main(["plan", config_file, "hardware=8xH100", "mfu=0.5", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["workers"] == 8 and told["fits"] and told["mfu"] == 0.5 and told["memory"]["largest"] == "weights"
+    assert told["steps"] > 0 and {one["gpu"] for one in told["costs"]} == set(read_catalog().gpus)
+
+
+def test_fit_writes_a_config_that_can_be_run(config_file, capsys):
+    from helpers.config import load_config
+
+    assert main(["plan", config_file, "hardware=1xL40S", "fit=true"]) == 0
+    assert "it fits 1xL40S" in capsys.readouterr().out
+    written = load_config(config_file.replace("c.yaml", "c-fit.yaml"))
+    assert not written.gradient_checkpointing and written.deepspeed is None and written.global_batch_size == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "plan needs a CONFIG"),
+        (["hardware=8xB52"], "hardware: got '8xB52'"),
+        (["fit=true", "hardware=1xT4", "attention=eager", "padding=max_length", "context_length=8192"], "no settings"),
+        (["mfu=2"], "mfu must be a share"),
+        (["model_id=meta/nothing"], "the shape of 'meta/nothing' is not known"),
+    ],
+)
+def test_mistakes_are_told(config_file, capsys, arguments, said):
+    assert main(["plan", *([config_file, *arguments] if arguments else [])]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_plan_imports_no_gpu_stack(config_file):
+    code = "import sys; from helpers.cli import main; main(sys.argv[1:]);"
+    code += "print(sorted({'torch', 'ray', 'transformers', 'numpy', 'peft'} & set(sys.modules)), file=sys.stderr)"
+    for model in ("tiny", LLAMA_8B):
+        command = [sys.executable, "-c", code, "plan", config_file, f"model_id={model}"]
+        ran = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+        assert ran.stderr.strip() == "[]"
+
+
+def test_a_plan_is_json_all_through():
+    told = as_json(fit("1xA100-80G"))
+    assert json.loads(json.dumps(told))["changed_memory"]["total"] < told["memory"]["total"]
