@@ -58,7 +58,12 @@ def compare_with_base(run: Run, path: str | None = None, rows: int | None = None
     for source in (models.locate(config.initial_base_model_ckpt_path or config.model_id), best):
         model, tokenizer, prompt_format = generate.load_for_generation(source)
         prompt_format = prompt_format or config.generation_config.prompt_format
-        answers.append(generate.complete(model, tokenizer, asked, prompt_format=prompt_format, max_new_tokens=longest))
+        answers.append(
+            generate.complete(
+                model, tokenizer, asked, prompt_format=prompt_format, tools=[row.tools for row in held_out],
+                max_new_tokens=longest,
+            )
+        )  # fmt: skip
     return Comparison(
         prompts=[messages[-1]["content"] for messages in asked],
         references=[row.messages[-1]["content"] for row in held_out],

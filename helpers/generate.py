@@ -43,17 +43,24 @@ def complete(
     conversations: list[list[prompts.Message]],
     *,
     prompt_format: PromptFormat | None = None,
+    tools: list[list[dict] | None] | None = None,
     max_new_tokens: int = 128,
     batch_size: int = 32,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> list[str]:
     """Answer each conversation, which ends with a user's turn; greedy, stopping at the end-of-turn token.
 
+    tools: for each conversation the tools that it lists, as in its training row.
+
     Returns the answers' texts without special tokens.
     """
     import torch
 
-    encoded = [prompts.encode_prompt(messages, tokenizer, prompt_format) for messages in conversations]
+    listed = tools or [None] * len(conversations)
+    encoded = [
+        prompts.encode_prompt(messages, tokenizer, prompt_format, one)
+        for messages, one in zip(conversations, listed, strict=True)
+    ]
     # Prompts of like length share a batch: less padding, same answers.
     order = sorted(range(len(encoded)), key=lambda k: len(encoded[k]))
     answers = [""] * len(encoded)

@@ -97,6 +97,11 @@ def _refuse_with_deepspeed(config: FinetuneConfig) -> None:
                 f"quantization: {config.quantization} does not go with ZeRO-3, which cannot partition "
                 "bitsandbytes' packed weights: set deepspeed: zero_2 or none"
             )
+        if config.is_lora and config.classifier_config is not None:
+            raise ConfigError(
+                "classification with LoRA trains single rows of the embeddings, which PEFT cannot do under ZeRO-3: "
+                "set deepspeed: zero_2 or none"
+            )
         if str(lora.get("init_lora_weights")).startswith("pissa"):
             raise ConfigError(
                 "init_lora_weights: pissa does not go with ZeRO-3, which partitions the start its checkpoints need: "

@@ -104,26 +104,22 @@ def load_tokenizer(source: str, labels: Sequence[str] = ()) -> PreTrainedTokeniz
 
 
 def fit_vocabulary(model: PreTrainedModel, tokenizer, config: FinetuneConfig) -> dict[str, Any]:
-    """Give the model a row for each token of its tokenizer; return what LoRA has to know to train the labels' rows.
-
-    Raises ModelError where that cannot be done.
-    """
+    """Give the model a row for each token of its tokenizer; return what LoRA has to know to train the labels' rows."""
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
     if config.classifier_config is None or not config.is_lora:
         return {}
-    if "trainable_token_indices" in config.lora_config or config.lora_config.get("modules_to_save"):
-        return {}  # the config says itself what is trained of the embeddings
-    if config.deepspeed and "zero_3" in config.deepspeed.config_path:
-        raise ModelError(
-            "classification with LoRA trains single rows of the embeddings, which PEFT cannot do under ZeRO-3: "
-            "set deepspeed: zero_2"
-        )
     rows = [tokenizer.convert_tokens_to_ids(label) for label in config.classifier_config.label_tokens]
     layers = [model.get_input_embeddings(), model.get_output_embeddings()]
     names = {id(module): name.rsplit(".", 1)[-1] for name, module in model.named_modules()}
     is_tied = layers[0].weight is layers[1].weight
-    return {"trainable_token_indices": {names[id(layer)]: rows for layer in layers[: 1 if is_tied else 2]}}
+    chosen = [names[id(layer)] for layer in layers[: 1 if is_tied else 2]]
+    # The config may say itself how the embeddings are trained; other modules to save train no label.
+    if "trainable_token_indices" in config.lora_config or set(chosen) & set(
+        config.lora_config.get("modules_to_save") or []
+    ):
+        return {}
+    return {"trainable_token_indices": dict.fromkeys(chosen, rows)}
 
 
 def load_model(

@@ -147,9 +147,8 @@ def _fill_gaps(config: FinetuneConfig, sets: dict[str, Tokens]) -> FinetuneConfi
     if chosen:
         config = config.resolve(**chosen)
     if config.num_epochs is None:
-        fitted, _ = tokens.fit_context(
-            sets["train"], context, "drop" if config.truncation == "error" else config.truncation
-        )
+        policy = "drop" if config.truncation == "error" else config.truncation
+        fitted, _ = tokens.fit_context(sets["train"], context, policy, together=_together(config))
         config = config.resolve(num_epochs=math.ceil(config.min_update_steps / steps_per_epoch(config, fitted)))
     return config
 

@@ -72,6 +72,14 @@ def test_the_loss_is_that_of_a_hand_computation(classifier, method):
     assert losses_of(run)[-1] < losses_of(run)[0]
 
 
+def test_other_modules_to_save_leave_the_labels_trained(classifier):
+    config = classifier(lora_config=LORA | {"modules_to_save": ["norm"]})
+    model = models.load_model(str(TINY_MODEL), dtype="float32")
+    assert len(models.fit_vocabulary(model, models.tokenizer_of(config), config)["trainable_token_indices"]) == 1
+    own = classifier(lora_config=LORA | {"modules_to_save": ["embed_tokens"]})
+    assert models.fit_vocabulary(model, models.tokenizer_of(own), own) == {}
+
+
 def test_only_the_rows_of_the_labels_move(classifier):
     """Peers' point 19: under LoRA new tokens are trained, merged and saved; all other embeddings stay."""
     run = fine_tune(classifier(lora_config=LORA))

@@ -139,7 +139,7 @@ def test_both_answers_of_a_pair_are_dropped_together(preferences):
     from helpers.prepare import prepare
     from helpers.storage import open_run
 
-    config = preferences(context_length=16, truncation="drop")
+    config = preferences(context_length=16, truncation="drop", num_epochs=None, min_update_steps=4)
     prepared = prepare(config, open_run(config))
     assert len(prepared.train) % 2 == 0 and 0 < prepared.report["train"]["rows_dropped"] < 24
     assert [prepared.train.where(k) for k in range(0, len(prepared.train), 2)] == [
