@@ -243,8 +243,8 @@ def memory_of(config: FinetuneConfig, shape: Shape, *, workers: int, length: int
     # batches before the last one leave it whole gradients.
     gradients = run.shared(trained * width, 2 if run.accumulates else 1)
     moments = 2 if config.optimizer == "adamw_8bit" else 8
-    # ZeRO-1 and 2 clone the masters out of the weights; ZeRO-3 updates float32 weights where they are.
-    has_masters = width == 2 or sharding.stage in (1, 2) or sharding.offload_optimizer
+    # DeepSpeed clones masters out of float32 weights, too (ZeRO-3 would not, but compares a device with its name).
+    has_masters = width == 2 or sharding.stage > 0
     optimizer = run.shared(trained * (moments + 4 * has_masters), 1)
     buffers = _buffers(run)
     fullest = max(gathered + _backward(run, gradients, buffers), _step(run, gradients))
@@ -289,17 +289,20 @@ def _backward(run: _Run, gradients: int, buffers: int) -> int:
             return max(first, gradients + last - head)
         return gradients + max(first, last)
     # Gradients of several workers' parts lie between each other in a bucket: they are sorted into a copy.
-    copy = min(sharding.bucket * run.width, bytes_of_all) * (run.workers > 1)
-    earlier = gradients if run.accumulates else 0  # what earlier micro batches left
+    bucket = min(sharding.bucket, run.trained)
+    copy = bucket * run.width * (run.workers > 1)
     if sharding.stage == 3:
         return gradients + buffers + first + copy
-    if run.trained > sharding.bucket:
-        part = run.shared(bytes_of_all, 1)
-        return earlier + buffers + copy + part + first
-    # All are reduced together, when the backward pass is over.
+    part = run.shared(bytes_of_all, 1)
+    earlier = gradients if run.accumulates else 0  # what earlier micro batches left; ZeRO-1 moves it into buckets
+    later = earlier if sharding.stage == 2 else 0
     begins = earlier + first + (buffers if run.on_gpu else 0)
-    reduced = max(copy, run.shared(bytes_of_all, 1)) + (earlier if sharding.stage == 2 else 0)
-    return max(begins, buffers + max(last, reduced))
+    if bucket == run.trained:  # all are reduced together, when the backward pass is over
+        return max(begins, later + buffers + max(last, copy, part))
+    # The first bucket is reduced when its share of the gradients has come and of the activations has gone.
+    filled = buffers if run.on_gpu else bucket * run.width
+    reduces = earlier + filled + copy + part + first * (run.trained - bucket) // run.trained
+    return max(begins, reduces, later + buffers + part + last)
 
 
 def _step(run: _Run, gradients: int) -> int:
