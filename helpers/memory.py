@@ -247,7 +247,8 @@ def memory_of(config: FinetuneConfig, shape: Shape, *, workers: int, length: int
     has_masters = width == 2 or sharding.stage > 0
     optimizer = run.shared(trained * (moments + 4 * has_masters), 1)
     buffers = _buffers(run)
-    fullest = max(gathered + _backward(run, gradients, buffers), _step(run, gradients))
+    held = gathered + gradients + buffers
+    activations = max(gathered + _backward(run, gradients, buffers), _step(run), held) - held
 
     host = PROCESS_BYTES
     if sharding.offload_param:
@@ -257,7 +258,6 @@ def memory_of(config: FinetuneConfig, shape: Shape, *, workers: int, length: int
         optimizer = 0
     if sharding.stage < 3 and config.quantization is None:
         host = max(host, PROCESS_BYTES + whole)  # loaded on the host first, whole
-    activations = fullest - gathered - gradients - buffers
     if sharding.offload_optimizer and sharding.stage == 3:
         gradients = 0
     buffers += CONTEXT_BYTES if on_gpu else 0
@@ -305,22 +305,23 @@ def _backward(run: _Run, gradients: int, buffers: int) -> int:
     return max(begins, reduces, later + buffers + part + last)
 
 
-def _step(run: _Run, gradients: int) -> int:
+def _step(run: _Run) -> int:
     """Tell the bytes of the optimizer's step at its fullest, with gradients, without buffers."""
     sharding = run.sharding
+    gradients, masters = run.shared(run.trained * run.width, 1), run.shared(run.trained, 1)
     if sharding.offload_optimizer:
         return gradients
-    masters = run.shared(run.trained, 1)
     if sharding.stage == 0:  # fused; float32 gradients of all masters at once
         return gradients + 4 * masters * (run.width == 2)
-    if sharding.stage == 3:
-        masters = min(masters, sharding.step)
-    # The gradients are copied into one float32 tensor; then torch's AdamW makes the root of the second moment, and on
-    # a CPU a quotient beside it.
+    table = 0 if run.config.is_lora else run.shared(run.shape.embedding_parameters, 3)
+    norm = gradients + 8 * min(table, masters)  # of one gradient after the other, in float64
+    # Gradients are laid side by side in a copy, which is then made float32. torch's AdamW makes the root of the second
+    # moment, and on a CPU a quotient beside it; by then ZeRO-1 and 2 have let go of what they copied.
+    group = min(masters, sharding.step) if sharding.stage == 3 else masters
+    copies = gradients + group * (4 + 2 * (run.width == 2))
     roots = (1 if run.on_gpu else 2) * (run.config.optimizer == "adamw")
-    # ZeRO-3 keeps its part of the gradients for the next step, the others let go of theirs.
-    kept = gradients if sharding.stage == 3 else 0
-    return max(gradients + masters * (4 + (2 if run.width == 2 else 0)), kept + 4 * masters * (1 + roots))
+    update = 4 * group * (1 + roots) + (gradients if sharding.stage == 3 else 0)
+    return max(norm, copies, update)
 
 
 def _base_bytes(config: FinetuneConfig, shape: Shape, width: int) -> int:
