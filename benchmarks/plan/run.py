@@ -51,8 +51,6 @@ CASES = {
     "LoRA": ("170M", 2, 256, 1, {"lora_config": LORA}),
     "LoRA, dropout": ("110M", 2, 256, 1, {"lora_config": {**LORA, "lora_dropout": 0.05}}),
     "LoRA, checkpointing": ("500M", 2, 256, 1, {"lora_config": LORA, "gradient_checkpointing": True}),
-    "LoRA, bfloat16": ("170M", 2, 256, 1, {"lora_config": LORA, "dtype": "bfloat16"}),
-    "LoRA, bfloat16, 500M": ("500M", 1, 256, 1, {"lora_config": LORA, "dtype": "bfloat16"}),
     "full, 350M": ("350M", 1, 128, 1, {"gradient_checkpointing": True}),
     "full, DDP, 2 workers": ("110M", 2, 256, 2, {}),
     "LoRA, DDP, 2 workers": ("110M", 2, 256, 2, {"lora_config": LORA}),
@@ -63,7 +61,6 @@ CASES = {
     "full, ZeRO-1, small buckets": ("40M", 1, 256, 2, {"deepspeed": SMALL_BUCKETS[1]}),
     "full, ZeRO-2, small buckets": ("40M", 1, 256, 2, {"deepspeed": SMALL_BUCKETS[2]}),
     "full, ZeRO-3, 2 workers": ("40M", 1, 256, 2, {"deepspeed": "zero_3"}),
-    "LoRA, ZeRO-3, 2 workers": ("110M", 2, 256, 2, {"deepspeed": "zero_3", "lora_config": LORA}),
 }
 
 
