@@ -51,6 +51,7 @@ CASES = {
     "LoRA": ("170M", 2, 256, 1, {"lora_config": LORA}),
     "LoRA, dropout": ("110M", 2, 256, 1, {"lora_config": {**LORA, "lora_dropout": 0.05}}),
     "LoRA, checkpointing": ("500M", 2, 256, 1, {"lora_config": LORA, "gradient_checkpointing": True}),
+    "LoRA, bfloat16": ("170M", 2, 256, 1, {"lora_config": LORA, "dtype": "bfloat16"}),
     "full, 350M": ("350M", 1, 128, 1, {"gradient_checkpointing": True}),
     "full, DDP, 2 workers": ("110M", 2, 256, 2, {}),
     "LoRA, DDP, 2 workers": ("110M", 2, 256, 2, {"lora_config": LORA}),
