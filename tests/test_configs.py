@@ -10,6 +10,7 @@ from conftest import REPOSITORY
 from helpers.config import load_config, read_deepspeed_config
 from helpers.launch import fine_tune
 from helpers.progress import read_metrics
+from helpers.prompt_formats import render_prompt_format
 
 CONFIGS = sorted(REPOSITORY.glob("training_configs/**/*.yaml")) + sorted(REPOSITORY.glob("cookbooks/**/*.yaml"))
 DEEPSPEED = sorted(REPOSITORY.glob("deepspeed_configs/*.json"))
@@ -77,6 +78,28 @@ def test_header_is_up_to_date(path, headers):
 
 def test_table_is_up_to_date(headers):
     assert headers.written(headers.README) == headers.README.read_text(), "run `make configs`"
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        (
+            "google/gemma-2-27b/lora/8xA100-80G-512.yaml",
+            "<bos><start_of_turn>user\nBe brief.\n\n2+2?<end_of_turn>\n<start_of_turn>model\n4<end_of_turn>\n",
+        ),
+        (
+            "meta-llama/Meta-Llama-Guard-2-8B/lora/8xA10G-4096.yaml",
+            "<|begin_of_text|>Be brief.2+2?4<|end_of_text|>",
+        ),
+    ],
+    ids=["gemma", "guard"],
+)
+def test_prompt_format_renders(file, text):
+    """Gemma's system message inside the first user message; Llama Guard's rows as they are, and an end."""
+    prompt_format = load_config(REPOSITORY / "training_configs/custom" / file).generation_config.prompt_format
+    roles = zip(("system", "user", "assistant"), ("Be brief.", "2+2?", "4"), strict=True)
+    messages = [{"role": role, "content": content} for role, content in roles]
+    assert render_prompt_format(messages, prompt_format, for_generation=False) == text
 
 
 def test_a_header_says_what_of_llmforge_does_not_fit(headers, tmp_path):

@@ -22,7 +22,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from helpers.catalog import Gpu, hardware_of, read_catalog, shape_of  # noqa: E402
+from helpers.catalog import Gpu, Shape, hardware_of, read_catalog, shape_of  # noqa: E402
 from helpers.config import FinetuneConfig, load_config  # noqa: E402
 from helpers.counting import Statistics, count_data  # noqa: E402
 from helpers.plan import MFU, Plan, hardware_in, plan  # noqa: E402
@@ -39,6 +39,7 @@ class Facts:
     """What is told of one config. gpus: all that it takes, those of a preference run's reference too.
 
     worst: planned with every row as long as the context; gsm8k: with GSM8K's rows; theirs: with LLMForge's values.
+    faster: of a config that offloads, the sharding that moves less and fits as well.
     """
 
     path: Path
@@ -48,6 +49,7 @@ class Facts:
     worst: Plan
     gsm8k: Plan
     theirs: tuple[list[str], Plan] | None
+    faster: tuple[str, Plan] | None
 
     @property
     def hardware(self) -> str:
@@ -101,8 +103,20 @@ def facts_of(path: Path) -> Facts:
     shape = shape_of(config)
     return Facts(
         path, config, hardware[1], hardware[0] + _reference_gpus(config), plan(config, shape, hardware, longest),
-        plan(config, shape, hardware, data), theirs,
+        plan(config, shape, hardware, data), theirs, None if is_default else _faster(config, shape, hardware),
     )  # fmt: skip
+
+
+def _faster(config: FinetuneConfig, shape: Shape, hardware: tuple[int, Gpu]) -> tuple[str, Plan] | None:
+    if not _offloads(config):
+        return None
+    names = ["zero_2", "zero_3"] + ["zero_3_offload_optim"] * ("param" in config.deepspeed.config_path)
+    plans = ((name, plan(config.resolve(deepspeed=name), shape, hardware)) for name in names)
+    return next(((name, tried) for name, tried in plans if tried.fits), None)
+
+
+def _offloads(config: FinetuneConfig) -> bool:
+    return config.deepspeed is not None and "offload" in config.deepspeed.config_path
 
 
 def _reference_gpus(config: FinetuneConfig) -> int:
@@ -131,8 +145,11 @@ def header(facts: Facts) -> list[str]:
         f"${million:,.2f} per million tokens at the length above",
         f"          taken for granted: {MFU:.0%} MFU; {read_catalog().priced}",
     ]
-    if "offload" in (facts.config.deepspeed.config_path if facts.config.deepspeed else ""):
+    if _offloads(facts.config):
         lines.append("          and no time for what moves to and from the host: two or three times as long is likely")
+    if facts.faster:
+        name, planned = facts.faster
+        lines.append(f"faster    deepspeed={name} fits as well, {_gb(planned.memory.total)} per GPU, and moves less")
     if facts.theirs:
         overrides, planned = facts.theirs
         fit = "fits as well" if planned.fits else "does not fit"
