@@ -39,12 +39,12 @@ _NEEDED = {
 
 @dataclass(frozen=True)
 class Gpu:
-    """One kind of GPU. memory: bytes; peak: FLOP/s of dense bfloat16 products; price: USD per hour."""
+    """One kind of GPU. memory: bytes; peak: FLOP/s of dense bfloat16 products; price: USD per hour; None: unknown."""
 
     name: str
     memory: int
-    peak: float
-    price: float
+    peak: float | None
+    price: float | None
     note: str = ""
 
 

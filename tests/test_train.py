@@ -303,6 +303,6 @@ def test_a_full_disk_shows_in_the_rehearsal(make_config, monkeypatch):
 
     usage = shutil._ntuple_diskusage(total=10**6, used=10**6, free=10)
     monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path: usage)
-    config = make_config()
+    config = make_config(force=True)  # the plan sees it earlier
     with pytest.raises(CheckpointError, match=r"needs about .* GB .* free: set storage_path"):
         fine_tune(config)
