@@ -34,7 +34,8 @@ __all__ = ["check", "figures_of", "forecast", "keep"]
 SURE = 1.25
 CONVENTIONS = {
     "memory_bytes_per_worker": "the largest worker's peak; on a GPU what torch allocated, the plan without CUDA's "
-    "context; on a CPU resident memory above what the process held before the model, loading and saving included",
+    "context; on a CPU resident memory above what the process held at its start: loading, saving, and some 0.3 GB of "
+    "libraries and their kernels included",
     "step_seconds": "optimizer steps alone, without loading, evaluation and saving",
     "tokens_per_second": "real tokens (no padding) over the seconds of steps; measured without the first step",
     "flops_per_token": "6 per trained parameter, 4 per frozen one, 6 per adapter one; causal attention; no recomputing",

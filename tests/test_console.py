@@ -52,8 +52,8 @@ def test_in_a_terminal_a_bar_shows_loss_pace_and_time_left(tmp_path, monkeypatch
 def test_on_a_gpu_utilisation_and_money_are_shown(tmp_path, monkeypatch, terminal):
     monkeypatch.delenv("JPY_PARENT_PID", raising=False)
     monkeypatch.setitem(STEP, "mfu", 0.432)
-    monkeypatch.setitem(STEP, "cost_usd", 12.345)
-    assert "tok/s  MFU 43%  $12.35 so far" in follow(tmp_path, terminal, steps=5).replace("$12.34 ", "$12.35 ")
+    monkeypatch.setitem(STEP, "cost_usd", 12.5)
+    assert "tok/s  MFU 43%  $12.50 so far" in follow(tmp_path, terminal, steps=5)
 
 
 def test_half_a_line_is_waited_for(tmp_path):

@@ -22,7 +22,8 @@ GIB = 2**30
 @pytest.mark.parametrize(
     ("driver", "gib", "name"),
     [
-        ("Tesla T4", 14.6, "T4"), ("NVIDIA L4", 22.0, "L4"), ("NVIDIA L40S", 44.4, "L40S"), ("NVIDIA A10G", 22.1, "A10G"),
+        ("Tesla T4", 14.6, "T4"), ("NVIDIA L4", 22.0, "L4"), ("NVIDIA L40S", 44.4, "L40S"),
+        ("NVIDIA A10G", 22.1, "A10G"),
         ("NVIDIA A100-SXM4-40GB", 39.4, "A100-40G"), ("NVIDIA A100 80GB PCIe", 79.1, "A100-80G"),
         ("NVIDIA H100 80GB HBM3", 79.1, "H100"), ("NVIDIA H200", 139.8, "H200"),
     ],
@@ -53,7 +54,8 @@ def test_hardware_is_what_the_config_names_else_this_machine(monkeypatch):
     ("groups", "files"),
     [
         ("0::/a/b\n", {"sys/fs/cgroup/a/memory.max": GIB, "sys/fs/cgroup/a/memory.current": GIB // 2,
-                       "sys/fs/cgroup/a/memory.stat": f"anon 1\nfile {GIB // 4}\n", "sys/fs/cgroup/a/b/memory.max": "max"}),
+                       "sys/fs/cgroup/a/memory.stat": f"anon 1\nfile {GIB // 4}\n",
+                       "sys/fs/cgroup/a/b/memory.max": "max"}),
         ("0::/somewhere/else\n", {"sys/fs/cgroup/memory.max": GIB, "sys/fs/cgroup/memory.current": GIB // 4}),
         ("3:cpu:/x\n2:memory:/x\n", {"sys/fs/cgroup/memory/x/memory.limit_in_bytes": GIB,
                                      "sys/fs/cgroup/memory/x/memory.usage_in_bytes": GIB // 4}),
