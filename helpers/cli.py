@@ -173,7 +173,7 @@ def _plan(arguments: list[str]) -> int:
     if hardware is None and not has_gpu():
         workers = max(1, config.num_devices)
         here = plan(config, shape, (workers, cpu_share(workers)), data, paces=paces)
-        output.print("\n".join(["on this machine:", *(f"  {line}" for line in in_short(here))]))
+        output.print(f"on this machine ({here.cpu}): {in_short(here)}")
     for note in [*told.notes, *filter(None, [unread])]:
         output.print(f"note: {note}")
     output.print(f"[bold]{verdict(told)}[/bold]")

@@ -73,8 +73,9 @@ def _shape(config: FinetuneConfig) -> Shape:
         if not Path(source).is_dir():
             from transformers.utils import cached_file
 
-            # The tokenizer was read from there already; None: no such file.
-            found = cached_file(source, "config.json", _raise_exceptions_for_missing_entries=False)
+            # The tokenizer was read from there already; None: no such file, or none to be had.
+            kinds = ("missing_entries", "connection_errors", "gated_repo")
+            found = cached_file(source, "config.json", **{f"_raise_exceptions_for_{kind}": False for kind in kinds})
             source = str(Path(found).parent) if found else source
         if source == config.model_id:
             raise

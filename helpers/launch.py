@@ -74,8 +74,10 @@ def fine_tune(config: FinetuneConfig) -> Run:
                 f"training failed: {_short(error)}\n{consoles.last_lines(run.logs)}\n"
                 f"The logs are in {run.logs}; the same command continues from the last complete state"
             ) from error
-    _write_summary(run, config, told, result, time.perf_counter() - started)
+    note = _write_summary(run, config, told, result, time.perf_counter() - started)
     _print_summary(output, run)
+    if note:
+        output.print(f"  [yellow]{escape(note)}[/yellow]")
     return run
 
 
@@ -324,17 +326,21 @@ def _print_plan(output: Console, run: Run, prepared: Prepared) -> None:
 
 
 def _print_forecast(output: Console, told: Plan | None, worries: list[str]) -> None:
-    for line in in_short(told) if told else []:
-        output.print(f"  {line}")
+    """Tell the plan, and what of it should worry."""
+    if told:
+        output.print(f"  plan   {in_short(told)}")
     for text in worries:
         output.print(f"  [yellow]{escape(text)}[/yellow]")
 
 
-def _write_summary(run: Run, config: FinetuneConfig, told: Plan | None, result: dict[str, Any], seconds: float) -> None:
-    """Write what came of the run beside what was planned, keep its pace for later plans, and draw its loss curve."""
+def _write_summary(run: Run, config: FinetuneConfig, told: Plan | None, result: dict[str, Any], seconds: float) -> str:
+    """Write what came of the run beside what was planned, and draw its loss curve; keep its pace for later plans.
+
+    Returns a note if that could not be.
+    """
     steps = [row for row in progress.read_metrics(run.metrics) if "train_loss_batch" in row]
     figures = forecast.figures_of(told, run, result, steps)
-    forecast.keep(told, config, result, figures)
+    note = forecast.keep(told, config, result, figures)
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     plots.plot_losses(progress.read_metrics(run.metrics), run.loss_curve)
     storage.write_json(
@@ -349,6 +355,7 @@ def _write_summary(run: Run, config: FinetuneConfig, told: Plan | None, result: 
             "versions": versions,
         },
     )
+    return note
 
 
 def _print_summary(output: Console, run: Run) -> None:
@@ -363,8 +370,8 @@ def _print_summary(output: Console, run: Run) -> None:
     )
     if "planned" in summary:
         output.print(f"  {comparison(summary['planned'], summary['measured'])}")
-    output.print(f"  best checkpoint  {storage.shown(run.folder / summary['best_checkpoint'])}")
-    output.print(f"  loss curve       {storage.shown(run.loss_curve)}")
+    best = storage.shown(run.folder / summary["best_checkpoint"])
+    output.print(f"  best checkpoint  {best}  loss curve  {storage.shown(run.loss_curve)}")
 
 
 def _short(error: BaseException) -> str:

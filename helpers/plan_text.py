@@ -58,19 +58,17 @@ def price_rows(told: Plan) -> list[list[str]]:
     ]  # fmt: skip
 
 
-def in_short(told: Plan) -> list[str]:
-    """Tell a plan in two lines: memory; time, cost and disk."""
+def in_short(told: Plan) -> str:
+    """Tell a plan in one line: memory, time, cost, disk."""
     need = told.memory
-    held = f"{_gb(need.total)} per {_device(told)}, most of it {need.largest}"
-    if told.capacity:
-        where = told.cpu or f"{told.workers}x{told.gpu}"
-        held += f"; {_gb(told.capacity)} usable ({where})"
-    if told.seconds is None:
-        time = f"time unknown: {told.pace}" if told.cpu is not None else "time unknown: no GPU of the catalog is named"
-    else:
+    usable = f" of {_gb(told.capacity)}" if told.capacity else ""
+    held = f"{_gb(need.total)}{usable} per {_device(told)}, most of it {need.largest}"
+    if told.seconds is not None:
         cost = f", {_dollars(told.cost)}" if told.cost is not None else ""
         time = f"{_duration(told.seconds)} of steps{cost} {told.pace}"
-    return [f"memory {held}", f"plan   {time}; at most {_gb(told.disk_bytes)} of checkpoints and state"]
+    else:
+        time = f"time unknown: {told.pace if told.cpu else 'no GPU of the catalog is named'}"
+    return f"{held}; {time}; disk {_gb(told.disk_bytes)}"
 
 
 def _device(told: Plan) -> str:
@@ -83,9 +81,8 @@ def comparison(planned: dict[str, Any], measured: dict[str, Any]) -> str:
     told += f"{_gb(measured['memory_bytes_per_worker'])}"
     if planned["step_seconds"] is not None:
         told += f"; planned {_duration(planned['step_seconds'])} of steps, took {_duration(measured['step_seconds'])}"
-    if measured["mfu"] is not None:
-        told += f"; MFU {measured['mfu']:.0%}"
-    return told + (f"; ${measured['cost_usd']:,.2f}" if measured["cost_usd"] is not None else "")
+    told += f"; MFU {measured['mfu']:.0%}" if measured["mfu"] is not None else ""
+    return told + (f"; {_dollars(measured['cost_usd'])}" if measured["cost_usd"] is not None else "")
 
 
 def verdict(told: Plan) -> str:

@@ -64,7 +64,8 @@ def train_loop(config: FinetuneConfig, run: Run) -> dict[str, Any]:
 
     # (3) Model, optimizer, and the learning rate of every step.
     compiles = config.deepspeed is not None and not saved
-    progress.stage("loading the model" + compiles * "; DeepSpeed compiles an extension at its first use (a minute)")
+    stage = "loading the model" if saved else "loading the model, rehearsing a checkpoint"
+    progress.stage(stage + compiles * "; DeepSpeed compiles an extension at its first use (a minute)")
     worker = make_worker(config, accelerator)
     # New weights are the same on every rank; dropout from here on is each rank's own.
     torch.manual_seed(config.seed + accelerator.process_index)
@@ -86,7 +87,6 @@ def train_loop(config: FinetuneConfig, run: Run) -> dict[str, Any]:
     if saved:
         checkpoints.load_resume(*saved, worker.model, worker.optimizer, worker.engine)
     else:
-        progress.stage("rehearsing a checkpoint")
         checkpoints.rehearse(
             worker.model, worker.tokenizer, run.checkpoints, copies=config.num_checkpoints_to_keep, **beside
         )

@@ -248,7 +248,7 @@ def test_past_runs_tell_the_mfu_of_their_gpu(make_config):
     costs = {one.gpu: one for one in told.costs}
     assert costs["A10G"].seconds == told.seconds == pytest.approx(told.flops / (2 * 0.1 * a10g.peak))
     assert costs["T4"].seconds == pytest.approx(told.flops / (2 * 0.4 * read_catalog().gpus["T4"].peak))
-    assert told.cost == costs["A10G"].cost and "at 10% MFU, as in 1 run here" in in_short(told)[1]
+    assert told.cost == costs["A10G"].cost and "at 10% MFU, as in 1 run here" in in_short(told)
     given = plan(config, shape, (2, a10g), count_data(config), mfu=0.4, paces=past)
     assert given.mfu == 0.4 and given.seconds == pytest.approx(told.seconds / 4)
 
@@ -260,9 +260,9 @@ def test_on_a_cpu_past_runs_tell_the_time_and_nothing_costs(make_config):
     told = plan(config, shape, (1, cpu), count_data(config), paces=past)
     assert told.seconds == pytest.approx(told.flops / 3e9) and told.cost is None and told.mfu is None
     assert told.fits and told.capacity == 10**10 and told.memory.buffers == 0
-    assert "at 3 GFLOP/s, as in 1 run here" in in_short(told)[1]
+    assert "at 3 GFLOP/s, as in 1 run here" in in_short(told)
     alone = plan(config, shape, (1, cpu), count_data(config))
-    assert alone.seconds is None and "no run like it" in in_short(alone)[1]
+    assert alone.seconds is None and "no run like it" in in_short(alone)
 
 
 def test_on_a_cpu_nothing_is_offloaded_and_no_gpu_is_bought():
