@@ -72,7 +72,7 @@ def test_what_was_planned_stands_beside_what_was_measured(cache, make_config, ca
 def test_a_plan_that_cannot_fit_is_refused_before_weights_are_needed(make_config, model_of, capsys):
     config = make_config(model_id=model_of(**HUGE), context_length=256)
     with pytest.raises(
-        ResourceError, match=r"does not fit this machine \(.*most of it .*\nforce=true starts"
+        ResourceError, match=r"(?s)does not fit this machine \(.*most of it .*\nforce=true starts"
     ) as refused:
         fine_tune(config)
     assert refused.value.exit_code == 2
