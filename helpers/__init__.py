@@ -16,6 +16,7 @@ layer  module          one line
 2      catalog         GPUs with memory, peak and price; shapes of core models
 3      config          YAML file or URL + overrides -> FinetuneConfig
 4      memory          bytes per GPU and host, before anything is loaded
+4      hardware        this machine's GPUs, processor and memory
 4      storage         local, s3://, gs://, https:// paths; the run folder
 4      adapters        what a saved adapter needs besides its weights
 4      kernels         Liger, torch.compile, bitsandbytes: what this machine has
@@ -28,6 +29,7 @@ layer  module          one line
 5      checkpoints     save, verify, keep the best, resume
 5      progress        metrics.jsonl and what the console follows
 6      counting        the tokens of the training rows, in two seconds
+6      paces           what past runs on this machine achieved
 6      tokens          tokenised rows on disk, and views of them: truncation, mixing
 7      fitting         whether a run fits; what would make it
 7      data            rows -> tokens, in process or with Ray Data, once
@@ -44,6 +46,7 @@ layer  module          one line
 9      evaluate        base and tuned answers compared
 9      plots           figures
 9      console         the one stream that a person reads
-10     launch          config -> Ray Train workers -> run folder
-11     cli             the verbs of main.py
+10     forecast        the plan of a run about to start; what it says beside what was measured
+11     launch          config -> Ray Train workers -> run folder
+12     cli             the verbs of main.py
 """

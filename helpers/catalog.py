@@ -47,12 +47,12 @@ _LEFT_OUT = {
 
 @dataclass(frozen=True)
 class Gpu:
-    """One kind of GPU. memory: bytes; peak: FLOP/s of dense bfloat16 products; price: USD per hour."""
+    """One kind of GPU. memory: bytes; peak: FLOP/s of dense bfloat16 products; price: USD per hour; None: unknown."""
 
     name: str
     memory: int
-    peak: float
-    price: float
+    peak: float | None
+    price: float | None
     note: str = ""
 
 

@@ -130,7 +130,7 @@ def _plan(arguments: list[str]) -> int:
     parser = _config_parser(
         "plan", "CONFIG [hardware=8xA100-80G] [mfu=0.4] [fit=true] [--default] [--json] [key=value ...]",
         "Memory, time and cost before the run; trains nothing.\n"
-        "hardware: as many of which GPU; mfu: the share of the peak taken to be reached;\n"
+        "hardware: as many of which GPU; mfu: the share of the peak taken to be reached (else as in past runs here);\n"
         "fit=true: write the fastest settings that fit as CONFIG-fit.yaml",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -138,15 +138,17 @@ def _plan(arguments: list[str]) -> int:
     from helpers.catalog import hardware_of, shape_of
     from helpers.counting import count_data
     from helpers.errors import ConfigError
-    from helpers.plan import MFU, hardware_in, plan
-    from helpers.plan_text import as_json, plan_rows, price_rows, verdict
+    from helpers.hardware import cpu_share, hardware_in, has_gpu
+    from helpers.paces import past_paces
+    from helpers.plan import plan
+    from helpers.plan_text import as_json, in_short, plan_rows, price_rows, verdict
 
     config_path, overrides, options = _split("plan", _A_CONFIG, given.words, ("hardware", "mfu", "fit"))
     try:
-        mfu = float(options.get("mfu", MFU))
+        mfu = float(options["mfu"]) if "mfu" in options else None
     except ValueError:
         mfu = 0.0
-    if not 0 < mfu <= 1:
+    if mfu is not None and not 0 < mfu <= 1:
         raise ConfigError(f"plan: mfu must be a share of the peak, above 0 and at most 1, got {options['mfu']!r}")
     if options.get("fit", "false") not in ("true", "false"):
         raise ConfigError(f"plan: fit must be true or false, got {options['fit']!r}")
@@ -155,7 +157,8 @@ def _plan(arguments: list[str]) -> int:
     shape, data = shape_of(config), count_data(config)
     if options.get("fit") == "true":
         config = _fitted(config, shape, hardware, data)
-    told = plan(config, shape, hardware, data, mfu=mfu)
+    paces, unread = past_paces()
+    told = plan(config, shape, hardware, data, mfu=mfu, paces=paces)
     if given.json:
         import json
 
@@ -166,8 +169,12 @@ def _plan(arguments: list[str]) -> int:
     output = make_console()
     output.print(table(f"Plan of {config.run_name}: {told.model_id}", ["", "", ""], plan_rows(told)))
     columns = ["hardware", "fits", "time", "cost", "per million tokens"]
-    output.print(table(f"Time and cost at {mfu:.0%} MFU; {told.priced}", columns, price_rows(told)))
-    for note in told.notes:
+    output.print(table(f"Time and cost {told.pace}; {told.priced}", columns, price_rows(told)))
+    if hardware is None and not has_gpu():
+        workers = max(1, config.num_devices)
+        here = plan(config, shape, (workers, cpu_share(workers)), data, paces=paces)
+        output.print(f"on this machine ({here.cpu}): {in_short(here)}")
+    for note in [*told.notes, *filter(None, [unread])]:
         output.print(f"note: {note}")
     output.print(f"[bold]{verdict(told)}[/bold]")
     return 0

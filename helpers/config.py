@@ -75,6 +75,7 @@ _WITHOUT_EFFECT_ON_TRAINING = frozenset(
         "run_name",
         "storage_path",
         "on_existing",
+        "force",
         "max_failures",
         "logger",
         "custom_model_tag",

@@ -121,9 +121,8 @@ class _Bar:
         if event["kind"] == "evaluation":
             self._console.print(_evaluation_text(event))
         elif event["kind"] == "step" and self._task is not None:
-            facts = f"loss {event['train_loss_batch']:.4f}  {event['trained_tokens_throughput']:,.0f} tok/s"
             self._progress.update(
-                self._task, completed=event["step"], facts=facts, description=f"epoch {event['epoch']}"
+                self._task, completed=event["step"], facts=_facts(event), description=f"epoch {event['epoch']}"
             )
         elif event["text"] == "training":
             # A restarted run starts a new bar: the pace of the time lost would spoil the time left.
@@ -166,13 +165,17 @@ class _Lines:
     def _step_text(self, event: dict[str, Any]) -> str:
         pace = (time.monotonic() - self._began) / (event["step"] - self._start)
         left = time.strftime("%H:%M:%S", time.gmtime(pace * (self._steps - event["step"])))
-        return (
-            f"epoch {event['epoch']}  step {event['step']}/{self._steps}  loss {event['train_loss_batch']:.4f}  "
-            f"{event['trained_tokens_throughput']:,.0f} tok/s  {left} left"
-        )
+        return f"epoch {event['epoch']}  step {event['step']}/{self._steps}  {_facts(event)}  {left} left"
 
     def close(self) -> None:
         pass
+
+
+def _facts(event: dict[str, Any]) -> str:
+    """Tell a step's loss and pace; on a GPU that the catalog has also the MFU and the money so far."""
+    facts = f"loss {event['train_loss_batch']:.4f}  {event['trained_tokens_throughput']:,.0f} tok/s"
+    facts += f"  MFU {event['mfu']:.0%}" if "mfu" in event else ""
+    return facts + (f"  ${event['cost_usd']:,.2f} so far" if "cost_usd" in event else "")
 
 
 def _started_text(event: dict[str, Any]) -> str:

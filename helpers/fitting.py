@@ -1,4 +1,4 @@
-"""Whether a run fits a GPU, the cheapest change that makes it fit, the fastest settings that do.
+"""Whether a run fits a GPU or a CPU's memory, the cheapest change that makes it fit, the fastest settings that do.
 
 work = work_of(config, data)                                steps, tokens and positions of the run
 changes, need = cheapest_change(config, shape, 8, 512, gpu)
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from helpers.counting import Statistics
 from helpers.errors import ConfigError
+from helpers.hardware import Cpu
 from helpers.memory import Memory, memory_of, sharding_of
 
 if TYPE_CHECKING:
@@ -31,12 +32,16 @@ MOST_GPUS = 64
 
 @dataclass(frozen=True)
 class Work:
-    """What a whole run goes through. positions: tokens and padding; longest: tokens of the longest sequence."""
+    """What a whole run goes through. positions: tokens and padding; longest: tokens of the longest sequence.
+
+    mean: how long a row the mean token stands in, which is what attention's work goes by.
+    """
 
     steps: int
     tokens: int
     positions: int
     longest: int
+    mean: float
 
 
 def work_of(config: FinetuneConfig, data: Statistics) -> Work:
@@ -59,7 +64,8 @@ def work_of(config: FinetuneConfig, data: Statistics) -> Work:
     epochs = config.num_epochs or math.ceil(config.min_update_steps / steps)
     total = min(steps * epochs, config.max_steps or steps * epochs)
     share = data.scale * total / steps
-    return Work(total, round(tokens * share), round(positions * share), longest)
+    mean = sum(length * length for length in lengths) / tokens
+    return Work(total, round(tokens * share), round(positions * share), longest, mean)
 
 
 def without_gaps(config: FinetuneConfig, shape: Shape, data: Statistics | None) -> FinetuneConfig:
@@ -80,48 +86,52 @@ def micro_batch_for(context: int) -> int:
     return next((batch for length, batch in MICRO_BATCHES.items() if context <= length), 1)
 
 
-def capacity(gpu: Gpu) -> int:
-    """Tell the bytes of a GPU that tensors can take."""
-    return int(gpu.memory * (1 - FRAGMENTED))
+def capacity(device: Gpu | Cpu) -> int:
+    """Tell the bytes that tensors can take: of a GPU less what its allocator cannot use."""
+    return device.memory if isinstance(device, Cpu) else int(device.memory * (1 - FRAGMENTED))
 
 
-def fits(need: Memory, gpu: Gpu) -> bool:
-    """Tell whether a GPU can hold it, less what its allocator cannot use."""
-    return need.total <= capacity(gpu)
+def fits(need: Memory, device: Gpu | Cpu) -> bool:
+    """Tell whether a device can hold it."""
+    return need.total <= capacity(device)
 
 
 def cheapest_change(
-    config: FinetuneConfig, shape: Shape, workers: int, length: int, gpu: Gpu
+    config: FinetuneConfig, shape: Shape, workers: int, length: int, device: Gpu | Cpu
 ) -> tuple[tuple[str, ...], Memory | None]:
     """Find the changes that make a run fit, cheapest first; return them as `key=value`, with the memory then.
 
     Each is tried on top of those before it; those that turn out not to be needed are taken back.
     """
 
+    on_gpu = not isinstance(device, Cpu)
+
     def applied(changes: Sequence[tuple[str, dict[str, Any]]]) -> tuple[FinetuneConfig, int, Memory]:
         changed, gpus = config, workers
         for _, values in changes:
             changed = changed.resolve(**values)
             gpus = values.get("num_devices", gpus)
-        return changed, gpus, memory_of(changed, shape, workers=gpus, length=length)
+        return changed, gpus, memory_of(changed, shape, workers=gpus, length=length, on_gpu=on_gpu)
 
     tried: list[tuple[str, dict[str, Any]]] = []
-    for change in _possible_changes(config, shape, workers):
+    for change in _possible_changes(config, shape, workers, on_gpu):
         # A change of the same keys replaces the earlier one.
         tried = [one for one in tried if not set(one[1]) & set(change[1])] + [change]
-        if fits(applied(tried)[2], gpu):
+        if fits(applied(tried)[2], device):
             break
     else:
         return (), None
     for one in list(tried):
         without = [other for other in tried if other is not one]
-        if without and fits(applied(without)[2], gpu):
+        if without and fits(applied(without)[2], device):
             tried = without
     return tuple(text for text, _ in tried), applied(tried)[2]
 
 
-def _possible_changes(config: FinetuneConfig, shape: Shape, workers: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """List changes from the cheapest to the dearest, as (text, values)."""
+def _possible_changes(
+    config: FinetuneConfig, shape: Shape, workers: int, on_gpu: bool
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """List changes from the cheapest to the dearest, as (text, values). Without GPUs none moves bytes to the host."""
     if not config.gradient_checkpointing:
         yield "gradient_checkpointing=true", {"gradient_checkpointing": True}
     micro, accumulation = config.train_batch_size_per_device, config.gradient_accumulation_steps
@@ -135,7 +145,7 @@ def _possible_changes(config: FinetuneConfig, shape: Shape, workers: int) -> Ite
     names = [name for stage, name in ((1, "zero_1"), (2, "zero_2"), (3, "zero_3")) if stage > now.stage and workers > 1]
     if config.quantization is not None:  # not with ZeRO-3
         names = [name for name in names if name != "zero_3"]
-    elif not now.offload_param:
+    elif on_gpu and not now.offload_param:
         names += ["zero_3_offload_optim"] * (not now.offload_optimizer) + ["zero_3_offload_optim+param"]
     for name in names:
         yield f"deepspeed={name}", {"deepspeed": name}
@@ -146,7 +156,7 @@ def _possible_changes(config: FinetuneConfig, shape: Shape, workers: int) -> Ite
         )
         yield text, {"quantization": "nf4", "lora_config": lora, "deepspeed": "zero_2"}
     for count in (2**k for k in range(1, 7)):
-        if workers < count <= MOST_GPUS:
+        if on_gpu and workers < count <= MOST_GPUS:
             values = {"num_devices": count, "quantization": config.quantization, "lora_config": config.lora_config}
             sharded = "zero_2" if config.quantization else "zero_3"
             yield f"num_devices={count} deepspeed={sharded}", {**values, "deepspeed": sharded}

@@ -15,10 +15,14 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helpers import cluster, kernels, models, plots, progress, reference, storage, tokens
+from rich.markup import escape
+
+from helpers import cluster, forecast, kernels, models, plots, progress, reference, storage, tokens
 from helpers import console as consoles
 from helpers.config import FinetuneConfig, config_differences, dump_config, load_config, read_deepspeed_config
 from helpers.errors import ConfigError, ForgebookError, ResourceError, StorageError, TrainingError
+from helpers.plan import Plan
+from helpers.plan_text import as_json, comparison, in_short
 from helpers.preferences import needs_reference
 from helpers.prepare import Prepared, prepare, report_rows, steps_per_epoch
 from helpers.storage import Run
@@ -52,10 +56,13 @@ def fine_tune(config: FinetuneConfig) -> Run:
             output.print(f"{storage.shown(run.folder)} is complete already (on_existing=overwrite runs it again)")
             _print_summary(output, run)
             return run
+    told, note = forecast.forecast(prepared)
+    worries = forecast.check(told, config, run.folder) if told else []
     if is_overwritten:
         shutil.rmtree(run.folder, ignore_errors=True)
-    _write_run(run, prepared)
+    _write_run(run, prepared, told)
     _print_plan(output, run, prepared)
+    _print_forecast(output, told, [*worries, *filter(None, [note])])
     with consoles.quiet_descriptors(run.logs / "driver.log") as live:
         try:
             with consoles.follow(run.logs / "progress.jsonl", live):
@@ -67,8 +74,10 @@ def fine_tune(config: FinetuneConfig) -> Run:
                 f"training failed: {_short(error)}\n{consoles.last_lines(run.logs)}\n"
                 f"The logs are in {run.logs}; the same command continues from the last complete state"
             ) from error
-    _write_summary(run, config, result, time.perf_counter() - started)
+    note = _write_summary(run, config, told, result, time.perf_counter() - started)
     _print_summary(output, run)
+    if note:
+        output.print(f"  [yellow]{escape(note)}[/yellow]")
     return run
 
 
@@ -155,8 +164,8 @@ def _check_devices(config: FinetuneConfig) -> None:
         )
 
 
-def _write_run(run: Run, prepared: Prepared) -> None:
-    """Make the run folder: config, data report and tokens."""
+def _write_run(run: Run, prepared: Prepared, told: Plan | None) -> None:
+    """Make the run folder: config, data report, plan and tokens."""
     try:
         run.folder.mkdir(parents=True, exist_ok=True)
         run.config.write_text(dump_config(prepared.config))  # first: it makes the folder a run's
@@ -166,6 +175,8 @@ def _write_run(run: Run, prepared: Prepared) -> None:
         if prepared.valid is not None:
             tokens.save_view(prepared.valid, run.tokens / "valid.npz")
         storage.write_json(run.data_report, prepared.report)
+        if told:
+            storage.write_json(run.plan, as_json(told))
     except OSError as error:
         raise StorageError(f"{run.folder} cannot be written: {error}: set storage_path to another place") from None
 
@@ -314,16 +325,22 @@ def _print_plan(output: Console, run: Run, prepared: Prepared) -> None:
         output.print("  [yellow]trainer_resources are not reserved: Ray Train gives every worker the same[/yellow]")
 
 
-def _write_summary(run: Run, config: FinetuneConfig, result: dict[str, Any], seconds: float) -> None:
-    """Write what came of the run, and draw its loss curve."""
+def _print_forecast(output: Console, told: Plan | None, worries: list[str]) -> None:
+    """Tell the plan, and what of it should worry."""
+    if told:
+        output.print(f"  plan   {in_short(told)}")
+    for text in worries:
+        output.print(f"  [yellow]{escape(text)}[/yellow]")
+
+
+def _write_summary(run: Run, config: FinetuneConfig, told: Plan | None, result: dict[str, Any], seconds: float) -> str:
+    """Write what came of the run beside what was planned, and draw its loss curve; keep its pace for later plans.
+
+    Returns a note if that could not be.
+    """
     steps = [row for row in progress.read_metrics(run.metrics) if "train_loss_batch" in row]
-    # Real tokens (no padding), warm-up step excluded: the figure to compare runs by.
-    paced = steps[1:] or steps
-    throughput = sum(row["trained_tokens_this_iter"] for row in paced) / sum(
-        row["train_time_per_step"] for row in paced
-    )
-    real = sum(row["trained_tokens_this_iter"] for row in steps)
-    padded = sum(row["trained_tokens_this_iter"] / (1 - row["padding_share"]) for row in steps)
+    figures = forecast.figures_of(told, run, result, steps)
+    note = forecast.keep(told, config, result, figures)
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     plots.plot_losses(progress.read_metrics(run.metrics), run.loss_curve)
     storage.write_json(
@@ -333,12 +350,12 @@ def _write_summary(run: Run, config: FinetuneConfig, result: dict[str, Any], sec
             "custom_model_tag": config.custom_model_tag,
             **result,
             "vllm_serves": models.vllm_serves(config.lora_config) if config.is_lora else None,
-            "trained_tokens_throughput": round(throughput, 1),
-            "padding_share": round(1 - real / padded, 4),
             "total_seconds": round(seconds, 1),
+            **figures,
             "versions": versions,
         },
     )
+    return note
 
 
 def _print_summary(output: Console, run: Run) -> None:
@@ -351,8 +368,10 @@ def _print_summary(output: Console, run: Run) -> None:
         f"  {summary['steps']} steps, {summary['trained_tokens']:,} tokens in {summary['training_seconds']:.0f} s, "
         f"{summary['trained_tokens_throughput']:,.0f} real tokens/s, peak {peak:.1f} GB per worker"
     )
-    output.print(f"  best checkpoint  {storage.shown(run.folder / summary['best_checkpoint'])}")
-    output.print(f"  loss curve       {storage.shown(run.loss_curve)}")
+    if "planned" in summary:
+        output.print(f"  {comparison(summary['planned'], summary['measured'])}")
+    best = storage.shown(run.folder / summary["best_checkpoint"])
+    output.print(f"  best checkpoint  {best}  loss curve  {storage.shown(run.loss_curve)}")
 
 
 def _short(error: BaseException) -> str:

@@ -16,7 +16,7 @@ What is taken for granted, and the sources:
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from helpers.config import read_deepspeed_config
@@ -229,6 +229,8 @@ def memory_of(config: FinetuneConfig, shape: Shape, *, workers: int, length: int
     without one, whose memory is the host's own and where buffers count as far as they are written to.
     """
     sharding = sharding_of(config, shape)
+    if not on_gpu:  # there is nowhere to move anything to
+        sharding = replace(sharding, offload_optimizer=False, offload_param=False)
     width = 2 if config.dtype == "bfloat16" else 4
     trained = trainable_parameters(config, shape)
     run = _Run(config, shape, sharding, max(1, workers), width, trained, length, on_gpu)

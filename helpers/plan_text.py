@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from helpers.plan import Plan
 
-__all__ = ["as_json", "plan_rows", "price_rows", "verdict"]
+__all__ = ["as_json", "comparison", "in_short", "plan_rows", "price_rows", "verdict"]
 
 
 def _gb(size: float) -> str:
@@ -35,7 +35,8 @@ def plan_rows(told: Plan) -> list[list[str]]:
     ]
     for name, size in need.terms.items():
         lines.append([name, _gb(size), "the largest" if name == need.largest else ""])
-    lines.append(["memory per GPU", _gb(need.total), f"of {_gb(told.capacity)} usable" if told.capacity else ""])
+    usable = f"of {_gb(told.capacity)} usable" if told.capacity else ""
+    lines.append([f"memory per {_device(told)}", _gb(need.total), usable])
     lines.append(["memory per worker on the host", _gb(need.host), ""])
     if told.steps is not None:
         lines.append(["steps", f"{told.steps:,}", f"{told.tokens:,} tokens, {told.positions:,} with padding"])
@@ -57,17 +58,45 @@ def price_rows(told: Plan) -> list[list[str]]:
     ]  # fmt: skip
 
 
+def in_short(told: Plan) -> str:
+    """Tell a plan in one line: memory, time, cost, disk."""
+    need = told.memory
+    usable = f" of {_gb(told.capacity)}" if told.capacity else ""
+    held = f"{_gb(need.total)}{usable} per {_device(told)}, most of it {need.largest}"
+    if told.seconds is not None:
+        cost = f", {_dollars(told.cost)}" if told.cost is not None else ""
+        time = f"{_duration(told.seconds)} of steps{cost} {told.pace}"
+    else:
+        time = f"time unknown: {told.pace if told.cpu else 'no GPU of the catalog is named'}"
+    return f"{held}; {time}; disk {_gb(told.disk_bytes)}"
+
+
+def _device(told: Plan) -> str:
+    return "GPU" if told.cpu is None else "worker"
+
+
+def comparison(planned: dict[str, Any], measured: dict[str, Any]) -> str:
+    """Set what was measured beside what was planned in one line; both as in summary.json."""
+    told = f"planned {_gb(planned['memory_bytes_per_worker'])} per worker, measured "
+    told += f"{_gb(measured['memory_bytes_per_worker'])}"
+    if planned["step_seconds"] is not None:
+        told += f"; planned {_duration(planned['step_seconds'])} of steps, took {_duration(measured['step_seconds'])}"
+    told += f"; MFU {measured['mfu']:.0%}" if measured["mfu"] is not None else ""
+    return told + (f"; {_dollars(measured['cost_usd'])}" if measured["cost_usd"] is not None else "")
+
+
 def verdict(told: Plan) -> str:
     """Say in one sentence whether the run fits, and what would make it."""
     need = told.memory
     if told.fits is None:
         fitting = [one.gpu for one in told.costs if one.fits]
         return f"it needs {_gb(need.total)} per GPU: it fits {', '.join(fitting) or 'no GPU of the catalog'}"
-    where = f"{told.workers}x{told.gpu}"
+    each = _device(told)
+    where = f"{told.workers}x{told.gpu}" if told.cpu is None else f"this machine ({told.cpu})"
     if told.fits:
-        return f"it fits {where}: {_gb(need.total)} of {_gb(told.capacity)} usable per GPU"
+        return f"it fits {where}: {_gb(need.total)} of {_gb(told.capacity)} usable per {each}"
     short = (
-        f"it does not fit {where}: {_gb(need.total)} per GPU, {_gb(told.capacity)} usable, most of it {need.largest}"
+        f"it does not fit {where}: {_gb(need.total)} per {each}, {_gb(told.capacity)} usable, most of it {need.largest}"
     )
     if not told.changes:
         return f"{short}; nothing that this plan knows makes it fit"

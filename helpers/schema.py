@@ -418,6 +418,8 @@ class FinetuneConfig(_Block):
     """Save the state for continuing at least this often between checkpoints; 0: only with them."""
     run_name: str | None = None
     """Folder of the run under `storage_path`. None: the name of the config file without its ending."""
+    force: bool = False
+    """Start although the plan says that it does not fit."""
     storage_path: str = "runs"
     """Folder or bucket for runs."""
     on_existing: Literal["resume", "overwrite", "fail"] = "resume"

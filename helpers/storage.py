@@ -214,6 +214,10 @@ class Run:
         return self.folder / "data_report.json"  # rows, tokens, what was cut
 
     @property
+    def plan(self) -> Path:
+        return self.folder / "plan.json"  # memory, time and cost, told before the run
+
+    @property
     def metrics(self) -> Path:
         return self.folder / "metrics.jsonl"  # one line per step and evaluation
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import math
-import resource
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,10 +19,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from helpers import batches, checkpoints, classification, objectives, optimizers, tokens
+from helpers import batches, checkpoints, classification, hardware, objectives, optimizers, storage, tokens
 from helpers.config import FinetuneConfig
 from helpers.errors import TrainingError
 from helpers.losses import check_isolation
+from helpers.plan import running_figures
 from helpers.preferences import needs_reference
 from helpers.progress import Progress
 from helpers.reference import StagedReference, reference_logps
@@ -48,6 +48,8 @@ def train_loop(config: FinetuneConfig, run: Run) -> dict[str, Any]:
     # (1) Place. The accelerator comes first: under ZeRO-3, DeepSpeed's config must exist before the weights.
     accelerator = make_accelerator(config)
     torch.manual_seed(config.seed)
+    hardware.forget_peak()
+    before, gpu = hardware.resident_memory()[0], hardware.this_gpu()
     saved = checkpoints.latest_resume(run.resume)
     place = saved[1] if saved else {"step": 0, "trained_tokens": 0, "seconds": 0.0, "losses": {}}
     progress = Progress(run, place["step"], silent=not accelerator.is_main_process)
@@ -62,7 +64,8 @@ def train_loop(config: FinetuneConfig, run: Run) -> dict[str, Any]:
 
     # (3) Model, optimizer, and the learning rate of every step.
     compiles = config.deepspeed is not None and not saved
-    progress.stage("loading the model" + compiles * "; DeepSpeed compiles an extension at its first use (a minute)")
+    stage = "loading the model" if saved else "loading the model, rehearsing a checkpoint"
+    progress.stage(stage + compiles * "; DeepSpeed compiles an extension at its first use (a minute)")
     worker = make_worker(config, accelerator)
     # New weights are the same on every rank; dropout from here on is each rank's own.
     torch.manual_seed(config.seed + accelerator.process_index)
@@ -84,7 +87,6 @@ def train_loop(config: FinetuneConfig, run: Run) -> dict[str, Any]:
     if saved:
         checkpoints.load_resume(*saved, worker.model, worker.optimizer, worker.engine)
     else:
-        progress.stage("rehearsing a checkpoint")
         checkpoints.rehearse(
             worker.model, worker.tokenizer, run.checkpoints, copies=config.num_checkpoints_to_keep, **beside
         )
@@ -98,6 +100,7 @@ def train_loop(config: FinetuneConfig, run: Run) -> dict[str, Any]:
 
     # (5) Steps, counted from 1 over the whole run. Their rows depend on the seed and the epoch alone.
     events = evaluation_steps(config, steps_per_epoch, last_step)
+    flops_of_token = storage.read_json(run.plan)["flops_per_token"] if run.plan.exists() else None
     epoch_so_far, saved_at = _EpochSoFar(), time.perf_counter()
     while step < last_step:
         epoch, index = divmod(step, steps_per_epoch)
@@ -112,10 +115,12 @@ def train_loop(config: FinetuneConfig, run: Run) -> dict[str, Any]:
         trained_tokens += done.tokens
 
         # (6) Report.
+        paced, seconds = epoch_so_far.metrics(), time.perf_counter() - began
+        world, pace = accelerator.num_processes, paced["trained_tokens_throughput"]
         progress.step(
             step=step, total_trained_steps=step, epoch=epoch + 1, num_iterations=steps_per_epoch,
-            learning_rate=rates[step - 1], **done.metrics(), **epoch_so_far.metrics(),
-            trained_tokens=trained_tokens, time_total_s=time.perf_counter() - began,
+            learning_rate=rates[step - 1], **done.metrics(), **paced, trained_tokens=trained_tokens,
+            time_total_s=seconds, **running_figures(gpu, world, flops_of_token, pace, seconds),
         )  # fmt: skip
 
         # (7) Evaluate, then save. Between evaluations only the training state is saved, by the clock.
@@ -152,7 +157,9 @@ def train_loop(config: FinetuneConfig, run: Run) -> dict[str, Any]:
         "workers": accelerator.num_processes,
         "zero_stage": worker.engine.zero_optimization_stage() if worker.engine else None,
         "device": accelerator.device.type,
+        "device_name": gpu.name if gpu else hardware.cpu_share(1).name,
         "peak_memory_bytes_per_worker": _peak_memory(worker),
+        "memory_before_bytes_per_worker": _gathered(worker, 0 if gpu else before),
     }
 
 
@@ -236,6 +243,7 @@ class _Step:
             "train_time_per_step": self.seconds,
             "trained_tokens_this_iter": self.tokens,
             "supervised_tokens_this_iter": self.supervised,
+            "padded_tokens_this_iter": self.padded,
             "padding_share": round(max(0.0, 1 - self.tokens / self.padded), 4),
             "trained_tokens_throughput_this_iter": self.tokens / self.seconds,
             **self.task,
@@ -379,10 +387,13 @@ def _agreed(worker: Worker, seconds: float) -> float:
 def _peak_memory(worker: Worker) -> list[int]:
     """List each worker's peak: of GPU memory, or on a CPU of the process's resident memory (bytes)."""
     if worker.accelerator.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    shared = torch.tensor([peak], dtype=torch.int64, device=worker.accelerator.device)
+        return _gathered(worker, torch.cuda.max_memory_allocated())
+    return _gathered(worker, hardware.resident_memory()[1])
+
+
+def _gathered(worker: Worker, size: int) -> list[int]:
+    """List a number of every worker."""
+    shared = torch.tensor([size], dtype=torch.int64, device=worker.accelerator.device)
     return worker.accelerator.gather(shared).tolist()
 
 
@@ -396,8 +407,8 @@ class _EpochSoFar:
     forward_seconds: float = 0.0
     backward_seconds: float = 0.0
     seconds: float = 0.0
-    tokens: int = 0
-    start: tuple[int, float] = (0, 0.0)
+    tokens: dict[str, int] = field(default_factory=collections.Counter)
+    start: tuple[dict[str, int], float] = ({}, 0.0)
 
     def add(self, step: _Step) -> None:
         self.steps += 1
@@ -405,17 +416,20 @@ class _EpochSoFar:
         self.forward_seconds += step.forward_seconds
         self.backward_seconds += step.backward_seconds
         self.seconds += step.seconds
-        self.tokens += step.tokens
+        kinds = {"trained": step.tokens, "supervised": step.supervised, "padded": step.padded}
+        self.tokens.update(kinds)
         if self.steps == 1:
             # The first step compiles, allocates and waits for the slowest worker: not part of the pace.
-            self.start = (step.tokens, step.seconds)
+            self.start = (kinds, step.seconds)
 
     def metrics(self) -> dict[str, float]:
-        tokens, seconds = self.start if self.steps > 1 else (0, 0.0)
-        return {
-            "avg_train_loss_epoch": self.loss / self.steps,
-            "trained_tokens_throughput": (self.tokens - tokens) / (self.seconds - seconds),
+        """Tell the mean loss, and tokens per second: real ones (trained), supervised ones, and with padding."""
+        first, seconds = self.start if self.steps > 1 else ({}, 0.0)
+        pace = {
+            f"{kind}_tokens_throughput": (count - first.get(kind, 0)) / (self.seconds - seconds)
+            for kind, count in self.tokens.items()
         }
+        return {"avg_train_loss_epoch": self.loss / self.steps, **pace}
 
     def totals(self) -> dict[str, float]:
         return {

@@ -4,6 +4,7 @@ import io
 import json
 import time
 
+import pytest
 from rich.console import Console
 
 from helpers import console as consoles
@@ -45,6 +46,14 @@ def test_in_a_terminal_a_bar_shows_loss_pace_and_time_left(tmp_path, monkeypatch
     monkeypatch.delenv("JPY_PARENT_PID", raising=False)
     told = follow(tmp_path, terminal=True, steps=50)
     assert "50/50" in told and "loss 1.2500" in told and "tok/s" in told and "left" in told
+
+
+@pytest.mark.parametrize("terminal", [False, True], ids=["lines", "bar"])
+def test_on_a_gpu_utilisation_and_money_are_shown(tmp_path, monkeypatch, terminal):
+    monkeypatch.delenv("JPY_PARENT_PID", raising=False)
+    monkeypatch.setitem(STEP, "mfu", 0.432)
+    monkeypatch.setitem(STEP, "cost_usd", 12.5)
+    assert "tok/s  MFU 43%  $12.50 so far" in follow(tmp_path, terminal, steps=5)
 
 
 def test_half_a_line_is_waited_for(tmp_path):

@@ -11,10 +11,12 @@ from helpers.catalog import hardware_of, read_catalog, shape_of
 from helpers.cli import main
 from helpers.counting import count_data
 from helpers.fitting import fit as find_fit
+from helpers.hardware import Cpu
 from helpers.memory import trainable_parameters
 from helpers.models import tokenizer_of
-from helpers.plan import cost_per_million_tokens, flops_per_token, plan, utilisation
-from helpers.plan_text import as_json, verdict
+from helpers.paces import Pace
+from helpers.plan import cost_per_million_tokens, flops_per_token, plan, running_figures, utilisation
+from helpers.plan_text import as_json, in_short, verdict
 from test_memory import LLAMA_8B, big
 
 # -- does it fit, and what would make it
@@ -112,6 +114,49 @@ def test_cost_follows_from_time_and_price():
     slow, fast = (plan(config, shape_of(config), mfu=mfu).costs for mfu in (0.2, 0.4))
     for one, other in zip(slow, fast, strict=True):
         assert one.cost_per_million_tokens == pytest.approx(2 * other.cost_per_million_tokens)
+
+
+def test_past_runs_tell_the_mfu_of_their_gpu(make_config):
+    config = make_config(num_devices=2)
+    shape, a10g = shape_of(config), read_catalog().gpus["A10G"]
+    past = [Pace("A10G", config.model_id, shape.parameters, "full", "float32", 2, False, 0.1 * a10g.peak, "2026-01-02")]
+    told = plan(config, shape, (2, a10g), count_data(config), paces=past)
+    assert told.mfu == pytest.approx(0.1) and told.pace == "at 10% MFU, as in 1 run here"
+    costs = {one.gpu: one for one in told.costs}
+    assert costs["A10G"].seconds == told.seconds == pytest.approx(told.flops / (2 * 0.1 * a10g.peak))
+    assert costs["T4"].seconds == pytest.approx(told.flops / (2 * 0.4 * read_catalog().gpus["T4"].peak))
+    assert told.cost == costs["A10G"].cost and "at 10% MFU, as in 1 run here" in in_short(told)
+    given = plan(config, shape, (2, a10g), count_data(config), mfu=0.4, paces=past)
+    assert given.mfu == 0.4 and given.seconds == pytest.approx(told.seconds / 4)
+
+
+def test_on_a_cpu_past_runs_tell_the_time_and_nothing_costs(make_config):
+    config = make_config()
+    shape, cpu = shape_of(config), Cpu("a processor", 10**10, 10**10)
+    past = [Pace("a processor", "other", shape.parameters, "full", "float32", 1, False, 3e9, "2026-01-02")]
+    told = plan(config, shape, (1, cpu), count_data(config), paces=past)
+    assert told.seconds == pytest.approx(told.flops / 3e9) and told.cost is None and told.mfu is None
+    assert told.fits and told.capacity == 10**10 and told.memory.buffers == 0
+    assert "at 3 GFLOP/s, as in 1 run here" in in_short(told)
+    alone = plan(config, shape, (1, cpu), count_data(config))
+    assert alone.seconds is None and "no run like it" in in_short(alone)
+
+
+def test_on_a_cpu_nothing_is_offloaded_and_no_gpu_is_bought():
+    config = big(deepspeed="zero_3_offload_optim+param")
+    told = plan(config, shape_of(config), (1, Cpu("a processor", 10**10, 10**10)))
+    assert told.memory.optimizer == 12 * shape_of(config).parameters and told.fits is False
+    assert not any("offload" in change or "num_devices" in change for change in told.changes)
+    assert "does not fit this machine (a processor)" in verdict(told)
+
+
+def test_running_figures_are_those_of_the_definition():
+    gpu = read_catalog().gpus["A100-80G"]
+    assert running_figures(gpu, 8, 6 * 7e9, 28_000, 1800) == {
+        "mfu": pytest.approx(0.4712, abs=1e-4), "cost_usd": pytest.approx(8 * 3.43 / 2),
+    }  # fmt: skip
+    assert running_figures(None, 8, 6 * 7e9, 28_000, 1800) == {}
+    assert running_figures(gpu, 8, None, 28_000, 3600) == {"cost_usd": pytest.approx(8 * 3.43)}
 
 
 # LLMForge's table of January 2024: LoRA on one machine of 8 A100-80G at 40.77 USD per hour. For each model: the
