@@ -135,13 +135,13 @@ def _plan(arguments: list[str]) -> int:
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     given = parser.parse_intermixed_args(arguments)
-    from helpers.catalog import hardware_of, shape_of
+    from helpers.catalog import shape_of
     from helpers.counting import count_data
     from helpers.errors import ConfigError
     from helpers.plan import MFU, hardware_in, plan
     from helpers.plan_text import as_json, plan_rows, price_rows, verdict
 
-    config_path, overrides, options = _split("plan", _A_CONFIG, given.words, ("hardware", "mfu", "fit"))
+    config_path, overrides, options = _split("plan", _A_CONFIG, given.words, ("mfu", "fit"))
     try:
         mfu = float(options.get("mfu", MFU))
     except ValueError:
@@ -151,7 +151,11 @@ def _plan(arguments: list[str]) -> int:
     if options.get("fit", "false") not in ("true", "false"):
         raise ConfigError(f"plan: fit must be true or false, got {options['fit']!r}")
     config = _load(config_path, overrides, given.default)
-    hardware = hardware_of(options["hardware"]) if "hardware" in options else hardware_in(config)
+    choices = []
+    if config.is_default:
+        config, hardware, choices = _choose(config)
+    else:
+        hardware = hardware_in(config)
     shape, data = shape_of(config), count_data(config)
     if options.get("fit") == "true":
         config = _fitted(config, shape, hardware, data)
@@ -159,11 +163,15 @@ def _plan(arguments: list[str]) -> int:
     if given.json:
         import json
 
-        print(json.dumps(as_json(told), indent=2))
+        print(json.dumps(as_json(told) | {"choices": [vars(choice) for choice in choices]}, indent=2))
         return 0
     from helpers.console import make_console, table
 
     output = make_console()
+    if choices:
+        from helpers.defaults import choice_rows
+
+        output.print(table("Chosen (--default)", ["key", "value", "reason"], choice_rows(choices)))
     output.print(table(f"Plan of {config.run_name}: {told.model_id}", ["", "", ""], plan_rows(told)))
     columns = ["hardware", "fits", "time", "cost", "per million tokens"]
     output.print(table(f"Time and cost at {mfu:.0%} MFU; {told.priced}", columns, price_rows(told)))
@@ -171,6 +179,20 @@ def _plan(arguments: list[str]) -> int:
         output.print(f"note: {note}")
     output.print(f"[bold]{verdict(told)}[/bold]")
     return 0
+
+
+def _choose(config):
+    """Choose what --default leaves open, by a quick count of the data; return the hardware and the choices, too."""
+    from helpers.counting import count_data, data_is_here
+    from helpers.defaults import choose, choose_task, core_shape, first_rows
+    from helpers.hardware import found_hardware
+    from helpers.plan import hardware_in
+
+    shape = core_shape(config)
+    config = choose_task(config, first_rows(config) if data_is_here(config) else [])
+    hardware = hardware_in(config) or found_hardware()
+    config, choices = choose(config, shape, hardware, count_data(config))
+    return config, hardware, choices
 
 
 def _fitted(config, shape, hardware, data):
@@ -202,6 +224,10 @@ def _preview(arguments: list[str]) -> int:
     config_path, overrides, options = _split("preview", _A_CONFIG, given.words, ("n",))
     count = _whole("preview", "n", options.get("n", "3"))
     config = _load(config_path, overrides, given.default)
+    if config.is_default:
+        from helpers.defaults import choose_task, first_rows
+
+        config = choose_task(config, first_rows(config))
     from helpers.preview import as_json, preview, print_row
 
     rows = preview(config, count)

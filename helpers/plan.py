@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from helpers.catalog import Catalog, Gpu, Shape, read_catalog
+from helpers.catalog import Catalog, Gpu, Shape, hardware_of, read_catalog
 from helpers.counting import Statistics
 from helpers.fitting import Work, capacity, cheapest_change, fits, without_gaps, work_of
 from helpers.memory import Memory, memory_of, sharding_of, trainable_parameters
@@ -98,7 +98,9 @@ def cost_per_million_tokens(price_per_hour: float, tokens_per_second: float) -> 
 
 
 def hardware_in(config: FinetuneConfig) -> tuple[int, Gpu] | None:
-    """Read the hardware from `worker_resources: {accelerator_type:A10G: ...}`; None if none is named there."""
+    """Read the hardware from `hardware: 8xA10G` or `worker_resources: {accelerator_type:A10G: ...}`; None if neither."""
+    if config.hardware is not None:
+        return hardware_of(config.hardware)
     named = [name.partition(":")[2] for name in config.worker_resources if name.startswith("accelerator_type:")]
     gpus = read_catalog().gpus
     found = next((gpus[name] for name in named if name in gpus), None)
