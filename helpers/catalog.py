@@ -170,7 +170,7 @@ def _read(path: Path) -> Catalog:
                 one["price"],
                 one.get("note", ""),
                 one.get("bfloat16", True),
-            )  # fmt: skip
+            )
             for name, one in facts["gpus"].items()
         }
         shapes = {

@@ -153,10 +153,10 @@ def _plan(arguments: list[str]) -> int:
     config = _load(config_path, overrides, given.default)
     choices = []
     if config.is_default:
-        config, hardware, choices = _choose(config)
+        config, hardware, data, choices = _choose(config)
     else:
-        hardware = hardware_in(config)
-    shape, data = shape_of(config), count_data(config)
+        hardware, data = hardware_in(config), count_data(config)
+    shape = shape_of(config)
     if options.get("fit") == "true":
         config = _fitted(config, shape, hardware, data)
     told = plan(config, shape, hardware, data, mfu=mfu)
@@ -182,7 +182,7 @@ def _plan(arguments: list[str]) -> int:
 
 
 def _choose(config):
-    """Choose what --default leaves open, by a quick count of the data; return the hardware and the choices, too."""
+    """Choose what CONFIG leaves open, by a quick count of the data; return (config, hardware, data, choices)."""
     from helpers.counting import count_data, data_is_here
     from helpers.defaults import choose, choose_task, core_shape, first_rows
     from helpers.hardware import found_hardware
@@ -191,8 +191,9 @@ def _choose(config):
     shape = core_shape(config)
     config = choose_task(config, first_rows(config) if data_is_here(config) else [])
     hardware = hardware_in(config) or found_hardware()
-    config, choices = choose(config, shape, hardware, count_data(config))
-    return config, hardware, choices
+    data = count_data(config)
+    config, choices = choose(config, shape, hardware, data)
+    return config, hardware, data, choices
 
 
 def _fitted(config, shape, hardware, data):

@@ -140,9 +140,7 @@ def choose(
     """
     catalog = catalog or read_catalog()
     if config.valid_path is None:
-        config = config.explained(
-            {"valid_path": "none: no evaluation loss, and the last checkpoint counts as the best"}
-        )
+        config = config.explained({"valid_path": "no evaluation loss; the last checkpoint counts as the best"})
     if "lora_config" not in config.given:
         reason = "rank 8 on all linear layers: learns about what all weights would, with little memory"
         config = config.resolve(lora_config=LORA).explained({"lora_config.r": reason})
@@ -221,6 +219,7 @@ def _choose_machines(config, hardware: tuple[int, Gpu] | None, catalog: Catalog)
     count, gpu = hardware
     if gpu.name in catalog.gpus:
         config = _take(config, "hardware", f"{count}x{gpu.name}", "found on this machine")
+    config = _take(config, "attention", "auto", "the fastest that is installed: flash attention, else SDPA")
     return _take(config, "num_devices", count, f"all of {count}x{gpu.name}, a worker each")
 
 
@@ -231,9 +230,10 @@ def _choose_batch(config, shape: Shape, hardware: tuple[int, Gpu] | None, data: 
     micro, accumulation, rows_reason = _portions(config, data)
     config = config.resolve(train_batch_size_per_device=micro, gradient_accumulation_steps=accumulation)
     kept = {key for key in KEYS if not _is_open(config, key)}
-    fitted = (
-        _without_gpu(config, shape, data, kept) if hardware is None else _on_gpus(config, shape, hardware, data, kept)
-    )
+    if hardware is None:
+        fitted = _without_gpu(config, shape, data, kept)
+    else:
+        fitted = _on_gpus(config, shape, hardware, data, kept)
     need = memory_of(
         fitted, shape, workers=max(1, fitted.num_devices), on_gpu=hardware is not None,
         length=work_of(fitted, data).longest if data else fitted.context_length,
@@ -275,19 +275,17 @@ def _without_gpu(config, shape: Shape, data: Statistics | None, kept: set[str]) 
     config = _take(config, "deepspeed", None, "")
     if config.padding == "longest" and data and data.longest <= EAGER_TOKENS:
         config = _take(config, "attention", "eager", "on a processor the fastest for short rows")
-    devices = config.num_devices
-    found = fit(config, shape, (max(1, devices), LAPTOP), data, kept | {"deepspeed"})
-    return (found or config.resolve(gradient_checkpointing=True)).resolve(num_devices=devices)
+    found = fit(config, shape, (max(1, config.num_devices), LAPTOP), data, kept | {"deepspeed"})
+    return found or config.resolve(gradient_checkpointing=True)
 
 
 def _on_gpus(config, shape: Shape, hardware: tuple[int, Gpu], data, kept: set[str]) -> FinetuneConfig:
-    gpu, devices = hardware[1], config.num_devices
-    workers = (max(1, devices), gpu)
+    gpu = hardware[1]
+    workers = (max(1, config.num_devices), gpu)
     for way, reason in _ways(config, gpu, kept):
         found = fit(config.resolve(**way), shape, workers, data, kept)
         # Moving float32 weights to and fro is slower than computing in an emulated bfloat16.
         if found is not None and not (found.dtype == "float32" and not gpu.bfloat16 and _moves(found)):
-            found = found.resolve(num_devices=devices)
             return found.explained({"dtype": reason}) if "dtype" not in kept else found
     length = work_of(config, data).longest if data else config.context_length
     changes, _ = cheapest_change(config, shape, workers[0], length, gpu)
@@ -331,9 +329,8 @@ def _choose_course(config: FinetuneConfig, data: Statistics | None, catalog: Cat
     kind = "lora" if config.is_lora else "full"
     rates = catalog.rates.get(config.model_id.lower())
     rate = (rates or RATES)[kind]
-    reason = f"for {'LoRA' if config.is_lora else 'all weights'}" + (
-        f", as {config.model_id} likes it" if rates else ""
-    )
+    reason = "for LoRA" if config.is_lora else "for all weights"
+    reason += f", as {config.model_id} likes it" if rates else ""
     if config.task == "preference_tuning":
         rate, reason = rate * PREFERENCE_SHARE, f"{reason}; a twentieth for pairs"
     config = _take(config, "learning_rate", rate, reason)
@@ -342,9 +339,7 @@ def _choose_course(config: FinetuneConfig, data: Statistics | None, catalog: Cat
     sequences = _sequences(config, data)
     each = math.ceil(sequences / config.global_batch_size)
     usual, least = _epochs(config, sequences), math.ceil(config.min_update_steps / each)
-    reason = (
-        f"{sequences:,} rows" if usual >= least else f"{config.min_update_steps} updates, min_update_steps, at least"
-    )
+    reason = f"{sequences:,} rows" if usual >= least else f"min_update_steps asks for {config.min_update_steps}"
     config = _take(config, "num_epochs", max(usual, least), f"{reason}; {each:,} updates each")
     updates = min(each * config.num_epochs, config.max_steps or each * config.num_epochs)
     warmup = min(updates // 10, max(10, min(100, round(0.03 * updates))))

@@ -163,7 +163,9 @@ def fit(
     than sharing out the weights, that than recomputing activations, and that than smaller micro batches.
     """
     workers, gpu = hardware
-    config = without_gaps(config.resolve(num_devices=workers), shape, data)
+    if workers != max(1, config.num_devices):
+        config = config.resolve(num_devices=workers)
+    config = without_gaps(config, shape, data)
     length = config.context_length if data is None else work_of(config, data).longest
     shared = ["zero_3", "zero_3_offload_optim", "zero_3_offload_optim+param"] if config.quantization is None else []
     shardings = [None, "zero_1", "zero_2", *shared] if workers > 1 else [None, *shared[1:]]

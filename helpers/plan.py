@@ -98,7 +98,7 @@ def cost_per_million_tokens(price_per_hour: float, tokens_per_second: float) -> 
 
 
 def hardware_in(config: FinetuneConfig) -> tuple[int, Gpu] | None:
-    """Read the hardware from `hardware: 8xA10G` or `worker_resources: {accelerator_type:A10G: ...}`; None if neither."""
+    """Read `hardware: 8xA10G`, or `worker_resources: {accelerator_type:A10G: ...}`; None if neither is there."""
     if config.hardware is not None:
         return hardware_of(config.hardware)
     named = [name.partition(":")[2] for name in config.worker_resources if name.startswith("accelerator_type:")]
