@@ -16,6 +16,7 @@ layer  module          one line
 2      catalog         GPUs with memory, peak and price; shapes of core models
 3      config          YAML file or URL + overrides -> FinetuneConfig
 3      hardware        what carries a run: this machine's GPUs
+4      choices         what the program chose, with reasons, and how it is told
 4      memory          bytes per GPU and host, before anything is loaded
 4      storage         local, s3://, gs://, https:// paths; the run folder
 4      adapters        what a saved adapter needs besides its weights

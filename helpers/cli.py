@@ -65,7 +65,7 @@ def _config_parser(verb: str, usage: str, description: str) -> argparse.Argument
     """Make the parser of a verb that takes a CONFIG and `key=value` overrides."""
     parser = _parser(verb, usage, description)
     parser.add_argument("words", metavar="CONFIG [key=value ...]", nargs="*", help="a YAML file or https:// address")
-    parser.add_argument("--default", action="store_true", help="choose all that CONFIG leaves out")
+    parser.add_argument("--default", action="store_true", help="choose all that CONFIG leaves out, and say why")
     return parser
 
 
@@ -169,7 +169,7 @@ def _plan(arguments: list[str]) -> int:
 
     output = make_console()
     if choices:
-        from helpers.defaults import choice_rows
+        from helpers.choices import choice_rows
 
         output.print(table("Chosen (--default)", ["key", "value", "reason"], choice_rows(choices)))
     output.print(table(f"Plan of {config.run_name}: {told.model_id}", ["", "", ""], plan_rows(told)))

@@ -9,14 +9,14 @@ of GPUs alone, not on what else the machine is doing: the same command chooses t
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers import rows
 from helpers.catalog import Catalog, Gpu, Shape, read_catalog, shape_of
+from helpers.choices import KEYS, Choice, choices_of, is_open, take
 from helpers.counting import Statistics
 from helpers.errors import DataError, ModelError, ResourceError
 from helpers.fitting import capacity, cheapest_change, fit, work_of
@@ -26,7 +26,7 @@ from helpers.memory import memory_of
 if TYPE_CHECKING:
     from helpers.config import FinetuneConfig
 
-__all__ = ["Choice", "choice_rows", "choices_of", "choose", "choose_task", "core_shape", "first_rows"]
+__all__ = ["choose", "choose_task", "core_shape", "first_rows"]
 
 LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": "all-linear"}
 SHORTEST_CONTEXT = 512
@@ -42,28 +42,12 @@ PREFERENCE_SHARE = 0.05
 # Packing pays from this share of padding on, if attention knows where a packed row ends without a mask.
 MUCH_PADDING = 0.2
 SORTED_ROWS, ROWS_PER_BATCH = 1600, 8  # about as helpers.batches sorts rows by length
+# Of a GPU's memory, the share left free if that is possible: the plan's estimate may err.
+MARGIN = 0.1
 # Without a GPU: what a process may take of a laptop, in bytes, and rows short enough for plain attention.
 LAPTOP = Gpu("a laptop", 8 * 2**30, 0.0, 0.0)
 EAGER_TOKENS = 512
 EVALUATIONS_IN_ONE_EPOCH = 4
-
-# In the order of the table; a null of these was chosen by who wrote it.
-KEYS = (
-    "task", "valid_path", "generation_config.prompt_format", "lora_config", "quantization", "context_length",
-    "padding", "hardware", "num_devices", "dtype", "attention", "deepspeed", "gradient_checkpointing",
-    "train_batch_size_per_device", "gradient_accumulation_steps", "eval_batch_size_per_device", "learning_rate",
-    "num_epochs", "num_warmup_steps", "checkpoint_and_evaluation_frequency",
-)  # fmt: skip
-_NULL_IS_AN_ANSWER = ("lora_config", "quantization", "deepspeed")
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One key of the config, its value, and why it has it."""
-
-    key: str
-    value: Any
-    reason: str
 
 
 # Before the data is tokenised -------------------------------------------------------------------------
@@ -151,15 +135,6 @@ def choose(
     return config, choices_of(config)
 
 
-def _is_open(config: FinetuneConfig, key: str) -> bool:
-    return key not in config.given or (getattr(config, key) is None and key not in _NULL_IS_AN_ANSWER)
-
-
-def _take(config: FinetuneConfig, key: str, value: Any, reason: str) -> FinetuneConfig:
-    """Set a key that is open, and note the reason."""
-    return config.resolve(**{key: value}).explained({key: reason}) if _is_open(config, key) else config
-
-
 def _sequences(config: FinetuneConfig, data: Statistics) -> int:
     """Count what a batch counts, over an epoch: rows, pairs, or packed sequences."""
     if config.padding == "packed":
@@ -189,13 +164,13 @@ def _choose_length(config, shape: Shape, data: Statistics | None, longest_valid:
             f"the model's longest; {longer:,} training rows are longer, up to {longest:,} tokens: truncation: "
             f"{config.truncation} {fate.get(config.truncation, 'cuts them')}"
         )
-    config = _take(config, "context_length", context, reason)
+    config = take(config, "context_length", context, reason)
     if not data or config.task == "preference_tuning":
-        return _take(config, "padding", "longest", "rows of like length share a batch")
+        return take(config, "padding", "longest", "rows of like length share a batch")
     share = _padding_share(data.lengths)
     if share >= MUCH_PADDING and config.attention in ("flash_attention_2", "flash_attention_3"):
-        return _take(config, "padding", "packed", f"about {share:.0%} of the batches would be padding")
-    return _take(config, "padding", "longest", f"rows of like length share a batch: about {share:.0%} is padding")
+        return take(config, "padding", "packed", f"about {share:.0%} of the batches would be padding")
+    return take(config, "padding", "longest", f"rows of like length share a batch: about {share:.0%} is padding")
 
 
 def _padding_share(lengths: tuple[int, ...]) -> float:
@@ -213,14 +188,14 @@ def _padding_share(lengths: tuple[int, ...]) -> float:
 
 def _choose_machines(config, hardware: tuple[int, Gpu] | None, catalog: Catalog) -> FinetuneConfig:
     if hardware is None:
-        config = _take(config, "num_devices", 0, "no GPU: in this process, which starts at once")
-        config = _take(config, "dtype", "float32", "exact, and on most processors the fastest")
+        config = take(config, "num_devices", 0, "no GPU: in this process, which starts at once")
+        config = take(config, "dtype", "float32", "exact, and on most processors the fastest")
         return config
     count, gpu = hardware
     if gpu.name in catalog.gpus:
-        config = _take(config, "hardware", f"{count}x{gpu.name}", "found on this machine")
-    config = _take(config, "attention", "auto", "the fastest that is installed: flash attention, else SDPA")
-    return _take(config, "num_devices", count, f"all of {count}x{gpu.name}, a worker each")
+        config = take(config, "hardware", f"{count}x{gpu.name}", "found on this machine")
+    config = take(config, "attention", "auto", "the fastest that is installed: flash attention, else SDPA")
+    return take(config, "num_devices", count, f"all of {count}x{gpu.name}, a worker each")
 
 
 # -- in what portions
@@ -229,7 +204,7 @@ def _choose_machines(config, hardware: tuple[int, Gpu] | None, catalog: Catalog)
 def _choose_batch(config, shape: Shape, hardware: tuple[int, Gpu] | None, data: Statistics | None) -> FinetuneConfig:
     micro, accumulation, rows_reason = _portions(config, data)
     config = config.resolve(train_batch_size_per_device=micro, gradient_accumulation_steps=accumulation)
-    kept = {key for key in KEYS if not _is_open(config, key)}
+    kept = {key for key in KEYS if not is_open(config, key)}
     if hardware is None:
         fitted = _without_gpu(config, shape, data, kept)
     else:
@@ -248,7 +223,7 @@ def _choose_batch(config, shape: Shape, hardware: tuple[int, Gpu] | None, data: 
         "gradient_accumulation_steps": f"{fitted.global_batch_size} rows per update: {rows_reason}",
     }
     fitted = fitted.explained({key: reason for key, reason in reasons.items() if key not in kept})
-    return _take(fitted, "eval_batch_size_per_device", fitted.train_batch_size_per_device, "what fits in training")
+    return take(fitted, "eval_batch_size_per_device", fitted.train_batch_size_per_device, "what fits in training")
 
 
 def _portions(config: FinetuneConfig, data: Statistics | None) -> tuple[int, int, str]:
@@ -262,7 +237,7 @@ def _portions(config: FinetuneConfig, data: Statistics | None) -> tuple[int, int
     each = max(1, round(target / max(1, config.num_devices)))
     micro, accumulation = config.train_batch_size_per_device, config.gradient_accumulation_steps
     is_micro_open, is_accumulation_open = (
-        _is_open(config, key) for key in ("train_batch_size_per_device", "gradient_accumulation_steps")
+        is_open(config, key) for key in ("train_batch_size_per_device", "gradient_accumulation_steps")
     )
     if is_micro_open:
         micro = max(1, each // accumulation)
@@ -272,9 +247,9 @@ def _portions(config: FinetuneConfig, data: Statistics | None) -> tuple[int, int
 
 
 def _without_gpu(config, shape: Shape, data: Statistics | None, kept: set[str]) -> FinetuneConfig:
-    config = _take(config, "deepspeed", None, "")
+    config = take(config, "deepspeed", None, "")
     if config.padding == "longest" and data and data.longest <= EAGER_TOKENS:
-        config = _take(config, "attention", "eager", "on a processor the fastest for short rows")
+        config = take(config, "attention", "eager", "on a processor the fastest for short rows")
     found = fit(config, shape, (max(1, config.num_devices), LAPTOP), data, kept | {"deepspeed"})
     return found or config.resolve(gradient_checkpointing=True)
 
@@ -282,8 +257,9 @@ def _without_gpu(config, shape: Shape, data: Statistics | None, kept: set[str]) 
 def _on_gpus(config, shape: Shape, hardware: tuple[int, Gpu], data, kept: set[str]) -> FinetuneConfig:
     gpu = hardware[1]
     workers = (max(1, config.num_devices), gpu)
-    for way, reason in _ways(config, gpu, kept):
-        found = fit(config.resolve(**way), shape, workers, data, kept)
+    for share, (way, reason) in itertools.product((1 - MARGIN, 1), _ways(config, gpu, kept)):
+        room = dataclasses.replace(gpu, memory=int(share * gpu.memory))
+        found = fit(config.resolve(**way), shape, (workers[0], room), data, kept)
         # Moving float32 weights to and fro is slower than computing in an emulated bfloat16.
         if found is not None and not (found.dtype == "float32" and not gpu.bfloat16 and _moves(found)):
             return found.explained({"dtype": reason}) if "dtype" not in kept else found
@@ -333,64 +309,19 @@ def _choose_course(config: FinetuneConfig, data: Statistics | None, catalog: Cat
     reason += f", as {config.model_id} likes it" if rates else ""
     if config.task == "preference_tuning":
         rate, reason = rate * PREFERENCE_SHARE, f"{reason}; a twentieth for pairs"
-    config = _take(config, "learning_rate", rate, reason)
+    config = take(config, "learning_rate", rate, reason)
     if data is None:
-        return _take(config, "num_epochs", 1, "the data is not counted here")
+        return take(config, "num_epochs", 1, "the data is not counted here")
     sequences = _sequences(config, data)
     each = math.ceil(sequences / config.global_batch_size)
     usual, least = _epochs(config, sequences), math.ceil(config.min_update_steps / each)
     reason = f"{sequences:,} rows" if usual >= least else f"min_update_steps asks for {config.min_update_steps}"
-    config = _take(config, "num_epochs", max(usual, least), f"{reason}; {each:,} updates each")
+    config = take(config, "num_epochs", max(usual, least), f"{reason}; {each:,} updates each")
     updates = min(each * config.num_epochs, config.max_steps or each * config.num_epochs)
     warmup = min(updates // 10, max(10, min(100, round(0.03 * updates))))
-    config = _take(config, "num_warmup_steps", warmup, f"3 % of {updates:,} updates, from 10 to 100; a tenth at most")
+    config = take(config, "num_warmup_steps", warmup, f"3 % of {updates:,} updates, from 10 to 100; a tenth at most")
     key = "checkpoint_and_evaluation_frequency"
     if config.num_epochs == 1 and config.valid_path is not None and updates >= 10 * EVALUATIONS_IN_ONE_EPOCH:
         every = {"unit": "steps", "frequency": math.ceil(updates / EVALUATIONS_IN_ONE_EPOCH)}
-        return _take(config, key, every, f"{EVALUATIONS_IN_ONE_EPOCH} times in the one epoch")
-    return _take(config, key, None, "after every epoch")
-
-
-# Telling ----------------------------------------------------------------------------------------------
-
-
-def choices_of(config: FinetuneConfig) -> list[Choice]:
-    """List what was chosen and what was given of the keys that --default looks at, in the order of the table."""
-    told = []
-    for key in KEYS:
-        value: Any = config
-        for part in key.split("."):
-            value = getattr(value, part)
-        origins = [one for name, one in config.origins.items() if name == key or name.startswith(f"{key}.")]
-        reason = next((one.removeprefix("auto: ") for one in origins if one.startswith("auto: ")), None)
-        if reason is None and {"file", "override"} & set(origins):
-            reason = "given"
-        if reason is not None:
-            told.append(Choice(key, _plain(value), reason))
-    return told
-
-
-def _plain(value: Any) -> Any:
-    return value.model_dump(mode="json") if hasattr(value, "model_dump") else value
-
-
-def choice_rows(choices: list[Choice]) -> list[list[str]]:
-    """Lay choices out as lines of a table: key, value, reason."""
-    return [[choice.key, _shown(choice), choice.reason] for choice in choices]
-
-
-def _shown(choice: Choice) -> str:
-    value = choice.value
-    if value is None:
-        return "none"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if choice.key == "deepspeed":
-        return Path(value["config_path"]).stem
-    if choice.key == "lora_config":
-        return ", ".join(f"{name} {one}" for name, one in value.items())
-    if choice.key == "generation_config.prompt_format":
-        return value["user"].replace("\n", "\\n")
-    if choice.key == "checkpoint_and_evaluation_frequency":
-        return f"{value['frequency']} {value['unit']}"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+        return take(config, key, every, f"{EVALUATIONS_IN_ONE_EPOCH} times in the one epoch")
+    return take(config, key, None, "after every epoch")

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from helpers import cluster, kernels, models, plots, progress, reference, storage, tokens
 from helpers import console as consoles
+from helpers.choices import choice_rows, choices_of
 from helpers.config import FinetuneConfig, config_differences, dump_config, load_config, read_deepspeed_config
-from helpers.defaults import choice_rows, choices_of
 from helpers.errors import ConfigError, ForgebookError, ResourceError, StorageError, TrainingError
 from helpers.preferences import needs_reference
 from helpers.prepare import Prepared, prepare, report_rows, steps_per_epoch

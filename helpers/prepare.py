@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from helpers import batches, data, defaults, models, rows, storage, tokens
+from helpers.choices import Choice
 from helpers.config import FinetuneConfig
 from helpers.counting import Statistics
 from helpers.errors import DataError
@@ -62,7 +63,7 @@ def prepare(
             lambda done, total, name=name: on_progress(name, done, total),
         )  # fmt: skip
     _check_rows(config, paths, sets, notes, run)
-    choices: list[defaults.Choice] = []
+    choices: list[Choice] = []
     if config.is_default:
         config, choices = _choose(config, sets)
     config = _fill_gaps(config, sets)
@@ -143,7 +144,7 @@ def _padding(config: FinetuneConfig, train: Tokens) -> dict[str, Any]:
     return {"sequences": len(sequences), "padding_share": round(share, 4)}
 
 
-def _choose(config: FinetuneConfig, sets: dict[str, Tokens]) -> tuple[FinetuneConfig, list[defaults.Choice]]:
+def _choose(config: FinetuneConfig, sets: dict[str, Tokens]) -> tuple[FinetuneConfig, list[Choice]]:
     """Choose what --default leaves to the program, by the tokens of the data and the hardware named or found."""
     data = Statistics(tuple(sets["train"].lengths.tolist()), 1.0, "the tokenised rows")
     longest_valid = int(sets["valid"].lengths.max()) if "valid" in sets else 0

@@ -8,10 +8,11 @@ import pytest
 from conftest import REPOSITORY, chat, losses_of, uneven_rows
 from helpers import storage
 from helpers.catalog import hardware_of, read_catalog, shape_of
+from helpers.choices import KEYS
 from helpers.cli import main
 from helpers.config import config_differences, dump_config, load_config
 from helpers.counting import Statistics
-from helpers.defaults import KEYS, choose, choose_task, core_shape
+from helpers.defaults import choose, choose_task, core_shape
 from helpers.errors import ConfigError, ModelError, ResourceError
 from helpers.fitting import fits, work_of
 from helpers.hardware import gpu_called
