@@ -193,6 +193,8 @@ def _choose(config):
     hardware = hardware_in(config) or found_hardware()
     data = count_data(config)
     config, choices = choose(config, shape, hardware, data)
+    if hardware is not None:  # of which the config may give fewer
+        hardware = (max(1, config.num_devices), hardware[1])
     return config, hardware, data, choices
 
 

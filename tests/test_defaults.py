@@ -221,6 +221,8 @@ def test_plan_tells_the_choices(config, capsys, write_rows):
     assert (
         told["fits"] and told["workers"] == 8 and reasons["hardware"] == "given" and "all of" in reasons["num_devices"]
     )
+    assert main(["plan", path, "--default", "--json", "num_devices=2"]) == 0
+    assert json.loads(capsys.readouterr().out)["workers"] == 2
     assert main(["plan", path, "--default"]) == 0
     assert "Chosen (--default)" in capsys.readouterr().out
 
