@@ -167,7 +167,7 @@ def fit(
         config = config.resolve(num_devices=workers)
     config = without_gaps(config, shape, data)
     length = config.context_length if data is None else work_of(config, data).longest
-    shared = ["zero_3", "zero_3_offload_optim", "zero_3_offload_optim+param"] if config.quantization is None else []
+    shared = ["zero_3", "zero_3_offload_optim", "zero_3_offload_optim+param"] if _zero_3_can(config) else []
     shardings = [None, "zero_1", "zero_2", *shared] if workers > 1 else [None, *shared[1:]]
     checkpointings = [False, True]
     if "deepspeed" in keep:
@@ -184,6 +184,14 @@ def fit(
                 if fits(memory_of(tried, shape, workers=workers, length=length), gpu):
                     return tried
     return None
+
+
+def _zero_3_can(config: FinetuneConfig) -> bool:
+    """Tell whether ZeRO-3 can train this; helpers.launch says why not."""
+    lora = config.lora_config or {}
+    trains_rows = config.is_lora and config.classifier_config is not None
+    is_pissa = str(lora.get("init_lora_weights")).startswith("pissa")
+    return config.quantization is None and not trains_rows and not is_pissa
 
 
 def _splits(config: FinetuneConfig, keep: Collection[str]) -> list[tuple[int, int]]:

@@ -73,6 +73,12 @@ def test_large_models_are_shared_out(config):
     assert re.search(r"fastest way that fits: .* of .* per GPU", {c.key: c.reason for c in choices}["deepspeed"])
 
 
+def test_what_zero_3_cannot_train_is_not_given_to_it(config):
+    labels = {"label_tokens": ["[[1]]", "[[2]]"]}
+    done, _ = chosen(config("meta-llama/Llama-3.3-70B-Instruct", classifier_config=labels))
+    assert done.deepspeed is None and done.quantization == "nf4"
+
+
 def test_a_gpu_without_bfloat16_gets_float32_where_that_fits(config):
     assert chosen(config("Qwen/Qwen2.5-0.5B"), "1xT4")[0].dtype == "float32"
     assert chosen(config(LLAMA_8B), "1xT4")[0].dtype == "bfloat16"
