@@ -15,6 +15,8 @@ layer  module          one line
 2      sources         the text and the lines of a config file; key=value overrides
 2      catalog         GPUs with memory, peak and price; shapes of core models
 3      config          YAML file or URL + overrides -> FinetuneConfig
+3      hardware        what carries a run: this machine's GPUs
+4      choices         what the program chose, with reasons, and how it is told
 4      memory          bytes per GPU and host, before anything is loaded
 4      hardware        this machine's GPUs, processor and memory
 4      storage         local, s3://, gs://, https:// paths; the run folder
@@ -38,8 +40,9 @@ layer  module          one line
 8      objectives      what a task minimises and measures
 8      reference       the reference model's log-probabilities
 8      worker          a worker's model, optimizer and place among the others
-8      prepare         data and config made ready for a run; the data report
+8      defaults        what --default chooses, with reasons
 8      preview         rows as the model will see them
+9      prepare         data and config made ready for a run; the data report
 9      train           the loop
 8      generate        prompts -> completions
 9      plan_text       a plan as people read it

@@ -47,13 +47,17 @@ _LEFT_OUT = {
 
 @dataclass(frozen=True)
 class Gpu:
-    """One kind of GPU. memory: bytes; peak: FLOP/s of dense bfloat16 products; price: USD per hour; None: unknown."""
+    """One kind of GPU. memory: bytes; peak: FLOP/s of dense bfloat16 products; price: USD per hour; None: unknown.
+
+    bfloat16: whether it computes in that format itself.
+    """
 
     name: str
     memory: int
     peak: float | None
     price: float | None
     note: str = ""
+    bfloat16: bool = True
 
 
 @dataclass(frozen=True)
@@ -141,11 +145,17 @@ class Shape:
 
 @dataclass(frozen=True)
 class Catalog:
-    """The facts. shapes: by model id in small letters; priced: when and where the prices were taken."""
+    """The facts. shapes, rates, formats: by model id in small letters; priced: when and where the prices were taken.
+
+    rates: peak learning rates of `lora` and `full` training, of models that want others than most.
+    formats: prompt formats, as generation_config takes them, of models without a chat template.
+    """
 
     gpus: dict[str, Gpu]
     shapes: dict[str, Shape]
     priced: str
+    rates: dict[str, dict[str, float]]
+    formats: dict[str, dict[str, Any]]
 
 
 def read_catalog(path: str | Path | None = None) -> Catalog:
@@ -161,7 +171,14 @@ def _read(path: Path) -> Catalog:
     try:
         facts = yaml.safe_load(path.read_text(encoding="utf-8"))
         gpus = {
-            name: Gpu(name, one["memory_mib"] * 2**20, one["peak_tflops"] * 1e12, one["price"], one.get("note", ""))
+            name: Gpu(
+                name,
+                one["memory_mib"] * 2**20,
+                one["peak_tflops"] * 1e12,
+                one["price"],
+                one.get("note", ""),
+                one.get("bfloat16", True),
+            )
             for name, one in facts["gpus"].items()
         }
         shapes = {
@@ -169,7 +186,9 @@ def _read(path: Path) -> Catalog:
             for entry in facts["models"]
             for model in entry["ids"]
         }
-        return Catalog(gpus, shapes, f"{facts['prices']['source']} ({facts['prices']['date']})")
+        rates = {model.lower(): rates for model, rates in facts.get("learning_rates", {}).items()}
+        formats = {model.lower(): one["format"] for one in facts.get("prompt_formats", []) for model in one["ids"]}
+        return Catalog(gpus, shapes, f"{facts['prices']['source']} ({facts['prices']['date']})", rates, formats)
     except OSError as error:
         raise ConfigError(f"the catalog {path} cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:

@@ -65,7 +65,7 @@ def _config_parser(verb: str, usage: str, description: str) -> argparse.Argument
     """Make the parser of a verb that takes a CONFIG and `key=value` overrides."""
     parser = _parser(verb, usage, description)
     parser.add_argument("words", metavar="CONFIG [key=value ...]", nargs="*", help="a YAML file or https:// address")
-    parser.add_argument("--default", action="store_true", help="choose all that CONFIG leaves out")
+    parser.add_argument("--default", action="store_true", help="choose all that CONFIG leaves out, and say why")
     return parser
 
 
@@ -135,7 +135,7 @@ def _plan(arguments: list[str]) -> int:
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     given = parser.parse_intermixed_args(arguments)
-    from helpers.catalog import hardware_of, shape_of
+    from helpers.catalog import shape_of
     from helpers.counting import count_data
     from helpers.errors import ConfigError
     from helpers.hardware import cpu_share, hardware_in, has_gpu
@@ -143,7 +143,7 @@ def _plan(arguments: list[str]) -> int:
     from helpers.plan import plan
     from helpers.plan_text import as_json, in_short, plan_rows, price_rows, verdict
 
-    config_path, overrides, options = _split("plan", _A_CONFIG, given.words, ("hardware", "mfu", "fit"))
+    config_path, overrides, options = _split("plan", _A_CONFIG, given.words, ("mfu", "fit"))
     try:
         mfu = float(options["mfu"]) if "mfu" in options else None
     except ValueError:
@@ -153,8 +153,12 @@ def _plan(arguments: list[str]) -> int:
     if options.get("fit", "false") not in ("true", "false"):
         raise ConfigError(f"plan: fit must be true or false, got {options['fit']!r}")
     config = _load(config_path, overrides, given.default)
-    hardware = hardware_of(options["hardware"]) if "hardware" in options else hardware_in(config)
-    shape, data = shape_of(config), count_data(config)
+    choices = []
+    if config.is_default:
+        config, hardware, data, choices = _choose(config)
+    else:
+        hardware, data = hardware_in(config), count_data(config)
+    shape = shape_of(config)
     if options.get("fit") == "true":
         config = _fitted(config, shape, hardware, data)
     paces, unread = past_paces()
@@ -162,11 +166,15 @@ def _plan(arguments: list[str]) -> int:
     if given.json:
         import json
 
-        print(json.dumps(as_json(told), indent=2))
+        print(json.dumps(as_json(told) | {"choices": [vars(choice) for choice in choices]}, indent=2))
         return 0
     from helpers.console import make_console, table
 
     output = make_console()
+    if choices:
+        from helpers.choices import choice_rows
+
+        output.print(table("Chosen (--default)", ["key", "value", "reason"], choice_rows(choices)))
     output.print(table(f"Plan of {config.run_name}: {told.model_id}", ["", "", ""], plan_rows(told)))
     columns = ["hardware", "fits", "time", "cost", "per million tokens"]
     output.print(table(f"Time and cost {told.pace}; {told.priced}", columns, price_rows(told)))
@@ -178,6 +186,22 @@ def _plan(arguments: list[str]) -> int:
         output.print(f"note: {note}")
     output.print(f"[bold]{verdict(told)}[/bold]")
     return 0
+
+
+def _choose(config):
+    """Choose what CONFIG leaves open, by a quick count of the data; return (config, hardware, data, choices)."""
+    from helpers.counting import count_data, data_is_here
+    from helpers.defaults import choose, choose_task, core_shape, first_rows
+    from helpers.hardware import found_hardware, hardware_in
+
+    shape = core_shape(config)
+    config = choose_task(config, first_rows(config) if data_is_here(config) else [])
+    hardware = hardware_in(config) or found_hardware()
+    data = count_data(config)
+    config, choices = choose(config, shape, hardware, data)
+    if hardware is not None:  # of which the config may give fewer
+        hardware = (max(1, config.num_devices), hardware[1])
+    return config, hardware, data, choices
 
 
 def _fitted(config, shape, hardware, data):
@@ -209,6 +233,10 @@ def _preview(arguments: list[str]) -> int:
     config_path, overrides, options = _split("preview", _A_CONFIG, given.words, ("n",))
     count = _whole("preview", "n", options.get("n", "3"))
     config = _load(config_path, overrides, given.default)
+    if config.is_default:
+        from helpers.defaults import choose_task, first_rows
+
+        config = choose_task(config, first_rows(config))
     from helpers.preview import as_json, preview, print_row
 
     rows = preview(config, count)

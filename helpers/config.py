@@ -18,6 +18,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from helpers.catalog import hardware_of
 from helpers.errors import ConfigError
 from helpers.retired import DEEPSPEED_FILES, RetiredNameWarning, translate_retired
 from helpers.schema import (
@@ -81,6 +82,7 @@ _WITHOUT_EFFECT_ON_TRAINING = frozenset(
         "custom_model_tag",
         "worker_resources",
         "trainer_resources",
+        "hardware",
         "num_data_blocks_per_device",
         "preference_tuning_config.logprob_processor_scaling_config",
         "gradient_checkpointing",
@@ -97,7 +99,7 @@ def load_config(path_or_url: str | Path, overrides: Sequence[str] = (), default:
 
     Args:
         overrides: `key=value` with a dotted key and a YAML value; a later one wins.
-        default: train a small LoRA adapter unless the config says otherwise.
+        default: train a small LoRA adapter unless the config says otherwise; helpers.defaults chooses the rest.
     """
     source = str(path_or_url)
     values, places = parse_yaml(read_text(source), source)
@@ -130,6 +132,9 @@ def load_config(path_or_url: str | Path, overrides: Sequence[str] = (), default:
         if value is not None or getattr(config, key, None) is None
     }
     config = _findable_anywhere(config.with_origins(given, source))
+    config._is_default = default
+    if config.hardware is not None:
+        hardware_of(config.hardware)  # find a GPU that nobody knows now
     read_deepspeed_config(config)  # find a bad file now, not on the workers
     return config
 
@@ -139,7 +144,7 @@ def dump_config(config: FinetuneConfig) -> str:
     values = config.model_dump(mode="json")
     if config.logger is not None:
         values["logger"]["provider_config"] = _without_secrets(values["logger"]["provider_config"])
-    header = "# As resolved; each line ends with where its value came from: file, override, default or auto."
+    header = "# As resolved; each line ends with where its value came from: file, override, default or auto (and why)."
     return "\n".join([header, *_dump_block(values, config.origins)]) + "\n"
 
 

@@ -20,7 +20,7 @@ from helpers.formats import Row, parse_row
 if TYPE_CHECKING:
     from helpers.config import FinetuneConfig
 
-__all__ = ["Statistics", "count_data"]
+__all__ = ["Statistics", "count_data", "data_is_here"]
 
 COUNTING_SECONDS = 2.0
 CHARACTERS_PER_TOKEN = 4
@@ -63,11 +63,7 @@ def count_data(config: FinetuneConfig) -> Statistics | None:
     With the tokenizer.json of a local model; else about four characters are taken for a token. Rows that
     cannot be used are left out. None if the data lies elsewhere (nothing is downloaded) or is not there.
     """
-    paths = [config.train_path] if isinstance(config.train_path, str) else config.train_path
-    named = [one if isinstance(one, str) else one.path for one in paths]
-    if any(storage.is_remote(path) or path.startswith("hf://") for path in named):
-        return None
-    if any(not any(sign in path for sign in "*?[") and not Path(path).expanduser().is_file() for path in named):
+    if not data_is_here(config):
         return None
     count, how = _counter(config)
     pieces = [
@@ -85,6 +81,15 @@ def count_data(config: FinetuneConfig) -> Statistics | None:
         return None
     part = "" if read == len(pieces) else f", from {read / len(pieces):.0%} of the data"
     return Statistics(tuple(lengths), sum(weight for weight, _ in pieces) / read, how + part)
+
+
+def data_is_here(config: FinetuneConfig) -> bool:
+    """Tell whether the training data lies on this machine."""
+    paths = [config.train_path] if isinstance(config.train_path, str) else config.train_path
+    named = [one if isinstance(one, str) else one.path for one in paths]
+    if any(storage.is_remote(path) or path.startswith("hf://") for path in named):
+        return False
+    return all(any(sign in path for sign in "*?[") or Path(path).expanduser().is_file() for path in named)
 
 
 def _good_rows(piece: rows.Piece, config: FinetuneConfig) -> Iterator[Row]:

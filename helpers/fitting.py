@@ -8,7 +8,7 @@ config = fit(config, shape, (8, gpu), data)
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -162,26 +162,54 @@ def _possible_changes(
             yield f"num_devices={count} deepspeed={sharded}", {**values, "deepspeed": sharded}
 
 
-def fit(config: FinetuneConfig, shape: Shape, hardware: tuple[int, Gpu], data: Statistics | None = None):
+def fit(
+    config: FinetuneConfig, shape: Shape, hardware: tuple[int, Gpu], data: Statistics | None = None,
+    keep: Collection[str] = (),
+) -> FinetuneConfig | None:  # fmt: skip
     """Find the fastest settings that fit, with the same rows per update; None if none do.
 
+    keep: keys whose values stay as they are; fewer rows per update are taken only if the accumulation is kept.
     Speeds are not measured but ordered: moving weights to the host is slower than moving optimizer states, that
     than sharing out the weights, that than recomputing activations, and that than smaller micro batches.
     """
     workers, gpu = hardware
-    config = without_gaps(config.resolve(num_devices=workers), shape, data)
+    if workers != max(1, config.num_devices):
+        config = config.resolve(num_devices=workers)
+    config = without_gaps(config, shape, data)
     length = config.context_length if data is None else work_of(config, data).longest
-    rows_per_device = config.train_batch_size_per_device * config.gradient_accumulation_steps
-    micros = [n for n in range(rows_per_device, 0, -1) if rows_per_device % n == 0]
-    shared = ["zero_3", "zero_3_offload_optim", "zero_3_offload_optim+param"] if config.quantization is None else []
+    shared = ["zero_3", "zero_3_offload_optim", "zero_3_offload_optim+param"] if _zero_3_can(config) else []
     shardings = [None, "zero_1", "zero_2", *shared] if workers > 1 else [None, *shared[1:]]
+    checkpointings = [False, True]
+    if "deepspeed" in keep:
+        shardings = [config.deepspeed and config.deepspeed.model_dump()]
+    if "gradient_checkpointing" in keep:
+        checkpointings = [config.gradient_checkpointing]
     for sharding in shardings:
-        for checkpointing in (False, True):
-            for micro in micros:
+        for checkpointing in checkpointings:
+            for micro, accumulation in _splits(config, keep):
                 tried = config.resolve(
                     deepspeed=sharding, gradient_checkpointing=checkpointing, train_batch_size_per_device=micro,
-                    gradient_accumulation_steps=rows_per_device // micro,
+                    gradient_accumulation_steps=accumulation,
                 )  # fmt: skip
                 if fits(memory_of(tried, shape, workers=workers, length=length), gpu):
                     return tried
     return None
+
+
+def _zero_3_can(config: FinetuneConfig) -> bool:
+    """Tell whether ZeRO-3 can train this; helpers.launch says why not."""
+    lora = config.lora_config or {}
+    trains_rows = config.is_lora and config.classifier_config is not None
+    is_pissa = str(lora.get("init_lora_weights")).startswith("pissa")
+    return config.quantization is None and not trains_rows and not is_pissa
+
+
+def _splits(config: FinetuneConfig, keep: Collection[str]) -> list[tuple[int, int]]:
+    """List micro batches, the largest first, each with its accumulation."""
+    micro, accumulation = config.train_batch_size_per_device, config.gradient_accumulation_steps
+    if "train_batch_size_per_device" in keep:
+        return [(micro, accumulation)]
+    if "gradient_accumulation_steps" in keep:
+        return [(n, accumulation) for n in range(micro, 0, -1) if micro % n == 0]
+    rows = micro * accumulation
+    return [(n, rows // n) for n in range(rows, 0, -1) if rows % n == 0]

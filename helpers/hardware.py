@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from helpers.catalog import Gpu, read_catalog
+from helpers.catalog import Gpu, hardware_of, read_catalog
+from helpers.errors import ConfigError
 
 if TYPE_CHECKING:
     from helpers.config import FinetuneConfig
@@ -25,6 +26,7 @@ __all__ = [
     "Cpu",
     "cpu_share",
     "forget_peak",
+    "found_hardware",
     "gpu_called",
     "hardware_for",
     "hardware_in",
@@ -51,7 +53,9 @@ class Cpu:
 
 
 def hardware_in(config: FinetuneConfig) -> tuple[int, Gpu] | None:
-    """Read the hardware from `worker_resources: {accelerator_type:A10G: ...}`; None if none is named there."""
+    """Read `hardware: 8xA10G`, or `worker_resources: {accelerator_type:A10G: ...}`; None if neither is there."""
+    if config.hardware is not None:
+        return hardware_of(config.hardware)
     named = [name.partition(":")[2] for name in config.worker_resources if name.startswith("accelerator_type:")]
     gpus = read_catalog().gpus
     found = next((gpus[name] for name in named if name in gpus), None)
@@ -70,15 +74,32 @@ def hardware_for(config: FinetuneConfig) -> tuple[int, Gpu | Cpu] | None:
     return workers, this_gpu() or cpu_share(workers)
 
 
+def found_hardware() -> tuple[int, Gpu] | None:
+    """Count this machine's GPUs and name their kind, the smallest if they differ; None if there is none.
+
+    Torch is imported only where there is a GPU. Raises ConfigError for a cluster, whose GPUs are not here.
+    """
+    if os.environ.get("RAY_ADDRESS"):
+        raise ConfigError("hardware: the run goes to a Ray cluster (RAY_ADDRESS): say what it has, such as 8xA100-80G")
+    return _gpus()
+
+
 def this_gpu() -> Gpu | None:
-    """Find this machine's GPU in the catalog, the smallest if they differ; None if there is none. Needs torch."""
+    """Find this machine's GPU in the catalog, the smallest if they differ; None if there is none."""
+    found = _gpus()
+    return found[1] if found else None
+
+
+def _gpus() -> tuple[int, Gpu] | None:
+    if not has_gpu():
+        return None
     import torch
 
     if not torch.cuda.is_available():
         return None
     found = [torch.cuda.get_device_properties(k) for k in range(torch.cuda.device_count())]
     smallest = min(found, key=lambda one: one.total_memory)
-    return gpu_called(smallest.name, smallest.total_memory)
+    return len(found), gpu_called(smallest.name, smallest.total_memory)
 
 
 def gpu_called(name: str, memory: int) -> Gpu:

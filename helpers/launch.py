@@ -19,6 +19,7 @@ from rich.markup import escape
 
 from helpers import cluster, forecast, kernels, models, plots, progress, reference, storage, tokens
 from helpers import console as consoles
+from helpers.choices import choice_rows, choices_of
 from helpers.config import FinetuneConfig, config_differences, dump_config, load_config, read_deepspeed_config
 from helpers.errors import ConfigError, ForgebookError, ResourceError, StorageError, TrainingError
 from helpers.plan import Plan
@@ -42,12 +43,14 @@ def fine_tune(config: FinetuneConfig) -> Run:
     """
     started = time.perf_counter()
     output = consoles.make_console()
-    _refuse_unsupported(config)
     run = storage.open_run(config)
-    if not run.is_complete:
-        _check_devices(config)
+    if not config.is_default:
+        _refuse_impossible(config, run)
     with consoles.counting(output, "tokenising") as on_progress:
         prepared = prepare(config, run, on_progress)
+    if config.is_default:
+        _print_choices(output, prepared)
+        _refuse_impossible(prepared.config, run)
     config = prepared.config
     is_overwritten = config.on_existing == "overwrite"
     if run.config.exists() and not is_overwritten:
@@ -82,6 +85,13 @@ def fine_tune(config: FinetuneConfig) -> Run:
 
 
 # Before the run ---------------------------------------------------------------------------------------
+
+
+def _refuse_impossible(config: FinetuneConfig, run: Run) -> None:
+    """Refuse what this version cannot do, or this machine if it still has to."""
+    _refuse_unsupported(config)
+    if not run.is_complete:
+        _check_devices(config)
 
 
 def _refuse_unsupported(config: FinetuneConfig) -> None:
@@ -280,6 +290,12 @@ def _check_cluster(workers: int, each: dict[str, float], total: dict[str, float]
 
 
 # Telling ----------------------------------------------------------------------------------------------
+
+
+def _print_choices(output: Console, prepared: Prepared) -> None:
+    """Say what --default chose, and why."""
+    choices = choice_rows(choices_of(prepared.config))
+    output.print(consoles.table("Chosen (--default)", ["key", "value", "reason"], choices))
 
 
 def _print_plan(output: Console, run: Run, prepared: Prepared) -> None:

@@ -13,10 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from helpers import batches, data, models, rows, storage, tokens
+from helpers import batches, data, defaults, models, rows, storage, tokens
+from helpers.choices import Choice
 from helpers.config import FinetuneConfig
+from helpers.counting import Statistics
 from helpers.errors import DataError
 from helpers.fitting import micro_batch_for
+from helpers.hardware import found_hardware, hardware_in
 from helpers.storage import Run
 from helpers.tokens import Tokens
 
@@ -46,6 +49,9 @@ def prepare(
 
     Raises DataError, ModelError or StorageError.
     """
+    if config.is_default:
+        defaults.core_shape(config)  # refused now rather than after the data is tokenised
+        config = defaults.choose_task(config, defaults.first_rows(config))
     tokenizer = models.tokenizer_of(config)
     paths = {"train": config.train_path} | ({"valid": config.valid_path} if config.valid_path else {})
     recipe, kept = data.Recipe.of(config), run.folder.parent / ".tokens"
@@ -56,6 +62,9 @@ def prepare(
             lambda done, total, name=name: on_progress(name, done, total),
         )  # fmt: skip
     _check_rows(config, paths, sets, notes, run)
+    choices: list[Choice] = []
+    if config.is_default:
+        config, choices = _choose(config, sets)
     config = _fill_gaps(config, sets)
     report = {"tokenizer": models.tokenizer_source(config), "context_length": config.context_length}
     for name, path in paths.items():
@@ -71,6 +80,7 @@ def prepare(
     if "valid" in sets:
         report["overlap"] = _overlap(sets["train"], sets["valid"])
     report["train"] |= _padding(config, sets["train"])
+    report |= {"choices": [dataclasses.asdict(choice) for choice in choices]} if choices else {}
     return Prepared(config, sets["train"], sets.get("valid"), report)
 
 
@@ -131,6 +141,14 @@ def _padding(config: FinetuneConfig, train: Tokens) -> dict[str, Any]:
     sequences = batches.make_sequences(train, config)
     share = batches.padding_share(train, sequences, config)
     return {"sequences": len(sequences), "padding_share": round(share, 4)}
+
+
+def _choose(config: FinetuneConfig, sets: dict[str, Tokens]) -> tuple[FinetuneConfig, list[Choice]]:
+    """Choose what --default leaves to the program, by the tokens of the data and the hardware named or found."""
+    data = Statistics(tuple(sets["train"].lengths.tolist()), 1.0, "the tokenised rows")
+    longest_valid = int(sets["valid"].lengths.max()) if "valid" in sets else 0
+    hardware = hardware_in(config) or found_hardware()
+    return defaults.choose(config, defaults.core_shape(config), hardware, data, longest_valid)
 
 
 def _fill_gaps(config: FinetuneConfig, sets: dict[str, Tokens]) -> FinetuneConfig:

@@ -396,6 +396,9 @@ class FinetuneConfig(_Block):
     """Compile the decoder, at its first step and for every new shape; a block holds arguments of torch.compile."""
 
     # -- machines
+    hardware: str | None = None
+    """What the run is planned and, with --default, chosen for, such as `8xA100-80G` (helpers/catalog.yaml names the
+    GPUs). None: what this machine has."""
     num_devices: Annotated[Int, Field(ge=0)] = 1
     """Workers, one GPU each; 0: in this process, without a Ray cluster."""
     worker_resources: Resources = {}
@@ -437,7 +440,8 @@ class FinetuneConfig(_Block):
     vision_language_config: VisionLanguageConfig | None = None
     """Images in the rows; makes the task `vision_language`."""
 
-    _given: dict[str, str] = PrivateAttr(default_factory=dict)  # dotted key -> file, override or auto
+    _given: dict[str, str] = PrivateAttr(default_factory=dict)  # dotted key -> file, override, auto, auto: reason
+    _is_default: bool = PrivateAttr(default=False)  # loaded with --default: helpers.defaults chooses the rest
     _source: str | None = PrivateAttr(default=None)  # the path or URL that was loaded
 
     @field_validator("deepspeed", mode="before")
@@ -552,8 +556,18 @@ class FinetuneConfig(_Block):
         return self._source
 
     @property
+    def is_default(self) -> bool:
+        """Say whether what the file leaves open is to be chosen (--default)."""
+        return self._is_default
+
+    @property
+    def given(self) -> frozenset[str]:
+        """Name the keys that the file or an override gives, whole or in part."""
+        return frozenset(key.split(".")[0] for key, origin in self._given.items() if origin in ("file", "override"))
+
+    @property
     def origins(self) -> dict[str, str]:
-        """Tell of every dotted key where its value came from: file, override, default or auto."""
+        """Tell of every dotted key where its value came from: file, override, default, auto, or `auto: reason`."""
         return {key: self._origin_of(key) for key in flatten(self.model_dump())}
 
     def resolve(self, **values: Any) -> Self:
@@ -561,7 +575,16 @@ class FinetuneConfig(_Block):
         resolved = type(self).model_validate(self.model_dump() | values)
         changed = {name for name in values if getattr(resolved, name) != getattr(self, name)}
         kept = {key: origin for key, origin in self._given.items() if key.split(".")[0] not in changed}
+        resolved._is_default = self._is_default
         return resolved.with_origins(kept | dict.fromkeys(changed, "auto"), self._source)
+
+    def explained(self, reasons: dict[str, str]) -> Self:
+        """Return a copy that notes why the program chose the values of these dotted keys."""
+        noted = {key: f"auto: {reason}" for key, reason in reasons.items()}
+        blocks = {key.split(".")[0]: "auto" for key in reasons if "." in key}
+        copy = self.model_copy()
+        copy._given = self._given | blocks | noted
+        return copy
 
     def with_origins(self, given: dict[str, str], source: str | None) -> Self:
         """Note which dotted keys were given, by what, and the path or URL of the file."""

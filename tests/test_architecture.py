@@ -15,8 +15,8 @@ LAYERS = {name: int(layer) for layer, name in re.findall(r"^(\d+)\s+(\w+)", help
 MODULES = sorted(path.stem for path in (REPOSITORY / "helpers").glob("*.py") if path.stem != "__init__")
 HEAVY = {"torch", "ray", "transformers", "peft", "accelerate", "deepspeed", "pyarrow", "numpy", "matplotlib"}
 LIGHT = """
-errors schema catalog retired vllm sources config memory hardware paces formats rows counting fitting plan plan_text
-prompts storage cli
+errors schema catalog retired vllm sources config choices hardware memory paces formats rows counting fitting
+plan plan_text defaults prompts storage cli
 """.split()
 
 

@@ -3,9 +3,8 @@
     python training_configs/make_headers.py                   the same as `make configs`
     python training_configs/make_headers.py count FILE...     rows of GSM8K -> gsm8k_lengths.json, once
 
-Only the lines between two marks are written; the rest of a file is its author's. A file says two things for this
-script above its marks: `# hardware: 8xA100-80G` where worker_resources does not, and `# LLMForge: key=value ...`
-where LLMForge's file had other values.
+Only the lines between two marks are written; the rest of a file is its author's. Where LLMForge's file had other
+values, a file says so above its marks, for this script: `# LLMForge: key=value ...`.
 """
 
 from __future__ import annotations
@@ -22,16 +21,20 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from helpers.catalog import Gpu, Shape, hardware_of, read_catalog, shape_of  # noqa: E402
+from helpers.catalog import Gpu, Shape, read_catalog, shape_of  # noqa: E402
 from helpers.config import FinetuneConfig, load_config  # noqa: E402
 from helpers.counting import Statistics, count_data  # noqa: E402
-from helpers.plan import MFU, Plan, hardware_in, plan  # noqa: E402
+from helpers.defaults import choose, choose_task  # noqa: E402
+from helpers.hardware import hardware_in  # noqa: E402
+from helpers.plan import MFU, Plan, plan  # noqa: E402
 
 FOLDER = REPOSITORY / "training_configs"
 README = FOLDER / "README.md"
 LENGTHS = FOLDER / "gsm8k_lengths.json"
 START, END = "# -- plan (`make configs` writes these lines)", "# -- end of plan"
 TABLE_START, TABLE_END = "<!-- table (`make configs` writes it) -->", "<!-- end of table -->"
+
+A_ROW = {"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "#### 4"}]}
 
 
 @dataclass(frozen=True)
@@ -87,11 +90,12 @@ def facts_of(path: Path) -> Facts:
     is_default = "default" in path.relative_to(FOLDER).parts
     text = path.read_text(encoding="utf-8")
     config = load_config(path, default=is_default)
-    named = re.search(r"^# hardware: (\S+)$", text, flags=re.MULTILINE)
-    hardware = hardware_of(named[1]) if named else hardware_in(config)
+    hardware = hardware_in(config)
     data = gsm8k()
     if config.task == "preference_tuning":  # each row stands for a pair of answers of its length
         data = Statistics(tuple(length for length in data.lengths for _ in range(2)), data.scale, data.how)
+    if is_default:  # as on that hardware with these rows; GSM8K's are conversations
+        config, _ = choose(choose_task(config, [A_ROW]), shape_of(config), hardware, data)
     # Default mode chooses the context from the data; elsewhere memory must do for rows that fill the context.
     longest = data if is_default else None
     differs = re.search(r"^# LLMForge: (.+)$", text, flags=re.MULTILINE)
