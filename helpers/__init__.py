@@ -4,6 +4,7 @@ layer  module          one line
 0      errors          what a user can get wrong
 1      schema          every config key: type, default, meaning
 1      retired         names of older LLMForge files, translated
+1      files           local files and folders that are complete or absent
 1      ranks           which worker this is; errors that reach all
 1      cluster         the Ray cluster: this machine's own, or a larger one
 1      classification  labels as tokens; scores of a classifier
@@ -13,10 +14,13 @@ layer  module          one line
 1      special_tokens  special tokens inside messages stay text
 1      tool_text       tools as text, for templates that know none
 2      sources         the text and the lines of a config file; key=value overrides
+2      buckets         s3:// and gs://: listed, read, written; what their errors mean
 2      catalog         GPUs with memory, peak and price; shapes of core models
 3      config          YAML file or URL + overrides -> FinetuneConfig
+3      fetching        local copies of s3://, gs://, https:// paths
+3      mirror          a run folder and its copy in a bucket
 4      memory          bytes per GPU and host, before anything is loaded
-4      storage         local, s3://, gs://, https:// paths; the run folder
+4      storage         where runs are kept: the run folder; the list of models
 4      adapters        what a saved adapter needs besides its weights
 4      kernels         Liger, torch.compile, bitsandbytes: what this machine has
 4      prompt_formats  LLMForge's templates by role

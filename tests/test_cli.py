@@ -36,7 +36,7 @@ def here(tmp_path, monkeypatch):
         (["c.yaml", "train_path=none.jsonl"], "none.jsonl does not exist"),
         (["c.yaml", "deepspeed=zero_9"], "zero_9.json"),
         (["c.yaml", "num_devices=4096"], "num_devices is 4096"),
-        (["c.yaml", "storage_path=s3://bucket"], "storage_path"),
+        (["c.yaml", "storage_path=https://host/runs"], "storage_path"),
         (["c.yaml", "nonsense"], "nonsense"),
         (["evaluate"], "evaluate needs a RUN"),
         (["evaluate", "none"], "no run 'none'"),
