@@ -419,7 +419,8 @@ class FinetuneConfig(_Block):
     run_name: str | None = None
     """Folder of the run under `storage_path`. None: the name of the config file without its ending."""
     storage_path: str = "runs"
-    """Folder or bucket for runs."""
+    """Folder for runs, or a place in a bucket, s3:// or gs://: runs then work in $FORGEBOOK_CACHE and are uploaded
+    beside the training."""
     on_existing: Literal["resume", "overwrite", "fail"] = "resume"
     """What happens when the run folder exists already."""
     custom_model_tag: str | None = None

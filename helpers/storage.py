@@ -42,6 +42,7 @@ __all__ = [
     "find_run",
     "get_model",
     "is_remote",
+    "keep_json",
     "list_models",
     "open_run",
     "published",
@@ -171,6 +172,13 @@ def _candidates(name: str, storage_path: str) -> list[Run]:
         parent, _, last = name.rstrip("/").rpartition("/")
         return [_run_at(parent, last)]
     return [Run(Path(name).expanduser().resolve()), _run_at(storage_path, name)]
+
+
+def keep_json(run: Run, name: str, value: Any) -> None:
+    """Write a JSON file into a run's folder, and into its bucket if it has one."""
+    write_json(run.folder / name, value)
+    if run.uri:
+        buckets.write_file(f"{run.uri}/{name}", (run.folder / name).read_bytes())
 
 
 def remove_run(run: Run) -> None:
