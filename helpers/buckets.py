@@ -51,6 +51,7 @@ Manifest = dict[str, list[int]]  # name -> [bytes, time of change in ns]
 
 # What a bucket answers -> how to mend it; the first that is found in the answer.
 _MENDS = {
+    r"OAuth2 access token": "no credentials were found: set GOOGLE_APPLICATION_CREDENTIALS to a key file",
     r"NO_SUCH_BUCKET|bucket does not exist": "there is no such bucket: correct the path, or create the bucket",
     r"PermanentRedirect|AuthorizationHeaderMalformed|region '|status 301": "set AWS_DEFAULT_REGION to the bucket's "
     "region",
@@ -58,6 +59,7 @@ _MENDS = {
     "expired: correct AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or AWS_PROFILE)",
     r"ACCESS_DENIED|PERMISSION_DENIED|UNAUTHENTICATED|status 40[13]": "the credentials do not allow it: ask the "
     "bucket's owner for the right to list, read and (for runs) write and delete",
+    r"(ListObjects|CreateResumableUpload).*404": "there is no such bucket: correct the path, or create the bucket",
     r"does not exist|NotFound|NO_SUCH_KEY|NOT_FOUND": "nothing has that name: correct the path",
 }
 _NO_CREDENTIALS = (
@@ -97,28 +99,28 @@ def _upload(path: Path, uri: str) -> None:
 
 def list_files(uri: str) -> dict[str, int]:
     """Map the names of all files under an address to their sizes in bytes; empty if there are none."""
-    from pyarrow import fs
-
-    bucket, path = _opened(uri)
-    with _readable_errors(uri):
-        try:
-            found = bucket.get_file_info(fs.FileSelector(path, recursive=True))
-        except FileNotFoundError:  # nothing below; a missing bucket is another error
-            return {}
-    return {info.path[len(path) + 1 :]: info.size for info in found if info.type == fs.FileType.File}
+    start = len(_opened(uri)[1]) + 1
+    return {info.path[start:]: info.size for info in _listing(uri, recursive=True) if info.is_file}
 
 
 def list_folders(uri: str) -> list[str]:
     """List the names of the folders right below an address."""
+    return sorted(info.base_name for info in _listing(uri, recursive=False) if not info.is_file)
+
+
+def _listing(uri: str, recursive: bool) -> list[Any]:
     from pyarrow import fs
 
     bucket, path = _opened(uri)
     with _readable_errors(uri):
         try:
-            found = bucket.get_file_info(fs.FileSelector(path))
-        except FileNotFoundError:
-            return []
-    return sorted(info.base_name for info in found if info.type == fs.FileType.Directory)
+            return bucket.get_file_info(fs.FileSelector(path, recursive=recursive))
+        except OSError as error:
+            # Nothing below; of a missing bucket S3 says NO_SUCH_BUCKET and Google ListObjects ... NOT_FOUND.
+            is_absent = isinstance(error, FileNotFoundError) or str(error).startswith("No such file or directory")
+            if is_absent and "NOT_FOUND" not in str(error):
+                return []
+            raise
 
 
 def has_file(uri: str) -> bool:
@@ -152,7 +154,8 @@ def remove_folder(uri: str) -> None:
         if names:
             if MANIFEST in names:  # nobody shall take what is left for the whole
                 write_file(f"{uri}/{MANIFEST}", _manifest_text(False, {}))
-            bucket.delete_dir(path)
+            with contextlib.suppress(FileNotFoundError):  # Google's, for a marker of the folder that never was
+                bucket.delete_dir(path)
 
 
 # Folders that are complete or absent ------------------------------------------------------------------
@@ -231,8 +234,14 @@ def _each(work: Callable[[str], None], names: Iterable[str]) -> None:
 def _opened(uri: str):
     """Open the file system of an s3:// or gs:// address."""
     scheme, path = uri.split("://", 1)
-    settings = tuple((name, value) for name, value in sorted(os.environ.items()) if name.startswith("AWS_"))
-    return _file_system(scheme, settings)[0], path.rstrip("/")
+    return _file_system(scheme, _settings())[0], path.rstrip("/")
+
+
+def _settings() -> tuple[tuple[str, str], ...]:
+    """Collect what the environment says of buckets."""
+    return tuple(
+        item for item in sorted(os.environ.items()) if item[0].startswith(("AWS_", "CLOUD_STORAGE_", "GOOGLE_"))
+    )
 
 
 @functools.cache
@@ -241,7 +250,9 @@ def _file_system(scheme: str, environment: tuple) -> tuple[Any, bool]:
     from pyarrow import fs
 
     if scheme == "gs":
-        return fs.GcsFileSystem(retry_time_limit=datetime.timedelta(seconds=30)), True
+        # An emulator knows no credentials.
+        is_emulated = "CLOUD_STORAGE_EMULATOR_ENDPOINT" in dict(environment)
+        return fs.GcsFileSystem(anonymous=is_emulated, retry_time_limit=datetime.timedelta(seconds=30)), True
     import boto3
 
     # Without credentials a public bucket can be read all the same, but only if none are sent.
@@ -265,7 +276,7 @@ def _readable_errors(uri: str, done: str = "read") -> Iterator[None]:
         yield
     except OSError as error:
         reason = _cause(uri, error)
-        if _BUSY.search(reason):
+        if _BUSY.search(reason) and "OAuth2" not in reason:
             endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
             at = f" of {endpoint}" * bool(endpoint and uri.startswith("s3://"))
             raise BucketBusyError(
@@ -295,8 +306,7 @@ def _cause(uri: str, error: OSError) -> str:
 
 
 def _has_credentials() -> bool:
-    settings = tuple((name, value) for name, value in sorted(os.environ.items()) if name.startswith("AWS_"))
-    return _file_system("s3", settings)[1]
+    return _file_system("s3", _settings())[1]
 
 
 def _brief(reason: str) -> str:
