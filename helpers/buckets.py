@@ -105,6 +105,8 @@ def list_files(uri: str) -> dict[str, int]:
 
 def list_folders(uri: str) -> list[str]:
     """List the names of the folders right below an address."""
+    if uri.startswith("gs://"):  # there pyarrow sees a folder only if it has a marker
+        return sorted({name.split("/")[0] for name in list_files(uri) if "/" in name})
     return sorted(info.base_name for info in _listing(uri, recursive=False) if not info.is_file)
 
 

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -170,6 +171,34 @@ def test_a_run_deleted_from_the_bucket_is_deleted_here(run_folder):
     write(run_folder / "config.yaml", "a: 1\n")
     mirror.pull(URI, run_folder)
     assert not run_folder.exists()
+
+
+@pytest.fixture
+def google(monkeypatch):
+    """A bucket `forgebook` on an emulator of Google's storage over HTTP."""
+    from gcp_storage_emulator.server import create_server
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = create_server("127.0.0.1", port, in_memory=True, default_bucket="forgebook")
+    server.start()
+    monkeypatch.setenv("CLOUD_STORAGE_EMULATOR_ENDPOINT", f"http://127.0.0.1:{port}")
+    yield
+    server.stop()
+
+
+def test_a_run_in_a_bucket_of_google(google, run_folder, tmp_path):
+    uri = "gs://forgebook/runs/run"
+    with pytest.raises(StorageError, match="there is no such bucket"):
+        mirror.push(run_folder, "gs://no-such-bucket/run", print)
+    mirror.push(run_folder, uri, print)
+    mirror.pull(uri, tmp_path / "other")
+    assert files_of(tmp_path / "other/checkpoints") == files_of(run_folder / "checkpoints")
+    assert (tmp_path / "other/resume/step-1/place.json").exists()
+    assert buckets.list_folders("gs://forgebook/runs") == ["run"]
+    storage.remove_run(storage.Run(run_folder, uri))
+    assert buckets.list_files(uri) == {}
 
 
 # With the command -------------------------------------------------------------------------------------
