@@ -4,6 +4,7 @@ layer  module          one line
 0      errors          what a user can get wrong
 1      schema          every config key: type, default, meaning
 1      retired         names of older LLMForge files, translated
+1      files           local files and folders that are complete or absent
 1      ranks           which worker this is; errors that reach all
 1      cluster         the Ray cluster: this machine's own, or a larger one
 1      classification  labels as tokens; scores of a classifier
@@ -13,13 +14,15 @@ layer  module          one line
 1      special_tokens  special tokens inside messages stay text
 1      tool_text       tools as text, for templates that know none
 2      sources         the text and the lines of a config file; key=value overrides
+2      buckets         s3:// and gs://: listed, read, written; what their errors mean
 2      catalog         GPUs with memory, peak and price; shapes of core models
 3      config          YAML file or URL + overrides -> FinetuneConfig
-3      hardware        what carries a run: this machine's GPUs
+4      hardware        this machine's GPUs, processor and memory
+3      fetching        local copies of s3://, gs://, https:// paths
+3      mirror          a run folder and its copy in a bucket
 4      choices         what the program chose, with reasons, and how it is told
 4      memory          bytes per GPU and host, before anything is loaded
-4      hardware        this machine's GPUs, processor and memory
-4      storage         local, s3://, gs://, https:// paths; the run folder
+4      storage         where runs are kept: the run folder; the list of models
 4      adapters        what a saved adapter needs besides its weights
 4      kernels         Liger, torch.compile, bitsandbytes: what this machine has
 4      prompt_formats  LLMForge's templates by role
@@ -47,6 +50,7 @@ layer  module          one line
 8      generate        prompts -> completions
 9      plan_text       a plan as people read it
 9      evaluate        base and tuned answers compared
+9      publish         a model on the hub, or as a GGUF file
 9      plots           figures
 9      console         the one stream that a person reads
 10     forecast        the plan of a run about to start; what it says beside what was measured

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from helpers import adapters, ranks, storage
+from helpers import adapters, files, ranks, storage
 from helpers.errors import CheckpointError
 
 __all__ = [
@@ -180,7 +180,7 @@ def keep_best(folder: Path, losses: dict[str, float | None], keep: int) -> str:
     ranked = sorted(order, key=lambda name: (_or_infinite(losses[name]), -order.index(name)))
     if ranks.is_main():
         for name in ranked[keep:]:
-            shutil.rmtree(folder / name, ignore_errors=True)
+            files.remove(folder / name)
     return ranked[0]
 
 
@@ -233,7 +233,7 @@ def save_resume(folder: Path, place: dict[str, Any], model, optimizer, engine=No
             aside.rename(target)
             for old in folder.iterdir():
                 if old != target:
-                    shutil.rmtree(old)
+                    files.remove(old)
 
 
 def latest_resume(folder: Path) -> tuple[Path, dict[str, Any]] | None:

@@ -1,6 +1,7 @@
 """What a user can get wrong: each message names the value got, the value needed and the place to change."""
 
 __all__ = [
+    "BucketBusyError",
     "CheckpointError",
     "ConfigError",
     "DataError",
@@ -36,6 +37,10 @@ class ResourceError(ForgebookError):
 
 class StorageError(ForgebookError):
     """Refuse a path or bucket that cannot be read or written, or a run folder that is in use."""
+
+
+class BucketBusyError(StorageError):
+    """Report a bucket that does not answer or is overloaded: the same request may go well later."""
 
 
 class CheckpointError(ForgebookError):

@@ -8,16 +8,19 @@ Workers run `helpers.train.train_loop`. num_devices: 0 runs it in this process, 
 
 from __future__ import annotations
 
+import datetime
 import importlib.metadata
+import json
 import os
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
-from helpers import cluster, forecast, kernels, models, plots, progress, reference, storage, tokens
+from helpers import cluster, forecast, kernels, mirror, models, plots, progress, reference, storage, tokens
 from helpers import console as consoles
 from helpers.choices import choice_rows, choices_of
 from helpers.config import FinetuneConfig, config_differences, dump_config, load_config, read_deepspeed_config
@@ -56,17 +59,22 @@ def fine_tune(config: FinetuneConfig) -> Run:
     if run.config.exists() and not is_overwritten:
         _check_same(run, prepared)
         if run.is_complete:
-            output.print(f"{storage.shown(run.folder)} is complete already (on_existing=overwrite runs it again)")
+            if run.uri:  # its last upload may have failed
+                mirror.push(run.folder, run.uri, _teller(output))
+            output.print(f"{run.place} is complete already (on_existing=overwrite runs it again)")
             _print_summary(output, run)
             return run
     told, note = forecast.forecast(prepared)
     worries = forecast.check(told, config, run.folder) if told else []
     if is_overwritten:
-        shutil.rmtree(run.folder, ignore_errors=True)
+        storage.remove_run(run)
     _write_run(run, prepared, told)
     _print_plan(output, run, prepared)
     _print_forecast(output, told, [*worries, *filter(None, [note])])
-    with consoles.quiet_descriptors(run.logs / "driver.log") as live:
+    with (
+        consoles.quiet_descriptors(run.logs / "driver.log") as live,
+        mirror.beside(run.folder, run.uri, _teller(live)),
+    ):
         try:
             with consoles.follow(run.logs / "progress.jsonl", live):
                 result = _run_here(config, run) if config.num_devices == 0 else _run_on_ray(config, run, live)
@@ -77,7 +85,7 @@ def fine_tune(config: FinetuneConfig) -> Run:
                 f"training failed: {_short(error)}\n{consoles.last_lines(run.logs)}\n"
                 f"The logs are in {run.logs}; the same command continues from the last complete state"
             ) from error
-    note = _write_summary(run, config, told, result, time.perf_counter() - started)
+        note = _write_summary(run, config, told, result, time.perf_counter() - started)
     _print_summary(output, run)
     if note:
         output.print(f"  [yellow]{escape(note)}[/yellow]")
@@ -329,7 +337,7 @@ def _print_plan(output: Console, run: Run, prepared: Prepared) -> None:
             f"  [yellow]context_length {config.context_length:,} is beyond the {limit:,} positions of {base}: "
             f"{cure}[/yellow]"
         )
-    output.print(f"  where  {workers}, {sharding}; run folder {storage.shown(run.folder)}")
+    output.print(f"  where  {workers}, {sharding}; run folder {run.place}")
     if config.is_lora:
         output.print(f"  vLLM can serve the adapter: {models.vllm_serves(config.lora_config)}")
     if config.is_lora and config.initial_base_model_ckpt_path and not config.initial_adapter_model_ckpt_path:
@@ -364,6 +372,8 @@ def _write_summary(run: Run, config: FinetuneConfig, told: Plan | None, result: 
         {
             "run_name": run.name,
             "custom_model_tag": config.custom_model_tag,
+            "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "job_id": _job_id(),
             **result,
             "vllm_serves": models.vllm_serves(config.lora_config) if config.is_lora else None,
             "total_seconds": round(seconds, 1),
@@ -372,6 +382,12 @@ def _write_summary(run: Run, config: FinetuneConfig, told: Plan | None, result: 
         },
     )
     return note
+
+
+def _job_id() -> str | None:
+    """Name the Ray job that this process is the entry point of, if it is one's."""
+    settings = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    return settings.get("metadata", {}).get("job_submission_id")
 
 
 def _print_summary(output: Console, run: Run) -> None:
@@ -388,6 +404,13 @@ def _print_summary(output: Console, run: Run) -> None:
         output.print(f"  {comparison(summary['planned'], summary['measured'])}")
     best = storage.shown(run.folder / summary["best_checkpoint"])
     output.print(f"  best checkpoint  {best}  loss curve  {storage.shown(run.loss_curve)}")
+    if run.uri:
+        output.print(f"  kept in          {run.uri}")
+
+
+def _teller(output: Console) -> Callable[[str], None]:
+    """Make a function that tells what the user should know while the run goes on."""
+    return lambda text: output.print(f"[yellow]{escape(text)}[/yellow]")
 
 
 def _short(error: BaseException) -> str:

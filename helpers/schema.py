@@ -424,7 +424,8 @@ class FinetuneConfig(_Block):
     force: bool = False
     """Start although the plan says that it does not fit."""
     storage_path: str = "runs"
-    """Folder or bucket for runs."""
+    """Folder for runs, or a place in a bucket, s3:// or gs://: runs then work in $FORGEBOOK_CACHE and are uploaded
+    beside the training."""
     on_existing: Literal["resume", "overwrite", "fail"] = "resume"
     """What happens when the run folder exists already."""
     custom_model_tag: str | None = None

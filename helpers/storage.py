@@ -1,51 +1,56 @@
-"""Where things lie: local, s3://, gs:// and https:// paths, and the run folder.
+"""Where runs are kept, on this machine or in a bucket: the run folder, opened, found and removed; the list of models.
 
-find_files(glob)    -> [uri]    the files that a path or a glob names
-fetch_file(uri)     -> Path     a local copy of one file (the file itself if it is local)
-fetch_folder(uri)   -> Path     a local copy of a folder: model or adapter weights
 open_run(config)    -> Run      the run folder, new or to be continued
-published(folder)               a folder that appears complete, or not at all
+find_run(name)      -> Run      a run by its folder, address or name
+list_models(place)  -> [Model]  what was fine-tuned under a storage path; get_model(name), delete_model(name)
+
+A run in a bucket has a local folder below the cache, which `helpers.mirror` keeps in step with the bucket. Files at
+any address come from `helpers.fetching`, folders that are complete or absent from `helpers.files`; both are named here,
+too.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fnmatch
-import glob
+import datetime
 import hashlib
 import json
-import os
-import re
 import shutil
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
+from helpers import buckets, mirror
+from helpers.buckets import is_remote
 from helpers.errors import StorageError
+from helpers.fetching import cache_folder, fetch_file, fetch_folder, find_files
+from helpers.files import aside, published, read_json, write_json
 
 if TYPE_CHECKING:
     from helpers.config import FinetuneConfig
 
 __all__ = [
+    "Model",
     "Run",
     "aside",
     "cache_folder",
+    "delete_model",
     "fetch_file",
     "fetch_folder",
     "find_files",
     "find_run",
+    "get_model",
     "is_remote",
+    "keep_json",
+    "list_models",
     "open_run",
     "published",
     "read_json",
+    "remove_run",
     "shown",
     "write_json",
 ]
-
-BUCKETS = ("s3://", "gs://")
 
 
 def shown(path: Path) -> str:
@@ -53,157 +58,20 @@ def shown(path: Path) -> str:
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
-def is_remote(path: str) -> bool:
-    """Tell whether a path names a bucket or a web address."""
-    return path.startswith((*BUCKETS, "https://"))
-
-
-# Fetching ---------------------------------------------------------------------------------------------
-
-
-def fetch_file(uri: str) -> Path:
-    """Return a local path holding the file at `uri`; raise StorageError if there is none."""
-    if not is_remote(uri):
-        path = Path(uri).expanduser()
-        if path.is_dir():
-            raise StorageError(f"{uri} is a folder, need a file")
-        if not path.exists():
-            raise StorageError(f"{uri} does not exist (looked from {Path.cwd()})")
-        return path
-    target = _cached(uri)
-    if not target.exists():
-        with aside(target) as temporary:
-            _download(uri, temporary)
-    return target
-
-
-def fetch_folder(uri: str) -> Path:
-    """Return a local folder holding what lies under `uri` (local, s3:// or gs://)."""
-    if not is_remote(uri):
-        path = Path(uri).expanduser()
-        if not path.is_dir():
-            raise StorageError(f"the folder {uri} does not exist (looked from {Path.cwd()})")
-        return path
-    if not uri.startswith(BUCKETS):
-        raise StorageError(f"{uri}: a folder can be read from a local path, s3:// or gs://, not over https://")
-    target = _cached(uri)
-    if not target.exists():
-        from pyarrow import fs
-
-        with aside(target) as temporary:
-            temporary.mkdir()
-            bucket, path = _bucket(uri)
-            with _readable_errors(uri):
-                listing = bucket.get_file_info(fs.FileSelector(path, recursive=True))
-                files = [info for info in listing if info.type == fs.FileType.File]
-                if not files:
-                    raise StorageError(f"{uri}: no files there")
-                fs.copy_files(path, str(temporary), source_filesystem=bucket)
-    return target
-
-
-def find_files(pattern: str) -> list[str]:
-    """List the files that a path or a glob (`*`, `?`, `[...]`) names, sorted; local, s3:// or gs://.
-
-    Raises StorageError if a glob finds none; a plain path is returned unseen.
-    """
-    if not any(sign in pattern for sign in "*?[") or pattern.startswith("https://"):
-        return [pattern]
-    if not is_remote(pattern):
-        found = glob.glob(str(Path(pattern).expanduser()), recursive=True)
-        found = [path for path in found if not Path(path).is_dir()]
-    else:
-        from pyarrow import fs
-
-        bucket, path = _bucket(pattern)
-        folder = re.split(r"[*?\[]", path)[0].rpartition("/")[0]
-        scheme = pattern.split("://")[0]
-        with _readable_errors(pattern):
-            listing = bucket.get_file_info(fs.FileSelector(folder, recursive=True))
-        files = [info.path for info in listing if info.type == fs.FileType.File]
-        found = [f"{scheme}://{file}" for file in fnmatch.filter(files, path)]
-    if not found:
-        raise StorageError(f"{pattern}: no file there has such a name")
-    return sorted(found)
-
-
-def cache_folder() -> Path:
-    """Name the folder of local copies: $FORGEBOOK_CACHE, or ~/.cache/forgebook."""
-    return Path(os.environ.get("FORGEBOOK_CACHE", "~/.cache/forgebook")).expanduser()
-
-
-def _cached(uri: str) -> Path:
-    """Name the local copy of a remote path. One cache entry per address: addresses are taken as immutable."""
-    name = uri.rstrip("/").rsplit("/", 1)[-1]
-    return cache_folder() / hashlib.sha256(uri.encode()).hexdigest()[:16] / name
-
-
-def _download(uri: str, target: Path) -> None:
-    if uri.startswith("https://"):
-        try:
-            with urllib.request.urlopen(uri, timeout=60) as response, open(target, "wb") as file:
-                shutil.copyfileobj(response, file)
-        except (urllib.error.URLError, OSError) as error:
-            raise StorageError(f"{uri} could not be read: {getattr(error, 'reason', error)}") from None
-        return
-    bucket, path = _bucket(uri)
-    with _readable_errors(uri), bucket.open_input_stream(path) as source, open(target, "wb") as file:
-        shutil.copyfileobj(source, file)
-
-
-def _bucket(uri: str):
-    """Open the file system of an s3:// or gs:// address; credentials come from the environment."""
-    from pyarrow import fs
-
-    path = uri.split("://", 1)[1].rstrip("/")
-    if uri.startswith("gs://"):
-        return fs.GcsFileSystem(), path
-    import boto3
-
-    # Without credentials a public bucket can be read all the same, but only if none are sent.
-    session = boto3.Session()
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    return fs.S3FileSystem(
-        endpoint_override=endpoint, region=session.region_name, anonymous=session.get_credentials() is None
-    ), path
-
-
-@contextlib.contextmanager
-def _readable_errors(uri: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        reason = str(error).splitlines()[0]
-        raise StorageError(f"{uri} could not be read: {reason}. Are the path and the credentials right?") from None
-
-
-@contextlib.contextmanager
-def aside(target: Path) -> Iterator[Path]:
-    """Yield a temporary name beside `target`, renamed to it once the block has ended well."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        yield temporary
-        os.replace(temporary, target)
-    finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        else:
-            temporary.unlink(missing_ok=True)
-
-
-# The run folder ---------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Run:
-    """The paths of a run folder."""
+    """The paths of a run folder; `uri`: where in a bucket it is kept, None for a run of this machine alone."""
 
     folder: Path
+    uri: str | None = None
 
     @property
     def name(self) -> str:
         return self.folder.name
+
+    @property
+    def place(self) -> str:
+        return self.uri or shown(self.folder)  # as a person would write it
 
     @property
     def config(self) -> Path:
@@ -254,67 +122,193 @@ class Run:
         return self.summary.exists()
 
 
+def _run_at(storage_path: str, name: str) -> Run:
+    """Name the run of that name under a storage path; one in a bucket has a local folder of its own."""
+    if not is_remote(storage_path):
+        return Run(Path(storage_path).expanduser().resolve() / name)
+    if not buckets.is_bucket(storage_path):
+        raise StorageError(f"storage_path {storage_path}: runs are kept in a local folder, s3:// or gs://")
+    parent = storage_path.rstrip("/")
+    digest = hashlib.sha256(parent.encode()).hexdigest()[:16]
+    return Run(cache_folder().resolve() / "runs" / digest / name, f"{parent}/{name}")
+
+
 def open_run(config: FinetuneConfig) -> Run:
     """Open the run folder that a config names; what is there already is treated as `on_existing` says.
 
-    Raises StorageError if the folder exists and `on_existing` is fail, or holds a run with another config.
-    Creates nothing: the caller does, once the data is known to be good.
+    A run in a bucket is brought to this machine. Raises StorageError if the folder exists and `on_existing` is fail,
+    or is not a run's. Creates nothing: the caller does, once the data is known to be good.
     """
-    if is_remote(config.storage_path):
-        raise StorageError(
-            f"storage_path {config.storage_path}: run folders in a bucket are not supported yet: use a local path"
-        )
-    run = Run(Path(config.storage_path).expanduser().resolve() / config.run_name)
-    if not run.config.exists():
-        # A data report alone is what a run leaves whose data was refused.
-        if run.folder.is_dir() and any(path != run.data_report for path in run.folder.iterdir()):
-            raise StorageError(f"{run.folder} exists and is not a run folder (no config.yaml): choose another run_name")
-        return run
-    if config.on_existing == "fail":
-        raise StorageError(f"the run {run.folder} exists: choose another run_name, or on_existing=resume or overwrite")
+    run = _run_at(config.storage_path, config.run_name)
+    if run.uri:
+        names = list(buckets.list_files(run.uri))
+    else:
+        names = [path.name for path in run.folder.iterdir()] if run.folder.is_dir() else []
+    exists = run.config.name in names
+    # A data report alone is what a run leaves whose data was refused.
+    if not exists and set(names) - {run.data_report.name}:
+        raise StorageError(f"{run.place} exists and is not a run folder (no config.yaml): choose another run_name")
+    if exists and config.on_existing == "fail":
+        raise StorageError(f"the run {run.place} exists: choose another run_name, or on_existing=resume or overwrite")
+    if run.uri and config.on_existing != "overwrite":
+        mirror.pull(run.uri, run.folder)
     return run
 
 
 def find_run(name: str, storage_path: str = "runs") -> Run:
-    """Find a run by its folder, or by its name under storage_path."""
-    for folder in (Path(name).expanduser(), Path(storage_path) / name):
-        if (folder / "config.yaml").exists():
-            return Run(folder.resolve())
+    """Find a run by its folder or address, or by its name under storage_path (a folder, s3:// or gs://).
+
+    A run in a bucket is brought to this machine, without its training state.
+    """
+    for run in _candidates(name, storage_path):
+        if run.uri:
+            mirror.pull(run.uri, run.folder, with_state=False)
+        if run.config.exists():
+            return run
+    if is_remote(name):
+        raise StorageError(f"no run at {name} (it has no config.yaml)")
     raise StorageError(f"no run {name!r}: neither a run folder nor a name under {storage_path}/")
 
 
-@contextlib.contextmanager
-def published(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `folder` to write into; it takes the name `folder` once the block ends well.
+def _candidates(name: str, storage_path: str) -> list[Run]:
+    """List the runs that a user may mean."""
+    if is_remote(name):
+        parent, _, last = name.rstrip("/").rpartition("/")
+        return [_run_at(parent, last)]
+    return [Run(Path(name).expanduser().resolve()), _run_at(storage_path, name)]
 
-    What a killed process leaves behind starts with a dot and is swept the next time.
+
+def keep_json(run: Run, name: str, value: Any) -> None:
+    """Write a JSON file into a run's folder, and into its bucket if it has one."""
+    write_json(run.folder / name, value)
+    if run.uri:
+        buckets.write_file(f"{run.uri}/{name}", (run.folder / name).read_bytes())
+
+
+def remove_run(run: Run) -> None:
+    """Delete a run, here and in its bucket."""
+    if run.uri:
+        buckets.remove_folder(run.uri)
+    shutil.rmtree(run.folder, ignore_errors=True)
+
+
+# The list of models -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is on record of a run's model: LLMForge's fields, and what it was found to be worth.
+
+    id: custom_model_tag, else the run's name. ft_type: the task and how it was trained. storage_uri: the run. figures:
+    evaluation loss and perplexity of the best checkpoint, with what `evaluate` found. starts_from: paths that the run
+    began with.
     """
-    aside = folder.with_name(f".writing-{folder.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        yield aside
-        _flush(aside)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(aside, folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+
+    id: str
+    base_model_id: str
+    ft_type: str
+    generation_config: dict[str, Any]
+    job_id: str | None
+    storage_uri: str
+    created_at: str
+    is_complete: bool
+    best_checkpoint: str | None
+    figures: dict[str, Any]
+    starts_from: list[str]
 
 
-def _flush(folder: Path) -> None:
-    """Bring a folder's files to the disk, so that a power cut cannot leave a named but hollow checkpoint."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
+def list_models(storage_path: str = "runs") -> list[Model]:
+    """List the models under a storage path (a folder, s3:// or gs://), the oldest first; runs going on are included."""
+    if buckets.is_bucket(storage_path):
+        runs = [_run_at(storage_path, name) for name in buckets.list_folders(storage_path)]
+    else:
+        folder = Path(storage_path).expanduser()
+        runs = [Run(path.resolve()) for path in folder.iterdir()] if folder.is_dir() else []
+    found = [_model_of(run) for run in runs if not run.name.startswith(".")]
+    return sorted((model for model in found if model), key=lambda model: model.created_at)
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file of a run folder."""
-    return json.loads(path.read_text())
+def get_model(name: str, storage_path: str = "runs") -> Model:
+    """Read what is on record of a model, by its run's folder, address or name, or by its id."""
+    for run in _candidates(name, storage_path):
+        if model := _model_of(run):
+            return model
+    named = [model for model in list_models(storage_path) if model.id == name]
+    if len(named) == 1:
+        return named[0]
+    if named:
+        raise StorageError(f"{name!r} names {len(named)} models: {', '.join(model.storage_uri for model in named)}")
+    raise StorageError(f"no model {name!r}: neither a run folder nor a name under {storage_path}/")
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file that is complete or absent."""
-    with aside(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+def delete_model(name: str, storage_path: str = "runs") -> Model:
+    """Delete a model's run, here and in its bucket; return what was on record of it.
+
+    Raises StorageError, and deletes nothing, if another run beside it or under storage_path starts from it.
+    """
+    model = get_model(name, storage_path)
+    parent = model.storage_uri.rpartition("/")[0]
+    others = {other.storage_uri: other for place in {parent, storage_path} for other in list_models(place)}
+    users = [
+        other.storage_uri
+        for other in others.values()
+        if other.storage_uri != model.storage_uri
+        and any(_lies_in(path, model.storage_uri) for path in other.starts_from)
+    ]
+    if users:
+        raise StorageError(
+            f"{model.storage_uri} is what other runs start from: {', '.join(users)}. Delete these first, or keep it"
+        )
+    remove_run(_run_at(parent, model.storage_uri.rpartition("/")[2]))
+    return model
+
+
+def _model_of(run: Run) -> Model | None:
+    """Put together what a run's files say, in its bucket if it has one; None if it is no run."""
+    config = yaml.safe_load(_text_of(run, run.config) or "null")
+    if config is None:
+        return None
+    summary = json.loads(_text_of(run, run.summary) or "{}")
+    evaluation = json.loads(_text_of(run, run.folder / "evaluation.json") or "{}")
+    method = "full" if config["lora_config"] is None else f"LoRA r={config['lora_config'].get('r', 8)}"
+    kind = f"{config['quantization']} {method}" if config.get("quantization") else method
+    figures = {name: summary[name] for name in ("eval_loss", "perplexity") if summary.get(name) is not None}
+    created = summary.get("created_at")
+    if created is None:
+        known = run.summary if run.summary.exists() else run.config
+        created = _utc(known.stat().st_mtime) if known.exists() else ""
+    starts = [config["model_id"]] + [config.get(f"initial_{kind}_model_ckpt_path") for kind in ("base", "adapter")]
+    return Model(
+        id=config.get("custom_model_tag") or run.name,
+        base_model_id=config["model_id"],
+        ft_type=f"{config['task']}, {kind}",
+        generation_config=config.get("generation_config") or {},
+        job_id=summary.get("job_id"),
+        storage_uri=run.uri or str(run.folder),
+        created_at=created,
+        is_complete=bool(summary),
+        best_checkpoint=summary.get("best_checkpoint"),
+        figures=figures | evaluation,
+        starts_from=[path for path in starts if isinstance(path, str)],
+    )
+
+
+def _text_of(run: Run, path: Path) -> str | None:
+    """Read a small file of a run where the run is kept; None if it is not there."""
+    if run.uri is None:
+        return path.read_text() if path.is_file() else None
+    uri = f"{run.uri}/{path.relative_to(run.folder).as_posix()}"
+    return buckets.read_file(uri).decode() if buckets.has_file(uri) else None
+
+
+def _utc(seconds: float) -> str:
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(timespec="seconds")
+
+
+def _lies_in(path: str, folder: str) -> bool:
+    """Tell whether a path of a config is a folder or lies below it."""
+    if is_remote(path) or is_remote(folder):
+        return f"{path.rstrip('/')}/".startswith(f"{folder}/")
+    # A relative path may have been written from any folder above.
+    starts = [Path.cwd(), *Path(folder).parents]
+    return any((start / Path(path).expanduser()).resolve().is_relative_to(folder) for start in starts)

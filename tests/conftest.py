@@ -109,3 +109,39 @@ def ray_session():
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def s3_door():
+    """A bucket `forgebook` on an S3 server on loopback, behind a door that a test may close for a while."""
+    import boto3
+
+    from support_s3 import Door
+
+    door = Door()
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("AWS_ENDPOINT_URL", door.url)
+        environment.setenv("AWS_ACCESS_KEY_ID", "test")
+        environment.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        environment.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        environment.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        boto3.client("s3").create_bucket(Bucket="forgebook")
+        yield door
+    door.close()
+
+
+@pytest.fixture
+def door(s3_door, tmp_path, monkeypatch):
+    """The same, open, for one test with a cache of its own."""
+    monkeypatch.setenv("FORGEBOOK_CACHE", str(tmp_path / "cache"))
+    s3_door.answers, s3_door.refused = lambda method, path: None, 0
+    yield s3_door
+    s3_door.answers = lambda method, path: None
+
+
+@pytest.fixture
+def s3(door):
+    """A client of that S3 server."""
+    import boto3
+
+    return boto3.client("s3")
