@@ -44,6 +44,9 @@ layer  module          one line
 9      evaluate        base and tuned answers compared
 9      plots           figures
 9      console         the one stream that a person reads
+9      trackers        wandb, MLflow and TensorBoard beside a run
 10     launch          config -> Ray Train workers -> run folder
-11     cli             the verbs of main.py
+10     jobs            the same run as a job: Ray Jobs, KubeRay, Anyscale
+11     tune            sweeps: trials of one config, stopped early
+12     cli             the verbs of main.py
 """

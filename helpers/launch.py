@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helpers import cluster, kernels, models, plots, progress, reference, storage, tokens
+from helpers import cluster, kernels, models, plots, progress, reference, storage, tokens, trackers
 from helpers import console as consoles
 from helpers.config import FinetuneConfig, config_differences, dump_config, load_config, read_deepspeed_config
 from helpers.errors import ConfigError, ForgebookError, ResourceError, StorageError, TrainingError
@@ -56,7 +56,7 @@ def fine_tune(config: FinetuneConfig) -> Run:
         shutil.rmtree(run.folder, ignore_errors=True)
     _write_run(run, prepared)
     _print_plan(output, run, prepared)
-    with consoles.quiet_descriptors(run.logs / "driver.log") as live:
+    with consoles.quiet_descriptors(run.logs / "driver.log") as live, trackers.tracking(config, run, live.print):
         try:
             with consoles.follow(run.logs / "progress.jsonl", live):
                 result = _run_here(config, run) if config.num_devices == 0 else _run_on_ray(config, run, live)
@@ -67,7 +67,7 @@ def fine_tune(config: FinetuneConfig) -> Run:
                 f"training failed: {_short(error)}\n{consoles.last_lines(run.logs)}\n"
                 f"The logs are in {run.logs}; the same command continues from the last complete state"
             ) from error
-    _write_summary(run, config, result, time.perf_counter() - started)
+        _write_summary(run, config, result, time.perf_counter() - started)
     _print_summary(output, run)
     return run
 
@@ -79,7 +79,6 @@ def _refuse_unsupported(config: FinetuneConfig) -> None:
     """Refuse what a config may say but this version does not do yet, rather than ignore it."""
     unsupported = {
         f"task: {config.task}": config.task == "vision_language",
-        "logger": config.logger is not None,
     }
     named = [name for name, is_asked in unsupported.items() if is_asked]
     if named:
