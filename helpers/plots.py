@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-__all__ = ["plot_losses"]
+__all__ = ["plot_losses", "plot_trials"]
 
 TRAIN, EVALUATION = "#4c78a8", "#e45756"
 
@@ -47,6 +47,30 @@ def plot_losses(metrics: list[dict[str, Any]], path: Path | None = None):
     axes.set(xlabel="optimizer step", ylabel="loss (nats per trained token)", ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
+    if path is not None:
+        figure.savefig(path)
+    return figure
+
+
+def plot_trials(curves: dict[str, list[tuple[int, float]]], path: Path | None = None):
+    """Draw the evaluation losses of a sweep's trials over steps, the first one's in colour. Returns the figure.
+
+    curves: (step, evaluation loss) of each trial by its label, the best trial first.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.5), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    for k, (label, curve) in enumerate(curves.items()):
+        steps, losses = zip(*curve, strict=True)
+        style = {"color": EVALUATION, "linewidth": 2, "zorder": 3} if k == 0 else {"color": TRAIN, "alpha": 0.45}
+        axes.plot(steps, losses, marker="o", markersize=4, label=label if k == 0 else None, **style)
+        if k:  # named where it ends: a legend of many like lines says nothing
+            axes.annotate(label, (steps[-1], losses[-1]), fontsize=6, xytext=(4, 2), textcoords="offset points")
+    axes.set(xlabel="optimizer step", ylabel="evaluation loss (nats per trained token)")
+    axes.grid(alpha=0.3)
+    if curves:
+        axes.legend(frameon=False, title="best")
     if path is not None:
         figure.savefig(path)
     return figure

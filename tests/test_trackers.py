@@ -35,7 +35,8 @@ def mlflow_server(tmp_path_factory):
         port = probe.getsockname()[1]
     command = [
         sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{folder}/runs.db",
-        "--artifacts-destination", str(folder / "artifacts"), "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
+        "--artifacts-destination", str(folder / "artifacts"), "--host", "127.0.0.1", "--port", str(port),
+        "--workers", "1",
     ]  # fmt: skip
     with open(folder / "log", "w") as log:
         server = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
@@ -148,6 +149,7 @@ def test_a_continued_run_stays_one_run(make_config, mlflow_server):
     assert [step for step, _ in scalars(run.folder / "tensorboard", "train_loss_batch")] == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_dead_and_missing_trackers_cost_a_sentence(make_config, capsys, monkeypatch):
     """Nobody listens at one address, one package is missing, one is a setting that wandb refuses."""
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
@@ -165,6 +167,7 @@ def test_dead_and_missing_trackers_cost_a_sentence(make_config, capsys, monkeypa
     assert re.search(r"logger: wandb fails \(TypeError: .*no_such_argument", told)
 
 
+@pytest.mark.slow
 def test_a_dead_wandb_server_lets_the_process_end(make_config, tmp_path):
     """Online, with a server that does not answer: the command ends well, and its process ends."""
     config = make_config(logger={"provider": "wandb"})
