@@ -299,7 +299,8 @@ def _submit(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print(f"the job goes on: python main.py status {job}{there}", file=sys.stderr)
         return 130
-    print(f"job {job} {state.lower()}")
+    message = "" if state == "SUCCEEDED" else f": {jobs.status(job, address)['message']}"
+    print(f"job {job} {state.lower()}{message}")
     return 0 if state == "SUCCEEDED" else 1
 
 

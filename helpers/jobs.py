@@ -11,6 +11,7 @@ a file or to what is printed. Whoever may read the job list of a Ray cluster can
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import os
 import re
@@ -140,6 +141,7 @@ def _client(address: str):
         raise ResourceError(f"no job server answers at {address} ({error}). {how}") from None
     from ray.job_submission import JobSubmissionClient
 
+    logging.getLogger("ray").setLevel(logging.ERROR)  # or it lists what it leaves out of the package, many times
     # Ray prefers this variable to its argument.
     os.environ["RAY_API_SERVER_ADDRESS"] = address
     token = _token()

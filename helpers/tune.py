@@ -207,6 +207,9 @@ def _run_all(configs: dict[str, FinetuneConfig], num_devices: int, folder: Path,
     from ray.tune.schedulers import ASHAScheduler
 
     class Telling(ray_tune.Callback):
+        def __reduce__(self):  # Ray Tune stores its callbacks, and a console cannot be stored
+            return ray_tune.Callback, ()
+
         def on_trial_result(self, iteration, trials, trial, result, **info):
             output.print(f"{trial.config['name']}  step {result['step']}  evaluation loss {result['eval_loss']:.4f}")
 
