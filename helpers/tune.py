@@ -107,8 +107,9 @@ def tune(
         raise TrainingError(f"all {len(trials)} trials failed, the first one with: {trials[0].reason}")
     best = overrides[trials[0].run.name]
     flags = ["--default"] if default else []
-    curves = {_label(trial.values): trial.curve for trial in trials if trial.curve}
-    plots.plot_trials(curves, folder / "tune.png")
+    curves = {_label(trial.values): tuple(zip(*trial.curve, strict=True)) for trial in trials if trial.curve}
+    shown_best = dict(list(curves.items())[: len(plots.COLOURS)])
+    plots.plot_lines(shown_best, "optimizer step", "evaluation loss (nats)", markers=True, path=folder / "tune.png")
     command = shlex.join(["python", "main.py", config_path, *flags, *fixed, *best])
     return Sweep(folder, trials, command, folder / "tune.png")
 

@@ -29,7 +29,7 @@ cpus=${SLURM_CPUS_ON_NODE:-$(nproc)}
 ray=(ray start --block --num-cpus="$cpus" --disable-usage-stats)
 [ -z "${SLURM_GPUS_ON_NODE:-}" ] || ray+=(--num-gpus="$SLURM_GPUS_ON_NODE")
 srun --overlap --nodes=1 --ntasks=1 --nodelist="$head" \
-  "${ray[@]}" --head --node-ip-address="$address" --port="$port" --include-dashboard=false &
+  "${ray[@]}" --head --temp-dir="/tmp/ray-$SLURM_JOB_ID" --node-ip-address="$address" --port="$port" --include-dashboard=false &
 others=$((${#nodes[@]} - 1))
 if [ "$others" -gt 0 ]; then
   srun --overlap --nodes="$others" --ntasks="$others" --exclude="$head" "${ray[@]}" --address="$address:$port" &
