@@ -3,7 +3,7 @@
 #
 #   sbatch --nodes=2 --gpus-per-node=8 recipes/slurm.sh CONFIG num_devices=16 storage_path=/shared/runs
 #
-# Submit it from the repository, which must lie on a disk that all nodes share, with its .venv.
+# Submit it from the repository, which must lie on a disk that all nodes share, with its .venv; so must $HOME.
 # Requeued after a failure or a preemption, the run continues from its last complete state.
 #SBATCH --job-name=forgebook
 #SBATCH --ntasks-per-node=1
@@ -21,7 +21,7 @@ head=${nodes[0]}
 address=$(srun --nodes=1 --ntasks=1 --nodelist="$head" hostname --ip-address | awk '{print $1}')
 
 # Whoever reaches a Ray port can run code: the nodes of this job share a token that nobody else can read.
-export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$PWD/.ray-token-$SLURM_JOB_ID"
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$HOME/.ray-token-$SLURM_JOB_ID"
 (umask 077 && head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n' > "$RAY_AUTH_TOKEN_PATH")
 trap 'rm -f "$RAY_AUTH_TOKEN_PATH"' EXIT
 
