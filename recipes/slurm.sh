@@ -23,7 +23,7 @@ address=$(srun --nodes=1 --ntasks=1 --nodelist="$head" hostname --ip-address | a
 # Whoever reaches a Ray port can run code: the nodes of this job share a token that nobody else can read.
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$HOME/.ray-token-$SLURM_JOB_ID"
 (umask 077 && head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n' > "$RAY_AUTH_TOKEN_PATH")
-trap 'rm -f "$RAY_AUTH_TOKEN_PATH"' EXIT
+trap 'rm -rf "$RAY_AUTH_TOKEN_PATH" "/tmp/ray-$SLURM_JOB_ID"' EXIT
 
 cpus=${SLURM_CPUS_ON_NODE:-$(nproc)}
 ray=(ray start --block --num-cpus="$cpus" --disable-usage-stats)

@@ -142,7 +142,7 @@ def test_a_wrong_token(head, capsys, monkeypatch):
     [
         (["submit"], "submit needs a CONFIG"),
         (["status"], "status needs a JOB"),
-        (["status", "x", "adress=http://a"], "unknown option adress"),
+        (["status", "x", "server=http://a"], "unknown option server"),
         (["status", "x", "address=127.0.0.1:8265"], "must be the job server's, such as http://"),
         (["status", "x", "address=http://127.0.0.1:9"], "no job server answers at http://127.0.0.1:9"),
         (["submit", CONFIG, "storage_path=/x", "address=http://127.0.0.1:9"], "RAY_API_SERVER_ADDRESS"),

@@ -74,7 +74,8 @@ def test_a_sweep_finds_the_better_rate(ray_session, tmp_path, monkeypatch, capfd
         "checkpoint_and_evaluation_frequency={unit: steps, frequency: 4}", f"storage_path={tmp_path}",
     ]  # fmt: skip
     assert main(["tune", QUICKSTART, *words, "--json"]) == 0
-    found = json.loads(capfd.readouterr().out)
+    told = capfd.readouterr().out  # here Ray Tune's own lines come first; a command sends them to tune.log
+    found = json.loads(told[told.index("{\n") :])
     best, *others = found["trials"]
     assert best["values"] == {"learning_rate": 0.005} and best["state"] == "complete"
     assert [step for step, _ in best["curve"]] == [4, 8, 12]
