@@ -234,13 +234,13 @@ def kuberay_manifest(
     environment: dict[str, Any] = {"env_vars": {"PYTHONUNBUFFERED": "1"}}
     if "://" in working_dir:
         environment["working_dir"] = working_dir
-    elif working_dir.startswith("/"):
-        entrypoint = f"cd {shlex.quote(working_dir)} && {entrypoint}"
-    else:
+    elif not working_dir.startswith("/"):
         raise ConfigError(
             f"working_dir: got {working_dir!r}; a RayJob needs the address of a zip of this repository "
             "(s3://, gs://, https://), or its folder inside the image, such as /app"
         )
+    # Not `cd`: KubeRay hands the entry point to a shell that would run its second half elsewhere.
+    inside = {"workingDir": working_dir} if working_dir.startswith("/") else {}
     spec: dict[str, Any] = {
         "entrypoint": entrypoint,
         "runtimeEnvYAML": _yaml(environment),
@@ -252,13 +252,13 @@ def kuberay_manifest(
             # No GPU and no work: the head is lost if a worker takes its memory.
             "headGroupSpec": {
                 "rayStartParams": {"num-cpus": "0"} if config.num_devices else {},
-                "template": {"spec": {"containers": [_container("ray-head", image, secret)]}},
+                "template": {"spec": {"containers": [_container("ray-head", image, secret) | inside]}},
             },
         },
     }
     if config.num_devices:
         nodes = math.ceil(config.num_devices / gpus_per_node)
-        container = _container("ray-worker", image, secret)
+        container = _container("ray-worker", image, secret) | inside
         container["resources"] = {"limits": {"nvidia.com/gpu": gpus_per_node}}
         spec["rayClusterSpec"]["workerGroupSpecs"] = [
             {

@@ -217,7 +217,8 @@ def test_the_schema_finds_mistakes(capsys, change):
 
 def test_a_folder_of_the_image(capsys):
     job = printed(capsys, "--format", "kuberay", "image=a", "working_dir=/app", "num_devices=0", "max_retries=0")
-    assert job["spec"]["entrypoint"].startswith("cd /app && python main.py")
+    (container,) = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"]
+    assert job["spec"]["entrypoint"].startswith("python main.py") and container["workingDir"] == "/app"
     assert "workerGroupSpecs" not in job["spec"]["rayClusterSpec"] and job["spec"]["backoffLimit"] == 0
 
 
