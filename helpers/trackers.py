@@ -122,7 +122,7 @@ def _open_wandb(given: dict[str, Any], config: FinetuneConfig, run: Run, kept: P
     if not kept.exists():
         kept.write_text(uuid.uuid4().hex[:8])
     named = {"project": "forgebook", "group": config.model_id, "name": run.name}
-    quiet = wandb.Settings(console="off", silent=True, init_timeout=30, finish_timeout=GRACE_SECONDS - 5)
+    quiet = wandb.Settings(console="off", silent=True, init_timeout=10, finish_timeout=GRACE_SECONDS - 5)
     handle = wandb.init(
         **{**named, "id": kept.read_text(), "resume": "allow", "dir": str(run.logs), **given},
         config=_plain(config), reinit="create_new", settings=quiet,
