@@ -10,7 +10,7 @@ export DS_BUILD_OPS := 0
 # Threads that wait for each other asleep, not spinning: on a shared machine spinning costs far more.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: help quickstart test test-fast check notebooks tiny-model clean
+.PHONY: help quickstart test test-fast check configs notebooks tiny-model clean
 help: ## list the verbs
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
@@ -36,6 +36,9 @@ test-fast: .venv/dev ## the tests of daily use: no Ray workers, no notebooks
 check: .venv/dev ## style and formatting
 	ruff check --quiet .
 	ruff format --quiet --check .
+
+configs: .venv/run ## write the plan into the headers of training_configs/ and into its table
+	python training_configs/make_headers.py
 
 NOTEBOOKS ?= $(wildcard *.ipynb cookbooks/*/*.ipynb end-to-end-examples/*/*.ipynb)
 notebooks: .venv/dev ## run every notebook (or NOTEBOOKS=one), keep its outputs, write its README.md

@@ -45,6 +45,15 @@ def test_the_map_of_contributing_names_every_module():
         assert path.stem in ("__init__", "errors", "ranks") or f"helpers/{path.name}" in text
 
 
+def test_every_deepspeed_file_is_explained_and_every_config_listed():
+    text = (REPOSITORY / "deepspeed_configs/README.md").read_text()
+    for path in (REPOSITORY / "deepspeed_configs").glob("*.json"):
+        assert f"- `{path.name}`: " in text
+    listed = (REPOSITORY / "training_configs/README.md").read_text()
+    for path in (REPOSITORY / "training_configs").glob("[cd]*/**/*.yaml"):
+        assert f"]({path.relative_to(REPOSITORY / 'training_configs')})" in listed
+
+
 def test_words_are_spelt_right():
     aside = {".venv", "runs", "corpus", ".pytest_cache", ".ipynb_checkpoints"}
     kinds = {".md", ".ipynb", ".py", ".yaml"}
