@@ -53,7 +53,10 @@ layer  module          one line
 9      publish         a model on the hub, or as a GGUF file
 9      plots           figures
 9      console         the one stream that a person reads
+9      trackers        wandb, MLflow and TensorBoard beside a run
 10     forecast        the plan of a run about to start; what it says beside what was measured
+10     jobs            the same run as a job: Ray Jobs, KubeRay, Anyscale
 11     launch          config -> Ray Train workers -> run folder
-12     cli             the verbs of main.py
+12     tune            sweeps: trials of one config, stopped early
+13     cli             the verbs of main.py
 """

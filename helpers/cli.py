@@ -19,6 +19,9 @@ Fine-tune a language model as CONFIG says, and look at what came of it.
   python main.py models [show RUN | delete RUN]         what was fine-tuned, here or in a bucket
   python main.py push RUN OWNER/NAME [private=true]     the best checkpoint to the Hugging Face hub, with a card
   python main.py export MODEL OUT.gguf [type=q8_0]      full weights as a GGUF file, through llama.cpp
+  python main.py tune CONFIG 'KEY=[A,B]' [samples=N]    a sweep: which values give the lowest evaluation loss
+  python main.py submit CONFIG [address=URL]            the same run as a job on a Ray cluster (CLUSTERS.md)
+  python main.py status JOB  ·  stop JOB                a job that was submitted
 
 RUN is a run's folder or s3:// address, or its name under runs/. `python main.py VERB --help` tells a verb's options;
 the keys of a config and their meaning: helpers/schema.py.
@@ -29,6 +32,7 @@ examples:
   python main.py preview training_configs/tiny/quickstart.yaml n=1
   python main.py plan training_configs/tiny/quickstart.yaml hardware=1xT4
   python main.py evaluate quickstart rows=5
+  python main.py tune training_configs/tiny/quickstart.yaml 'learning_rate=[1.0e-3,5.0e-3]' 'lora_config.r=[8,32]'
 """
 
 
@@ -390,6 +394,115 @@ def _export(arguments: list[str]) -> int:
     is_model = (Path(source) / "config.json").is_file()
     folder = Path(source) if is_model else best_checkpoint(find_run(source))
     print(f"wrote {export_gguf(folder, Path(rest[0]), options.get('type', 'q8_0'))}")
+
+
+def _submit(arguments: list[str]) -> int:
+    known = ("address", "image", "working_dir", "gpus_per_node", "max_retries", "secret")
+    parser = _config_parser(
+        "submit",
+        "CONFIG [address=http://HEAD:8265] [--no-follow] [--format kuberay|anyscale] [--default] [key=value ...]",
+        "The same run as a job on a Ray cluster: ships this repository, then follows the log.\n"
+        "address: the cluster's job server; else RAY_API_SERVER_ADDRESS, else this machine's\n"
+        "--format prints a file instead: image=, max_retries=1, working_dir= (kuberay: the address of a zip of this\n"
+        "repository, or its folder in the image), and for kuberay gpus_per_node=1, secret=forgebook (CLUSTERS.md)",
+    )
+    parser.add_argument("--no-follow", action="store_true", help="return as soon as the job is taken")
+    parser.add_argument("--format", choices=("kuberay", "anyscale"), help="print a job file; submit nothing")
+    given = parser.parse_intermixed_args(arguments)
+    from helpers import jobs
+    from helpers.errors import ConfigError
+
+    config_path, overrides, options = _split("submit", _A_CONFIG, given.words, known)
+    config = _load(config_path, overrides, given.default)
+    if given.default:
+        overrides = ["--default", *overrides]
+    unused = set(options) - ({"image", "working_dir", "max_retries"} if given.format else {"address"})
+    if unused - ({"gpus_per_node", "secret"} if given.format == "kuberay" else set()):
+        where = f"--format {given.format}" if given.format else "a job on a running cluster (see --format)"
+        raise ConfigError(f"submit: {', '.join(sorted(unused))} means nothing for {where}")
+    if given.format:
+        import yaml
+
+        numbers = ("gpus_per_node", "max_retries")
+        values = {name: _whole("submit", name, options[name]) for name in numbers if options.get(name, "0") != "0"}
+        values |= {name: 0 for name in ("max_retries",) if options.get(name) == "0"}
+        values |= {name: value for name, value in options.items() if name not in numbers}
+        if given.format == "kuberay" and "image" not in options:
+            raise ConfigError("submit: --format kuberay needs image=, one with requirements.txt installed")
+        values.setdefault("working_dir", "." if given.format == "anyscale" else "")
+        write = jobs.kuberay_manifest if given.format == "kuberay" else jobs.anyscale_job
+        print(yaml.safe_dump(write(config, overrides, **values), sort_keys=False, width=1000), end="")
+        return 0
+    address = jobs.find_address(options.get("address"))
+    job = jobs.submit(config, overrides, address)
+    there = f" address={address}" if "address" in options else ""
+    print(
+        f"job {job} at {address}\n  python main.py status {job}{there}\n  python main.py stop {job}{there}", flush=True
+    )
+    if given.no_follow:
+        return 0
+    try:
+        state = jobs.follow(job, address)
+    except KeyboardInterrupt:
+        print(f"the job goes on: python main.py status {job}{there}", file=sys.stderr)
+        return 130
+    message = "" if state == "SUCCEEDED" else f": {jobs.status(job, address)['message']}"
+    print(f"job {job} {state.lower()}{message}")
+    return 0 if state == "SUCCEEDED" else 1
+
+
+def _job_of(verb: str, what: str, arguments: list[str]) -> tuple[str, str]:
+    """Read the words of a verb about one job: its id, and the address of its cluster."""
+    parser = _parser(verb, "JOB [address=http://HEAD:8265]", what)
+    parser.add_argument("words", metavar="JOB [address=URL]", nargs="*", help="the id that submit printed")
+    given = parser.parse_intermixed_args(arguments)
+    from helpers.jobs import find_address
+
+    job, overrides, options = _split(verb, "JOB: the id that submit printed", given.words, ("address",))
+    _only(verb, overrides, ("address",))
+    return job, find_address(options.get("address"))
+
+
+def _status(arguments: list[str]) -> int:
+    job, address = _job_of("status", "The state of a job.", arguments)
+    from helpers.jobs import status
+
+    for name, value in status(job, address).items():
+        if value is not None:
+            print(f"{name:<11}{value}")
+    return 0
+
+
+def _stop(arguments: list[str]) -> int:
+    job, address = _job_of("stop", "Stop a job; what it has saved stays.", arguments)
+    from helpers.jobs import ENDED, stop
+
+    found = stop(job, address)
+    print(f"job {job} had {found.lower()} already" if found in ENDED else f"job {job} is asked to stop")
+    return 0
+
+
+def _tune(arguments: list[str]) -> int:
+    parser = _config_parser(
+        "tune", "CONFIG 'KEY=[A,B]' 'KEY=loguniform(LOW,HIGH)' [samples=N] [--default] [--json] [key=value ...]",
+        "A sweep: one run for each combination of the values in lists, through Ray Tune; those with a worse\n"
+        "evaluation loss than half of the others are stopped early (ASHA).\n"
+        "'KEY=[A,B]': each of these; 'KEY=uniform(LOW,HIGH)', 'KEY=loguniform(LOW,HIGH)': drawn samples=N times.\n"
+        "The same command again continues the sweep. A list as one value: 'KEY=[[a,b]]'.",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    given = parser.parse_intermixed_args(arguments)
+    from helpers.tune import as_json, print_sweep, tune
+
+    config_path, words, options = _split("tune", _A_CONFIG, given.words, ("samples",))
+    samples = _whole("tune", "samples", options["samples"]) if "samples" in options else None
+    sweep = tune(config_path, words, samples, given.default, silent=given.json)
+    if given.json:
+        import json
+
+        print(json.dumps(as_json(sweep), indent=2))
+    else:
+        print_sweep(sweep)
     return 0
 
 
@@ -400,4 +513,8 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "models": _models,
     "push": _push,
     "export": _export,
+    "tune": _tune,
+    "submit": _submit,
+    "status": _status,
+    "stop": _stop,
 }

@@ -66,7 +66,7 @@ __all__ = [
 _REPOSITORY = Path(__file__).resolve().parent.parent
 _SHIPPED = _REPOSITORY / "deepspeed_configs"
 _DEFAULT_LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": "all-linear"}
-_SECRET_KEY = re.compile(r"token|secret|api_?key|password", re.IGNORECASE)
+SECRET_KEY = re.compile(r"token|secret|api_?key|password", re.IGNORECASE)
 
 # What may change between two starts of one run: its name and place, who watches it, which machines carry it,
 # how often it is retried, and recomputation, which trades time for memory alone. num_devices and the training
@@ -142,8 +142,9 @@ def load_config(path_or_url: str | Path, overrides: Sequence[str] = (), default:
 def dump_config(config: FinetuneConfig) -> str:
     """Write every value as YAML, its origin in a comment; `load_config` reads it back, secrets excepted."""
     values = config.model_dump(mode="json")
-    if config.logger is not None:
-        values["logger"]["provider_config"] = _without_secrets(values["logger"]["provider_config"])
+    loggers = values["logger"] or []
+    for logger in loggers if isinstance(loggers, list) else [loggers]:
+        logger["provider_config"] = _without_secrets(logger["provider_config"])
     header = "# As resolved; each line ends with where its value came from: file, override, default or auto (and why)."
     return "\n".join([header, *_dump_block(values, config.origins)]) + "\n"
 
@@ -312,6 +313,6 @@ def _without_secrets(block: dict[str, Any], secret: bool = False) -> dict[str, A
     """Hide values whose key sounds like a secret: run folders are shared."""
     hidden = {}
     for key, value in block.items():
-        hide = secret or _SECRET_KEY.search(str(key)) is not None
+        hide = secret or SECRET_KEY.search(str(key)) is not None
         hidden[key] = _without_secrets(value, hide) if isinstance(value, dict) else "***" if hide else value
     return hidden

@@ -7,7 +7,6 @@ there), and its last lines are shown when something fails.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
 import threading
@@ -20,6 +19,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+from helpers import progress
 
 __all__ = ["counting", "follow", "last_lines", "make_console", "quiet_descriptors", "table"]
 
@@ -77,7 +78,7 @@ def follow(log: Path, console: Console) -> Iterator[None]:
     view = _Bar(console) if console.is_terminal else _Lines(console)
     ended = threading.Event()
     start = log.stat().st_size if log.exists() else 0
-    thread = threading.Thread(target=_follow, args=(log, start, view, ended), daemon=True)
+    thread = threading.Thread(target=_show, args=(log, start, view, ended), daemon=True)
     thread.start()
     try:
         yield
@@ -87,18 +88,11 @@ def follow(log: Path, console: Console) -> Iterator[None]:
         view.close()
 
 
-def _follow(log: Path, place: int, view: _Bar | _Lines, ended: threading.Event) -> None:
-    """Hand each new whole line of `log` to the view, until told to end and nothing is left."""
-    while True:
-        last_look = ended.wait(POLL_SECONDS)
-        if log.exists():
-            with open(log) as file:
-                file.seek(place)
-                while (line := file.readline()).endswith("\n"):
-                    view.show(json.loads(line))
-                    place = file.tell()
-        if last_look:
-            return
+def _show(log: Path, place: int, view: _Bar | _Lines, ended: threading.Event) -> None:
+    """Hand each new line of `log` to the view, until told to end and nothing is left."""
+    for events in progress.follow(log, place, ended, POLL_SECONDS):
+        for event in events:
+            view.show(event)
 
 
 class _Bar:

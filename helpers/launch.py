@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
-from helpers import cluster, forecast, kernels, mirror, models, plots, progress, reference, storage, tokens
+from helpers import cluster, forecast, kernels, mirror, models, plots, progress, reference, storage, tokens, trackers
 from helpers import console as consoles
 from helpers.choices import choice_rows, choices_of
 from helpers.config import FinetuneConfig, config_differences, dump_config, load_config, read_deepspeed_config
@@ -74,6 +74,7 @@ def fine_tune(config: FinetuneConfig) -> Run:
     with (
         consoles.quiet_descriptors(run.logs / "driver.log") as live,
         mirror.beside(run.folder, run.uri, _teller(live)),
+        trackers.tracking(config, run, live.print),
     ):
         try:
             with consoles.follow(run.logs / "progress.jsonl", live):
@@ -106,7 +107,6 @@ def _refuse_unsupported(config: FinetuneConfig) -> None:
     """Refuse what a config may say but this version does not do yet, rather than ignore it."""
     unsupported = {
         f"task: {config.task}": config.task == "vision_language",
-        "logger": config.logger is not None,
     }
     named = [name for name, is_asked in unsupported.items() if is_asked]
     if named:

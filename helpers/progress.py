@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import json
 import os
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from helpers.storage import Run
 
-__all__ = ["Progress", "read_metrics"]
+__all__ = ["Progress", "follow", "read_metrics"]
 
 
 class Progress:
@@ -60,6 +62,25 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     with open(path) as file:
         # A process that was killed while writing leaves half a line, which the continued run replaces.
         return [json.loads(line) for line in file if line.endswith("\n")]
+
+
+def follow(log: Path, place: int, ended: threading.Event, every: float) -> Iterator[list[dict[str, Any]]]:
+    """Yield the whole lines that were added to `log` after byte `place`, every so many seconds, maybe none.
+
+    Once `ended` is set, what is left comes at once, and the iteration ends.
+    """
+    while True:
+        is_last_look = ended.wait(every)
+        events = []
+        if log.exists():
+            with open(log) as file:
+                file.seek(place)
+                while (line := file.readline()).endswith("\n"):
+                    events.append(json.loads(line))
+                    place = file.tell()
+        yield events
+        if is_last_look:
+            return
 
 
 def _take_back(path: Path, step: int) -> None:

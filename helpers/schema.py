@@ -241,15 +241,31 @@ class LigerKernel(_Block):
     fused_linear_cross_entropy change nothing: the loss is Forgebook's own, which is fused already."""
 
 
+_LOGGER_KEYS = {
+    "mlflow": ("tracking_uri", "experiment_name", "create_experiment_if_not_exists", "run_name", "tags"),
+    "tensorboard": ("log_dir",),
+}
+
+
 class Logger(_Block):
     """Where metrics go besides metrics.jsonl in the run folder."""
 
     provider: Literal["wandb", "mlflow", "tensorboard"]
     """The tracker."""
     provider_config: dict[str, Any] = {}
-    """Its settings, such as `project`, `group`, `name`, `tags` or `tracking_uri`, `experiment_name`."""
+    """Its settings. wandb: arguments of wandb.init, such as `project`, `group`, `name`, `tags`. mlflow:
+    `tracking_uri`, `experiment_name`, `create_experiment_if_not_exists`, `run_name`, `tags`. tensorboard: `log_dir`."""
     rank_zero_only: bool = True
-    """Log from the first worker only."""
+    """Changes nothing: the figures are those of all workers together, sent once, by the process that started them."""
+
+    @model_validator(mode="after")
+    def _known_to_provider(self) -> Self:
+        known = _LOGGER_KEYS.get(self.provider)
+        for key in self.provider_config if known else ():
+            if key not in known:
+                takes = f"{self.provider} takes {', '.join(known)}"
+                raise ValueError(f"provider_config: unknown key {key!r}{near_miss(key, known)}; {takes}")
+        return self
 
 
 class HubRepo(_Block):
@@ -289,6 +305,11 @@ DataPath = Annotated[
         Field(min_length=1),
     ],
     Discriminator(lambda value: "a list" if isinstance(value, list) else "a path"),
+]
+
+Loggers = Annotated[
+    Annotated[Logger, Tag("a block")] | Annotated[list[Logger], Tag("a list")],
+    Discriminator(lambda value: "a list" if isinstance(value, list) else "a block"),
 ]
 
 Task = Literal["causal_lm", "instruction_tuning", "classification", "preference_tuning", "vision_language"]
@@ -430,8 +451,8 @@ class FinetuneConfig(_Block):
     """What happens when the run folder exists already."""
     custom_model_tag: str | None = None
     """Name under which the fine-tuned model is listed. None: generated."""
-    logger: Logger | None = None
-    """Experiment tracker."""
+    logger: Loggers | None = None
+    """Experiment tracker, or a list of them."""
 
     # -- blocks that choose the task
     classifier_config: ClassifierConfig | None = None

@@ -572,7 +572,7 @@ generation_config:
     system_in_user: true
   stopping_sequences: ["<end_of_turn>", 7, "# x"]
 torch_compile: {mode: reduce-overhead}
-logger: {provider: mlflow, provider_config: {experiment_name: "a: b", nothing: null}}
+logger: {provider: wandb, provider_config: {notes: "a: b", entity: null}}
 """,
         "deepspeed=zero_2",
     ).resolve(context_length=512)
