@@ -27,10 +27,12 @@ layer  module          one line
 5      optimizers      AdamW with float32 master weights; learning rates
 5      checkpoints     save, verify, keep the best, resume
 5      progress        metrics.jsonl and what the console follows
-6      plan            whether a run fits, its time and its cost
+6      counting        the tokens of the training rows, in two seconds
 6      tokens          tokenised rows on disk, and views of them: truncation, mixing
+7      fitting         whether a run fits; what would make it
 7      data            rows -> tokens, in process or with Ray Data, once
 7      batches         packing; which rows make up a step; tensors
+8      plan            memory, steps, time and money before a run
 8      objectives      what a task minimises and measures
 8      reference       the reference model's log-probabilities
 8      worker          a worker's model, optimizer and place among the others
@@ -38,6 +40,7 @@ layer  module          one line
 8      preview         rows as the model will see them
 9      train           the loop
 8      generate        prompts -> completions
+9      plan_text       a plan as people read it
 9      evaluate        base and tuned answers compared
 9      plots           figures
 9      console         the one stream that a person reads

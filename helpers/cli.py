@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 __all__ = ["main"]
 
@@ -13,13 +13,12 @@ HELP = """\
 Fine-tune a language model as CONFIG says, and look at what came of it.
 
   python main.py CONFIG [--default] [key=value ...]     fine-tune; CONFIG is a YAML file or an https:// address
-  python main.py plan CONFIG [hardware=8xA100-80G] [mfu=0.4] [fit=true] [--json]
-                                                        memory, time and cost before the run; trains nothing.
-                                                        fit: write the fastest settings that fit as CONFIG-fit.yaml
-  python main.py preview CONFIG [n=3] [--json]          rows as the model will see them, trained tokens marked
+  python main.py plan CONFIG [hardware=8xA100-80G]      memory, time and cost before the run; trains nothing
+  python main.py preview CONFIG [n=3]                   rows as the model will see them, trained tokens marked
   python main.py evaluate RUN [data=FILE] [rows=N]      held-out prompts answered before and after, with accuracy
 
-RUN is a run's folder, or its name under runs/. Keys and their meaning: helpers/schema.py.
+RUN is a run's folder, or its name under runs/. `python main.py VERB --help` tells a verb's options; the keys of a
+config and their meaning: helpers/schema.py.
 
 examples:
   python main.py training_configs/tiny/quickstart.yaml
@@ -33,27 +32,17 @@ examples:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code: 0 for a result worth having, 2 for a user's mistake."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    parser = argparse.ArgumentParser(
-        prog="main.py", usage="python main.py [VERB] TARGET [key=value ...]", description=HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("target", metavar="CONFIG | VERB RUN", nargs="+", help=argparse.SUPPRESS)
-    parser.add_argument(
-        "--default", action="store_true", help="choose what CONFIG leaves out: LoRA, rank 8, all layers"
-    )
-    parser.add_argument("--json", action="store_true", help="plan: one JSON object; preview: one per row")
-    given = parser.parse_intermixed_args(arguments)
+    named = next((argument for argument in arguments if not argument.startswith("-")), None)
+    if named is None:
+        _parser("", "[VERB] TARGET [key=value ...]", HELP).parse_args(arguments)  # --help, or a mistake
+        print("usage: python main.py CONFIG, or a verb: python main.py --help", file=sys.stderr)
+        return 2
+    if named in VERBS:
+        arguments.remove(named)
     from helpers.errors import ForgebookError
 
     try:
-        verb, *rest = given.target
-        if verb == "evaluate":
-            return _evaluate(rest)
-        if verb == "plan":
-            return _plan(rest, given.default, given.json)
-        if verb == "preview":
-            return _preview(rest, given.default, given.json)
-        return _fine_tune(verb, rest, given.default)
+        return VERBS.get(named, _fine_tune)(arguments)
     except ForgebookError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
@@ -62,12 +51,51 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _fine_tune(config_path: str, overrides: list[str], default: bool) -> int:
-    config = _load(config_path, overrides, default)
-    from helpers.launch import fine_tune
+# What verbs share -------------------------------------------------------------------------------------
 
-    fine_tune(config)
-    return 0
+
+def _parser(verb: str, usage: str, description: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        prog="main.py", usage=" ".join(f"python main.py {verb} {usage}".split()), description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+
+
+def _config_parser(verb: str, usage: str, description: str) -> argparse.ArgumentParser:
+    """Make the parser of a verb that takes a CONFIG and `key=value` overrides."""
+    parser = _parser(verb, usage, description)
+    parser.add_argument("words", metavar="CONFIG [key=value ...]", nargs="*", help="a YAML file or https:// address")
+    parser.add_argument("--default", action="store_true", help="choose all that CONFIG leaves out")
+    return parser
+
+
+def _split(verb: str, what: str, words: Sequence[str], known: Sequence[str]) -> tuple[str, list[str], dict[str, str]]:
+    """Part a verb's words into its target, the overrides, and the verb's own `key=value` options."""
+    from helpers.errors import ConfigError
+
+    own = [word for word in words if word.partition("=")[0] in known and "=" in word]
+    target, *overrides = [word for word in words if word not in own] or [None]
+    if target is None or "=" in target:
+        raise ConfigError(f"{verb} needs a {what}")
+    return target, overrides, dict(word.split("=", 1) for word in own)
+
+
+def _only(verb: str, overrides: Sequence[str], known: Sequence[str]) -> None:
+    """Refuse words that a verb without a config cannot use."""
+    from helpers.errors import ConfigError
+
+    if overrides:
+        unknown = ", ".join(sorted(word.partition("=")[0] for word in overrides))
+        raise ConfigError(f"{verb}: unknown option {unknown}: it takes {', '.join(f'{name}=' for name in known)}")
+
+
+def _whole(verb: str, name: str, value: str) -> int:
+    """Read a number of things, one or more."""
+    from helpers.errors import ConfigError
+
+    if not value.isdigit() or int(value) == 0:
+        raise ConfigError(f"{verb}: {name} must be a whole number, 1 or more, got {value!r}")
+    return int(value)
 
 
 def _load(config_path: str, overrides: list[str], default: bool):
@@ -82,31 +110,53 @@ def _load(config_path: str, overrides: list[str], default: bool):
     return config
 
 
-def _plan(arguments: list[str], default: bool, as_object: bool) -> int:
-    from helpers.catalog import hardware_of, shape_of
-    from helpers.errors import ConfigError
-    from helpers.plan import MFU, as_json, count_data, hardware_in, plan, plan_rows, price_rows, verdict
+_A_CONFIG = "CONFIG: a YAML file or an https:// address"
+_A_RUN = "RUN: a run's folder, or its name under runs/"
 
-    own = [argument for argument in arguments if argument.startswith(("hardware=", "mfu=", "fit="))]
-    options = dict(argument.split("=", 1) for argument in own)
-    config_path, *overrides = [argument for argument in arguments if argument not in own] or [None]
-    if config_path is None:
-        raise ConfigError("plan needs a CONFIG: a YAML file or an https:// address")
+# The verbs --------------------------------------------------------------------------------------------
+
+
+def _fine_tune(arguments: list[str]) -> int:
+    given = _config_parser("", "CONFIG [--default] [key=value ...]", HELP).parse_intermixed_args(arguments)
+    config_path, *overrides = given.words
+    config = _load(config_path, overrides, given.default)
+    from helpers.launch import fine_tune
+
+    fine_tune(config)
+    return 0
+
+
+def _plan(arguments: list[str]) -> int:
+    parser = _config_parser(
+        "plan", "CONFIG [hardware=8xA100-80G] [mfu=0.4] [fit=true] [--default] [--json] [key=value ...]",
+        "Memory, time and cost before the run; trains nothing.\n"
+        "hardware: as many of which GPU; mfu: the share of the peak taken to be reached;\n"
+        "fit=true: write the fastest settings that fit as CONFIG-fit.yaml",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    given = parser.parse_intermixed_args(arguments)
+    from helpers.catalog import hardware_of, shape_of
+    from helpers.counting import count_data
+    from helpers.errors import ConfigError
+    from helpers.plan import MFU, hardware_in, plan
+    from helpers.plan_text import as_json, plan_rows, price_rows, verdict
+
+    config_path, overrides, options = _split("plan", _A_CONFIG, given.words, ("hardware", "mfu", "fit"))
     try:
         mfu = float(options.get("mfu", MFU))
     except ValueError:
         mfu = 0.0
     if not 0 < mfu <= 1:
         raise ConfigError(f"plan: mfu must be a share of the peak, above 0 and at most 1, got {options['mfu']!r}")
-    config = _load(config_path, overrides, default)
-    hardware = hardware_of(options["hardware"]) if "hardware" in options else hardware_in(config)
-    shape, data = shape_of(config), count_data(config)
     if options.get("fit", "false") not in ("true", "false"):
         raise ConfigError(f"plan: fit must be true or false, got {options['fit']!r}")
+    config = _load(config_path, overrides, given.default)
+    hardware = hardware_of(options["hardware"]) if "hardware" in options else hardware_in(config)
+    shape, data = shape_of(config), count_data(config)
     if options.get("fit") == "true":
         config = _fitted(config, shape, hardware, data)
     told = plan(config, shape, hardware, data, mfu=mfu)
-    if as_object:
+    if given.json:
         import json
 
         print(json.dumps(as_json(told), indent=2))
@@ -129,7 +179,7 @@ def _fitted(config, shape, hardware, data):
 
     from helpers.config import dump_config
     from helpers.errors import ConfigError, ResourceError
-    from helpers.plan import fit
+    from helpers.fitting import fit
 
     if hardware is None:
         raise ConfigError("plan: fit=true needs the hardware to fit, such as hardware=8xA100-80G")
@@ -143,21 +193,19 @@ def _fitted(config, shape, hardware, data):
     return found
 
 
-def _preview(arguments: list[str], default: bool, as_lines: bool) -> int:
-    from helpers.errors import ConfigError
-
-    counts = [argument for argument in arguments if argument.startswith("n=")]
-    config_path, *overrides = [argument for argument in arguments if argument not in counts] or [None]
-    if config_path is None:
-        raise ConfigError("preview needs a CONFIG: a YAML file or an https:// address")
-    count = counts[-1].removeprefix("n=") if counts else "3"
-    if not count.isdigit() or count == "0":
-        raise ConfigError(f"preview: n must be a number of rows, got {count!r}")
-    config = _load(config_path, overrides, default)
+def _preview(arguments: list[str]) -> int:
+    parser = _config_parser(
+        "preview", "CONFIG [n=3] [--json] [key=value ...]", "Rows as the model will see them, trained tokens marked."
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object per row")
+    given = parser.parse_intermixed_args(arguments)
+    config_path, overrides, options = _split("preview", _A_CONFIG, given.words, ("n",))
+    count = _whole("preview", "n", options.get("n", "3"))
+    config = _load(config_path, overrides, given.default)
     from helpers.preview import as_json, preview, print_row
 
-    rows = preview(config, int(count))
-    if as_lines:
+    rows = preview(config, count)
+    if given.json:
         print("\n".join(map(as_json, rows)))
         return 0
     from helpers.console import make_console
@@ -169,23 +217,24 @@ def _preview(arguments: list[str], default: bool, as_lines: bool) -> int:
 
 
 def _evaluate(arguments: list[str]) -> int:
+    known = ("data", "rows")
+    parser = _parser(
+        "evaluate", "RUN [data=FILE] [rows=N]", "Held-out prompts answered before and after, with accuracy."
+    )
+    parser.add_argument("words", metavar="RUN [key=value ...]", nargs="*", help="a run's folder or name")
+    given = parser.parse_intermixed_args(arguments)
+    name, overrides, options = _split("evaluate", _A_RUN, given.words, known)
+    _only("evaluate", overrides, known)
+    rows = _whole("evaluate", "rows", options["rows"]) if "rows" in options else None
     from helpers.console import make_console, quiet_descriptors, table
-    from helpers.errors import ConfigError
     from helpers.storage import find_run, shown, write_json
 
-    if not arguments:
-        raise ConfigError("evaluate needs a RUN: a run's folder, or its name under runs/")
-    options = dict(argument.partition("=")[::2] for argument in arguments[1:])
-    if unknown := set(options) - {"data", "rows"}:
-        raise ConfigError(f"evaluate: unknown option {', '.join(sorted(unknown))}: it takes data=FILE and rows=N")
-    if not options.get("rows", "1").isdigit():
-        raise ConfigError(f"evaluate: rows must be a number, got {options['rows']!r}")
-    run = find_run(arguments[0])
+    run = find_run(name)
     with quiet_descriptors(run.logs / "evaluate.log") as output:
         output.print("loading the base model and the best checkpoint")
         from helpers.evaluate import compare_with_base
 
-        compared = compare_with_base(run, options.get("data"), int(options["rows"]) if "rows" in options else None)
+        compared = compare_with_base(run, options.get("data"), rows)
     output = make_console()
     answers = zip(compared.prompts, compared.base, compared.tuned, compared.references, strict=True)
     output.print(table("Held-out prompts", ["prompt", "base model", "tuned model", "reference"], list(answers)[:5]))
@@ -194,3 +243,10 @@ def _evaluate(arguments: list[str]) -> int:
     write_json(run.folder / "evaluation.json", compared.summary())
     output.print(f"run folder  {shown(run.folder)}\nloss curve  {shown(run.loss_curve)}")
     return 0
+
+
+VERBS: dict[str, Callable[[list[str]], int]] = {
+    "plan": _plan,
+    "preview": _preview,
+    "evaluate": _evaluate,
+}

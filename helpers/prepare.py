@@ -16,7 +16,7 @@ import numpy as np
 from helpers import batches, data, models, rows, storage, tokens
 from helpers.config import FinetuneConfig
 from helpers.errors import DataError
-from helpers.plan import micro_batch_for
+from helpers.fitting import micro_batch_for
 from helpers.storage import Run
 from helpers.tokens import Tokens
 

@@ -14,7 +14,10 @@ from conftest import REPOSITORY
 LAYERS = {name: int(layer) for layer, name in re.findall(r"^(\d+)\s+(\w+)", helpers.__doc__ or "", flags=re.MULTILINE)}
 MODULES = sorted(path.stem for path in (REPOSITORY / "helpers").glob("*.py") if path.stem != "__init__")
 HEAVY = {"torch", "ray", "transformers", "peft", "accelerate", "deepspeed", "pyarrow", "numpy", "matplotlib"}
-LIGHT = "errors schema catalog retired vllm sources config memory formats rows plan prompts storage cli".split()
+LIGHT = """
+errors schema catalog retired vllm sources config memory formats rows counting fitting plan plan_text prompts
+storage cli
+""".split()
 
 
 def imported_helpers(path) -> set[str]:

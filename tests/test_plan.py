@@ -11,20 +11,12 @@ from conftest import LORA, REPOSITORY
 from helpers import losses, memory
 from helpers.catalog import Shape, hardware_of, read_catalog, shape_of
 from helpers.cli import main
+from helpers.counting import count_data
+from helpers.fitting import fit as find_fit
 from helpers.memory import memory_of, trainable_parameters
 from helpers.models import tokenizer_of
-from helpers.plan import (
-    as_json,
-    cost_per_million_tokens,
-    count_data,
-    flops_per_token,
-    plan,
-    utilisation,
-    verdict,
-)
-from helpers.plan import (
-    fit as find_fit,
-)
+from helpers.plan import cost_per_million_tokens, flops_per_token, plan, utilisation
+from helpers.plan_text import as_json, verdict
 from test_catalog import config_for
 
 LLAMA_8B = "meta-llama/Meta-Llama-3-8B-Instruct"
