@@ -42,6 +42,7 @@ layer  module          one line
 8      generate        prompts -> completions
 9      plan_text       a plan as people read it
 9      evaluate        base and tuned answers compared
+9      merge           an adapter and its base -> one model
 9      plots           figures
 9      console         the one stream that a person reads
 10     launch          config -> Ray Train workers -> run folder
