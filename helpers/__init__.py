@@ -12,6 +12,7 @@ layer  module          one line
 1      vllm            what vLLM can load
 1      special_tokens  special tokens inside messages stay text
 1      tool_text       tools as text, for templates that know none
+1      tool_calls      the calls of tools that an answer's text holds
 2      sources         the text and the lines of a config file; key=value overrides
 2      catalog         GPUs with memory, peak and price; shapes of core models
 3      config          YAML file or URL + overrides -> FinetuneConfig
@@ -27,6 +28,7 @@ layer  module          one line
 5      optimizers      AdamW with float32 master weights; learning rates
 5      checkpoints     save, verify, keep the best, resume
 5      progress        metrics.jsonl and what the console follows
+6      vllm_command    serving with vLLM: whether it can, and the command
 6      counting        the tokens of the training rows, in two seconds
 6      tokens          tokenised rows on disk, and views of them: truncation, mixing
 7      fitting         whether a run fits; what would make it
@@ -43,8 +45,11 @@ layer  module          one line
 9      plan_text       a plan as people read it
 9      evaluate        base and tuned answers compared
 9      merge           an adapter and its base -> one model
+9      engine          many askers, one thread that generates, small batches
 9      plots           figures
 9      console         the one stream that a person reads
 10     launch          config -> Ray Train workers -> run folder
-11     cli             the verbs of main.py
+10     chat_api        OpenAI's chat requests checked, answers in its form
+11     serve           an OpenAI-compatible endpoint
+12     cli             the verbs of main.py
 """

@@ -16,6 +16,8 @@ Fine-tune a language model as CONFIG says, and look at what came of it.
   python main.py plan CONFIG [hardware=8xA100-80G]      memory, time and cost before the run; trains nothing
   python main.py preview CONFIG [n=3]                   rows as the model will see them, trained tokens marked
   python main.py evaluate RUN [data=FILE] [rows=N]      held-out prompts answered before and after, with accuracy
+  python main.py merge RUN OUT [checkpoint=NAME]        the adapter in its base, as a model that transformers loads
+  python main.py serve RUN ... [port=8000]              an OpenAI-compatible endpoint
 
 RUN is a run's folder, or its name under runs/. `python main.py VERB --help` tells a verb's options; the keys of a
 config and their meaning: helpers/schema.py.
@@ -245,8 +247,66 @@ def _evaluate(arguments: list[str]) -> int:
     return 0
 
 
+def _merge(arguments: list[str]) -> int:
+    parser = _parser(
+        "merge", "RUN OUT [checkpoint=NAME]",
+        "Merge a run's adapter into its 16-bit base, write the model to the folder OUT, and compare it there with\n"
+        "adapter and base. checkpoint: one of the run's, not its best. RUN may also be a checkpoint's folder.",
+    )  # fmt: skip
+    parser.add_argument("words", metavar="RUN OUT [checkpoint=NAME]", nargs="*", help="a run, and a folder to make")
+    given = parser.parse_intermixed_args(arguments)
+    from helpers.errors import ConfigError
+
+    name, rest, options = _split("merge", _A_RUN, given.words, ("checkpoint",))
+    if not rest or "=" in rest[0]:
+        raise ConfigError("merge needs OUT: a folder that does not exist yet")
+    out, *overrides = rest
+    _only("merge", overrides, ("checkpoint",))
+    from helpers.console import make_console, quiet_descriptors
+    from helpers.storage import cache_folder
+
+    with quiet_descriptors(cache_folder() / "merge.log") as output:
+        output.print("merging, and loading what was merged for the comparison")
+        from helpers.merge import merge_run, tell
+
+        merged = merge_run(name, out, options.get("checkpoint"))
+    make_console().print("\n".join(tell(merged)))
+    return 0
+
+
+def _serve(arguments: list[str]) -> int:
+    known = ("port", "host", "key", "engine", "dtype")
+    parser = _parser(
+        "serve", "RUN [RUN ...] [port=8000] [host=127.0.0.1] [key=...] [engine=auto] [dtype=bfloat16]",
+        "An OpenAI-compatible endpoint over one or more runs; a request's model is a run's name.\n"
+        "key: what clients must send; better kept in the environment, as FORGEBOOK_API_KEY. Needed for any host but\n"
+        "this machine. engine: transformers, vllm, or auto: vLLM where it is installed and can.",
+    )  # fmt: skip
+    parser.add_argument("words", metavar="RUN [key=value ...]", nargs="*", help="runs' folders or names")
+    given = parser.parse_intermixed_args(arguments)
+    import os
+
+    from helpers.errors import ConfigError
+
+    first, rest, options = _split("serve", _A_RUN, given.words, known)
+    _only("serve", [word for word in rest if "=" in word], known)
+    port = options.get("port", "8000")
+    if not port.isdigit() or int(port) > 65535:
+        raise ConfigError(f"serve: port must be a number up to 65535, got {port!r}")
+    from helpers.serve import serve
+
+    serve(
+        [first, *rest], port=int(port), host=options.get("host", "127.0.0.1"), engine=options.get("engine", "auto"),
+        key=options.get("key") or os.environ.get("FORGEBOOK_API_KEY") or None,
+        dtype=options.get("dtype", "bfloat16"),
+    )  # fmt: skip
+    return 0
+
+
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "plan": _plan,
     "preview": _preview,
     "evaluate": _evaluate,
+    "merge": _merge,
+    "serve": _serve,
 }

@@ -27,7 +27,7 @@ from helpers.errors import CheckpointError, ConfigError, DataError, ModelError, 
 from helpers.generate import load_for_generation
 from helpers.vllm import vllm_loads
 
-__all__ = ["Merged", "mean_kl", "merge_run"]
+__all__ = ["Merged", "mean_kl", "merge_run", "tell"]
 
 # How much the merged model may differ from the adapter, as a share of what the adapter changed: of the mean KL, which
 # grows with the square of the change. Rounding to 16 bits took 2e-6 of it on the tiny model.
@@ -50,7 +50,7 @@ class Merged:
 
     kl_merged, kl_base: mean KL divergence per token, in nats, of the merged model and of the base from the adapter;
     None where there was no adapter to merge. kl_trained: of the merged model from the adapter on the quantised base
-    that it was trained on. tokens: how many were compared, `of` which rows. vllm: "yes" or "no: why".
+    that it was trained on. of: which tokens were compared. vllm: "yes" or "no: why".
     """
 
     folder: Path
@@ -58,7 +58,6 @@ class Merged:
     kl_merged: float | None = None
     kl_base: float | None = None
     kl_trained: float | None = None
-    tokens: int = 0
     of: str = ""
 
 
@@ -79,6 +78,25 @@ def merge_run(name: str, out: str | Path, checkpoint: str | None = None) -> Merg
             shutil.copytree(folder, aside, dirs_exist_ok=True)
             return Merged(out, vllm_loads(storage.read_json(aside / "config.json")))
         return _merge(folder, aside, out)
+
+
+def tell(merged: Merged) -> list[str]:
+    """Say in lines what merging made."""
+    lines = []
+    if merged.kl_merged is None:
+        lines.append("the checkpoint is a whole model, not an adapter: it was copied as it is")
+    else:
+        lines.append(f"mean KL from the adapter, in nats per token, over {merged.of}:")
+        lines.append(f"  merged model  {merged.kl_merged:.2e}")
+        lines.append(f"  base model    {merged.kl_base:.2e}")
+    if merged.kl_trained is not None:
+        lines.append(
+            f"the adapter was trained on a quantised base; from it there the merged model is {merged.kl_trained:.2e}"
+        )
+    lines.append(f"vLLM loads it  {merged.vllm}")
+    if (merged.folder / "prompt_format.yaml").exists():
+        lines.append("prompts follow prompt_format.yaml, which `python main.py serve` knows; a chat template does not")
+    return [*lines, f"model folder   {storage.shown(merged.folder)}"]
 
 
 def mean_kl(of: Sequence[torch.Tensor], to: Sequence[torch.Tensor]) -> float:
@@ -118,8 +136,7 @@ def _merge(folder: Path, aside: Path, out: Path) -> Merged:
     trained = None
     if overrides.get("quantization"):
         trained = mean_kl(_log_probabilities(load_for_generation(folder)[0], rows), merged)
-    tokens = sum(len(row) for row in adapter)
-    return Merged(out, vllm_loads(storage.read_json(aside / "config.json")), kl_merged, kl_base, trained, tokens, of)
+    return Merged(out, vllm_loads(storage.read_json(aside / "config.json")), kl_merged, kl_base, trained, of)
 
 
 # The models -------------------------------------------------------------------------------------------
