@@ -35,6 +35,7 @@ __all__ = [
     "cache_folder",
     "fetch_file",
     "fetch_folder",
+    "find_checkpoint",
     "find_files",
     "find_run",
     "is_remote",
@@ -277,6 +278,26 @@ def find_run(name: str, storage_path: str = "runs") -> Run:
         if (folder / "config.yaml").exists():
             return Run(folder.resolve())
     raise StorageError(f"no run {name!r}: neither a run folder nor a name under {storage_path}/")
+
+
+def find_checkpoint(name: str, checkpoint: str | None = None) -> Path:
+    """Find the checkpoint folder that a name means: a run's best one or the named one, or a model folder itself.
+
+    Raises StorageError if there is none, or the run is not complete and no checkpoint is named.
+    """
+    folder = Path(name).expanduser()
+    if checkpoint is None and any((folder / file).exists() for file in ("adapter_config.json", "config.json")):
+        return folder.resolve()
+    run = find_run(name)
+    if checkpoint is None:
+        if not run.is_complete:
+            raise StorageError(f"the run {run.name} has not ended well yet: its command continues it")
+        return run.folder / read_json(run.summary)["best_checkpoint"]
+    found = run.checkpoints / checkpoint
+    if not found.is_dir() or checkpoint != Path(checkpoint).name:
+        kept = ", ".join(sorted(path.name for path in run.checkpoints.glob("[!.]*"))) or "none"
+        raise StorageError(f"the run {run.name} has no checkpoint {checkpoint!r}: it keeps {kept}")
+    return found
 
 
 @contextlib.contextmanager
