@@ -7,12 +7,14 @@ layer  module          one line
 1      ranks           which worker this is; errors that reach all
 1      cluster         the Ray cluster: this machine's own, or a larger one
 1      classification  labels as tokens; scores of a classifier
+1      scores          right or wrong, intervals, paired tests
+1      tool_calls      tool calls in an answer's text; the mistakes by kind
+1      judge           a language model compares two answers
 1      preferences     losses that prefer one answer to another
 1      formats         one raw row, in any format -> one checked conversation
 1      vllm            what vLLM can load
 1      special_tokens  special tokens inside messages stay text
 1      tool_text       tools as text, for templates that know none
-1      tool_calls      the calls of tools that an answer's text holds
 2      sources         the text and the lines of a config file; key=value overrides
 2      catalog         GPUs with memory, peak and price; shapes of core models
 3      config          YAML file or URL + overrides -> FinetuneConfig

@@ -7,6 +7,7 @@ rather than ignored; what changes nothing (user, metadata) is accepted.
 from __future__ import annotations
 
 import json
+import re
 import time
 import uuid
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -16,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from helpers import prompts
 from helpers.errors import DataError
 from helpers.formats import parse_row
-from helpers.tool_calls import may_begin_call, split_calls
+from helpers.tool_calls import OPENINGS, read_calls
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -115,7 +116,8 @@ def as_ask(request: ChatRequest, models: Mapping[str, Served]) -> Ask:
     served = models[request.model]
     try:
         row, _ = parse_row({"messages": request.messages, "tools": request.offered_tools}, "request", "causal_lm")
-        ids = prompts.encode_prompt(row.messages, served.tokenizer, served.prompt_format, row.tools)
+        speaker = served.speaker
+        ids = prompts.encode_prompt(row.messages, speaker.tokenizer, speaker.prompt_format, row.tools)
     except (DataError, RecursionError) as error:
         raise Refusal(400, str(error), "messages", "invalid_value") from None
     room = served.context - len(ids)
@@ -126,7 +128,7 @@ def as_ask(request: ChatRequest, models: Mapping[str, Served]) -> Ask:
             400, f"the context of {served.name} is {served.context} tokens: the prompt has {len(ids)}{asked}",
             "messages" if room < 1 else "max_tokens", "context_length_exceeded",
         )  # fmt: skip
-    defaults = served.defaults
+    defaults = speaker.generation_config
     samples = bool(defaults.do_sample)
     default_temperature = (1.0 if defaults.temperature is None else defaults.temperature) if samples else 0.0
     stop = request.stop or ()
@@ -139,6 +141,7 @@ def as_ask(request: ChatRequest, models: Mapping[str, Served]) -> Ask:
         top_k=(samples and defaults.top_k) or 0,
         seed=request.seed,
         stop=tuple(text for text in ((stop,) if isinstance(stop, str) else stop) if text),
+        keep_special=request.offered_tools is not None,
     )
 
 
@@ -185,7 +188,7 @@ class Pieces:
     def add(self, piece: str) -> list[dict[str, Any]]:
         """Return the chunks that a new piece of text makes."""
         self._text += piece
-        sure = may_begin_call(self._text) if self._request.offered_tools else len(self._text)
+        sure = _sure_words(self._text) if self._request.offered_tools else len(self._text)
         return self._words(self._text[:sure])
 
     def last(self, job: Job) -> list[dict[str, Any]]:
@@ -209,10 +212,29 @@ class Pieces:
 
 
 def _parted(request: ChatRequest, text: str) -> tuple[str, list[dict[str, Any]]]:
+    """Part an answer into its words and its calls; where a call cannot be read, all of it is words."""
     if not request.offered_tools:
         return text, []
-    words, calls = split_calls(text)
-    return words, [{"id": _id("call"), "type": "function", "function": call} for call in calls]
+    try:
+        calls = read_calls(text)
+    except DataError:
+        return text, []
+    if not calls:
+        return text, []
+    opened = OPENINGS.search(text)
+    functions = [{"name": c.name, "arguments": json.dumps(c.arguments, ensure_ascii=False)} for c in calls]
+    words = text[: opened.start()].rstrip() if opened else ""
+    return words, [{"id": _id("call"), "type": "function", "function": function} for function in functions]
+
+
+def _sure_words(text: str) -> int:
+    """Count the characters of an unfinished answer that are words, whatever follows: no call may begin in them."""
+    if text.lstrip()[:1] in ("", "{", "["):
+        return 0
+    opened = OPENINGS.search(text)
+    # An opening that is not complete yet begins with one of these signs; white space before a call is dropped.
+    unsure = re.search(r"\s*[<\[][^<\[]{0,14}\Z|\s+\Z", text)
+    return min([len(text), *(len(text[: m.start()].rstrip()) for m in (opened, unsure) if m)])
 
 
 def _reason(job: Job, calls: list) -> str:

@@ -277,10 +277,11 @@ def _merge(arguments: list[str]) -> int:
 def _serve(arguments: list[str]) -> int:
     known = ("port", "host", "key", "engine", "dtype")
     parser = _parser(
-        "serve", "RUN [RUN ...] [port=8000] [host=127.0.0.1] [key=...] [engine=auto] [dtype=bfloat16]",
+        "serve", "RUN [RUN ...] [port=8000] [host=127.0.0.1] [key=...] [engine=auto] [dtype=float32]",
         "An OpenAI-compatible endpoint over one or more runs; a request's model is a run's name.\n"
         "key: what clients must send; better kept in the environment, as FORGEBOOK_API_KEY. Needed for any host but\n"
-        "this machine. engine: transformers, vllm, or auto: vLLM where it is installed and can.",
+        "this machine. engine: transformers, vllm, or auto: vLLM where it is installed and can.\n"
+        "dtype: float32, bfloat16 or float16; the run's own if left out.",
     )  # fmt: skip
     parser.add_argument("words", metavar="RUN [key=value ...]", nargs="*", help="runs' folders or names")
     given = parser.parse_intermixed_args(arguments)
@@ -293,12 +294,14 @@ def _serve(arguments: list[str]) -> int:
     port = options.get("port", "8000")
     if not port.isdigit() or int(port) > 65535:
         raise ConfigError(f"serve: port must be a number up to 65535, got {port!r}")
+    if options.get("dtype", "float32") not in ("float32", "bfloat16", "float16"):
+        raise ConfigError(f"serve: dtype must be float32, bfloat16 or float16, got {options['dtype']!r}")
     from helpers.serve import serve
 
     serve(
         [first, *rest], port=int(port), host=options.get("host", "127.0.0.1"), engine=options.get("engine", "auto"),
         key=options.get("key") or os.environ.get("FORGEBOOK_API_KEY") or None,
-        dtype=options.get("dtype", "bfloat16"),
+        dtype=options.get("dtype"),
     )  # fmt: skip
     return 0
 

@@ -18,14 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import yaml
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from helpers import adapters, generate, models, prompts
-from helpers.config import PromptFormat
-from helpers.errors import DataError
-from helpers.special_tokens import special_ids
+from helpers import generate, models
 
 __all__ = ["Ask", "Busy", "Engine", "Job", "Served"]
 
@@ -39,26 +35,26 @@ class Busy(Exception):
 
 @dataclass(frozen=True)
 class Served:
-    """A model that is asked by its name.
-
-    adapter: its name on the shared `model`; None for a whole model. context: tokens of prompt and answer together.
-    stops: ids that end an answer. defaults: the checkpoint's own generation settings.
-    """
+    """A model that is asked by its name. context: how many tokens prompt and answer may have together."""
 
     name: str
     folder: Path
-    model: object
-    adapter: str | None
-    tokenizer: object
-    prompt_format: object
+    speaker: generate.Speaker
     context: int
-    stops: frozenset[int]
-    defaults: GenerationConfig
+
+    @property
+    def stops(self) -> frozenset[int]:
+        """The ids that end an answer."""
+        return frozenset(self.speaker.generation_config.eos_token_id)
 
 
 @dataclass(frozen=True)
 class Ask:
-    """One request. temperature 0 is greedy; seed None draws other random numbers each time."""
+    """One request. temperature 0 is greedy; seed None draws other random numbers each time.
+
+    stop: texts that end the answer, beside the model's own. keep_special: show special tokens in the answer, with
+    which some models mark calls of tools.
+    """
 
     model: str
     input_ids: list[int]
@@ -68,6 +64,7 @@ class Ask:
     top_k: int = 0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    keep_special: bool = False
 
 
 class Job:
@@ -78,7 +75,9 @@ class Job:
     """
 
     def __init__(self, ask: Ask, served: Served, on_text: Callable[[str | None], None]):
-        self.ask, self._served, self._on_text = ask, served, on_text
+        self.ask, self._on_text = ask, on_text
+        self._tokenizer, self._stop_ids = served.speaker.tokenizer, served.stops
+        self._stops = (*ask.stop, *(served.speaker.generation_config.stop_strings or []))
         self.ids: list[int] = []
         self.text, self.finish = "", None
         self._cancelled = False
@@ -94,12 +93,12 @@ class Job:
         if self.finish is None:
             if self._cancelled:
                 self.end("cancelled")
-            elif token in self._served.stops:
+            elif token in self._stop_ids:
                 self.end("stop")
             else:
                 self.ids.append(token)
                 self.text += self._new_text()
-                found = [at for at in (self.text.find(stop, self._sent) for stop in self.ask.stop) if at >= 0]
+                found = [at for at in (self.text.find(stop, self._sent) for stop in self._stops) if at >= 0]
                 if found:
                     self.text = self.text[: min(found)]
                     self.end("stop", whole=False)
@@ -112,7 +111,7 @@ class Job:
     def end(self, finish: str, whole: bool = True) -> None:
         """Close the answer. whole: its text is that of all its tokens."""
         if whole:
-            decoded = self._served.tokenizer.decode(self.ids, skip_special_tokens=True)
+            decoded = self._decode(self.ids)
             self.text = decoded if decoded.startswith(self.text[: self._sent]) else self.text
         self.finish = finish
         self._tell(len(self.text))
@@ -120,17 +119,18 @@ class Job:
 
     def _new_text(self) -> str:
         """Decode what the last token adds; nothing while a character is incomplete."""
-        decode = self._served.tokenizer.decode
-        before = decode(self.ids[self._start : self._read], skip_special_tokens=True)
-        now = decode(self.ids[self._start :], skip_special_tokens=True)
+        before, now = self._decode(self.ids[self._start : self._read]), self._decode(self.ids[self._start :])
         if now.endswith("\ufffd") or len(now) <= len(before):
             return ""
         self._start, self._read = self._read, len(self.ids)
         return now[len(before) :]
 
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=not self.ask.keep_special)
+
     def _held(self) -> int:
         """Count the characters at the end that may become a stop text."""
-        ends = [n for stop in self.ask.stop for n in range(1, len(stop)) if self.text.endswith(stop[:n])]
+        ends = [n for stop in self._stops for n in range(1, len(stop)) if self.text.endswith(stop[:n])]
         return max(ends, default=0)
 
     def _tell(self, upto: int) -> None:
@@ -142,7 +142,7 @@ class Job:
 class Engine:
     """Models in memory and the thread that answers for them."""
 
-    def __init__(self, folders: dict[str, Path], *, dtype: str = "bfloat16", batch_size: int = 8):
+    def __init__(self, folders: dict[str, Path], *, dtype: str | None = None, batch_size: int = 8):
         self.models = _load_all(folders, dtype)
         self._batch_size = batch_size
         self._waiting: deque[Job] = deque()
@@ -211,19 +211,21 @@ class Engine:
 @torch.inference_mode()
 def _answer(served: Served, jobs: list[Job]) -> None:
     """Answer a batch of requests for one model."""
-    if served.adapter is not None:
-        served.model.set_adapter(served.adapter)
+    tokenizer = served.speaker.tokenizer
     rows = [job.ask.input_ids for job in jobs]
-    batch = served.tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt").to(served.model.device)
-    served.model.generate(
-        **batch,
-        max_new_tokens=max(job.ask.max_new_tokens for job in jobs),
-        do_sample=False,
-        eos_token_id=sorted(served.stops),
-        pad_token_id=served.tokenizer.pad_token_id,
-        logits_processor=LogitsProcessorList([_Sample(jobs)]),
-        stopping_criteria=StoppingCriteriaList([_Deliver(jobs)]),
-    )
+    with served.speaker.active() as model:
+        batch = tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt").to(model.device)
+        model.generate(
+            **batch,
+            max_new_tokens=max(job.ask.max_new_tokens for job in jobs),
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            logits_processor=LogitsProcessorList([_Sample(jobs)]),
+            stopping_criteria=StoppingCriteriaList([_Deliver(jobs)]),
+            tokenizer=tokenizer,
+        )
 
 
 class _Sample(LogitsProcessor):
@@ -267,58 +269,21 @@ class _Deliver(StoppingCriteria):
 # Loading ----------------------------------------------------------------------------------------------
 
 
-def _load_all(folders: dict[str, Path], dtype: str) -> dict[str, Served]:
+def _load_all(folders: dict[str, Path], dtype: str | None) -> dict[str, Served]:
     """Load every checkpoint; plain adapters over one base, made alike, share it."""
-    shared, served = {}, {}
+    together: dict[tuple, list[str]] = {}
     for name, folder in folders.items():
-        settings = _adapter_settings(folder)
-        overrides = adapters.read_overrides(folder)
-        # An adapter that holds whole layers or rows of the vocabulary has its base for itself.
-        own = settings.get("modules_to_save") or settings.get("trainable_token_indices") or not settings
-        key = (settings.get("base_model_name_or_path"), json.dumps(overrides, sort_keys=True), own and name)
-        if key not in shared:
-            model, tokenizer, prompt_format = generate.load_for_generation(folder, dtype)
-            if torch.cuda.is_available() and not overrides.get("quantization"):
-                model.to("cuda")
-            shared[key], adapter = model, "default" if settings else None
-        else:
-            adapter = f"adapter-{len(served)}"
-            shared[key].load_adapter(str(folder), adapter_name=adapter)
-            tokenizer, prompt_format = models.load_tokenizer(str(folder)), _prompt_format(folder)
-        base = settings.get("base_model_name_or_path", str(folder))
-        defaults = _defaults(folder)
-        served[name] = Served(
-            name=name, folder=folder, model=shared[key].eval(), adapter=adapter, tokenizer=tokenizer,
-            prompt_format=prompt_format, defaults=defaults, stops=_stops(tokenizer, prompt_format, defaults),
-            context=models.context_limit(base, overrides.get("rope_scaling")) or tokenizer.model_max_length,
-        )  # fmt: skip
-    return served
-
-
-def _adapter_settings(folder: Path) -> dict:
-    path = folder / "adapter_config.json"
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
-def _prompt_format(folder: Path) -> PromptFormat | None:
-    path = folder / "prompt_format.yaml"
-    return PromptFormat(**yaml.safe_load(path.read_text())) if path.exists() else None
-
-
-def _defaults(folder: Path) -> GenerationConfig:
-    return (
-        GenerationConfig.from_pretrained(folder) if (folder / "generation_config.json").exists() else GenerationConfig()
-    )
-
-
-def _stops(tokenizer, prompt_format, defaults: GenerationConfig) -> frozenset[int]:
-    """List the ids that end an answer: those that the model was published with, and what closes a trained turn."""
-    published = defaults.eos_token_id if defaults.eos_token_id is not None else []
-    stops = {tokenizer.eos_token_id, *(published if isinstance(published, list) else [published])} - {None}
-    try:
-        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        encoded = prompts.encode(turns, tokenizer, prompt_format)
-    except DataError:
-        return frozenset(stops)
-    closing = [i for i, trained in zip(encoded.input_ids, encoded.trained, strict=True) if trained]
-    return frozenset(stops | set([i for i in closing if i in special_ids(tokenizer)][:1]))
+        path = folder / "adapter_config.json"
+        settings = json.loads(path.read_text()) if path.exists() else {}
+        # A whole model, and an adapter that holds whole layers or rows of the vocabulary, has its weights for itself.
+        own = not settings or settings.get("modules_to_save") or settings.get("trainable_token_indices")
+        key = (json.dumps(generate.base_of(folder), sort_keys=True), name if own else None)
+        together.setdefault(key, []).append(name)
+    served = {}
+    for names in together.values():
+        speakers = generate.load_together([folders[name] for name in names], dtype)
+        for name, speaker in zip(names, speakers, strict=True):
+            base, overrides = generate.base_of(folders[name])
+            context = models.context_limit(base, overrides.get("rope_scaling")) or speaker.tokenizer.model_max_length
+            served[name] = Served(name, folders[name], speaker, context)
+    return {name: served[name] for name in folders}

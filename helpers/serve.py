@@ -52,12 +52,12 @@ def serve(
     host: str = "127.0.0.1",
     key: str | None = None,
     engine: str = "auto",
-    dtype: str = "bfloat16",
+    dtype: str | None = None,
 ) -> None:
     """Serve runs until Ctrl-C or SIGTERM.
 
     names: runs or checkpoint folders. port: 0 takes a free one. key: what clients send as `Authorization: Bearer`.
-    engine: transformers, vllm, or auto: vLLM where it is installed and can load all of them.
+    engine: transformers, vllm, or auto: vLLM where it is installed and can load all of them. dtype: None is the run's.
 
     Raises ConfigError for an address that others can reach without a key, StorageError for a port in use.
     """

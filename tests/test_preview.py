@@ -59,5 +59,5 @@ def test_the_verb(make_config, tmp_path, capsys):
         {"input_ids", "labels", "text"}
     ] * 2
     assert main(["preview"]) == 2 and "needs a CONFIG" in capsys.readouterr().err
-    assert main(["preview", config, "n=0"]) == 2 and "must be a number" in capsys.readouterr().err
+    assert main(["preview", config, "n=0"]) == 2 and "must be a whole number" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()

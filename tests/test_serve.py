@@ -157,7 +157,7 @@ def test_prompts_are_those_of_training(served, client, tokenizer, monkeypatch):
 
 def test_two_adapters_in_one_process(served, client):
     _, engine = served
-    assert engine.models["one"].model is engine.models["two"].model
+    assert engine.models["one"].speaker.model is engine.models["two"].speaker.model
     assert [model.id for model in client.models.list()] == ["one", "two"] and client.models.retrieve("two").id == "two"
     question = [{"role": "user", "content": "what is it"}]
     answers = {name: ask(client, question, model=name).choices[0].message.content for name in ("one", "two")}
