@@ -7,7 +7,6 @@ rather than ignored; what changes nothing (user, metadata) is accepted.
 from __future__ import annotations
 
 import json
-import re
 import time
 import uuid
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
     from helpers.engine import Ask, Job, Served
 
-__all__ = ["ChatRequest", "Pieces", "Refusal", "as_ask", "completion", "list_models", "read_request"]
+__all__ = ["SIGNS", "ChatRequest", "Pieces", "Refusal", "as_ask", "completion", "list_models", "read_request"]
 
 
 class Refusal(Exception):
@@ -39,6 +38,9 @@ class Refusal(Exception):
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
+
+# What opens a call in a text: what tool_calls.OPENINGS finds, to know it by its beginning too.
+SIGNS = ("<tool_call>", "[TOOL_CALLS]", "<function=", "<functioncall>", "<|python_tag|>")
 
 Nothing = Annotated[float, Field(ge=0, le=0)] | None
 
@@ -232,9 +234,11 @@ def _sure_words(text: str) -> int:
     if text.lstrip()[:1] in ("", "{", "["):
         return 0
     opened = OPENINGS.search(text)
-    # An opening that is not complete yet begins with one of these signs; white space before a call is dropped.
-    unsure = re.search(r"\s*[<\[][^<\[]{0,14}\Z|\s+\Z", text)
-    return min([len(text), *(len(text[: m.start()].rstrip()) for m in (opened, unsure) if m)])
+    end = opened.start() if opened else len(text)
+    if not opened:
+        begun = (n for n in range(1, len(max(SIGNS, key=len))) if any(sign.startswith(text[-n:]) for sign in SIGNS))
+        end -= max(begun, default=0)
+    return len(text[:end].rstrip())  # white space before a call is dropped
 
 
 def _reason(job: Job, calls: list) -> str:

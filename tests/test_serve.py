@@ -15,14 +15,16 @@ import openai
 import pytest
 
 from conftest import LORA, REPOSITORY, TINY_MODEL, chat, uneven_rows
-from helpers.chat_api import Pieces, read_request
+from helpers.chat_api import SIGNS, Pieces, read_request
 from helpers.engine import Engine
 from helpers.errors import ConfigError, StorageError
 from helpers.generate import complete, load_for_generation
 from helpers.launch import fine_tune
+from helpers.merge import merge_run
 from helpers.prompts import encode_prompt
 from helpers.serve import LARGEST_BODY, is_loopback, make_app, name_models, serve
 from helpers.storage import find_checkpoint
+from helpers.tool_calls import OPENINGS
 from helpers.vllm_command import choose_engine, vllm_command
 
 WEATHER = {
@@ -122,6 +124,20 @@ def test_answers_are_those_of_generate(client, expected):
     answers = [ask(client, messages).choices[0].message.content for messages in QUESTIONS]
     assert answers == expected and len(set(answers)) > 1
     assert [streamed(client, messages)[0] for messages in QUESTIONS] == expected
+
+
+def test_the_merged_model_gives_the_same_with_plain_transformers(runs, expected, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    merged = merge_run(str(runs[0].folder), tmp_path / "merged").folder
+    model = AutoModelForCausalLM.from_pretrained(merged, dtype="float32")
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    answers = []
+    for messages in QUESTIONS:
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        output = model.generate(**ids, max_new_tokens=24, do_sample=False)
+        answers.append(tokenizer.decode(output[0, ids["input_ids"].shape[1] :], skip_special_tokens=True))
+    assert answers == expected
 
 
 def test_eight_at_once_get_their_own_answers(served, client, expected):
@@ -329,8 +345,10 @@ def test_the_words_before_a_call_are_streamed_and_the_call_is_held(served):
         for piece in ("I look ", "<tool", "_ca", "ndy>")
         for chunk in writer.add(piece)
     ]
-    assert told == ["I look ", "<tool_candy>"]
+    assert told == ["I look", " <tool_candy>"]
+    assert all(OPENINGS.fullmatch(sign) for sign in SIGNS) and OPENINGS.pattern.count("|") - 2 == len(SIGNS) - 1
     assert writer.add("<tool_call>{") == []
+    assert Pieces(asked).add("[1, 2]") == [] and Pieces(asked).add(" {") == []
 
 
 # vLLM, and the command --------------------------------------------------------------------------------
