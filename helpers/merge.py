@@ -25,6 +25,7 @@ from helpers import adapters, data, models, prompts, storage
 from helpers.config import PromptFormat, load_config
 from helpers.errors import CheckpointError, ConfigError, DataError, ModelError, StorageError
 from helpers.generate import load_for_generation
+from helpers.prompt_formats import as_chat_template
 from helpers.vllm import vllm_loads
 
 __all__ = ["Merged", "mean_kl", "merge_run", "tell"]
@@ -76,6 +77,7 @@ def merge_run(name: str, out: str | Path, checkpoint: str | None = None) -> Merg
     with storage.published(out) as aside:
         if not (folder / "adapter_config.json").exists():
             shutil.copytree(folder, aside, dirs_exist_ok=True)
+            _write_template(aside)
             return Merged(out, vllm_loads(storage.read_json(aside / "config.json")))
         return _merge(folder, aside, out)
 
@@ -95,7 +97,7 @@ def tell(merged: Merged) -> list[str]:
         )
     lines.append(f"vLLM loads it  {merged.vllm}")
     if (merged.folder / "prompt_format.yaml").exists():
-        lines.append("prompts follow prompt_format.yaml, which `python main.py serve` knows; a chat template does not")
+        lines.append("its chat template is the prompt format of the training, prompt_format.yaml")
     return [*lines, f"model folder   {storage.shown(merged.folder)}"]
 
 
@@ -216,6 +218,15 @@ def _write(model, folder: Path, out: Path) -> None:
     for path in folder.iterdir():
         if path.is_file() and not path.name.startswith("adapter_") and path.name not in of_the_adapter:
             shutil.copy2(path, out / path.name)
+    _write_template(out)
+
+
+def _write_template(out: Path) -> None:
+    """Write the prompt format that a model was trained with as its chat template, for all who know no other thing."""
+    saved = out / "prompt_format.yaml"
+    if saved.exists():
+        prompt_format = PromptFormat(**yaml.safe_load(saved.read_text()))
+        (out / "chat_template.jinja").write_text(as_chat_template(prompt_format))
 
 
 # What is compared -------------------------------------------------------------------------------------

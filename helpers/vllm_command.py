@@ -6,8 +6,12 @@ import importlib.util
 import json
 from pathlib import Path
 
+import yaml
+
 from helpers import adapters, models, storage
+from helpers.config import PromptFormat
 from helpers.errors import ConfigError
+from helpers.prompt_formats import as_chat_template
 from helpers.vllm import vllm_serves
 
 __all__ = ["choose_engine", "vllm_command"]
@@ -30,8 +34,10 @@ def _unfit_for_vllm(folders: dict[str, Path]) -> str | None:
     """Say why one vLLM process cannot serve these; None if it can."""
     bases = set()
     for name, folder in folders.items():
-        if (folder / "prompt_format.yaml").exists():
-            return f"{name} has a prompt format, and vLLM knows chat templates only"
+        written = folder / "prompt_format.yaml"
+        template = as_chat_template(PromptFormat(**yaml.safe_load(written.read_text()))) if written.exists() else None
+        if template is not None and models.load_tokenizer(str(folder)).chat_template != template:
+            return f"{name} has a prompt format, and vLLM knows chat templates only; merge it first: that writes one"
         if not (folder / "adapter_config.json").exists():
             bases.add((str(folder), "{}"))
             continue

@@ -9,9 +9,11 @@ import torch
 
 from conftest import LORA, TINY_MODEL, uneven_rows
 from helpers import adapters, checkpoints, models
+from helpers.config import PromptFormat
 from helpers.errors import CheckpointError, ModelError, StorageError
 from helpers.generate import load_for_generation
 from helpers.merge import mean_kl, merge_run, tell
+from helpers.prompt_formats import as_chat_template, render_prompt_format
 from helpers.prompts import encode_prompt
 
 LABELS = ["[[yes]]", "[[no]]"]
@@ -99,10 +101,49 @@ def load_without_quantisation(folder, rope):
     return PeftModel.from_pretrained(model, folder).eval(), tokenizer
 
 
+FORMAT = {
+    "system": "S {instruction}\n",
+    "user": 'Q "{instruction}" }}{{ é😀\n',
+    "assistant": " A {instruction}<|end|>",
+}
+FORMATS = {
+    "plain": {},
+    "bos and default": {"bos": "<|begin|>", "default_system_message": " be brief ", "trailing_assistant": " A"},
+    "empty tags": {"add_system_tags_even_if_message_is_empty": True},
+    "in user": {"user": "Q {system}{instruction}", "system_in_user": True},
+    "in last user": {"user": "Q {system}{instruction}", "system_in_user": True, "system_in_last_user": True},
+    "unstripped": {"strip_whitespace": False, "default_system_message": " x "},
+}
+
+
+@pytest.mark.parametrize("settings", FORMATS.values(), ids=FORMATS.keys())
+def test_a_prompt_format_as_a_chat_template_renders_the_same(tokenizer, settings):
+    from jinja2 import TemplateError
+
+    fmt = PromptFormat(**FORMAT | settings)
+    template = as_chat_template(fmt)
+    turns = [
+        {"role": "user", "content": " one {system} {{ x }}"},
+        {"role": "assistant", "content": " two "},
+        {"role": "user", "content": "three\n"},
+    ]
+    for system in ([], [{"role": "system", "content": " be {instruction} "}], [{"role": "system", "content": ""}]):
+        for messages, generates in ((system + turns, True), (system + turns[:2], False), (system + turns[:1], True)):
+            written = tokenizer.apply_chat_template(
+                messages, chat_template=template, tokenize=False, add_generation_prompt=generates
+            )
+            assert written == render_prompt_format(messages, fmt, generates)
+    with pytest.raises(TemplateError, match="no tools"):
+        tokenizer.apply_chat_template([{"role": "tool", "content": "x"}], chat_template=template, tokenize=False)
+
+
 def test_it_loads_without_this_project(make_checkpoint, tmp_path):
     fmt = "system: '{instruction}'\nuser: 'Q {instruction}'\nassistant: ' A {instruction}<|end|>'\n"
     merge_run(str(make_checkpoint(prompt_format=fmt)), tmp_path / "out")
-    assert load_for_generation(tmp_path / "out")[2].user == "Q {instruction}"
+    _, tokenizer, prompt_format = load_for_generation(tmp_path / "out")
+    asked = uneven_rows(1)[0]["messages"][:-1]
+    plainly = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
+    assert plainly == encode_prompt(asked, tokenizer, prompt_format)
     code = (
         "import sys\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n"

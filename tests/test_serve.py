@@ -50,7 +50,6 @@ def running(folders, **settings):
     server = uvicorn.Server(
         uvicorn.Config(make_app(engine, key=key), port=0, log_level="error", timeout_graceful_shutdown=1)
     )
-    server.install_signal_handlers = lambda: None
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
