@@ -7,6 +7,9 @@ layer  module          one line
 1      ranks           which worker this is; errors that reach all
 1      cluster         the Ray cluster: this machine's own, or a larger one
 1      classification  labels as tokens; scores of a classifier
+1      scores          right or wrong, intervals, paired tests
+1      tool_calls      tool calls in an answer's text; the mistakes by kind
+1      judge           a language model compares two answers
 1      preferences     losses that prefer one answer to another
 1      formats         one raw row, in any format -> one checked conversation
 1      vllm            what vLLM can load
@@ -39,9 +42,14 @@ layer  module          one line
 8      prepare         data and config made ready for a run; the data report
 8      preview         rows as the model will see them
 9      train           the loop
+5      findings        what an evaluation found, written down
+8      likelihood      how likely a model finds given texts
 8      generate        prompts -> completions
 9      plan_text       a plan as people read it
+9      answers         a file of prompts -> a file of answers
+9      chat            a conversation in the terminal
 9      evaluate        base and tuned answers compared
+9      harness         lm-eval's tasks, before and after
 9      plots           figures
 9      console         the one stream that a person reads
 10     launch          config -> Ray Train workers -> run folder
