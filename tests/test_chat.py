@@ -59,6 +59,7 @@ def test_a_stop_string_is_never_seen(speaker, monkeypatch, capsys):
     assert said.strip() == whole[: whole.index(stop)].strip()
 
 
+@pytest.mark.slow
 def test_the_command_on_a_terminal():
     """A pseudo-terminal: a prompt sign, the answer, Ctrl-D."""
     controller, terminal = pty.openpty()
