@@ -98,8 +98,9 @@ def find_model(name: str, checkpoint: str | None = None) -> str:
     """
     checkpoint = None if checkpoint == "best" else checkpoint
     folder = str(storage.fetch_folder(name)) if storage.is_remote(name) else name
-    is_hub_id = folder.count("/") == 1 and not Path(folder).expanduser().exists() and folder[0] not in "./~"
-    if checkpoint is None and (folder == "tiny" or (is_hub_id and not (Path("runs") / folder).exists())):
+    # owner/name, unless there is a folder `owner` here: then it is a path.
+    is_hub_id = folder.count("/") == 1 and folder[0] not in "./~" and not Path(folder).parent.exists()
+    if checkpoint is None and (folder == "tiny" or is_hub_id):
         return models.locate(folder)
     return str(storage.find_checkpoint(folder, checkpoint))
 
