@@ -43,11 +43,16 @@ layer  module          one line
 8      prepare         data and config made ready for a run; the data report
 8      preview         rows as the model will see them
 9      train           the loop
+5      findings        what an evaluation found, written down
+8      likelihood      how likely a model finds given texts
 8      generate        prompts -> completions
 9      plan_text       a plan as people read it
+9      answers         a file of prompts -> a file of answers
+9      chat            a conversation in the terminal
 9      evaluate        base and tuned answers compared
 9      merge           an adapter and its base -> one model
 9      engine          many askers, one thread that generates, small batches
+9      harness         lm-eval's tasks, before and after
 9      plots           figures
 9      console         the one stream that a person reads
 10     launch          config -> Ray Train workers -> run folder

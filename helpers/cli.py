@@ -15,7 +15,9 @@ Fine-tune a language model as CONFIG says, and look at what came of it.
   python main.py CONFIG [--default] [key=value ...]     fine-tune; CONFIG is a YAML file or an https:// address
   python main.py plan CONFIG [hardware=8xA100-80G]      memory, time and cost before the run; trains nothing
   python main.py preview CONFIG [n=3]                   rows as the model will see them, trained tokens marked
-  python main.py evaluate RUN [data=FILE] [rows=N]      held-out prompts answered before and after, with accuracy
+  python main.py generate RUN -p TEXT | data=FILE       answers, to the terminal or out=FILE
+  python main.py chat RUN                               a conversation in the terminal
+  python main.py evaluate RUN [data=FILE] [metric=...]  held-out rows before and after: how much better, how surely
   python main.py merge RUN OUT [checkpoint=NAME]        the adapter in its base, as a model that transformers loads
   python main.py serve RUN ... [port=8000]              an OpenAI-compatible endpoint
 
@@ -113,6 +115,7 @@ def _load(config_path: str, overrides: list[str], default: bool):
 
 
 _A_CONFIG = "CONFIG: a YAML file or an https:// address"
+_A_MODEL = "RUN: a run's folder or name, a checkpoint or model folder, or a hub id"
 _A_RUN = "RUN: a run's folder, or its name under runs/"
 
 # The verbs --------------------------------------------------------------------------------------------
@@ -218,31 +221,151 @@ def _preview(arguments: list[str]) -> int:
     return 0
 
 
-def _evaluate(arguments: list[str]) -> int:
-    known = ("data", "rows")
+def _generate(arguments: list[str]) -> int:
+    sampled = ("max_new_tokens", "temperature", "top_p", "seed", "batch_size")
+    known = ("data", "out", "rows", "checkpoint", "engine", "num_devices", *sampled)
     parser = _parser(
-        "evaluate", "RUN [data=FILE] [rows=N]", "Held-out prompts answered before and after, with accuracy."
-    )
-    parser.add_argument("words", metavar="RUN [key=value ...]", nargs="*", help="a run's folder or name")
+        "generate", "RUN [data=FILE | -p TEXT ...] [out=FILE] [key=value ...]",
+        "Answer prompts. RUN is a run (its best checkpoint, or checkpoint=epoch-2), a checkpoint or model folder, or\n"
+        "a hub id. data: rows of messages; out: JSON lines, continued where they stopped; rows=N: the first N.\n"
+        "temperature=0 (greedy) top_p=1 seed=0 max_new_tokens=128 batch_size=32\n"
+        "engine=auto|transformers|vllm; num_devices=N: as many Ray workers.",
+    )  # fmt: skip
+    parser.add_argument("words", metavar="RUN [key=value ...]", nargs="*", help="what answers")
+    parser.add_argument("-p", "--prompt", action="append", default=[], help="a prompt; may be repeated")
     given = parser.parse_intermixed_args(arguments)
-    name, overrides, options = _split("evaluate", _A_RUN, given.words, known)
+    name, overrides, options = _split("generate", _A_MODEL, given.words, known)
+    _only("generate", overrides, known)
+    from helpers.errors import ConfigError
+
+    if bool(given.prompt) == ("data" in options):
+        raise ConfigError("generate needs prompts: data=FILE, or -p TEXT, not both")
+    numbers = {key: _whole("generate", key, options[key]) for key in ("rows", "num_devices") if key in options}
+    sampling = _sampling("generate", {key: options[key] for key in sampled if key in options})
+    from pathlib import Path
+
+    from helpers.console import counting, make_console
+    from helpers.generate import find_model
+
+    source = find_model(name, options.get("checkpoint"))
+    from helpers.answers import Prompt, answer, choose_engine, read_prompts, write_answers
+
+    alone = [Prompt(k, [{"role": "user", "content": text}]) for k, text in enumerate(given.prompt)]
+    asked = alone or read_prompts(options["data"], numbers.get("rows"))
+    engine = choose_engine(options.get("engine", "auto"), source, len(asked))
+    using = {"engine": engine, "num_devices": numbers.get("num_devices", 0)}
+    with _quiet(source, "generate") as output, counting(output, "answering") as tell:
+        if "out" in options:
+            tell_file = lambda done, total: tell("rows", done, total)  # noqa: E731
+            new = write_answers(Path(options["out"]), source, asked, sampling, **using, on_progress=tell_file)
+        else:
+            answers = {}
+            for number, text in answer(source, asked, sampling, **using):
+                answers[number] = text
+                tell("rows", len(answers), len(asked))
+    output = make_console()
+    if "out" in options:
+        print(f"{new} of {len(asked)} prompts answered, {len(asked) - new} were there: {options['out']}")
+    elif len(asked) == 1:
+        print(answers[0])
+    else:
+        from helpers.console import table
+        from helpers.findings import as_read
+
+        output.print(table("", ["prompt", "answer"], [(as_read(one.messages), answers[one.number]) for one in asked]))
+    return 0
+
+
+def _chat(arguments: list[str]) -> int:
+    sampled = ("max_new_tokens", "temperature", "top_p", "seed")
+    known = ("checkpoint", "system", *sampled)
+    parser = _parser(
+        "chat", "RUN [checkpoint=epoch-2] [system=TEXT] [temperature=0.7] [top_p=0.9] [key=value ...]",
+        "Talk with a model in the terminal. /reset forgets, /exit or Ctrl-D ends, Ctrl-C cuts an answer off.",
+    )  # fmt: skip
+    parser.add_argument("words", metavar="RUN [key=value ...]", nargs="*", help="a run, a folder or a hub id")
+    name, overrides, options = _split("chat", _A_MODEL, parser.parse_intermixed_args(arguments).words, known)
+    _only("chat", overrides, known)
+    chosen = {key: options[key] for key in sampled if key in options}
+    sampling = _sampling("chat", {"max_new_tokens": "1024", **chosen})
+    from helpers.generate import find_model, load_together
+
+    source = find_model(name, options.get("checkpoint"))
+    with _quiet(source, "chat"):
+        [speaker] = load_together([source])
+    from helpers.chat import chat
+
+    chat(speaker, sampling, options.get("system"))
+    return 0
+
+
+def _sampling(verb: str, options: dict[str, str]):
+    """Read sampling options."""
+    from helpers.errors import ConfigError
+    from helpers.generate import Sampling
+
+    kinds = {"temperature": float, "top_p": float}
+    try:
+        return Sampling(**{key: kinds.get(key, int)(value) for key, value in options.items()})
+    except ValueError as error:
+        raise ConfigError(f"{verb}: not a number among {options}: {error}") from None
+
+
+def _quiet(source: str, verb: str):
+    """Send what libraries print to a log: of the run that a checkpoint lies in, else of the cache."""
+    from pathlib import Path
+
+    from helpers.console import quiet_descriptors
+    from helpers.storage import cache_folder
+
+    run = Path(source).parent.parent
+    return quiet_descriptors((run if (run / "config.yaml").exists() else cache_folder()) / "logs" / f"{verb}.log")
+
+
+def _evaluate(arguments: list[str]) -> int:
+    known = (
+        "data", "rows", "metric", "checkpoint", "max_new_tokens", "judge", "base_url", "lm_eval", "lm_eval_folder",
+    )  # fmt: skip
+    parser = _parser(
+        "evaluate", "RUN [data=FILE] [metric=NAME] [rows=N] [checkpoint=epoch-2]",
+        "Held-out rows before and after: figures with 95 % intervals, a paired test, the mistakes in a file to read.\n"
+        "metric: exact_match, gsm8k, tool_calls, classification, preference, perplexity; or judge, with judge=MODEL\n"
+        "and base_url=URL of an OpenAI-compatible endpoint. lm_eval=gsm8k,...: tasks of lm-eval instead;\n"
+        "lm_eval_folder: holds tasks of your own.",
+    )  # fmt: skip
+    parser.add_argument("words", metavar="RUN [key=value ...]", nargs="*", help="a run's folder or name")
+    name, overrides, options = _split("evaluate", _A_RUN, parser.parse_intermixed_args(arguments).words, known)
     _only("evaluate", overrides, known)
-    rows = _whole("evaluate", "rows", options["rows"]) if "rows" in options else None
-    from helpers.console import make_console, quiet_descriptors, table
-    from helpers.storage import find_run, shown, write_json
+    rows, longest = (
+        _whole("evaluate", key, options[key]) if key in options else None for key in ("rows", "max_new_tokens")
+    )
+    from helpers.console import counting, make_console, quiet_descriptors, table
+    from helpers.storage import find_run, shown
 
     run = find_run(name)
-    with quiet_descriptors(run.logs / "evaluate.log") as output:
-        output.print("loading the base model and the best checkpoint")
-        from helpers.evaluate import compare_with_base
+    with quiet_descriptors(run.logs / "evaluate.log") as output, counting(output, "asking") as tell:
+        output.print(f"loading the base model and the {options.get('checkpoint', 'best')} checkpoint")
+        if "lm_eval" in options:
+            return _lm_eval(run, options, rows, output)
+        from helpers.evaluate import evaluate
+        from helpers.judge import Judge
 
-        compared = compare_with_base(run, options.get("data"), rows)
-    output = make_console()
+        found = evaluate(
+            run, path=options.get("data"), metric=options.get("metric"), rows=rows, max_new_tokens=longest,
+            checkpoint=options.get("checkpoint"), on_progress=tell,
+            judge=Judge(options["judge"], options.get("base_url")) if "judge" in options else None,
+        )  # fmt: skip
+    from helpers.findings import figure_lines, save
+
+    output, compared = make_console(), found.comparison
     answers = zip(compared.prompts, compared.base, compared.tuned, compared.references, strict=True)
     output.print(table("Held-out prompts", ["prompt", "base model", "tuned model", "reference"], list(answers)[:5]))
-    before, after = compared.accuracy()
-    output.print(f"exact match on {len(compared.references)} held-out rows: base {before:.1%}, tuned {after:.1%}")
-    write_json(run.folder / "evaluation.json", compared.summary())
+    if found.kinds:
+        kinds = [(kind, str(before), str(after)) for kind, (before, after) in found.kinds.items()]
+        output.print(table("Mistakes", ["kind", "base model", "tuned model"], kinds))
+    output.print("\n".join(figure_lines(found)))
+    save(found, run)
+    output.print(f"mistakes    {shown(run.folder / 'evaluation' / 'mistakes.jsonl')}")
     output.print(f"run folder  {shown(run.folder)}\nloss curve  {shown(run.loss_curve)}")
     return 0
 
@@ -306,9 +429,26 @@ def _serve(arguments: list[str]) -> int:
     return 0
 
 
+def _lm_eval(run, options: dict[str, str], rows: int | None, output) -> int:
+    from helpers.evaluate import both_models
+    from helpers.findings import score_lines
+    from helpers.harness import run_tasks
+    from helpers.storage import write_json
+
+    told = both_models(run, options.get("checkpoint"))
+    made = run_tasks(told, options["lm_eval"].split(","), options.get("lm_eval_folder"), rows)
+    output.print("\n".join(line for score in made for line in score_lines(score, "lm-eval's rows")))
+    from dataclasses import asdict
+
+    write_json(run.folder / "evaluation" / "lm_eval.json", [asdict(score) for score in made])
+    return 0
+
+
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "plan": _plan,
     "preview": _preview,
+    "generate": _generate,
+    "chat": _chat,
     "evaluate": _evaluate,
     "merge": _merge,
     "serve": _serve,

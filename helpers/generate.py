@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 
 from helpers import adapters, models, prompts, special_tokens, storage
-from helpers.config import PromptFormat, load_config
+from helpers.config import FinetuneConfig, PromptFormat, load_config
 from helpers.errors import ConfigError, DataError, ModelError, ResourceError
 
 __all__ = [
@@ -31,8 +31,10 @@ __all__ = [
     "base_of",
     "complete",
     "find_model",
+    "load_ends",
     "load_for_generation",
     "load_together",
+    "seed_of",
 ]
 
 
@@ -96,8 +98,9 @@ def find_model(name: str, checkpoint: str | None = None) -> str:
     """
     checkpoint = None if checkpoint == "best" else checkpoint
     folder = str(storage.fetch_folder(name)) if storage.is_remote(name) else name
-    is_hub_id = folder.count("/") == 1 and not Path(folder).expanduser().exists() and folder[0] not in "./~"
-    if checkpoint is None and (folder == "tiny" or (is_hub_id and not (Path("runs") / folder).exists())):
+    # owner/name, unless there is a folder `owner` here: then it is a path.
+    is_hub_id = folder.count("/") == 1 and folder[0] not in "./~" and not Path(folder).parent.exists()
+    if checkpoint is None and (folder == "tiny" or is_hub_id):
         return models.locate(folder)
     return str(storage.find_checkpoint(folder, checkpoint))
 
@@ -122,8 +125,12 @@ def load_for_generation(source: str | Path, dtype: str | None = None):
         return model, one.tokenizer, one.prompt_format
 
 
-def load_together(sources: Sequence[str | Path], dtype: str | None = None) -> list[Speaker]:
+def load_together(
+    sources: Sequence[str | Path], dtype: str | None = None, config: FinetuneConfig | None = None
+) -> list[Speaker]:
     """Load several adapters of one base, and the base itself if it is among them, with its weights held once.
+
+    config: whose dtype, prompt format and stopping sequences hold for sources that lie in no run.
 
     Raises ModelError if they stand on different bases, or some have tokens that others do not.
     """
@@ -132,7 +139,7 @@ def load_together(sources: Sequence[str | Path], dtype: str | None = None) -> li
         listed = "; ".join(f"{source}: {base}" for source, (base, _) in zip(sources, bases, strict=True))
         raise ModelError(f"only adapters of one base share its weights, got {listed}: load the others on their own")
     base, overrides = bases[0]
-    model = models.load_model(base, dtype=dtype or _dtype_of(sources), device_map="auto", **overrides)
+    model = models.load_model(base, dtype=dtype or _dtype_of(sources, config), device_map="auto", **overrides)
     tokenizers = [models.load_tokenizer(str(source)) for source in sources]
     rows = model.get_input_embeddings().num_embeddings
     sizes = {max(len(tokenizer), rows) for tokenizer in tokenizers}
@@ -150,10 +157,10 @@ def load_together(sources: Sequence[str | Path], dtype: str | None = None) -> li
     speakers = []
     for source, name, tokenizer in zip(sources, names, tokenizers, strict=True):
         tokenizer.padding_side = "left"
-        prompt_format = _prompt_format(Path(source))
-        speakers.append(
-            Speaker(model, tokenizer, prompt_format, name, _generation_config(source, model, tokenizer, prompt_format))
-        )
+        of_run = _run_config(source) or config
+        prompt_format = _prompt_format(Path(source)) or (of_run and of_run.generation_config.prompt_format)
+        ends = _generation_config(source, model.generation_config, tokenizer, prompt_format, of_run)
+        speakers.append(Speaker(model, tokenizer, prompt_format, name, ends))
     return speakers
 
 
@@ -166,15 +173,15 @@ def _with_adapter(model, folder: str, name: str):
     return model
 
 
-def _run_config(source: str | Path):
+def _run_config(source: str | Path) -> FinetuneConfig | None:
     """Read the config of the run whose checkpoint this is; None of any other folder."""
     folder = Path(source).absolute()
     path = folder.parent.parent / "config.yaml"
     return load_config(path) if folder.parent.name == "checkpoints" and path.exists() else None
 
 
-def _dtype_of(sources: Sequence[str | Path]) -> str:
-    configs = [_run_config(source) for source in sources]
+def _dtype_of(sources: Sequence[str | Path], config: FinetuneConfig | None) -> str:
+    configs = [*(_run_config(source) for source in sources), config]
     return next((config.dtype for config in configs if config is not None), "bfloat16")
 
 
@@ -186,16 +193,24 @@ def _prompt_format(folder: Path) -> PromptFormat | None:
 # What ends an answer ----------------------------------------------------------------------------------
 
 
-def _generation_config(source, model, tokenizer, prompt_format: PromptFormat | None):
-    """Take a model's generation config, with all that ends an answer in it."""
+def load_ends(source: str):
+    """Load what prompts and ends a model's answers, without the model: generation config, tokenizer, prompt format."""
+    tokenizer, config = models.load_tokenizer(source), _run_config(source)
+    prompt_format = _prompt_format(Path(source)) or (config and config.generation_config.prompt_format)
+    return _generation_config(source, None, tokenizer, prompt_format, config), tokenizer, prompt_format
+
+
+def _generation_config(source, fallback, tokenizer, prompt_format: PromptFormat | None, config: FinetuneConfig | None):
+    """Take a model's generation config, or else the fallback, with all that ends an answer in it."""
     import copy
 
     from transformers import GenerationConfig
 
-    has_own = (Path(source) / "generation_config.json").exists()
-    made = GenerationConfig.from_pretrained(source) if has_own else copy.deepcopy(model.generation_config)
+    try:
+        made = GenerationConfig.from_pretrained(source)
+    except OSError:  # it has none of its own
+        made = copy.deepcopy(fallback) or GenerationConfig()
     written, closing = _closing(tokenizer, prompt_format)
-    config = _run_config(source)
     sequences = config.generation_config.stopping_sequences if config else []
     own = made.eos_token_id if isinstance(made.eos_token_id, list) else [made.eos_token_id]
     ids = [*own, tokenizer.eos_token_id, closing, *(stop for stop in sequences if isinstance(stop, int))]
@@ -263,10 +278,12 @@ def answer_in_batches(
     tools: list[list[dict] | None] | None = None,
     keep_special: bool = False,
     numbers: Sequence[int] | None = None,
+    streamer: Any = None,
 ) -> Iterator[tuple[int, str]]:
     """Yield (which conversation, its answer) batch by batch, those of like length together.
 
     numbers: each conversation's number in the whole set where these are a part of it: its seed depends on it.
+    streamer: transformers' kind, which is told of each token of a single conversation.
     """
     import torch
 
@@ -279,7 +296,7 @@ def answer_in_batches(
     # Prompts of like length share a batch: less padding, same answers. The longest come first, so that memory
     # runs out at once or never.
     order = sorted(range(len(encoded)), key=lambda k: -len(encoded[k]))
-    stops = model.generation_config.stop_strings or []
+    reads_text = {"tokenizer": tokenizer} if model.generation_config.stop_strings else {}
     for start in range(0, len(order), sampling.batch_size):
         part = order[start : start + sampling.batch_size]
         batch = tokenizer.pad({"input_ids": [encoded[k] for k in part]}, return_tensors="pt").to(model.device)
@@ -288,7 +305,7 @@ def answer_in_batches(
             with torch.inference_mode():
                 output = model.generate(
                     **batch, max_new_tokens=sampling.max_new_tokens, do_sample=False, logits_processor=drawn,
-                    temperature=None, top_p=None, top_k=None, **({"tokenizer": tokenizer} if stops else {}),
+                    streamer=streamer, temperature=None, top_p=None, top_k=None, **reads_text,
                 )  # fmt: skip
         except torch.OutOfMemoryError:
             raise ResourceError(
@@ -308,6 +325,11 @@ def _text(ids: list[int], ends, tokenizer, keep_special: bool) -> str:
     return text[: min(places)] if places else text
 
 
+def seed_of(sampling: Sampling, number: int) -> int:
+    """Make the seed of one prompt of a set, another for each."""
+    return hash((sampling.seed, number)) % 2**63  # of whole numbers Python's hash is the same everywhere
+
+
 class _Drawn:
     """Make a greedy choice a draw: each row from random numbers of its own, so that no other row changes it.
 
@@ -318,8 +340,7 @@ class _Drawn:
         import torch
 
         self.sampling = sampling
-        seeds = [hash((sampling.seed, number)) % 2**63 for number in numbers]  # of whole numbers: no secret salt
-        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+        self.generators = [torch.Generator(device).manual_seed(seed_of(sampling, number)) for number in numbers]
 
     def __call__(self, input_ids, scores):
         import torch

@@ -89,14 +89,21 @@ def judge_all(
 
 def _points(client, model: str, duel: Duel, is_swapped: bool) -> float | None:
     """Ask once; return what the tuned answer won, None without a verdict. A is the base's answer unless swapped."""
-    reply = client.chat.completions.create(
-        model=model,
-        messages=[
+    import openai
+
+    asked = {
+        "model": model,
+        "messages": [
             {"role": "system", "content": INSTRUCTIONS},
             {"role": "user", "content": _question(duel, is_swapped)},
         ],
-        temperature=0,
-    )
+    }
+    try:
+        reply = client.chat.completions.create(**asked, temperature=0)
+    except openai.BadRequestError as error:
+        if "temperature" not in str(error):
+            raise
+        reply = client.chat.completions.create(**asked)  # models that reason take no temperature
     found = VERDICT.findall((reply.choices[0].message.content or "") if reply.choices else "")
     if not found:
         return None

@@ -89,41 +89,47 @@ def compare_shares(before: Sequence[bool], after: Sequence[bool]) -> Difference:
     return Difference(float(after.mean() - before.mean()), float(p), "McNemar, exact")
 
 
-def bootstrap(statistic: Callable[..., float], *columns: Sequence[float]) -> Figure:
-    """Return a statistic of rows with the percentile interval of 9,999 resamples of the rows.
+def bootstrap(statistic: Callable[..., float], *columns: Sequence[float], resamples: int = RESAMPLES) -> Figure:
+    """Return a statistic of rows with the percentile interval of resamples of the rows.
 
-    columns: [rows] each, resampled together; statistic: of the columns, one number.
+    columns: [rows, ...] each, resampled together; statistic: of the columns, one number.
     """
-    columns = tuple(np.asarray(column) for column in columns)
-    drawn = _resampled(statistic, columns)
+    return _figure(statistic, _arrays(columns), _resampled(statistic, _arrays(columns), resamples))
+
+
+def compare_statistics(
+    statistic: Callable[..., float],
+    before: Sequence[Sequence[float]],
+    after: Sequence[Sequence[float]],
+    resamples: int = RESAMPLES,
+) -> tuple[Figure, Figure, Difference]:
+    """Compare a statistic of two models on the same rows: the paired bootstrap, two-sided.
+
+    before, after: the columns of each model, [rows, ...] each; a resample takes the same rows of both.
+
+    Returns each model's figure, and the difference.
+    """
+    both = [_arrays(before), _arrays(after)]
+    drawn = [_resampled(statistic, columns, resamples) for columns in both]
+    first, second = (_figure(statistic, *of) for of in zip(both, drawn, strict=True))
+    apart = drawn[1] - drawn[0]
+    # One is added: resamples of which none crosses zero only say that p is below one in so many.
+    crossed = 1 + min((apart <= 0).sum(), (apart >= 0).sum())
+    p = min(1.0, 2 * crossed / (resamples + 1))
+    return first, second, Difference(second.value - first.value, float(p), "paired bootstrap")
+
+
+def _arrays(columns: Sequence[Sequence[float]]) -> list[np.ndarray]:
+    return [np.asarray(column) for column in columns]
+
+
+def _figure(statistic: Callable[..., float], columns: list[np.ndarray], drawn: np.ndarray) -> Figure:
     low, high = np.nanquantile(drawn, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return Figure(float(statistic(*columns)), float(low), float(high))
 
 
-def compare_statistics(
-    statistic: Callable[..., float], before: Sequence[Sequence[float]], after: Sequence[Sequence[float]]
-) -> Difference:
-    """Compare a statistic of two models on the same rows: the paired bootstrap, two-sided.
-
-    before, after: the columns of each model, [rows] each; a resample takes the same rows of both.
-    """
-    columns = tuple(np.asarray(column) for column in (*before, *after))
-    half = len(before)
-
-    def difference(*both):
-        return statistic(*both[half:]) - statistic(*both[:half])
-
-    value = float(difference(*columns))
-    if value == 0:
-        return Difference(0.0, 1.0, "paired bootstrap")
-    drawn = _resampled(difference, columns)
-    # One is added: of so many resamples none says that p is below one in so many.
-    crossed = 1 + min((drawn <= 0).sum(), (drawn >= 0).sum())
-    return Difference(value, float(min(1.0, 2 * crossed / (len(drawn) + 1))), "paired bootstrap")
-
-
-def _resampled(statistic: Callable[..., float], columns: tuple[np.ndarray, ...]) -> np.ndarray:
-    """Compute a statistic on resamples of the rows; seeded, so that an evaluation says the same again."""
+def _resampled(statistic: Callable[..., float], columns: list[np.ndarray], resamples: int) -> np.ndarray:
+    """Compute a statistic on resamples of the rows: the same rows for the same number of rows, each time."""
     random, rows = np.random.default_rng(0), len(columns[0])
-    draws = (random.integers(rows, size=rows) for _ in range(RESAMPLES))
+    draws = (random.integers(rows, size=rows) for _ in range(resamples))
     return np.array([statistic(*(column[draw] for column in columns)) for draw in draws])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-__all__ = ["vllm_loads", "vllm_serves"]
+__all__ = ["VLLM_RANK", "vllm_loads", "vllm_serves"]
 
 # The largest rank that vLLM's max_lora_rank takes.
 VLLM_RANK = 512

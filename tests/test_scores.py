@@ -89,8 +89,8 @@ def test_pairs_show_what_single_samples_hide():
     random = np.random.default_rng(3)
     hard = random.normal(0, 5, size=60)  # rows differ far more than models
     better = hard + 0.3 + random.normal(0, 0.2, size=60)
-    found = compare_statistics(np.mean, [hard], [better])
+    before, after, found = compare_statistics(np.mean, [hard], [better])
     assert found.value == pytest.approx(0.3, abs=0.1) and found.p < 0.001
-    assert bootstrap(np.mean, hard).high > bootstrap(np.mean, better).low
-    assert compare_statistics(np.mean, [hard], [hard]).p == 1.0
-    assert compare_statistics(np.mean, [hard], [random.permutation(hard) + 0.01]).p > 0.3
+    assert before.high > after.low and before == bootstrap(np.mean, hard)
+    assert compare_statistics(np.mean, [hard], [hard])[2].p == 1.0
+    assert compare_statistics(np.mean, [hard], [random.permutation(hard) + 0.01])[2].p > 0.3
