@@ -137,6 +137,7 @@ def test_a_prompt_format_as_a_chat_template_renders_the_same(tokenizer, settings
         tokenizer.apply_chat_template([{"role": "tool", "content": "x"}], chat_template=template, tokenize=False)
 
 
+@pytest.mark.slow
 def test_it_loads_without_this_project(make_checkpoint, tmp_path):
     fmt = "system: '{instruction}'\nuser: 'Q {instruction}'\nassistant: ' A {instruction}<|end|>'\n"
     merge_run(str(make_checkpoint(prompt_format=fmt)), tmp_path / "out")
