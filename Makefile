@@ -10,7 +10,7 @@ export DS_BUILD_OPS := 0
 # Threads that wait for each other asleep, not spinning: on a shared machine spinning costs far more.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: help quickstart test test-fast check notebooks tiny-model clean
+.PHONY: help quickstart test test-fast check configs notebooks tiny-model clean
 help: ## list the verbs
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
@@ -37,9 +37,16 @@ check: .venv/dev ## style and formatting
 	ruff check --quiet .
 	ruff format --quiet --check .
 
-notebooks: .venv/dev ## run every notebook, keep its outputs, write its README.md
-	python -m nbconvert --to notebook --execute --coalesce-streams --inplace --ExecutePreprocessor.record_timing=False README.ipynb
-	python -m nbconvert --to markdown README.ipynb
+configs: .venv/run ## write the plan into the headers of training_configs/ and into its table
+	python training_configs/make_headers.py
+
+NOTEBOOKS ?= $(wildcard *.ipynb cookbooks/*/*.ipynb end-to-end-examples/*/*.ipynb)
+notebooks: .venv/dev ## run every notebook (or NOTEBOOKS=one), keep its outputs, write its README.md
+	for notebook in $(NOTEBOOKS); do \
+		python -m nbconvert --to notebook --execute --coalesce-streams --inplace \
+			--ExecutePreprocessor.record_timing=False $$notebook; \
+		python -m nbconvert --to markdown $$notebook; \
+	done
 
 tiny-model: .venv/run ## make the embedded model again, from nothing (about half an hour on 2 cores)
 	python data/make_tiny_corpus.py data/corpus/train.jsonl --rows 50000 --seed 1

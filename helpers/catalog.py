@@ -36,6 +36,14 @@ _NEEDED = {
     "num_attention_heads": "heads", "vocab_size": "vocab",
 }  # fmt: skip
 
+# What Gemma 3's config.json leaves to transformers' defaults (Gemma3TextConfig).
+_LEFT_OUT = {
+    "gemma3_text": {
+        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 262208,
+        "max_position_embeddings": 131072,
+    },
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -196,7 +204,9 @@ def _shape_in(path: Path) -> Shape:
         facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} cannot be read: {error}") from None
+    facts = facts.get("text_config", facts)  # models that read images wrap their text decoder
     kind = facts.get("model_type")
+    facts = _LEFT_OUT.get(kind, {}) | facts
     missing = [key for key in _NEEDED if not isinstance(facts.get(key), int)]
     if kind not in _KNOWN or missing:
         what = f"lacks {', '.join(missing)}" if kind in _KNOWN else f"has model_type {kind!r}"

@@ -1,6 +1,8 @@
 """Links lead somewhere, and the maps name what exists."""
 
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -41,3 +43,23 @@ def test_the_map_of_contributing_names_every_module():
     text = (REPOSITORY / "CONTRIBUTING.md").read_text()
     for path in (REPOSITORY / "helpers").glob("*.py"):
         assert path.stem in ("__init__", "errors", "ranks") or f"helpers/{path.name}" in text
+
+
+def test_every_deepspeed_file_is_explained_and_every_config_listed():
+    text = (REPOSITORY / "deepspeed_configs/README.md").read_text()
+    for path in (REPOSITORY / "deepspeed_configs").glob("*.json"):
+        assert f"- `{path.name}`: " in text
+    listed = (REPOSITORY / "training_configs/README.md").read_text()
+    for path in (REPOSITORY / "training_configs").glob("[cd]*/**/*.yaml"):
+        assert f"]({path.relative_to(REPOSITORY / 'training_configs')})" in listed
+
+
+def test_words_are_spelt_right():
+    aside = {".venv", "runs", "corpus", ".pytest_cache", ".ipynb_checkpoints"}
+    kinds = {".md", ".ipynb", ".py", ".yaml"}
+    files = [path for path in REPOSITORY.rglob("*.*") if path.suffix in kinds and path.is_file()]
+    pages = [name(path) for path in files if not aside & set(path.relative_to(REPOSITORY).parts)]
+    assert len(pages) > 100
+    command = [sys.executable, "-m", "codespell_lib", *pages]
+    told = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert told.returncode == 0, told.stdout

@@ -107,7 +107,7 @@ def test_workers_that_cannot_be_kept_alive_end_the_run_with_their_last_words(ray
 
 def _kill_a_worker_at(run: Run, step: int, killed: list) -> None:
     """Wait until a run reports `step`, then kill its worker 1."""
-    for _ in range(600):
+    for _ in range(6000):
         if run.metrics.exists() and any(row["step"] >= step for row in read_metrics(run.metrics)):
             pid = int(re.findall(r"process (\d+)", (run.logs / "worker-1.log").read_text())[-1])
             os.kill(pid, signal.SIGKILL)

@@ -1,5 +1,7 @@
 """Every notebook runs from top to bottom as it stands, and is committed clean."""
 
+import ast
+import importlib
 import json
 import os
 import re
@@ -16,8 +18,15 @@ NOTEBOOKS = sorted(
 )
 
 
+SECRET = re.compile(r"\b(hf_[A-Za-z0-9]{20,}|AKIA[A-Z0-9]{16}|sk-[A-Za-z0-9_-]{20,}|gh[ps]_[A-Za-z0-9]{30,})\b")
+
+
 def name(path):
     return str(path.relative_to(REPOSITORY))
+
+
+def cells_of(path, kind: str) -> list[dict]:
+    return [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == kind]
 
 
 def test_there_are_notebooks():
@@ -35,8 +44,6 @@ def test_notebook_runs_unmodified(path, tmp_path, monkeypatch):
     papermill.execute_notebook(
         path, tmp_path / "out.ipynb", cwd=path.parent, kernel_name="python3", progress_bar=False, execution_timeout=600
     )
-    cells = json.loads(path.read_text())["cells"]
-    assert "assert" in "".join([cell for cell in cells if cell["cell_type"] == "code"][-1]["source"])
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
@@ -44,7 +51,7 @@ def test_notebook_is_committed_clean(path):
     """Run once from a fresh kernel, no errors, no widgets, no paths of somebody's machine, nothing huge."""
     notebook = json.loads(path.read_text())
     assert set(notebook["metadata"]) <= {"kernelspec", "language_info"}
-    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    code = cells_of(path, "code")
     assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1)), "run `make notebooks`"
     for cell in code:
         assert set(cell["metadata"]) <= {"tags"}
@@ -55,6 +62,35 @@ def test_notebook_is_committed_clean(path):
             assert len(text) <= 4000
             assert not re.search(r"(?<![\w.:/])/(home|root|work|tmp|Users)/", text), "an absolute path"
             assert len(output.get("data", {}).get("image/png", "")) < 270_000  # base64 of 200 kB
+    assert not SECRET.search(path.read_text())
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
+def test_notebook_says_what_it_takes_and_keeps_to_it(path):
+    """Its head: what one has at the end, time, hardware, cost, config. Its length: that of one sitting."""
+    texts = ["".join(cell["source"]) for cell in cells_of(path, "markdown")]
+    head = "".join(texts[:2])
+    for promise in ("At the end", "**Time:**", "**Hardware:**", "**Cost:**", "**Config:**"):
+        assert promise in head, f"its head lacks {promise}"
+    words = len(" ".join(texts).split())
+    assert words <= (2_500 if "end-to-end-examples" in path.parts else 1_500)
+    code = ["".join(cell["source"]) for cell in cells_of(path, "code")]
+    for source in code:
+        assert len(source.splitlines()) <= 25
+    assert "assert" in code[-1]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
+def test_notebook_uses_public_names_only(path):
+    for cell in cells_of(path, "code"):
+        source = "".join(cell["source"])
+        assert "sys.path" not in source and "%run" not in source
+        source = re.sub(r"\\\n\s*", "", source)  # a command over several lines
+        lines = [re.sub(r"^(\s*)[!%].*", r"\1pass", line) for line in source.splitlines()]
+        for node in ast.walk(ast.parse("\n".join(lines))):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("helpers."):
+                public = importlib.import_module(node.module).__all__
+                assert {alias.name for alias in node.names} <= set(public), f"{node.module}: not public"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name)

@@ -28,7 +28,7 @@ def written(*calls: Call) -> str:
         ("<tool_call>\n{'name': 'weather'}\n</tool_call>", [WEATHER], "wrong format"),
         ("<tool_call>", [WEATHER], "wrong format"),
         (written(WEATHER, WEATHER), [WEATHER], "wrong count"),
-        (written(Call("wether", WEATHER.arguments)), [WEATHER], "wrong name"),
+        (written(Call("forecast", WEATHER.arguments)), [WEATHER], "wrong name"),
         (written(Call("weather", {"city": "Rome", "days": 2})), [WEATHER], "wrong value"),
         (written(Call("weather", {"city": "Paris", "days": "2"})), [WEATHER], "wrong value"),
         (written(Call("weather", {"city": "Paris"})), [WEATHER], "missing argument"),

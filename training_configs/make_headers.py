@@ -1,0 +1,237 @@
+"""Write what the plan says of each config into its header, and of all into the table of training_configs/README.md.
+
+    python training_configs/make_headers.py                   the same as `make configs`
+    python training_configs/make_headers.py count FILE...     rows of GSM8K -> gsm8k_lengths.json, once
+
+Only the lines between two marks are written; the rest of a file is its author's. A file says two things for this
+script above its marks: `# hardware: 8xA100-80G` where worker_resources does not, and `# LLMForge: key=value ...`
+where LLMForge's file had other values.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import random
+import re
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))
+
+from helpers.catalog import Gpu, Shape, hardware_of, read_catalog, shape_of  # noqa: E402
+from helpers.config import FinetuneConfig, load_config  # noqa: E402
+from helpers.counting import Statistics, count_data  # noqa: E402
+from helpers.plan import MFU, Plan, hardware_in, plan  # noqa: E402
+
+FOLDER = REPOSITORY / "training_configs"
+README = FOLDER / "README.md"
+LENGTHS = FOLDER / "gsm8k_lengths.json"
+START, END = "# -- plan (`make configs` writes these lines)", "# -- end of plan"
+TABLE_START, TABLE_END = "<!-- table (`make configs` writes it) -->", "<!-- end of table -->"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is told of one config. gpus: all that it takes, those of a preference run's reference too.
+
+    worst: planned with every row as long as the context; gsm8k: with GSM8K's rows; theirs: with LLMForge's values.
+    faster: of a config that offloads, the sharding that moves less and fits as well.
+    """
+
+    path: Path
+    config: FinetuneConfig
+    gpu: Gpu
+    gpus: int
+    worst: Plan
+    gsm8k: Plan
+    theirs: tuple[list[str], Plan] | None
+    faster: tuple[str, Plan] | None
+
+    @property
+    def hardware(self) -> str:
+        """Name the GPUs to rent."""
+        return f"{self.gpus}x{self.gpu.name}"
+
+    @property
+    def seconds(self) -> float:
+        """Tell how long GSM8K takes."""
+        return next(one.seconds for one in self.gsm8k.costs if one.gpu == self.gpu.name)
+
+    @property
+    def cost(self) -> float:
+        """Tell what GSM8K costs, in USD."""
+        return self.seconds / 3600 * self.gpus * self.gpu.price
+
+
+def config_paths() -> list[Path]:
+    """List the configs that have a plan in their header: all but those of the tiny model."""
+    return sorted(path for path in FOLDER.glob("*/**/*.yaml") if path.relative_to(FOLDER).parts[0] != "tiny")
+
+
+@functools.cache
+def gsm8k() -> Statistics:
+    """Read GSM8K's lengths, in an order that is random but always the same: batches of it are padded."""
+    facts = json.loads(LENGTHS.read_text(encoding="utf-8"))
+    lengths = [int(length) for length, rows in facts["rows_by_length"].items() for _ in range(rows)]
+    random.Random(0).shuffle(lengths)
+    return Statistics(tuple(lengths), 1.0, facts["how"])
+
+
+@functools.cache
+def facts_of(path: Path) -> Facts:
+    """Plan one config, offline."""
+    is_default = "default" in path.relative_to(FOLDER).parts
+    text = path.read_text(encoding="utf-8")
+    config = load_config(path, default=is_default)
+    named = re.search(r"^# hardware: (\S+)$", text, flags=re.MULTILINE)
+    hardware = hardware_of(named[1]) if named else hardware_in(config)
+    data = gsm8k()
+    if config.task == "preference_tuning":  # each row stands for a pair of answers of its length
+        data = Statistics(tuple(length for length in data.lengths for _ in range(2)), data.scale, data.how)
+    # Default mode chooses the context from the data; elsewhere memory must do for rows that fill the context.
+    longest = data if is_default else None
+    differs = re.search(r"^# LLMForge: (.+)$", text, flags=re.MULTILINE)
+    theirs = None
+    if differs:
+        overrides = differs[1].split()
+        other = load_config(path, overrides, default=is_default)
+        theirs = overrides, plan(other, shape_of(other), hardware, longest)
+    shape = shape_of(config)
+    return Facts(
+        path, config, hardware[1], hardware[0] + _reference_gpus(config), plan(config, shape, hardware, longest),
+        plan(config, shape, hardware, data), theirs, None if is_default else _faster(config, shape, hardware),
+    )  # fmt: skip
+
+
+def _faster(config: FinetuneConfig, shape: Shape, hardware: tuple[int, Gpu]) -> tuple[str, Plan] | None:
+    if not _offloads(config):
+        return None
+    names = ["zero_2", "zero_3"] + ["zero_3_offload_optim"] * ("param" in config.deepspeed.config_path)
+    plans = ((name, plan(config.resolve(deepspeed=name), shape, hardware)) for name in names)
+    return next(((name, tried) for name, tried in plans if tried.fits), None)
+
+
+def _offloads(config: FinetuneConfig) -> bool:
+    return config.deepspeed is not None and "offload" in config.deepspeed.config_path
+
+
+def _reference_gpus(config: FinetuneConfig) -> int:
+    block = config.preference_tuning_config
+    return block.logprob_processor_scaling_config.concurrency if block and block.logprob_processor_scaling_config else 0
+
+
+# The header -------------------------------------------------------------------------------------------
+
+
+def header(facts: Facts) -> list[str]:
+    """Write the lines between the marks of one config."""
+    worst, rows = facts.worst, facts.gsm8k
+    length = f"rows of {worst.longest_row:,} tokens" if worst.longest_row < worst.context_length else (
+        f"rows as long as the context, {worst.context_length:,} tokens"
+    )  # fmt: skip
+    verdict = "" if worst.fits else "; IT DOES NOT FIT"
+    million = next(one.cost_per_million_tokens for one in worst.costs if one.gpu == facts.gpu.name)
+    million *= facts.gpus / worst.workers
+    lines = [
+        f"hardware  {facts.hardware}, ${facts.gpus * facts.gpu.price:,.2f} per hour",
+        f"memory    {_gb(worst.memory.total)} per GPU of {_gb(worst.capacity)} usable, most of it "
+        f"{worst.memory.largest}, at {length}{verdict}",
+        f"          {_gb(worst.memory.host)} per worker on the host; {_gb(worst.disk_bytes)} on disk",
+        f"GSM8K     {rows.steps:,} steps, {_duration(facts.seconds)}, ${facts.cost:,.2f}; "
+        f"${million:,.2f} per million tokens at the length above",
+        f"          taken for granted: {MFU:.0%} MFU; {read_catalog().priced}",
+    ]
+    if _offloads(facts.config):
+        lines.append("          and no time for what moves to and from the host: two or three times as long is likely")
+    if facts.faster:
+        name, planned = facts.faster
+        lines.append(f"faster    deepspeed={name} fits as well, {_gb(planned.memory.total)} per GPU, and moves less")
+    if facts.theirs:
+        overrides, planned = facts.theirs
+        fit = "fits as well" if planned.fits else "does not fit"
+        lines.append(f"LLMForge  its {' '.join(overrides)} takes {_gb(planned.memory.total)} per GPU: it {fit};")
+        made = load_config(facts.path, " ".join(planned.changes).split()) == facts.config
+        if planned.fits:
+            lines.append(f"          here: {_here(overrides, facts.config)}")
+        else:
+            named = " ".join(planned.changes) or "none"
+            here = "made here" if made else f"here instead: {_here(overrides, facts.config)}"
+            lines.append(f"          the cheapest change that plan names: {named}, {here}")
+    return [f"# {line}" for line in lines]
+
+
+def _here(overrides: list[str], config: FinetuneConfig) -> str:
+    return " ".join(f"{key}={getattr(config, key)}" for key in (one.partition("=")[0] for one in overrides))
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:,.1f} GB"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+# The table --------------------------------------------------------------------------------------------
+
+
+def table() -> list[str]:
+    """Write the table of all configs, as Markdown."""
+    lines = ["| config | method | hardware | context | per GPU | GSM8K | cost |", "|---|---|---|---|---|---|---|"]
+    for facts in map(facts_of, config_paths()):
+        name = facts.path.relative_to(FOLDER)
+        context = f"{facts.config.context_length:,}" if facts.config.context_length else "chosen"
+        lines.append(
+            f"| [{name}]({name}) | {'LoRA' if facts.config.is_lora else 'full'} | {facts.hardware} | {context} | "
+            f"{facts.worst.memory.total / 1e9:.0f} of {facts.worst.capacity / 1e9:.0f} GB | "
+            f"{_duration(facts.seconds)} | ${facts.cost:,.2f} |"
+        )
+    return lines
+
+
+# Writing ----------------------------------------------------------------------------------------------
+
+
+def between(text: str, start: str, end: str, lines: list[str], where: Path) -> str:
+    """Replace the lines between two marks. Raises SystemExit where the marks are missing."""
+    before, found, rest = text.partition(f"{start}\n")
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise SystemExit(f"{where}: needs the lines {start!r} and {end!r}, between which the plan is written")
+    return "\n".join([before + start, *lines, end + after])
+
+
+def written(path: Path) -> str:
+    """Tell the text that a config, or the README, is to have."""
+    text = path.read_text(encoding="utf-8")
+    if path == README:
+        return between(text, TABLE_START, TABLE_END, table(), path)
+    return between(text, START, END, header(facts_of(path)), path)
+
+
+def count(files: list[str]) -> None:
+    """Count the rows of GSM8K by length, as the plan counts for a model whose tokenizer is not here."""
+    config = FinetuneConfig(model_id="any", train_path=files, task="instruction_tuning")
+    data = count_data(config)
+    facts = {"how": data.how, "rows": data.rows, "rows_by_length": dict(sorted(Counter(data.lengths).items()))}
+    LENGTHS.write_text(json.dumps(facts) + "\n", encoding="utf-8")
+
+
+def main(arguments: list[str]) -> None:
+    """Count, or rewrite what is out of date."""
+    if arguments[:1] == ["count"]:
+        count(arguments[1:])
+        return
+    for path in [*config_paths(), README]:
+        text = written(path)
+        if text != path.read_text(encoding="utf-8"):
+            path.write_text(text, encoding="utf-8")
+            print(f"wrote {path.relative_to(REPOSITORY)}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
