@@ -130,9 +130,11 @@ def load_model(
     rope_scaling: dict[str, Any] | None = None,
     quantization: str | None = None,
     gradient_checkpointing: bool = False,
+    device_map: str | None = None,
 ) -> PreTrainedModel:
     """Load a causal language model for training, on the CPU (ZeRO-3: in partitions, as DeepSpeed has arranged).
 
+    device_map: "auto" loads it for use instead: on the GPU, or over several if one cannot hold it.
     quantization: "nf4" or "int8": the linear layers but the output layer, for training an adapter on them; such
     a model is loaded where it stays, on this process's GPU if there is one.
 
@@ -150,7 +152,7 @@ def load_model(
             config=model_config,
             dtype=getattr(torch, dtype),
             attn_implementation=_attention(attention),
-            **_quantized(quantization, dtype),
+            **{"device_map": device_map, **_quantized(quantization, dtype)},
         )
     for module in model.modules():
         # On some CPUs an evaluation would repack 4-bit weights for kernels that have no backward pass, for good.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from helpers.errors import DataError
 if TYPE_CHECKING:
     from helpers.config import PromptFormat
 
-__all__ = ["render_prompt_format"]
+__all__ = ["as_chat_template", "render_prompt_format"]
 
 Message = dict[str, Any]
 
@@ -52,3 +53,63 @@ def _split_system(messages: list[Message], fmt: PromptFormat) -> tuple[str | Non
     if not system and not fmt.add_system_tags_even_if_message_is_empty:
         system = None
     return system, [message for message in messages if message["role"] != "system"]
+
+
+# As a chat template -----------------------------------------------------------------------------------
+
+
+def as_chat_template(fmt: PromptFormat) -> str:
+    """Write a prompt format as a Jinja chat template, for servers that know nothing else.
+
+    It renders what `render_prompt_format` does; conversations with tools, which this project writes as text before
+    they are rendered, it refuses.
+    """
+    trim = " | trim" if fmt.strip_whitespace else ""
+    has_system = "true" if fmt.add_system_tags_even_if_message_is_empty else "system"
+    in_system = _expression(fmt.system, instruction="system") if fmt.system_in_user else '""'
+    last = "add_generation_prompt" if fmt.system_in_last_user else "false"
+    statements = [
+        '{%- if messages and messages[0].role == "system" -%}',
+        f"{{%- set system = messages[0].content{trim} -%}}{{%- set turns = messages[1:] -%}}",
+        "{%- else -%}",
+        f"{{%- set system = {_literal(fmt.default_system_message)}{trim} -%}}{{%- set turns = messages -%}}",
+        "{%- endif -%}",
+        "{%- set carrier = namespace(at=-1) -%}",
+        "{%- for message in turns -%}",
+        '{%- if tools or message.tool_calls or message.role not in ["user", "assistant"] -%}',
+        '{{- raise_exception("this prompt format takes one system message, users and assistants, and no tools") -}}',
+        "{%- endif -%}",
+        f'{{%- if message.role == "user" and (carrier.at < 0 or {last}) -%}}',
+        "{%- set carrier.at = loop.index0 -%}",
+        "{%- endif -%}",
+        "{%- endfor -%}",
+        f"{{{{- {_literal(fmt.bos)} -}}}}",
+    ]
+    if not fmt.system_in_user:
+        written = _expression(fmt.system, instruction="system")
+        statements.append(f"{{%- if {has_system} -%}}{{{{- {written} -}}}}{{%- endif -%}}")
+    statements += [
+        "{%- for message in turns -%}",
+        f"{{%- set content = message.content{trim} -%}}",
+        f'{{%- set in_user = ({in_system}) if loop.index0 == carrier.at and {has_system} else "" -%}}',
+        '{%- if message.role == "user" -%}',
+        f"{{{{- {_expression(fmt.user, instruction='content', system='in_user')} -}}}}",
+        "{%- else -%}",
+        f"{{{{- {_expression(fmt.assistant, instruction='content')} -}}}}",
+        "{%- endif -%}",
+        "{%- endfor -%}",
+        f"{{%- if add_generation_prompt -%}}{{{{- {_literal(fmt.trailing_assistant)} -}}}}{{%- endif -%}}",
+    ]
+    return "\n".join(statements)
+
+
+def _expression(template: str, **names: str) -> str:
+    """Write a role's template as a Jinja expression over variables."""
+    parts = re.split(r"\{(instruction|system)\}", template)
+    texts = [_literal(text) for text in parts[::2]]
+    variables = [names.get(name, '""') for name in parts[1::2]]
+    return " ~ ".join([texts[0], *(part for pair in zip(variables, texts[1:], strict=True) for part in pair)])
+
+
+def _literal(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)

@@ -38,6 +38,7 @@ __all__ = [
     "delete_model",
     "fetch_file",
     "fetch_folder",
+    "find_checkpoint",
     "find_files",
     "find_run",
     "get_model",
@@ -176,6 +177,26 @@ def _candidates(name: str, storage_path: str) -> list[Run]:
         parent, _, last = name.rstrip("/").rpartition("/")
         return [_run_at(parent, last)]
     return [Run(Path(name).expanduser().resolve()), _run_at(storage_path, name)]
+
+
+def find_checkpoint(name: str, checkpoint: str | None = None) -> Path:
+    """Find the checkpoint folder that a name means: a run's best one or the named one, or a model folder itself.
+
+    Raises StorageError if there is none, or the run is not complete and no checkpoint is named.
+    """
+    folder = Path(name).expanduser()
+    if checkpoint is None and any((folder / file).exists() for file in ("adapter_config.json", "config.json")):
+        return folder.resolve()
+    run = find_run(name)
+    if checkpoint is None:
+        if not run.is_complete:
+            raise StorageError(f"the run {run.name} has not ended well yet: its command continues it")
+        return run.folder / read_json(run.summary)["best_checkpoint"]
+    found = run.checkpoints / checkpoint
+    if not found.is_dir() or checkpoint != Path(checkpoint).name:
+        kept = ", ".join(sorted(path.name for path in run.checkpoints.glob("[!.]*"))) or "none"
+        raise StorageError(f"the run {run.name} has no checkpoint {checkpoint!r}: it keeps {kept}")
+    return found
 
 
 def keep_json(run: Run, name: str, value: Any) -> None:

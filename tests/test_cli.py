@@ -47,6 +47,12 @@ def here(tmp_path, monkeypatch):
         (["push", "none"], "push needs a repository"),
         (["push", "none", "a/b", "public=true"], "unknown option public"),
         (["export", "none"], "export needs a file"),
+        (["generate", "tiny"], "generate needs prompts"),
+        (["generate", "tiny", "-p", "a", "temperature=hot"], "not a number"),
+        (["generate", "tiny", "data=none.jsonl"], "none.jsonl does not exist"),
+        (["generate", "none", "-p", "a"], "no run 'none'"),
+        (["generate", "tiny", "-p", "a", "engine=fast"], "engine must be one of"),
+        (["chat", "none"], "no run 'none'"),
     ],
 )
 def test_mistakes_end_with_two_and_a_sentence(here, capsys, arguments, said):
@@ -116,7 +122,13 @@ def test_the_command_as_a_process(here):
     assert len(lines) < 30 and done.stderr == ""
     evaluated = run("evaluate", "c", "rows=2")
     assert evaluated.returncode == 0, evaluated.stderr
-    assert "exact match on 2 held-out rows" in evaluated.stdout
+    assert "exact match on 2 held-out rows" in evaluated.stdout and "95 % intervals" in evaluated.stdout
+    assert (here / "runs/c/evaluation/mistakes.jsonl").exists()
+    said = run("generate", "c", "-p", "q", "max_new_tokens=4")
+    assert said.returncode == 0 and said.stderr == "" and len(said.stdout.splitlines()) == 1, said.stderr
+    written = run("generate", "c", "data=train.jsonl", "out=answers.jsonl", "max_new_tokens=4")
+    assert written.stdout == "4 of 4 prompts answered, 0 were there: answers.jsonl\n", written.stderr
+    assert len((here / "answers.jsonl").read_text().splitlines()) == 4
     again = run("c.yaml", "deepspeed=none", "valid_path=train.jsonl", "train_batch_size_per_device=2")
     assert again.returncode == 0 and "is complete already" in again.stdout
 
