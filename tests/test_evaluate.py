@@ -34,7 +34,7 @@ def learn(tmp_path_factory):
         settings = {
             "model_id": str(TINY_MODEL), "train_path": str(path), "valid_path": str(path), "run_name": name,
             "task": "instruction_tuning", "storage_path": str(folder), "num_devices": 0, "num_epochs": 30,
-            "train_batch_size_per_device": 8, "learning_rate": 3e-3, "num_warmup_steps": 1, "dtype": "float32",
+            "train_batch_size_per_device": 8, "learning_rate": 3e-3, "num_warmup_steps": 0, "dtype": "float32",
             "deepspeed": None, "gradient_checkpointing": False, **values,
         }  # fmt: skip
         (folder / f"{name}.yaml").write_text(json.dumps(settings))
