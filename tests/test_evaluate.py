@@ -49,7 +49,7 @@ QUESTIONS = ("alpha", "bravo", "carol", "delta")
 @pytest.fixture(scope="module")
 def by_heart(learn):
     """A run that answers `X` with "X and out", then a GSM8K number."""
-    return learn("heart", [chat(q, f"{q} and out\n#### {k}") for k, q in enumerate(QUESTIONS)], lora_config=LORA)
+    return learn("heart", [chat(q, f"{q} and out\n#### {k}") for k, q in enumerate(QUESTIONS)], num_epochs=60)
 
 
 @pytest.fixture
