@@ -222,11 +222,13 @@ def _judged(asked: list[_Asked], compared: Comparison, judge: Judge, on_progress
     counted = [points for points in won if points is not None]
     if not counted:
         raise ConfigError(f"the judge {judge.model} gave no verdict on any of {len(duels)} pairs: take another model")
-    even = [0.5] * len(counted)
-    _, rate, difference = scores.compare_statistics(np.mean, [even], [counted])
+    wins, losses = ([points > 0.5 for points in counted], [points < 0.5 for points in counted])
+    rate = scores.share(counted)
+    # McNemar's test on wins and losses is the sign test; ties say nothing.
+    chance = scores.Difference(rate.value - 0.5, scores.compare_shares(losses, wins).p, "sign test, exact")
     lost = ["no verdict" if points is None else "lost" if points < 0.5 else None for points in won]
-    beaten = [None if points is None or points < 0.5 else "lost" for points in won]
-    score = Score("win_rate", None, rate, difference)
+    beaten = ["no verdict" if points is None else "lost" if points > 0.5 else None for points in won]
+    score = Score("win_rate", None, rate, chance)
     return make_evaluation("judge", [score], compared, [beaten, lost], len(counted))
 
 

@@ -50,22 +50,31 @@ def run_tasks(
             )  # fmt: skip
         found.append(result["samples"])
         del speaker, model
-    before, after = found
+    before, after = (_by_filter(samples) for samples in found)
     return [
-        _score(task, metric, before[task], after[task])
-        for task in before
-        for metric in before[task][0]["metrics"]
-        if isinstance(before[task][0][metric], int | float)
+        _score(f"{name} {metric}", metric, before[name], after[name])
+        for name in before
+        for metric in before[name][0]["metrics"]
+        if isinstance(before[name][0][metric], int | float)
     ]
 
 
-def _score(task: str, metric: str, before: list[dict[str, Any]], after: list[dict[str, Any]]) -> Score:
+def _by_filter(samples: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
+    """Part each task's samples by the filter that read the answer: GSM8K has a strict one and a flexible one."""
+    parted: dict[str, list[dict[str, Any]]] = {}
+    for task, of_task in samples.items():
+        for one in of_task:
+            name = task if one["filter"] == "none" else f"{task} {one['filter']}"
+            parted.setdefault(name, []).append(one)
+    return parted
+
+
+def _score(name: str, metric: str, before: list[dict[str, Any]], after: list[dict[str, Any]]) -> Score:
     """Compare the values of one metric sample by sample."""
     columns = [
         np.array([float(one[metric]) for one in sorted(samples, key=lambda one: one["doc_id"])])
         for samples in (before, after)
     ]
-    name = f"{task} {metric}"
     if all(np.isin(column, (0, 1)).all() for column in columns):
         return Score(name, *map(scores.share, columns), scores.compare_shares(*columns))
     return Score(name, *scores.compare_statistics(np.mean, [columns[0]], [columns[1]]))

@@ -25,6 +25,7 @@ __all__ = [
 ]
 
 CONFIDENCE = 0.95
+Z = 1.959963984540054  # the normal distribution holds 95 % within so many standard deviations
 RESAMPLES = 9_999
 # The rule of the data set's authors, github.com/openai/grade-school-math.
 GSM8K_NUMBER = re.compile(r"#### (\-?[0-9\.\,]+)")
@@ -68,12 +69,16 @@ def is_gsm8k_right(answer: str, reference: str) -> bool:
     return number is not None and number == gsm8k_number(reference)
 
 
-def share(right: Sequence[bool]) -> Figure:
-    """Return the share of right answers with Wilson's interval."""
-    from scipy.stats import binomtest
+def share(points: Sequence[float]) -> Figure:
+    """Return the mean of points from 0 to 1, right answers or wins, with Wilson's interval.
 
-    found = binomtest(int(np.sum(right)), len(right)).proportion_ci(CONFIDENCE, method="wilson")
-    return Figure(float(np.mean(right)), float(found.low), float(found.high))
+    Of ties and half wins the interval is wider than it need be, never narrower.
+    """
+    rows, value = len(points), float(np.mean(points))
+    z2 = Z * Z / rows
+    centre = (value + z2 / 2) / (1 + z2)
+    half = Z / (1 + z2) * np.sqrt(value * (1 - value) / rows + z2 / (4 * rows))
+    return Figure(value, max(0.0, float(centre - half)), min(1.0, float(centre + half)))
 
 
 def compare_shares(before: Sequence[bool], after: Sequence[bool]) -> Difference:

@@ -34,7 +34,7 @@ def learn(tmp_path_factory):
         settings = {
             "model_id": str(TINY_MODEL), "train_path": str(path), "valid_path": str(path), "run_name": name,
             "task": "instruction_tuning", "storage_path": str(folder), "num_devices": 0, "num_epochs": 30,
-            "train_batch_size_per_device": 8, "learning_rate": 3e-3, "num_warmup_steps": 1, "dtype": "float32",
+            "train_batch_size_per_device": 8, "learning_rate": 3e-3, "num_warmup_steps": 0, "dtype": "float32",
             "deepspeed": None, "gradient_checkpointing": False, **values,
         }  # fmt: skip
         (folder / f"{name}.yaml").write_text(json.dumps(settings))
@@ -49,7 +49,7 @@ QUESTIONS = ("alpha", "bravo", "carol", "delta")
 @pytest.fixture(scope="module")
 def by_heart(learn):
     """A run that answers `X` with "X and out", then a GSM8K number."""
-    return learn("heart", [chat(q, f"{q} and out\n#### {k}") for k, q in enumerate(QUESTIONS)], lora_config=LORA)
+    return learn("heart", [chat(q, f"{q} and out\n#### {k}") for k, q in enumerate(QUESTIONS)], num_epochs=60)
 
 
 @pytest.fixture
@@ -107,7 +107,9 @@ def test_the_judge_sees_both_orders(by_heart, held_out, monkeypatch):
         found = evaluate(by_heart, path=held_out, metric="judge", judge=Judge("any", url), max_new_tokens=16)
     [score] = found.scores
     assert len(requests) == 8 and score.before is None
-    assert score.after.value == 1 and score.difference.p < 0.01 and found.mistakes == []
+    assert score.after.value == 1 and score.after.low < 0.6 and found.mistakes == []
+    assert score.difference.p == 2 / 2**4  # four wins of four
+    assert found.kinds == {"lost": (4, 0)}
     assert findings.figure_lines(found)[0] == "win rate on 4 held-out rows: tuned 100.0%"
 
 

@@ -49,8 +49,6 @@ def test_a_task_is_scored_on_both_models_with_the_chat_template(tasks, monkeypat
     # The tiny model would never write the second choice, which is right in half of the rows.
     assert score.after.value == 0.5
     assert seen and seen[0][-1]["content"].startswith("Where is lamp")
-    [few] = run_tasks(iter([("base", speaker), ("tuned", speaker)]), ["toy"], tasks, rows=2)
-    assert few.after.high > score.after.high
 
 
 @pytest.mark.slow

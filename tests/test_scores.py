@@ -48,14 +48,13 @@ def test_the_rule_of_gsm8k(text, number):
     assert is_gsm8k_right(text, "#### " + (number or "18")) == (number is not None)
 
 
-def test_wilson_is_the_published_formula():
-    right, rows, z = 7, 40, 1.959963984540054
-    p = right / rows
-    centre = (p + z**2 / (2 * rows)) / (1 + z**2 / rows)
-    half = z / (1 + z**2 / rows) * np.sqrt(p * (1 - p) / rows + z**2 / (4 * rows**2))
+@pytest.mark.parametrize(("right", "rows"), [(7, 40), (0, 5), (5, 5), (1, 1)], ids="some none all one".split())
+def test_wilson_is_scipys(right, rows):
+    from scipy.stats import binomtest
+
+    theirs = binomtest(right, rows).proportion_ci(method="wilson")
     found = share([True] * right + [False] * (rows - right))
-    assert np.allclose([found.value, found.low, found.high], [p, centre - half, centre + half])
-    assert share([True] * 5).high == 1 and 0.5 < share([True] * 5).low < 1
+    assert [found.value, found.low, found.high] == pytest.approx([right / rows, theirs.low, theirs.high], abs=1e-12)
 
 
 def test_mcnemar_counts_only_rows_that_differ():
