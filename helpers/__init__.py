@@ -29,6 +29,7 @@ layer  module          one line
 4      adapters        what a saved adapter needs besides its weights
 4      kernels         Liger, torch.compile, bitsandbytes: what this machine has
 4      prompt_formats  LLMForge's templates by role
+4      arguments       what verbs share: words -> target, overrides, options
 5      prompts         messages -> token ids and the mask of what is trained
 5      rows            files, buckets and data sets -> raw rows with their places
 5      models          tokenizer, weights, LoRA
@@ -71,7 +72,6 @@ layer  module          one line
 11     serve           an OpenAI-compatible endpoint
 11     launch          config -> Ray Train workers -> run folder
 12     tune            sweeps: trials of one config, stopped early
-12     arguments       what verbs share: words -> target, overrides, options
 13     train_verbs     the verbs that take a CONFIG
 13     model_verbs     the verbs that take a RUN
 14     cli             the verbs of main.py

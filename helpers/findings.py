@@ -157,4 +157,4 @@ def save(evaluation: Evaluation, run: Run) -> None:
     with storage.aside(run.folder / "evaluation" / "mistakes.jsonl") as temporary:
         lines = (json.dumps(mistake, ensure_ascii=False) + "\n" for mistake in evaluation.mistakes)
         temporary.write_text("".join(lines))
-    storage.write_json(run.folder / "evaluation.json", evaluation.summary())
+    storage.keep_json(run, "evaluation.json", evaluation.summary())

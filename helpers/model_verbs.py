@@ -166,14 +166,14 @@ def _lm_eval(run, options: dict[str, str], rows: int | None, output) -> int:
     from helpers.evaluate import both_models
     from helpers.findings import score_lines
     from helpers.harness import run_tasks
-    from helpers.storage import write_json
+    from helpers.storage import keep_json
 
     told = both_models(run, options.get("checkpoint"))
     made = run_tasks(told, options["lm_eval"].split(","), options.get("lm_eval_folder"), rows)
     output.print("\n".join(line for score in made for line in score_lines(score, "lm-eval's rows")))
     from dataclasses import asdict
 
-    write_json(run.folder / "evaluation" / "lm_eval.json", [asdict(score) for score in made])
+    keep_json(run, "evaluation/lm_eval.json", [asdict(score) for score in made])
     return 0
 
 
