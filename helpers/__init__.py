@@ -68,11 +68,13 @@ layer  module          one line
 9      trackers        wandb, MLflow and TensorBoard beside a run
 10     chat_api        OpenAI's chat requests checked, answers in its form
 10     forecast        the plan of a run about to start; what it says beside what was measured
+10     briefing        what a person reads before a run
 10     jobs            the same run as a job: Ray Jobs, KubeRay, Anyscale
 11     serve           an OpenAI-compatible endpoint
-11     launch          config -> Ray Train workers -> run folder
-12     tune            sweeps: trials of one config, stopped early
-13     train_verbs     the verbs that take a CONFIG
-13     model_verbs     the verbs that take a RUN
-14     cli             the verbs of main.py
+11     summary         summary.json, and what a person reads at a run's end
+12     launch          config -> Ray Train workers -> run folder
+13     tune            sweeps: trials of one config, stopped early
+14     train_verbs     the verbs that take a CONFIG
+14     model_verbs     the verbs that take a RUN
+15     cli             the verbs of main.py
 """

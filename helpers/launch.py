@@ -8,9 +8,6 @@ Workers run `helpers.train.train_loop`. num_devices: 0 runs it in this process, 
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
-import json
 import os
 import shutil
 import time
@@ -20,23 +17,22 @@ from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
-from helpers import cluster, forecast, kernels, mirror, models, plots, progress, reference, storage, tokens, trackers
+from helpers import cluster, forecast, kernels, mirror, reference, storage, tokens, trackers
 from helpers import console as consoles
-from helpers.choices import choice_rows, choices_of
+from helpers.briefing import print_choices, print_forecast, print_run
 from helpers.config import FinetuneConfig, config_differences, dump_config, load_config, read_deepspeed_config
 from helpers.errors import ConfigError, ForgebookError, ResourceError, StorageError, TrainingError
 from helpers.plan import Plan
-from helpers.plan_text import as_json, comparison, in_short
+from helpers.plan_text import as_json
 from helpers.preferences import needs_reference
-from helpers.prepare import Prepared, prepare, report_rows, steps_per_epoch
+from helpers.prepare import Prepared, prepare
 from helpers.storage import Run
+from helpers.summary import print_summary, write_summary
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 __all__ = ["fine_tune"]
-
-PACKAGES = ("torch", "ray", "transformers", "peft", "accelerate", "deepspeed")
 
 
 def fine_tune(config: FinetuneConfig) -> Run:
@@ -52,7 +48,7 @@ def fine_tune(config: FinetuneConfig) -> Run:
     with consoles.counting(output, "tokenising") as on_progress:
         prepared = prepare(config, run, on_progress)
     if config.is_default:
-        _print_choices(output, prepared)
+        print_choices(output, prepared)
         _refuse_impossible(prepared.config, run)
     config = prepared.config
     is_overwritten = config.on_existing == "overwrite"
@@ -62,15 +58,15 @@ def fine_tune(config: FinetuneConfig) -> Run:
             if run.uri:  # its last upload may have failed
                 mirror.push(run.folder, run.uri, _teller(output))
             output.print(f"{run.place} is complete already (on_existing=overwrite runs it again)")
-            _print_summary(output, run)
+            print_summary(output, run)
             return run
     told, note = forecast.forecast(prepared)
     worries = forecast.check(told, config, run.folder) if told else []
     if is_overwritten:
         storage.remove_run(run)
     _write_run(run, prepared, told)
-    _print_plan(output, run, prepared)
-    _print_forecast(output, told, [*worries, *filter(None, [note])])
+    print_run(output, run, prepared)
+    print_forecast(output, told, [*worries, *filter(None, [note])])
     with (
         consoles.quiet_descriptors(run.logs / "driver.log") as live,
         mirror.beside(run.folder, run.uri, _teller(live)),
@@ -86,8 +82,8 @@ def fine_tune(config: FinetuneConfig) -> Run:
                 f"training failed: {_short(error)}\n{consoles.last_lines(run.logs)}\n"
                 f"The logs are in {run.logs}; the same command continues from the last complete state"
             ) from error
-        note = _write_summary(run, config, told, result, time.perf_counter() - started)
-    _print_summary(output, run)
+        note = write_summary(run, config, told, result, time.perf_counter() - started)
+    print_summary(output, run)
     if note:
         output.print(f"  [yellow]{escape(note)}[/yellow]")
     return run
@@ -295,117 +291,6 @@ def _check_cluster(workers: int, each: dict[str, float], total: dict[str, float]
             f"num_devices: {workers} workers need {needs}; the cluster has {has}: "
             "lower num_devices, or correct worker_resources"
         )
-
-
-# Telling ----------------------------------------------------------------------------------------------
-
-
-def _print_choices(output: Console, prepared: Prepared) -> None:
-    """Say what --default chose, and why."""
-    choices = choice_rows(choices_of(prepared.config))
-    output.print(consoles.table("Chosen (--default)", ["key", "value", "reason"], choices))
-
-
-def _print_plan(output: Console, run: Run, prepared: Prepared) -> None:
-    """Say in a few lines what is about to happen."""
-    config, report = prepared.config, prepared.report
-    method = f"LoRA r={config.lora_config.get('r', 8)}" if config.is_lora else "full parameter"
-    steps = steps_per_epoch(config, prepared.train)
-    sharding = Path(config.deepspeed.config_path).stem if config.deepspeed else "no DeepSpeed"
-    workers = f"{config.num_devices} worker{'s' * (config.num_devices > 1)}" if config.num_devices else "this process"
-    unit = "packed sequences" if config.padding == "packed" else "rows"
-    capped = f", at most {config.max_steps}" if config.max_steps else ""
-    output.print(f"[bold]{run.name}[/bold]  {config.model_id}, {method}, {config.task}, {config.dtype}")
-    output.print(consoles.table("", ["", "training", "validation"][: len(report_rows(report)[0])], report_rows(report)))
-    lost = sum(report[name]["answer_tokens_cut"] for name in ("train", "valid") if name in report)
-    if lost:
-        output.print(f"  [yellow]{lost:,} trained tokens are lost (truncation: {config.truncation})[/yellow]")
-    if report.get("overlap", {}).get("rows"):
-        output.print(
-            f"  [yellow]{report['overlap']['rows']:,} validation rows are training rows, too: their loss says nothing "
-            f"({report['overlap']['places'][0]})[/yellow]"
-        )
-    output.print(
-        f"  steps  {config.num_epochs} epochs of {steps}{capped}, {config.global_batch_size} {unit} each, "
-        f"learning rate {config.learning_rate:g} {config.lr_scheduler_type}"
-    )
-    base = models.locate(config.initial_base_model_ckpt_path or config.model_id)
-    limit = models.context_limit(base, config.rope_scaling)
-    if limit is not None and config.context_length > limit:
-        cure = "raise its factor" if config.rope_scaling else "rope_scaling stretches it"
-        output.print(
-            f"  [yellow]context_length {config.context_length:,} is beyond the {limit:,} positions of {base}: "
-            f"{cure}[/yellow]"
-        )
-    output.print(f"  where  {workers}, {sharding}; run folder {run.place}")
-    if config.is_lora:
-        output.print(f"  vLLM can serve the adapter: {models.vllm_serves(config.lora_config)}")
-    if config.is_lora and config.initial_base_model_ckpt_path and not config.initial_adapter_model_ckpt_path:
-        output.print(
-            "  [yellow]a LoRA adapter on a checkpoint of its own: whoever serves it needs that whole checkpoint as its "
-            "base, which no other adapter shares[/yellow]"
-        )
-    if config.trainer_resources:
-        output.print("  [yellow]trainer_resources are not reserved: Ray Train gives every worker the same[/yellow]")
-
-
-def _print_forecast(output: Console, told: Plan | None, worries: list[str]) -> None:
-    """Tell the plan, and what of it should worry."""
-    if told:
-        output.print(f"  plan   {in_short(told)}")
-    for text in worries:
-        output.print(f"  [yellow]{escape(text)}[/yellow]")
-
-
-def _write_summary(run: Run, config: FinetuneConfig, told: Plan | None, result: dict[str, Any], seconds: float) -> str:
-    """Write what came of the run beside what was planned, and draw its loss curve; keep its pace for later plans.
-
-    Returns a note if that could not be.
-    """
-    steps = [row for row in progress.read_metrics(run.metrics) if "train_loss_batch" in row]
-    figures = forecast.figures_of(told, run, result, steps)
-    note = forecast.keep(told, config, result, figures)
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-    plots.plot_losses(progress.read_metrics(run.metrics), run.loss_curve)
-    storage.write_json(
-        run.summary,
-        {
-            "run_name": run.name,
-            "custom_model_tag": config.custom_model_tag,
-            "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "job_id": _job_id(),
-            **result,
-            "vllm_serves": models.vllm_serves(config.lora_config) if config.is_lora else None,
-            "total_seconds": round(seconds, 1),
-            **figures,
-            "versions": versions,
-        },
-    )
-    return note
-
-
-def _job_id() -> str | None:
-    """Name the Ray job that this process is the entry point of, if it is one's."""
-    settings = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
-    return settings.get("metadata", {}).get("job_submission_id")
-
-
-def _print_summary(output: Console, run: Run) -> None:
-    summary = storage.read_json(run.summary)
-    peak = max(summary["peak_memory_bytes_per_worker"]) / 1e9
-    if summary["eval_loss"] is not None:
-        perplexity = f", perplexity {summary['perplexity']:.3f}" if summary["perplexity"] else ""
-        output.print(f"[bold]done[/bold]  evaluation loss {summary['eval_loss']:.4f}{perplexity}")
-    output.print(
-        f"  {summary['steps']} steps, {summary['trained_tokens']:,} tokens in {summary['training_seconds']:.0f} s, "
-        f"{summary['trained_tokens_throughput']:,.0f} real tokens/s, peak {peak:.1f} GB per worker"
-    )
-    if "planned" in summary:
-        output.print(f"  {comparison(summary['planned'], summary['measured'])}")
-    best = storage.shown(run.folder / summary["best_checkpoint"])
-    output.print(f"  best checkpoint  {best}  loss curve  {storage.shown(run.loss_curve)}")
-    if run.uri:
-        output.print(f"  kept in          {run.uri}")
 
 
 def _teller(output: Console) -> Callable[[str], None]:
