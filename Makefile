@@ -10,6 +10,9 @@ export DS_BUILD_OPS := 0
 # Threads that wait for each other asleep, not spinning: on a shared machine spinning costs far more.
 export OMP_WAIT_POLICY := passive
 
+# Two processes share the tests of two cores: much of their time is waiting for Ray and for other processes to start.
+PARALLEL := -n 2 --dist loadgroup
+
 .PHONY: help quickstart test test-fast check configs notebooks tiny-model clean
 help: ## list the verbs
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -28,10 +31,10 @@ quickstart: .venv/run ## install, fine-tune the tiny model, show answers before 
 	python main.py evaluate quickstart
 
 test: .venv/dev check ## install what the tests need and run all of them
-	python -m pytest
+	OMP_NUM_THREADS=1 python -m pytest $(PARALLEL)
 
 test-fast: .venv/dev ## the tests of daily use: no Ray workers, no notebooks
-	python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 python -m pytest $(PARALLEL) -m "not slow"
 
 check: .venv/dev ## style and formatting
 	ruff check --quiet .

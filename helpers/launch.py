@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
-from helpers import cluster, forecast, kernels, mirror, reference, storage, tokens, trackers
+from helpers import cluster, forecast, kernels, mirror, models, reference, storage, tokens, trackers
 from helpers import console as consoles
 from helpers.briefing import print_choices, print_forecast, print_run
 from helpers.config import FinetuneConfig, config_differences, dump_config, load_config, read_deepspeed_config
@@ -95,6 +95,9 @@ def fine_tune(config: FinetuneConfig) -> Run:
 def _refuse_impossible(config: FinetuneConfig, run: Run) -> None:
     """Refuse what this version cannot do, or this machine if it still has to."""
     _refuse_unsupported(config)
+    if config.initial_adapter_model_ckpt_path is not None:
+        adapter = models.locate(config.initial_adapter_model_ckpt_path)
+        models.check_adapter(adapter, config.lora_config, config.rope_scaling)
     if not run.is_complete:
         _check_devices(config)
 

@@ -8,6 +8,7 @@ model     = add_lora(model, config.lora_config)   or continue_lora(model, adapte
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ __all__ = [
     "TINY_MODEL",
     "add_embedding_noise",
     "add_lora",
+    "check_adapter",
     "context_limit",
     "continue_lora",
     "fit_vocabulary",
@@ -225,6 +227,29 @@ def add_lora(model: PreTrainedModel, lora_config: dict[str, Any]):
         raise ModelError(f"lora_config does not fit this model: {_first_line(error)}") from None
 
 
+def check_adapter(source: str, lora_config: dict[str, Any], rope_scaling: dict[str, Any] | None = None) -> None:
+    """Raise ModelError unless a saved adapter is the one that a config speaks of."""
+    earlier = adapters.read_overrides(source).get("rope_scaling")
+    if earlier != rope_scaling:
+        raise ModelError(
+            f"the adapter {source} was trained with rope_scaling: {earlier or 'null'}, the config says "
+            f"{rope_scaling or 'null'}: give it the same"
+        )
+    with _readable_errors(source, "adapter"):
+        if Path(source).is_dir():  # PEFT is slow to import, and not quiet
+            saved = json.loads((Path(source) / "adapter_config.json").read_text())
+        else:
+            from peft import PeftConfig
+
+            saved = PeftConfig.from_pretrained(source).to_dict()
+    for key in ("r", "lora_alpha", "use_dora", "use_rslora"):
+        if key in lora_config and lora_config[key] != saved.get(key, False):
+            raise ModelError(
+                f"the adapter {source} has {key}: {saved.get(key, False)}, lora_config says {lora_config[key]}: "
+                "an adapter is continued as it is; leave the key out or give it the same"
+            )
+
+
 def continue_lora(
     model: PreTrainedModel,
     source: str,
@@ -237,22 +262,9 @@ def continue_lora(
 
     Raises ModelError if the adapter is another one than these say.
     """
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
 
-    earlier = adapters.read_overrides(source).get("rope_scaling")
-    if earlier != rope_scaling:
-        raise ModelError(
-            f"the adapter {source} was trained with rope_scaling: {earlier or 'null'}, the config says "
-            f"{rope_scaling or 'null'}: give it the same"
-        )
-    with _readable_errors(source, "adapter"):
-        saved = PeftConfig.from_pretrained(source)
-    for key in ("r", "lora_alpha", "use_dora", "use_rslora"):
-        if key in lora_config and lora_config[key] != getattr(saved, key):
-            raise ModelError(
-                f"the adapter {source} has {key}: {getattr(saved, key)}, lora_config says {lora_config[key]}: "
-                "an adapter is continued as it is; leave the key out or give it the same"
-            )
+    check_adapter(source, lora_config, rope_scaling)
     with _readable_errors(source, "adapter"):
         model = PeftModel.from_pretrained(model, source, is_trainable=True, autocast_adapter_dtype=False)
     return _in_dtype_of_base(model)

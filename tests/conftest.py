@@ -17,6 +17,13 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 TINY_MODEL = REPOSITORY / "tiny_model"
 
 
+def pytest_collection_modifyitems(items):
+    """Keep a file's tests in one process, which then shares its fixtures; notebooks are run one by one."""
+    for item in items:
+        alone = "test_notebook_runs_unmodified" in item.name
+        item.add_marker(pytest.mark.xdist_group(item.nodeid if alone else item.path.stem))
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     """The tiny model's tokenizer."""
