@@ -173,7 +173,7 @@ def _readable_errors(uri: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].rstrip(".")
         raise StorageError(f"{uri} could not be read: {reason}. Are the path and the credentials right?") from None
 
 
