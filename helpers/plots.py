@@ -7,6 +7,8 @@ plot_bars({"base": 0.02, "tuned": 0.94}, "accuracy")            one figure per n
 
 from __future__ import annotations
 
+import functools
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,10 +28,7 @@ WIDTH, HEIGHT = 7.0, 3.5  # inches
 
 def new_figure(panels: int = 1, height: float = HEIGHT) -> tuple[Figure, list[Axes]]:
     """Make an empty figure of panels side by side, without a background of its own. height: inches."""
-    # Figure without pyplot: no window, no global state, safe beside a notebook's own plots.
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(WIDTH, height), dpi=120, layout="constrained", facecolor="none")
+    figure = _figure_class()(figsize=(WIDTH, height), dpi=120, layout="constrained", facecolor="none")
     made = [figure.add_subplot(1, panels, k + 1, facecolor="none") for k in range(panels)]
     for axes in made:
         axes.tick_params(colors=GREY)
@@ -41,6 +40,20 @@ def new_figure(panels: int = 1, height: float = HEIGHT) -> tuple[Figure, list[Ax
         for label in (axes.xaxis.label, axes.yaxis.label, axes.title):
             label.set_color(GREY)
     return figure, made
+
+
+@functools.cache
+def _figure_class() -> type[Figure]:
+    """Make figures without pyplot, so without a window or global state, that a notebook shows all the same."""
+    from matplotlib.figure import Figure
+
+    class Shown(Figure):
+        def _repr_png_(self) -> bytes:
+            picture = io.BytesIO()
+            self.savefig(picture, format="png")
+            return picture.getvalue()
+
+    return Shown
 
 
 def plot_lines(

@@ -25,8 +25,10 @@ import re
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from helpers import storage
 from helpers.errors import DataError
 from helpers.prompt_formats import render_prompt_format
 from helpers.special_tokens import (
@@ -270,7 +272,7 @@ class _Row:
 def _template_source(tokenizer, tools) -> str:
     if not getattr(tokenizer, "chat_template", None):
         raise DataError(
-            f"the tokenizer of {tokenizer.name_or_path!r} has no chat template: "
+            f"the tokenizer of {storage.shown(Path(tokenizer.name_or_path))!r} has no chat template: "
             "set generation_config.prompt_format in the config"
         )
     return tokenizer.get_chat_template(None, tools)

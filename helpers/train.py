@@ -129,7 +129,10 @@ def train_loop(config: FinetuneConfig, run: Run) -> dict[str, Any]:
             found = _evaluate(worker, valid_set) if valid_set else {}
             if worker.engine:  # ZeRO-3 may be fetching the next batch's first weights, which no save can gather
                 worker.engine.empty_partition_cache()
-            checkpoints.save_checkpoint(worker.model, worker.tokenizer, run.checkpoints / name, **beside)
+            # A warm-up begins at 0: a checkpoint after its first step alone is as it was made.
+            moved = any(rates[:step]) or step == last_step
+            folder = run.checkpoints / name
+            checkpoints.save_checkpoint(worker.model, worker.tokenizer, folder, trained=moved, **beside)
             losses[name] = found.get("eval_loss")
             best = checkpoints.keep_best(run.checkpoints, losses, config.num_checkpoints_to_keep)
             progress.evaluation(

@@ -37,3 +37,9 @@ def test_an_interval_is_drawn_and_the_value_stands_above_it():
 def test_the_page_shows_through():
     figure = plot_losses(METRICS)
     assert figure.get_facecolor()[3] == 0 and figure.axes[0].get_facecolor()[3] == 0
+
+
+def test_a_notebook_shows_a_figure_without_being_told():
+    from IPython.core.formatters import PNGFormatter
+
+    assert PNGFormatter()(plot_losses(METRICS)).startswith(b"\x89PNG")

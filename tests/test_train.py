@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import LORA, TINY_MODEL, chat, losses_of
+from conftest import LORA, TINY_MODEL, chat, losses_of, uneven_rows
 from helpers import batches, train
 from helpers.errors import CheckpointError, ModelError, TrainingError
 from helpers.launch import fine_tune
@@ -307,3 +307,10 @@ def test_a_full_disk_shows_in_the_rehearsal(make_config, monkeypatch):
     config = make_config(force=True)  # the plan sees it earlier
     with pytest.raises(CheckpointError, match=r"needs about .* GB .* free: set storage_path"):
         fine_tune(config)
+
+
+def test_an_epoch_of_one_step_may_be_all_warm_up(make_config, write_rows):
+    """The first step of a warm-up has a learning rate of 0: the adapter saved after it is still zero."""
+    rows = write_rows(uneven_rows(8), "few.jsonl")
+    run = fine_tune(make_config(train_path=rows, lora_config=LORA, num_epochs=3, num_warmup_steps=2, run_name="few"))
+    assert len(losses_of(run)) == 3 and (run.folder / read_json(run.summary)["best_checkpoint"]).is_dir()
