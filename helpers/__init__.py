@@ -6,6 +6,7 @@ layer  module          one line
 1      retired         names of older LLMForge files, translated
 1      files           local files and folders that are complete or absent
 1      ranks           which worker this is; errors that reach all
+1      extensions      DeepSpeed's C++ extensions, built before they are needed
 1      cluster         the Ray cluster: this machine's own, or a larger one
 1      classification  labels as tokens; scores of a classifier
 1      scores          right or wrong, intervals, paired tests

@@ -21,7 +21,7 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
 )
 
-from helpers import kernels, models, optimizers, ranks
+from helpers import extensions, kernels, models, optimizers, ranks
 from helpers.config import FinetuneConfig, read_deepspeed_config
 from helpers.errors import TrainingError
 from helpers.losses import SupervisedLM
@@ -52,6 +52,7 @@ def make_accelerator(config: FinetuneConfig) -> Accelerator:
         os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
         buckets = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
         return Accelerator(cpu=on_cpu, kwargs_handlers=[buckets])
+    extensions.build_extensions(settings, on_cpu)
     # DeepSpeed wants to know its ranks even when there is one process.
     for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, str(value))
