@@ -348,3 +348,4 @@ def export(arguments: list[str]) -> int:
     is_model = (Path(source) / "config.json").is_file()
     folder = Path(source) if is_model else best_checkpoint(find_run(source))
     print(f"wrote {export_gguf(folder, Path(rest[0]), options.get('type', 'q8_0'))}")
+    return 0
