@@ -299,8 +299,8 @@ def _print_plan(output: Console, run: Run, prepared: Prepared) -> None:
     if limit is not None and config.context_length > limit:
         cure = "raise its factor" if config.rope_scaling else "rope_scaling stretches it"
         output.print(
-            f"  [yellow]context_length {config.context_length:,} is beyond the {limit:,} positions of {base}: "
-            f"{cure}[/yellow]"
+            f"  [yellow]context_length {config.context_length:,} is beyond the {limit:,} positions of "
+            f"{storage.shown(Path(base))}: {cure}[/yellow]"
         )
     output.print(f"  where  {workers}, {sharding}; run folder {storage.shown(run.folder)}")
     if config.is_lora:
