@@ -12,6 +12,7 @@ from helpers.choices import choice_rows, choices_of
 from helpers.console import table
 from helpers.plan_text import in_short
 from helpers.prepare import Prepared, report_rows, steps_per_epoch
+from helpers.storage import shown
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -56,8 +57,8 @@ def print_run(output: Console, run: Run, prepared: Prepared) -> None:
     if limit is not None and config.context_length > limit:
         cure = "raise its factor" if config.rope_scaling else "rope_scaling stretches it"
         output.print(
-            f"  [yellow]context_length {config.context_length:,} is beyond the {limit:,} positions of {base}: "
-            f"{cure}[/yellow]"
+            f"  [yellow]context_length {config.context_length:,} is beyond the {limit:,} positions of "
+            f"{shown(Path(base))}: {cure}[/yellow]"
         )
     output.print(f"  where  {workers}, {sharding}; run folder {run.place}")
     if config.is_lora:
