@@ -6,7 +6,7 @@ layer  module          one line
 1      retired         names of older LLMForge files, translated
 1      files           local files and folders that are complete or absent
 1      ranks           which worker this is; errors that reach all
-1      cluster         the Ray cluster: this machine's own, or a larger one
+1      cluster         the Ray cluster: this machine's own, or a larger one, with what goes to its workers
 1      classification  labels as tokens; scores of a classifier
 1      scores          right or wrong, intervals, paired tests
 1      tool_calls      tool calls in an answer's text; the mistakes by kind
@@ -16,6 +16,7 @@ layer  module          one line
 1      vllm            what vLLM can load
 1      special_tokens  special tokens inside messages stay text
 1      tool_text       tools as text, for templates that know none
+2      stopping        SIGTERM: save, then end
 2      sources         the text and the lines of a config file; key=value overrides
 2      buckets         s3:// and gs://: listed, read, written; what their errors mean
 2      catalog         GPUs with memory, peak and price; shapes of core models

@@ -20,7 +20,20 @@ from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
-from helpers import cluster, forecast, kernels, mirror, models, plots, progress, reference, storage, tokens, trackers
+from helpers import (
+    cluster,
+    forecast,
+    kernels,
+    mirror,
+    models,
+    plots,
+    progress,
+    reference,
+    stopping,
+    storage,
+    tokens,
+    trackers,
+)  # fmt: skip
 from helpers import console as consoles
 from helpers.choices import choice_rows, choices_of
 from helpers.config import FinetuneConfig, config_differences, dump_config, load_config, read_deepspeed_config
@@ -45,6 +58,7 @@ def fine_tune(config: FinetuneConfig) -> Run:
     Raises a ForgebookError with one readable sentence for whatever the user can mend.
     """
     started = time.perf_counter()
+    cluster.name_address(config.address)
     output = consoles.make_console()
     run = storage.open_run(config)
     if not config.is_default:
@@ -178,7 +192,7 @@ def _check_devices(config: FinetuneConfig) -> None:
     if config.num_devices > have:
         raise ResourceError(
             f"num_devices is {config.num_devices}, this machine has {have} {kind}: "
-            f"set num_devices to at most {have}, or RAY_ADDRESS to a larger cluster"
+            f"set num_devices to at most {have}, or address to a larger cluster"
         )
 
 
@@ -205,7 +219,8 @@ def _write_run(run: Run, prepared: Prepared, told: Plan | None) -> None:
 def _run_here(config: FinetuneConfig, run: Run) -> dict[str, Any]:
     from helpers.train import train_loop
 
-    return train_loop(config, run)
+    with stopping.heard_sigterm(run.folder):
+        return train_loop(config, run)
 
 
 def _run_on_ray(config: FinetuneConfig, run: Run, output: Console) -> dict[str, Any]:
@@ -238,7 +253,8 @@ def _run_on_ray(config: FinetuneConfig, run: Run, output: Console) -> dict[str, 
     if _scorers(config):
         output.print("[dim]starting the workers that score the reference[/dim]")
         reference.start_stage(config, run)
-    outcome = trainer.fit().return_value
+    with stopping.heard_sigterm(run.folder):  # Ray has a handler of its own, set when it started
+        outcome = trainer.fit().return_value
     if isinstance(outcome, ForgebookError):
         raise outcome
     return outcome

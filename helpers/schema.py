@@ -422,6 +422,8 @@ class FinetuneConfig(_Block):
     GPUs). None: what this machine has."""
     num_devices: Annotated[Int, Field(ge=0)] = 1
     """Workers, one GPU each; 0: in this process, without a Ray cluster."""
+    address: str | None = None
+    """A running Ray cluster to join, `HOST:6379` or `auto`, unless RAY_ADDRESS names one. None: this machine's own."""
     worker_resources: Resources = {}
     """Ray resources of every worker, e.g. `accelerator_type:A10G: 0.001` (any value in (0, 1])."""
     trainer_resources: Resources = {}

@@ -19,9 +19,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from helpers import batches, checkpoints, classification, hardware, objectives, optimizers, storage, tokens
+from helpers import batches, checkpoints, classification, hardware, objectives, optimizers, stopping, storage, tokens
 from helpers.config import FinetuneConfig
-from helpers.errors import TrainingError
+from helpers.errors import StoppedError, TrainingError
 from helpers.losses import check_isolation
 from helpers.plan import running_figures
 from helpers.preferences import needs_reference
@@ -43,7 +43,8 @@ def train_loop(config: FinetuneConfig, run: Run) -> dict[str, Any]:
     config: with context length, batch sizes and epochs resolved. Collective: call it once per worker, inside
     an initialised process group or none.
 
-    Raises TrainingError if the loss is not finite or the gradient is zero; CheckpointError; ModelError.
+    Raises TrainingError if the loss is not finite or the gradient is zero; CheckpointError; ModelError; StoppedError
+    once the state is saved, if the run is asked to stop.
     """
     # (1) Place. The accelerator comes first: under ZeRO-3, DeepSpeed's config must exist before the weights.
     accelerator = make_accelerator(config)
@@ -136,12 +137,15 @@ def train_loop(config: FinetuneConfig, run: Run) -> dict[str, Any]:
                 step=step, epoch=epoch + 1, **found, **epoch_so_far.totals(),
                 checkpoint_dir_name=name, is_best=name == best,
             )  # fmt: skip
-        elapsed = _agreed(worker, time.perf_counter() - saved_at)
-        if step in events or (config.save_state_minutes and elapsed > 60 * config.save_state_minutes):
+        elapsed, is_stopping = _agreed(worker, time.perf_counter() - saved_at, stopping.is_asked(run.folder))
+        is_due = config.save_state_minutes and elapsed > 60 * config.save_state_minutes
+        if step in events or is_due or is_stopping:
             seconds = time.perf_counter() - began
             place = {"step": step, "trained_tokens": trained_tokens, "seconds": seconds, "losses": losses}
             checkpoints.save_resume(run.resume, place, worker.model, worker.optimizer, worker.engine)
             saved_at = time.perf_counter()
+        if is_stopping and step < last_step:
+            raise StoppedError(f"stopped by SIGTERM; step {step} is saved, and the same command continues after it")
 
     best = checkpoints.keep_best(run.checkpoints, losses, config.num_checkpoints_to_keep)
     return {
@@ -376,12 +380,13 @@ def _now(accelerator: Accelerator) -> float:
     return time.perf_counter()
 
 
-def _agreed(worker: Worker, seconds: float) -> float:
-    """Take rank 0's measure of time, so that all ranks decide alike."""
-    if worker.accelerator.num_processes == 1 or not worker.config.save_state_minutes:
-        return seconds
-    shared = torch.tensor(seconds if worker.accelerator.is_main_process else 0.0, device=worker.accelerator.device)
-    return float(worker.accelerator.reduce(shared, "sum"))
+def _agreed(worker: Worker, seconds: float, is_stopping: bool) -> tuple[float, bool]:
+    """Take rank 0's measure of time, and its word on whether to stop, so that all ranks decide alike."""
+    if worker.accelerator.num_processes == 1:
+        return seconds, is_stopping
+    own = [seconds, float(is_stopping)] if worker.accelerator.is_main_process else [0.0, 0.0]
+    shared = worker.accelerator.reduce(torch.tensor(own, device=worker.accelerator.device), "sum").tolist()
+    return shared[0], bool(shared[1])
 
 
 def _peak_memory(worker: Worker) -> list[int]:
