@@ -36,7 +36,6 @@ layer  module          one line
 5      models          tokenizer, weights, LoRA
 5      losses          the loss at supervised positions only, in chunks
 5      optimizers      AdamW with float32 master weights; learning rates
-5      checkpoints     save, verify, keep the best, resume
 5      progress        metrics.jsonl and what the console follows
 5      findings        what an evaluation found, written down
 6      vllm_command    serving with vLLM: whether it can, and the command
@@ -46,7 +45,9 @@ layer  module          one line
 7      fitting         whether a run fits; what would make it
 7      data            rows -> tokens, in process or with Ray Data, once
 7      batches         packing; which rows make up a step; tensors
+7      relay           workers that do not see the run's folder
 8      plan            memory, steps, time and money before a run
+8      checkpoints     save, verify, keep the best, resume
 8      objectives      what a task minimises and measures
 8      reference       the reference model's log-probabilities
 8      worker          a worker's model, optimizer and place among the others

@@ -23,8 +23,9 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from helpers import adapters, files, ranks, storage
+from helpers import adapters, files, ranks, relay, storage
 from helpers.errors import CheckpointError
+from helpers.relay import Home
 
 __all__ = [
     "keep_best",
@@ -209,31 +210,43 @@ def keep_start(model, path: Path, is_continued: bool) -> dict[str, torch.Tensor]
 # The training state -----------------------------------------------------------------------------------
 
 
-def save_resume(folder: Path, place: dict[str, Any], model, optimizer, engine=None) -> None:
+def save_resume(folder: Path, place: dict[str, Any], model, optimizer, engine=None, home: Home | None = None) -> None:
     """Save what continuing exactly needs as `<folder>/step-N`, and delete the older ones. Collective.
 
-    place: JSON values: where the run is. engine: DeepSpeed's, which saves its own shards.
+    place: JSON values: where the run is. engine: DeepSpeed's, which saves its own shards. home: of a worker that does
+    not see the run's folder, and brings its shards there.
     """
     target = folder / f"step-{place['step']}"
     aside = folder / f".writing-{target.name}"
     with ranks.raised_everywhere():
         if ranks.is_main():
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
+            relay.at_home(home, _begin_resume, aside)
     with ranks.raised_everywhere():
+        aside.mkdir(parents=True, exist_ok=True)
         torch.save(_random_state(), aside / f"random-{ranks.rank()}.pt")
         if engine is not None:
             engine.save_checkpoint(aside, tag="deepspeed", exclude_frozen_parameters=True)
         elif ranks.is_main():
             trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
             torch.save({"model": trained, "optimizer": optimizer.state_dict()}, aside / "state.pt")
+    relay.bring_home(home, aside)
     with ranks.raised_everywhere():
         if ranks.is_main():
-            (aside / PLACE).write_text(json.dumps({**place, "world_size": ranks.world_size()}))
-            aside.rename(target)
-            for old in folder.iterdir():
-                if old != target:
-                    files.remove(old)
+            relay.at_home(home, _end_resume, aside, target.name, {**place, "world_size": ranks.world_size()})
+
+
+def _begin_resume(aside: Path) -> None:
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+
+
+def _end_resume(aside: Path, name: str, place: dict[str, Any]) -> None:
+    """Give a training state its name, now that all of it is there, and delete the older ones."""
+    (aside / PLACE).write_text(json.dumps(place))
+    aside.rename(aside.with_name(name))
+    for old in aside.parent.iterdir():
+        if old.name != name:
+            files.remove(old)
 
 
 def latest_resume(folder: Path) -> tuple[Path, dict[str, Any]] | None:

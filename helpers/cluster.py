@@ -13,7 +13,7 @@ from typing import Any
 
 from helpers.errors import ConfigError, ResourceError
 
-__all__ = ["EXCLUDED", "REPOSITORY", "SECRETS", "SETTINGS", "WITH_PASSWORD", "name_address", "start_ray"]
+__all__ = ["EXCLUDED", "REPOSITORY", "SECRETS", "SETTINGS", "WITH_PASSWORD", "is_joined", "name_address", "start_ray"]
 
 SECRETS = ("HF_TOKEN", "WANDB_API_KEY", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 # Not secret, and workers need the same ones. MLFLOW_TRACKING_URI may hold a password: it travels with the secrets.
@@ -39,6 +39,11 @@ def name_address(address: str | None) -> None:
     os.environ["RAY_ADDRESS"] = address
 
 
+def is_joined() -> bool:
+    """Tell whether the cluster is one that others started, whose workers may be on other machines."""
+    return os.environ.get("RAY_ADDRESS", "local") not in ("", "local")
+
+
 def start_ray() -> None:
     """Join the cluster of RAY_ADDRESS, or start one on this machine; do nothing if that was done before.
 
@@ -51,11 +56,11 @@ def start_ray() -> None:
     if ray.is_initialized():
         return
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
-    address = os.environ.get("RAY_ADDRESS")
-    if not address or address == "local":
+    if not is_joined():
         # For this machine alone: without a dashboard, on loopback, and Ray asks for a token by itself.
         ray.init(address="local", include_dashboard=False, **quiet)
         return
+    address = os.environ["RAY_ADDRESS"]
     try:
         ray.init(address=address, runtime_env=_runtime_env(), **quiet)
     except (ConnectionError, RuntimeError) as error:

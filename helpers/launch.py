@@ -29,6 +29,7 @@ from helpers import (
     plots,
     progress,
     reference,
+    relay,
     stopping,
     storage,
     tokens,
@@ -240,9 +241,10 @@ def _run_on_ray(config: FinetuneConfig, run: Run, output: Console) -> dict[str, 
     per_worker = _resources_per_worker(config, use_gpu, ray.cluster_resources())
     _check_cluster(config.num_devices, per_worker, ray.cluster_resources(), ray.available_resources())
     output.print(f"[dim]starting {config.num_devices} workers[/dim]")
+    home = relay.make_home(run) if cluster.is_joined() else None
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"config": config, "run": run, "folder": str(Path.cwd())},
+        train_loop_config={"config": config, "run": run, "home": home, "folder": str(Path.cwd())},
         scaling_config=ScalingConfig(num_workers=config.num_devices, use_gpu=use_gpu, resources_per_worker=per_worker),
         run_config=RunConfig(
             name=f"{run.name}-{time.strftime('%Y%m%d-%H%M%S')}",
@@ -269,7 +271,7 @@ def _worker(job: dict[str, Any]) -> dict[str, Any] | ForgebookError:
     import ray.train
 
     rank = ray.train.get_context().get_world_rank()
-    run: Run = job["run"]
+    run = relay.settle(job["run"], job["home"], rank)
     if os.path.isdir(job["folder"]):
         os.chdir(job["folder"])
     log = os.open(run.logs / f"worker-{rank}.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
@@ -283,6 +285,8 @@ def _worker(job: dict[str, Any]) -> dict[str, Any] | ForgebookError:
         return train_loop(job["config"], run)
     except ForgebookError as error:
         return error
+    finally:
+        relay.send_growing(run.home)
 
 
 def _resources_per_worker(config: FinetuneConfig, use_gpu: bool, cluster: dict[str, float]) -> dict[str, float]:

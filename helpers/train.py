@@ -19,7 +19,19 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from helpers import batches, checkpoints, classification, hardware, objectives, optimizers, stopping, storage, tokens
+from helpers import (
+    batches,
+    checkpoints,
+    classification,
+    hardware,
+    objectives,
+    optimizers,
+    ranks,
+    relay,
+    stopping,
+    storage,
+    tokens,
+)  # fmt: skip
 from helpers.config import FinetuneConfig
 from helpers.errors import StoppedError, TrainingError
 from helpers.losses import check_isolation
@@ -48,6 +60,7 @@ def train_loop(config: FinetuneConfig, run: Run) -> dict[str, Any]:
     """
     # (1) Place. The accelerator comes first: under ZeRO-3, DeepSpeed's config must exist before the weights.
     accelerator = make_accelerator(config)
+    relay.fetch(run.home)
     torch.manual_seed(config.seed)
     hardware.forget_peak()
     before, gpu = hardware.resident_memory()[0], hardware.this_gpu()
@@ -132,22 +145,23 @@ def train_loop(config: FinetuneConfig, run: Run) -> dict[str, Any]:
                 worker.engine.empty_partition_cache()
             checkpoints.save_checkpoint(worker.model, worker.tokenizer, run.checkpoints / name, **beside)
             losses[name] = found.get("eval_loss")
-            best = checkpoints.keep_best(run.checkpoints, losses, config.num_checkpoints_to_keep)
+            relay.bring_home(run.home, run.checkpoints / name)
+            best = _keep_best(config, run, losses)
             progress.evaluation(
                 step=step, epoch=epoch + 1, **found, **epoch_so_far.totals(),
                 checkpoint_dir_name=name, is_best=name == best,
             )  # fmt: skip
-        elapsed, is_stopping = _agreed(worker, time.perf_counter() - saved_at, stopping.is_asked(run.folder))
+        elapsed, is_stopping = _agreed(worker, time.perf_counter() - saved_at, run)
         is_due = config.save_state_minutes and elapsed > 60 * config.save_state_minutes
         if step in events or is_due or is_stopping:
             seconds = time.perf_counter() - began
             place = {"step": step, "trained_tokens": trained_tokens, "seconds": seconds, "losses": losses}
-            checkpoints.save_resume(run.resume, place, worker.model, worker.optimizer, worker.engine)
+            checkpoints.save_resume(run.resume, place, worker.model, worker.optimizer, worker.engine, run.home)
             saved_at = time.perf_counter()
         if is_stopping and step < last_step:
             raise StoppedError(f"stopped by SIGTERM; step {step} is saved, and the same command continues after it")
 
-    best = checkpoints.keep_best(run.checkpoints, losses, config.num_checkpoints_to_keep)
+    best = _keep_best(config, run, losses)
     return {
         "best_checkpoint": f"checkpoints/{best}",
         "eval_loss": losses[best],
@@ -380,13 +394,21 @@ def _now(accelerator: Accelerator) -> float:
     return time.perf_counter()
 
 
-def _agreed(worker: Worker, seconds: float, is_stopping: bool) -> tuple[float, bool]:
+def _agreed(worker: Worker, seconds: float, run: Run) -> tuple[float, bool]:
     """Take rank 0's measure of time, and its word on whether to stop, so that all ranks decide alike."""
+    own = [0.0, 0.0]
+    if worker.accelerator.is_main_process:
+        own = [seconds, float(relay.at_home(run.home, stopping.is_asked, run.folder))]
     if worker.accelerator.num_processes == 1:
-        return seconds, is_stopping
-    own = [seconds, float(is_stopping)] if worker.accelerator.is_main_process else [0.0, 0.0]
+        return own[0], bool(own[1])
     shared = worker.accelerator.reduce(torch.tensor(own, device=worker.accelerator.device), "sum").tolist()
     return shared[0], bool(shared[1])
+
+
+def _keep_best(config: FinetuneConfig, run: Run, losses: dict[str, float | None]) -> str:
+    """Delete all but the best checkpoints where they are kept; every rank learns the best one's name."""
+    home = run.home if ranks.is_main() else None
+    return relay.at_home(home, checkpoints.keep_best, run.checkpoints, losses, config.num_checkpoints_to_keep)
 
 
 def _peak_memory(worker: Worker) -> list[int]:
