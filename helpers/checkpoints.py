@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from helpers import adapters, files, ranks, relay, storage
-from helpers.errors import CheckpointError
+from helpers.errors import CheckpointError, ForgebookError
 from helpers.relay import Home
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
 ]
 
 PLACE = "place.json"
+SPARE = 1 << 20  # bytes: a disk with fewer of them free is full
 
 
 # The model --------------------------------------------------------------------------------------------
@@ -67,6 +68,7 @@ def save_checkpoint(
         if not ranks.is_main():
             return
         aside = stack.enter_context(storage.published(folder))
+        stack.enter_context(_told_if_full(aside))
         if start is not None:
             weights = adapters.fit_original_base(weights, start, trained)
         _write_model(model, weights, aside)
@@ -119,6 +121,27 @@ def _write_model(model, weights: dict[str, torch.Tensor], folder: Path) -> None:
         model.get_base_model().generation_config.save_pretrained(folder)
     else:
         model.save_pretrained(folder, state_dict=weights)
+
+
+@contextlib.contextmanager
+def _told_if_full(folder: Path) -> Iterator[None]:
+    """Name a full disk, for which each library has words of its own, and make room by removing the half-written folder.
+
+    Raises CheckpointError.
+    """
+    try:
+        yield
+    except ForgebookError:
+        raise
+    except Exception as error:
+        is_full = "No space left" in str(error) or shutil.disk_usage(folder.parent).free < SPARE
+        shutil.rmtree(folder, ignore_errors=True)
+        if not is_full:
+            raise
+        raise CheckpointError(
+            f"the disk of {folder.parent} is full: make room there; the same command continues from the last complete "
+            "state"
+        ) from None
 
 
 def verify_checkpoint(folder: Path, expected: int, trained: bool = True) -> None:
@@ -221,7 +244,7 @@ def save_resume(folder: Path, place: dict[str, Any], model, optimizer, engine=No
     with ranks.raised_everywhere():
         if ranks.is_main():
             relay.at_home(home, _begin_resume, aside)
-    with ranks.raised_everywhere():
+    with ranks.raised_everywhere(), _told_if_full(aside):
         aside.mkdir(parents=True, exist_ok=True)
         torch.save(_random_state(), aside / f"random-{ranks.rank()}.pt")
         if engine is not None:

@@ -468,6 +468,16 @@ class FinetuneConfig(_Block):
     _is_default: bool = PrivateAttr(default=False)  # loaded with --default: helpers.defaults chooses the rest
     _source: str | None = PrivateAttr(default=None)  # the path or URL that was loaded
 
+    @field_validator("num_devices", mode="before")
+    @classmethod
+    def _one_number(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            raise ValueError(
+                f"got {value}, must be one number, on which the rows of an update and the shards of ZeRO depend: a run "
+                "whose machines go waits for others, or is continued by the same command"
+            )
+        return value
+
     @field_validator("deepspeed", mode="before")
     @classmethod
     def _read_shorthand(cls, value: Any) -> Any:
