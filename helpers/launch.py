@@ -286,7 +286,7 @@ def _worker(job: dict[str, Any]) -> dict[str, Any] | ForgebookError:
     except ForgebookError as error:
         return error
     finally:
-        relay.send_growing(run.home)
+        relay.leave(run.home)
 
 
 def _resources_per_worker(config: FinetuneConfig, use_gpu: bool, cluster: dict[str, float]) -> dict[str, float]:

@@ -5,6 +5,7 @@
     fetch(run.home)                  what a worker reads, the newest training state included
     at_home(run.home, function, path, ...)    calls it where the run's folder is
     bring_home(run.home, folder)              moves a folder of the worker's there
+    leave(run.home)                           the last lines, and an end
 
 So the run's folder stays whole where the run was started, and `helpers.mirror` keeps its bucket in step. Files travel
 in pieces through Ray. A disk that all machines share spares the journey: better for weights of many gigabytes.
@@ -26,7 +27,7 @@ from typing import Any
 from helpers import files, ranks, storage, tokens
 from helpers.storage import Run
 
-__all__ = ["Home", "at_home", "bring_home", "fetch", "make_home", "send_growing", "settle"]
+__all__ = ["Home", "at_home", "bring_home", "fetch", "leave", "make_home", "settle"]
 
 MARK = ".home"
 SHARDS = ".shards"
@@ -159,16 +160,21 @@ def bring_home(home: Home | None, folder: Path) -> None:
     with ranks.raised_everywhere():
         if home is None or not ranks.is_first_here():
             return
-        send_growing(home)
+        _send_growing(home)
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             _send(home, path, 0, is_new=True)
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def send_growing(home: Home | None) -> None:
+def leave(home: Home | None) -> None:
+    """Send the last lines home, and remove the worker's own folder."""
+    if home is not None and ranks.is_first_here():
+        _send_growing(home)
+        shutil.rmtree(home.own, ignore_errors=True)
+
+
+def _send_growing(home: Home) -> None:
     """Send what was added to the logs and the metrics of this machine."""
-    if home is None or not ranks.is_first_here():
-        return
     with home.lock:
         for pattern in (*OTHERS, *LOGS):
             for path in home.own.glob(pattern):
@@ -184,7 +190,7 @@ def _keep_sending(home: Home) -> None:
     with contextlib.suppress(Exception):
         while True:
             time.sleep(LOOK_SECONDS)
-            send_growing(home)
+            _send_growing(home)
 
 
 def _send(home: Home, path: Path, start: int, is_new: bool) -> int:

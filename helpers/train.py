@@ -33,7 +33,7 @@ from helpers import (
     tokens,
 )  # fmt: skip
 from helpers.config import FinetuneConfig
-from helpers.errors import StoppedError, TrainingError
+from helpers.errors import ResourceError, StoppedError, TrainingError
 from helpers.losses import check_isolation
 from helpers.plan import running_figures
 from helpers.preferences import needs_reference
@@ -227,6 +227,12 @@ def _with_reference(worker: Worker, run: Run, rows: Tokens | None, name: str, pr
         return None if rows is None else _Set(rows)
     processor = config.preference_tuning_config.logprob_processor_scaling_config
     if processor and name == "training" and config.num_devices:
+        with ranks.raised_everywhere():
+            if run.home:
+                raise ResourceError(
+                    "logprob_processor_scaling_config needs a disk that all machines share, and one of them does not "
+                    "see the run's folder: set storage_path to such a disk, or leave the block out"
+                )
         return _Set(rows, StagedReference(config, run, rows))
     progress.stage(f"computing the reference model's log-probabilities of the {name} pairs")
     batch_size = 2 * ((processor and processor.batch_size) or config.eval_batch_size_per_device)

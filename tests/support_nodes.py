@@ -47,6 +47,8 @@ class Nodes:
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
             "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0",
+            # A busy machine starts slowly.
+            "RAY_raylet_start_wait_time_s": "200", "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "200",
         }  # fmt: skip
         self.count = 0
 
@@ -111,7 +113,7 @@ class Nodes:
         """End everything and remove what was made."""
         for k in range(1, self.count + 1):
             self.kill(k)
-            subprocess.run(["ip", "netns", "del", f"{NAME}{k}"], check=False)
+            subprocess.run(["ip", "netns", "del", f"{NAME}{k}"], check=False, stderr=subprocess.DEVNULL)
         subprocess.run(["ip", "link", "del", BRIDGE], check=False)
         shutil.rmtree(self.temporary, ignore_errors=True)
 
