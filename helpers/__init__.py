@@ -7,7 +7,7 @@ layer  module          one line
 1      files           local files and folders that are complete or absent
 1      ranks           which worker this is; errors that reach all
 1      extensions      DeepSpeed's C++ extensions, built before they are needed
-1      cluster         the Ray cluster: this machine's own, or a larger one
+1      cluster         the Ray cluster: this machine's own, or a larger one, with what goes to its workers
 1      classification  labels as tokens; scores of a classifier
 1      scores          right or wrong, intervals, paired tests
 1      tool_calls      tool calls in an answer's text; the mistakes by kind
@@ -17,6 +17,7 @@ layer  module          one line
 1      vllm            what vLLM can load
 1      special_tokens  special tokens inside messages stay text
 1      tool_text       tools as text, for templates that know none
+2      stopping        SIGTERM: save, then end
 2      sources         the text and the lines of a config file; key=value overrides
 2      buckets         s3:// and gs://: listed, read, written; what their errors mean
 2      catalog         GPUs with memory, peak and price; shapes of core models
@@ -36,7 +37,6 @@ layer  module          one line
 5      models          tokenizer, weights, LoRA
 5      losses          the loss at supervised positions only, in chunks
 5      optimizers      AdamW with float32 master weights; learning rates
-5      checkpoints     save, verify, keep the best, resume
 5      progress        metrics.jsonl and what the console follows
 5      findings        what an evaluation found, written down
 6      vllm_command    serving with vLLM: whether it can, and the command
@@ -46,7 +46,9 @@ layer  module          one line
 7      fitting         whether a run fits; what would make it
 7      data            rows -> tokens, in process or with Ray Data, once
 7      batches         packing; which rows make up a step; tensors
+7      relay           workers that do not see the run's folder
 8      plan            memory, steps, time and money before a run
+8      checkpoints     save, verify, keep the best, resume
 8      objectives      what a task minimises and measures
 8      reference       the reference model's log-probabilities
 8      worker          a worker's model, optimizer and place among the others

@@ -23,8 +23,9 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from helpers import adapters, files, ranks, storage
-from helpers.errors import CheckpointError
+from helpers import adapters, files, ranks, relay, storage
+from helpers.errors import CheckpointError, ForgebookError
+from helpers.relay import Home
 
 __all__ = [
     "keep_best",
@@ -38,6 +39,7 @@ __all__ = [
 ]
 
 PLACE = "place.json"
+SPARE = 1 << 20  # bytes: a disk with fewer of them free is full
 
 
 # The model --------------------------------------------------------------------------------------------
@@ -66,6 +68,7 @@ def save_checkpoint(
         if not ranks.is_main():
             return
         aside = stack.enter_context(storage.published(folder))
+        stack.enter_context(_told_if_full(aside))
         if start is not None:
             weights = adapters.fit_original_base(weights, start, trained)
         _write_model(model, weights, aside)
@@ -118,6 +121,27 @@ def _write_model(model, weights: dict[str, torch.Tensor], folder: Path) -> None:
         model.get_base_model().generation_config.save_pretrained(folder)
     else:
         model.save_pretrained(folder, state_dict=weights)
+
+
+@contextlib.contextmanager
+def _told_if_full(folder: Path) -> Iterator[None]:
+    """Name a full disk, for which each library has words of its own, and make room by removing the half-written folder.
+
+    Raises CheckpointError.
+    """
+    try:
+        yield
+    except ForgebookError:
+        raise
+    except Exception as error:
+        is_full = "No space left" in str(error) or shutil.disk_usage(folder.parent).free < SPARE
+        shutil.rmtree(folder, ignore_errors=True)
+        if not is_full:
+            raise
+        raise CheckpointError(
+            f"the disk of {folder.parent} is full: make room there; the same command continues from the last complete "
+            "state"
+        ) from None
 
 
 def verify_checkpoint(folder: Path, expected: int, trained: bool = True) -> None:
@@ -209,31 +233,43 @@ def keep_start(model, path: Path, is_continued: bool) -> dict[str, torch.Tensor]
 # The training state -----------------------------------------------------------------------------------
 
 
-def save_resume(folder: Path, place: dict[str, Any], model, optimizer, engine=None) -> None:
+def save_resume(folder: Path, place: dict[str, Any], model, optimizer, engine=None, home: Home | None = None) -> None:
     """Save what continuing exactly needs as `<folder>/step-N`, and delete the older ones. Collective.
 
-    place: JSON values: where the run is. engine: DeepSpeed's, which saves its own shards.
+    place: JSON values: where the run is. engine: DeepSpeed's, which saves its own shards. home: of a worker that does
+    not see the run's folder, and brings its shards there.
     """
     target = folder / f"step-{place['step']}"
     aside = folder / f".writing-{target.name}"
     with ranks.raised_everywhere():
         if ranks.is_main():
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-    with ranks.raised_everywhere():
+            relay.at_home(home, _begin_resume, aside)
+    with ranks.raised_everywhere(), _told_if_full(aside):
+        aside.mkdir(parents=True, exist_ok=True)
         torch.save(_random_state(), aside / f"random-{ranks.rank()}.pt")
         if engine is not None:
             engine.save_checkpoint(aside, tag="deepspeed", exclude_frozen_parameters=True)
         elif ranks.is_main():
             trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
             torch.save({"model": trained, "optimizer": optimizer.state_dict()}, aside / "state.pt")
+    relay.bring_home(home, aside)
     with ranks.raised_everywhere():
         if ranks.is_main():
-            (aside / PLACE).write_text(json.dumps({**place, "world_size": ranks.world_size()}))
-            aside.rename(target)
-            for old in folder.iterdir():
-                if old != target:
-                    files.remove(old)
+            relay.at_home(home, _end_resume, aside, target.name, {**place, "world_size": ranks.world_size()})
+
+
+def _begin_resume(aside: Path) -> None:
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+
+
+def _end_resume(aside: Path, name: str, place: dict[str, Any]) -> None:
+    """Give a training state its name, now that all of it is there, and delete the older ones."""
+    (aside / PLACE).write_text(json.dumps(place))
+    aside.rename(aside.with_name(name))
+    for old in aside.parent.iterdir():
+        if old.name != name:
+            files.remove(old)
 
 
 def latest_resume(folder: Path) -> tuple[Path, dict[str, Any]] | None:

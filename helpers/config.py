@@ -80,6 +80,7 @@ _WITHOUT_EFFECT_ON_TRAINING = frozenset(
         "max_failures",
         "logger",
         "custom_model_tag",
+        "address",
         "worker_resources",
         "trainer_resources",
         "hardware",

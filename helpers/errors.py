@@ -8,6 +8,7 @@ __all__ = [
     "ForgebookError",
     "ModelError",
     "ResourceError",
+    "StoppedError",
     "StorageError",
     "TrainingError",
 ]
@@ -47,6 +48,12 @@ class CheckpointError(ForgebookError):
     """Report a checkpoint that is damaged or incomplete."""
 
     exit_code = 1
+
+
+class StoppedError(ForgebookError):
+    """Report a run that was asked to stop and has saved its state; the code is that of a process ended by SIGTERM."""
+
+    exit_code = 143
 
 
 class TrainingError(ForgebookError):

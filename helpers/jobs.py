@@ -24,12 +24,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from helpers.cluster import EXCLUDED, REPOSITORY, SECRETS, SETTINGS, WITH_PASSWORD
 from helpers.config import SECRET_KEY, FinetuneConfig
 from helpers.errors import ConfigError, ResourceError, StorageError, TrainingError
 
 __all__ = [
-    "SECRETS",
-    "SETTINGS",
     "anyscale_job",
     "find_address",
     "follow",
@@ -39,14 +38,6 @@ __all__ = [
     "submit",
 ]
 
-SECRETS = ("HF_TOKEN", "WANDB_API_KEY", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
-# Not secret, and a job needs the same ones. MLFLOW_TRACKING_URI may hold a password: it travels with the secrets.
-SETTINGS = ("AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "WANDB_BASE_URL", "HF_HOME")
-_WITH_PASSWORD = ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_TOKEN")
-
-REPOSITORY = Path(__file__).resolve().parent.parent
-# Beside what .gitignore names, which Ray leaves out by itself.
-EXCLUDED = [".git", ".venv", "runs", "__pycache__", ".pytest_cache", ".ruff_cache", "*.ipynb", "benchmarks"]
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 
@@ -71,7 +62,7 @@ def submit(config: FinetuneConfig, overrides: Sequence[str], address: str) -> st
     """
     entrypoint = _entrypoint(config, overrides)
     client = _client(address)
-    environment = {name: os.environ[name] for name in (*SECRETS, *SETTINGS, *_WITH_PASSWORD) if os.environ.get(name)}
+    environment = {name: os.environ[name] for name in (*SECRETS, *SETTINGS, *WITH_PASSWORD) if os.environ.get(name)}
     try:
         return client.submit_job(
             entrypoint=entrypoint,
@@ -281,7 +272,7 @@ def _container(name: str, image: str, secret: str) -> dict[str, Any]:
         "image": image,
         "env": [
             {"name": variable, "valueFrom": {"secretKeyRef": {"name": secret, "key": variable, "optional": True}}}
-            for variable in (*SECRETS, *SETTINGS, *_WITH_PASSWORD)
+            for variable in (*SECRETS, *SETTINGS, *WITH_PASSWORD)
         ],
     }
 

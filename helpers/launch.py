@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
-from helpers import cluster, forecast, kernels, mirror, models, reference, storage, tokens, trackers
+from helpers import cluster, forecast, kernels, mirror, models, reference, relay, stopping, storage, tokens, trackers
 from helpers import console as consoles
 from helpers.briefing import print_choices, print_forecast, print_run
 from helpers.config import FinetuneConfig, config_differences, dump_config, load_config, read_deepspeed_config
@@ -41,6 +41,7 @@ def fine_tune(config: FinetuneConfig) -> Run:
     Raises a ForgebookError with one readable sentence for whatever the user can mend.
     """
     started = time.perf_counter()
+    cluster.name_address(config.address)
     output = consoles.make_console()
     run = storage.open_run(config)
     if not config.is_default:
@@ -177,7 +178,7 @@ def _check_devices(config: FinetuneConfig) -> None:
     if config.num_devices > have:
         raise ResourceError(
             f"num_devices is {config.num_devices}, this machine has {have} {kind}: "
-            f"set num_devices to at most {have}, or RAY_ADDRESS to a larger cluster"
+            f"set num_devices to at most {have}, or address to a larger cluster"
         )
 
 
@@ -204,7 +205,8 @@ def _write_run(run: Run, prepared: Prepared, told: Plan | None) -> None:
 def _run_here(config: FinetuneConfig, run: Run) -> dict[str, Any]:
     from helpers.train import train_loop
 
-    return train_loop(config, run)
+    with stopping.heard_sigterm(run.folder):
+        return train_loop(config, run)
 
 
 def _run_on_ray(config: FinetuneConfig, run: Run, output: Console) -> dict[str, Any]:
@@ -224,9 +226,10 @@ def _run_on_ray(config: FinetuneConfig, run: Run, output: Console) -> dict[str, 
     per_worker = _resources_per_worker(config, use_gpu, ray.cluster_resources())
     _check_cluster(config.num_devices, per_worker, ray.cluster_resources(), ray.available_resources())
     output.print(f"[dim]starting {config.num_devices} workers[/dim]")
+    home = relay.make_home(run) if cluster.is_joined() else None
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"config": config, "run": run, "folder": str(Path.cwd())},
+        train_loop_config={"config": config, "run": run, "home": home, "folder": str(Path.cwd())},
         scaling_config=ScalingConfig(num_workers=config.num_devices, use_gpu=use_gpu, resources_per_worker=per_worker),
         run_config=RunConfig(
             name=f"{run.name}-{time.strftime('%Y%m%d-%H%M%S')}",
@@ -237,7 +240,8 @@ def _run_on_ray(config: FinetuneConfig, run: Run, output: Console) -> dict[str, 
     if _scorers(config):
         output.print("[dim]starting the workers that score the reference[/dim]")
         reference.start_stage(config, run)
-    outcome = trainer.fit().return_value
+    with stopping.heard_sigterm(run.folder):  # Ray has a handler of its own, set when it started
+        outcome = trainer.fit().return_value
     if isinstance(outcome, ForgebookError):
         raise outcome
     return outcome
@@ -252,7 +256,7 @@ def _worker(job: dict[str, Any]) -> dict[str, Any] | ForgebookError:
     import ray.train
 
     rank = ray.train.get_context().get_world_rank()
-    run: Run = job["run"]
+    run = relay.settle(job["run"], job["home"], rank)
     if os.path.isdir(job["folder"]):
         os.chdir(job["folder"])
     log = os.open(run.logs / f"worker-{rank}.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
@@ -266,6 +270,8 @@ def _worker(job: dict[str, Any]) -> dict[str, Any] | ForgebookError:
         return train_loop(job["config"], run)
     except ForgebookError as error:
         return error
+    finally:
+        relay.leave(run.home)
 
 
 def _resources_per_worker(config: FinetuneConfig, use_gpu: bool, cluster: dict[str, float]) -> dict[str, float]:

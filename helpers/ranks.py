@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 
 import torch.distributed as dist
 
 from helpers.errors import CheckpointError, ForgebookError
 
-__all__ = ["is_main", "raised_everywhere", "rank", "world_size"]
+__all__ = ["is_first_here", "is_main", "raised_everywhere", "rank", "world_size"]
 
 
 def rank() -> int:
@@ -25,6 +26,11 @@ def world_size() -> int:
 def is_main() -> bool:
     """Tell whether this is rank 0, the one that writes files."""
     return rank() == 0
+
+
+def is_first_here() -> bool:
+    """Tell whether this is the first worker of its machine."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 @contextlib.contextmanager

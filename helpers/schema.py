@@ -422,6 +422,8 @@ class FinetuneConfig(_Block):
     GPUs). None: what this machine has."""
     num_devices: Annotated[Int, Field(ge=0)] = 1
     """Workers, one GPU each; 0: in this process, without a Ray cluster."""
+    address: str | None = None
+    """A running Ray cluster to join, `HOST:6379` or `auto`, unless RAY_ADDRESS names one. None: this machine's own."""
     worker_resources: Resources = {}
     """Ray resources of every worker, e.g. `accelerator_type:A10G: 0.001` (any value in (0, 1])."""
     trainer_resources: Resources = {}
@@ -465,6 +467,16 @@ class FinetuneConfig(_Block):
     _given: dict[str, str] = PrivateAttr(default_factory=dict)  # dotted key -> file, override, auto, auto: reason
     _is_default: bool = PrivateAttr(default=False)  # loaded with --default: helpers.defaults chooses the rest
     _source: str | None = PrivateAttr(default=None)  # the path or URL that was loaded
+
+    @field_validator("num_devices", mode="before")
+    @classmethod
+    def _one_number(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            raise ValueError(
+                f"got {value}, must be one number, on which the rows of an update and the shards of ZeRO depend: a run "
+                "whose machines go waits for others, or is continued by the same command"
+            )
+        return value
 
     @field_validator("deepspeed", mode="before")
     @classmethod

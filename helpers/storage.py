@@ -61,10 +61,14 @@ def shown(path: Path) -> str:
 
 @dataclass(frozen=True)
 class Run:
-    """The paths of a run folder; `uri`: where in a bucket it is kept, None for a run of this machine alone."""
+    """The paths of a run folder; `uri`: where in a bucket it is kept, None for a run of this machine alone.
+
+    home: in a worker that has a folder of its own because it does not see the run's: how it reaches that one.
+    """
 
     folder: Path
     uri: str | None = None
+    home: Any = None
 
     @property
     def name(self) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,8 +30,10 @@ __all__ = [
     "fit_context",
     "load_view",
     "map_shards",
+    "relocate_view",
     "repetitions",
     "save_view",
+    "shards_of",
     "token_statistics",
     "truncation_losses",
     "write_shard",
@@ -201,6 +203,21 @@ def load_view(path: Path) -> Tokens:
     parts = tuple(_arrays(readers[shard].get_batch(number)) for shard, number in files)
     names = tuple(_name_of(readers[shard]) for shard, _ in files)
     return Tokens(parts, names=names, files=files, **columns)
+
+
+def shards_of(path: Path) -> list[str]:
+    """List the shards that a saved view shows."""
+    with np.load(path) as saved:
+        return sorted(set(saved["shards"].tolist()))
+
+
+def relocate_view(path: Path, moved: Callable[[str], str]) -> None:
+    """Write a saved view anew for shards that lie elsewhere; moved: the old place of a shard -> the new one."""
+    with np.load(path) as saved:
+        arrays = dict(saved)
+    arrays["shards"] = np.array([moved(shard) for shard in arrays["shards"].tolist()])
+    with open(path, "wb") as file:
+        np.savez(file, **arrays)
 
 
 # Statistics, truncation, mixing -----------------------------------------------------------------------

@@ -19,9 +19,21 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from helpers import batches, checkpoints, classification, hardware, objectives, optimizers, storage, tokens
+from helpers import (
+    batches,
+    checkpoints,
+    classification,
+    hardware,
+    objectives,
+    optimizers,
+    ranks,
+    relay,
+    stopping,
+    storage,
+    tokens,
+)  # fmt: skip
 from helpers.config import FinetuneConfig
-from helpers.errors import TrainingError
+from helpers.errors import ResourceError, StoppedError, TrainingError
 from helpers.losses import check_isolation
 from helpers.plan import running_figures
 from helpers.preferences import needs_reference
@@ -43,10 +55,12 @@ def train_loop(config: FinetuneConfig, run: Run) -> dict[str, Any]:
     config: with context length, batch sizes and epochs resolved. Collective: call it once per worker, inside
     an initialised process group or none.
 
-    Raises TrainingError if the loss is not finite or the gradient is zero; CheckpointError; ModelError.
+    Raises TrainingError if the loss is not finite or the gradient is zero; CheckpointError; ModelError; StoppedError
+    once the state is saved, if the run is asked to stop.
     """
     # (1) Place. The accelerator comes first: under ZeRO-3, DeepSpeed's config must exist before the weights.
     accelerator = make_accelerator(config)
+    relay.fetch(run.home)
     torch.manual_seed(config.seed)
     hardware.forget_peak()
     before, gpu = hardware.resident_memory()[0], hardware.this_gpu()
@@ -134,19 +148,23 @@ def train_loop(config: FinetuneConfig, run: Run) -> dict[str, Any]:
             folder = run.checkpoints / name
             checkpoints.save_checkpoint(worker.model, worker.tokenizer, folder, trained=moved, **beside)
             losses[name] = found.get("eval_loss")
-            best = checkpoints.keep_best(run.checkpoints, losses, config.num_checkpoints_to_keep)
+            relay.bring_home(run.home, run.checkpoints / name)
+            best = _keep_best(config, run, losses)
             progress.evaluation(
                 step=step, epoch=epoch + 1, **found, **epoch_so_far.totals(),
                 checkpoint_dir_name=name, is_best=name == best,
             )  # fmt: skip
-        elapsed = _agreed(worker, time.perf_counter() - saved_at)
-        if step in events or (config.save_state_minutes and elapsed > 60 * config.save_state_minutes):
+        elapsed, is_stopping = _agreed(worker, time.perf_counter() - saved_at, run)
+        is_due = config.save_state_minutes and elapsed > 60 * config.save_state_minutes
+        if step in events or is_due or is_stopping:
             seconds = time.perf_counter() - began
             place = {"step": step, "trained_tokens": trained_tokens, "seconds": seconds, "losses": losses}
-            checkpoints.save_resume(run.resume, place, worker.model, worker.optimizer, worker.engine)
+            checkpoints.save_resume(run.resume, place, worker.model, worker.optimizer, worker.engine, run.home)
             saved_at = time.perf_counter()
+        if is_stopping and step < last_step:
+            raise StoppedError(f"stopped by SIGTERM; step {step} is saved, and the same command continues after it")
 
-    best = checkpoints.keep_best(run.checkpoints, losses, config.num_checkpoints_to_keep)
+    best = _keep_best(config, run, losses)
     return {
         "best_checkpoint": f"checkpoints/{best}",
         "eval_loss": losses[best],
@@ -212,6 +230,12 @@ def _with_reference(worker: Worker, run: Run, rows: Tokens | None, name: str, pr
         return None if rows is None else _Set(rows)
     processor = config.preference_tuning_config.logprob_processor_scaling_config
     if processor and name == "training" and config.num_devices:
+        with ranks.raised_everywhere():
+            if run.home:
+                raise ResourceError(
+                    "logprob_processor_scaling_config needs a disk that all machines share, and one of them does not "
+                    "see the run's folder: set storage_path to such a disk, or leave the block out"
+                )
         return _Set(rows, StagedReference(config, run, rows))
     progress.stage(f"computing the reference model's log-probabilities of the {name} pairs")
     batch_size = 2 * ((processor and processor.batch_size) or config.eval_batch_size_per_device)
@@ -379,12 +403,21 @@ def _now(accelerator: Accelerator) -> float:
     return time.perf_counter()
 
 
-def _agreed(worker: Worker, seconds: float) -> float:
-    """Take rank 0's measure of time, so that all ranks decide alike."""
-    if worker.accelerator.num_processes == 1 or not worker.config.save_state_minutes:
-        return seconds
-    shared = torch.tensor(seconds if worker.accelerator.is_main_process else 0.0, device=worker.accelerator.device)
-    return float(worker.accelerator.reduce(shared, "sum"))
+def _agreed(worker: Worker, seconds: float, run: Run) -> tuple[float, bool]:
+    """Take rank 0's measure of time, and its word on whether to stop, so that all ranks decide alike."""
+    own = [0.0, 0.0]
+    if worker.accelerator.is_main_process:
+        own = [seconds, float(relay.at_home(run.home, stopping.is_asked, run.folder))]
+    if worker.accelerator.num_processes == 1:
+        return own[0], bool(own[1])
+    shared = worker.accelerator.reduce(torch.tensor(own, device=worker.accelerator.device), "sum").tolist()
+    return shared[0], bool(shared[1])
+
+
+def _keep_best(config: FinetuneConfig, run: Run, losses: dict[str, float | None]) -> str:
+    """Delete all but the best checkpoints where they are kept; every rank learns the best one's name."""
+    home = run.home if ranks.is_main() else None
+    return relay.at_home(home, checkpoints.keep_best, run.checkpoints, losses, config.num_checkpoints_to_keep)
 
 
 def _peak_memory(worker: Worker) -> list[int]:

@@ -92,6 +92,7 @@ def tune(
         )
         for name, own in overrides.items()
     }
+    cluster.name_address(base.address)
     folder.mkdir(parents=True, exist_ok=True)
     with quiet_descriptors(folder / "tune.log") as output:
         output.quiet = silent

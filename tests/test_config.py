@@ -163,6 +163,7 @@ def test_byte_counts_stay_whole(load):
         ("learning_rate: fast", "learning_rate: got 'fast', must be a number"),
         ("gradient_checkpointing: 1", "gradient_checkpointing: got 1, must be true or false"),
         ("padding: longset", "padding: got 'longset', must be 'longest', 'max_length' or 'packed'"),
+        ("num_devices: {min: 1, max: 2}", "num_devices: got {'min': 1, 'max': 2}, must be one number"),
         ("num_devices: -1", "num_devices: got -1, must be greater than or equal to 0"),
         ("worker_resources: {GPU: true}", "worker_resources.GPU: got True, must be a number, 0 or more"),
         ("worker_resources: {GPU: -1}", "worker_resources.GPU: got -1, must be a number, 0 or more"),

@@ -44,6 +44,14 @@ def test_the_map_of_contributing_names_every_module():
         assert path.stem in ("__init__", "errors", "ranks") or f"helpers/{path.name}" in text
 
 
+def test_every_failure_has_its_test():
+    rows = [line for line in (REPOSITORY / "FAILURES.md").read_text().splitlines() if line.startswith("| ")][1:]
+    assert len(rows) > 10
+    for row in rows:
+        name, file = re.search(r"`(test_\w+)` in (tests/\w+\.py) \|$", row).groups()
+        assert f"def {name}(" in (REPOSITORY / file).read_text(), row
+
+
 def test_every_deepspeed_file_is_explained_and_every_config_listed():
     text = (REPOSITORY / "deepspeed_configs/README.md").read_text()
     for path in (REPOSITORY / "deepspeed_configs").glob("*.json"):

@@ -1,8 +1,10 @@
 """Ray Train workers: the same losses whatever shards the work, failures survived, impossible requests refused."""
 
+import contextlib
 import os
 import re
 import signal
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -13,7 +15,15 @@ from safetensors.torch import load_file
 from conftest import LORA, REPOSITORY, losses_of, uneven_rows
 from helpers import launch
 from helpers.config import load_config
-from helpers.errors import ConfigError, DataError, ModelError, ResourceError, StorageError, TrainingError
+from helpers.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    ModelError,
+    ResourceError,
+    StorageError,
+    TrainingError,
+)
 from helpers.launch import fine_tune
 from helpers.prepare import prepare
 from helpers.progress import read_metrics
@@ -187,6 +197,49 @@ def test_a_folder_of_something_else_is_left_alone(make_config, tmp_path, on_exis
     with pytest.raises(StorageError, match="is not a run folder"):
         fine_tune(make_config(on_existing=on_existing))
     assert [path.name for path in (tmp_path / "runs/run").iterdir()] == ["thesis.txt"]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a disk of 48 MB of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48m", "none", folder], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"a small disk cannot be mounted here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_a_disk_that_fills_up_during_a_run(small_disk, make_config, write_rows):
+    """What is complete stays; once there is room, the same command ends with the same losses."""
+    settings = {
+        "train_path": write_rows(uneven_rows(48), "many.jsonl"), "num_epochs": 2, "lora_config": LORA,
+        "train_batch_size_per_device": 4, "checkpoint_and_evaluation_frequency": {"unit": "steps", "frequency": 6},
+    }  # fmt: skip
+    undisturbed = losses_of(fine_tune(make_config(run_name="undisturbed", **settings)))
+    config = make_config(run_name="disturbed", storage_path=str(small_disk), **settings)
+    run = Run(small_disk / "disturbed")
+    filler = threading.Thread(target=_fill_at, args=(run, 8, small_disk / "filler"))
+    filler.start()
+    with pytest.raises((CheckpointError, TrainingError), match=r"is full: make room|No space left") as failed:
+        fine_tune(config)
+    filler.join()
+    assert "the same command continues" in str(failed.value) and failed.value.exit_code == 1
+    assert not list(run.checkpoints.glob(".*")) and not list(run.resume.glob(".*"))
+    (small_disk / "filler").unlink()
+    fine_tune(config)
+    assert '"start": 6' in (run.logs / "progress.jsonl").read_text()
+    assert len(undisturbed) == 24 and losses_of(run) == undisturbed
+
+
+def _fill_at(run: Run, step: int, filler: Path) -> None:
+    """Wait until a run reports `step`, then fill its disk."""
+    while not (run.metrics.exists() and len(read_metrics(run.metrics)) > step):
+        time.sleep(0.005)
+    with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
 
 
 @pytest.mark.parametrize(
