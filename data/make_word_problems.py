@@ -141,7 +141,7 @@ def make_rows(train_count: int, test_count: int, seed: int) -> tuple[list[dict],
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--train", type=int, default=3_000)
+    parser.add_argument("--train", type=int, default=2_400)
     parser.add_argument("--test", type=int, default=200)
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
