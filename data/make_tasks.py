@@ -5,6 +5,8 @@
     data/routing/      classification: which of four desks a message goes to; the answer is one label
     data/replies/      preference: of two replies, the one that names the person and the next step is chosen
     data/notes/        causal LM: the records as notes of the shop, a kind of text that the base model never saw
+    data/summaries/    summaries for the desk, by writers of four kinds (train.jsonl), and messages alone, their
+                       records beside them, to write candidates for (prompts.jsonl) and to judge on (test.jsonl)
 
 Test rows have names, order numbers and half of their things to themselves, and the replies of the test are put
 together from phrases that no training reply has.
@@ -34,6 +36,19 @@ CURT = [
     ["It is not our fault.", "Somebody else may have read this.", "This may take a long time."],
 ]
 
+SUMMARY = "Summarise the message of the customer for the desk."
+# Four kinds of writers: long and complete, without the order, without the name, short and complete.
+WRITERS = [
+    ["The customer {name} writes to us about the order with the number {order}. It is about the {item}, and what the "
+     "customer would like from us is this: {request}.",
+     "We have a message from a customer whose name is {name}. The number of the order is {order}, the thing is the "
+     "{item}, and the customer asks for one thing: {request}."],
+    ["A customer, {name}, is not happy with the {item} and wants this: {request}.",
+     "{name} writes about the {item}: {request}."],
+    ["Order {order}, {item}: {request}.", "Somebody wrote about order {order}, the {item}: {request}."],
+    ["{name}, order {order}, {item}: {request}.", "For {name}, the {item} of order {order}: {request}."],
+]  # fmt: skip
+
 
 def routing(row: dict) -> dict:
     """Ask for the desk."""
@@ -58,6 +73,18 @@ def notes(row: dict) -> dict:
     return {"text": "{order} / {item} / {request} / {name}".format(**record)}
 
 
+def summary(row: dict, rng: random.Random) -> dict:
+    """Summarise a message as one of the writers does."""
+    user, record = row["messages"][1], json.loads(row["messages"][2]["content"])
+    text = rng.choice(rng.choice(WRITERS)).format(**record)
+    return {"messages": [{"role": "system", "content": SUMMARY}, user, {"role": "assistant", "content": text}]}
+
+
+def asked(row: dict) -> dict:
+    """Ask for a summary; the record is what a judge compares with."""
+    return {"messages": [{"role": "system", "content": SUMMARY}, *row["messages"][1:]]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
@@ -72,6 +99,11 @@ def main() -> None:
         ):
             (folder / name).mkdir(exist_ok=True)
             write_rows(folder / name / f"{split}.jsonl", made)
+    train, test = make_rows(2_100, 200, seed=11)
+    (folder / "summaries").mkdir(exist_ok=True)
+    write_rows(folder / "summaries" / "train.jsonl", [summary(row, rng) for row in train[:1_800]])
+    write_rows(folder / "summaries" / "prompts.jsonl", [asked(row) for row in train[1_800:]])
+    write_rows(folder / "summaries" / "test.jsonl", [asked(row) for row in test])
 
 
 if __name__ == "__main__":
