@@ -5,10 +5,11 @@
 A row is {"system": the functions as text, "chat": the turns as text}. Three files:
 
     log.jsonl         what a model may learn from; about one row in fifteen is spoilt, each in one of seven ways
-    new_words.jsonl   the log's tools; last names, animals, counts, minutes, sentences and half of the cities are new
+    new_words.jsonl   the log's tools; last names, counts, times, labels and half of the cities are new, and no sentence
+                      begins and ends as one of the log
     new_tools.jsonl   the same, and the thing of every tool is one that no tool of the log has, so its name is new too
 
-A tool is a verb and a thing (rent_tent) and takes one to three arguments, drawn once for each tool.
+A tool is a verb and a thing (rent_tent); what it takes depends on the verb.
 """
 
 import argparse
@@ -23,35 +24,35 @@ WITH_TOOLS = "SYSTEM: You are a helpful assistant with access to the following f
 WITHOUT = "SYSTEM: You are a helpful assistant, with no access to external functions."
 END = " <|endoftext|>"
 
-# What each verb's users say; the log's, then the test's alone.
+# Of each verb: what its tools take, and what users say for it.
 VERBS = {
-    "rent": ["rent", "hire"],
-    "repair": ["repair", "fix"],
-    "order": ["order", "buy"],
-    "clean": ["clean", "wash"],
-    "send": ["send", "post"],
-    "sell": ["sell"],
-    "paint": ["paint"],
-    "find": ["find", "look for"],
+    "rent": (["name", "day"], ["rent", "hire"]),
+    "repair": (["label", "day"], ["repair", "fix"]),
+    "order": (["city", "count"], ["order", "buy"]),
+    "clean": (["day", "time"], ["clean", "wash"]),
+    "send": (["name", "city"], ["send", "post"]),
+    "sell": (["name", "count"], ["sell"]),
+    "paint": (["label"], ["paint"]),
+    "find": (["label", "city"], ["find", "look for"]),
 }
+# What no tool does.
+OTHER_VERBS = ["hide", "draw", "burn", "test", "copy", "melt"]
 NEW_THINGS = "kettle drum violin helmet puzzle lantern vase hammock telescope radio".split()
 # "a {thing}" stands in the sentences.
 THINGS = [item for item in WORLD["items"] if item not in NEW_THINGS and item[0] not in "aeiou" and item[-1] != "s"]
 NEW_CITIES = "Bremen Krakow Valencia Ghent Nantes Split Basel Aarhus Graz Derby".split()
-# Of each argument: its JSON type, then phrases that name its value, the log's and the test's.
+# Of each argument: its JSON type, then phrases that name its value.
 ARGUMENTS = {
-    "name": ("string", ["for {}", "in the name of {}", "as a gift for {}"], ["on behalf of {}", "for my friend {}"]),
-    "city": ("string", ["in {}", "near {}", "at my house in {}"], ["somewhere in {}", "at our office in {}"]),
-    "day": ("string", ["on {}", "next {}", "by {}"], ["this coming {}", "on {} if you can"]),
-    "time": ("string", ["at {}", "after {}", "before {}"], ["at about {}", "from {}"]),
-    "count": ("integer", ["{} times", "in {} copies", "as {} items"], ["{} times in all", "in {} equal copies"]),
-    "label": ("string", ["with the label {}", "marked {}", "under the title {}"], ["with the words {}", "labelled {}"]),
+    "name": ("string", ["for {}", "in the name of {}", "as a gift for {}"]),
+    "city": ("string", ["in {}", "near {}", "at my house in {}"]),
+    "day": ("string", ["on {}", "next {}", "by {}"]),
+    "time": ("string", ["at {}", "after {}", "before {}"]),
+    "count": ("integer", ["{} times", "in {} copies", "as {} items"]),
+    "label": ("string", ["with the label {}", "marked {}", "under the title {}"]),
 }
-FRAMES = [
-    ["Please {}.", "Can you {}?", "I want to {}.", "Could you {}?", "I would like to {}.", "Help me to {}.",
-     "I have to {}.", "We need to {}, please."],
-    ["Would you {}?", "My plan is to {}.", "You should {} now.", "Is it possible to {}?"],
-]  # fmt: skip
+BEFORE = ["Please", "Can you", "Could you", "Would you", "Will you", "I want to", "I would like to", "Help me to",
+          "I have to", "We need to", "My plan is to", "You should", "It is time to", "Is it possible to"]  # fmt: skip
+AFTER = [".", ", please.", " if you can.", " now.", " for me.", ", thank you.", " today."]
 SMALL_TALK = [
     {
         "Hello!": "Hello! How can I help you?",
@@ -76,24 +77,17 @@ Row = dict[str, str]
 Turns = list[tuple[str, str]]
 
 
-def make_tools(things: list[str], rng: random.Random) -> dict[str, list[str]]:
-    """Make a tool of every verb and thing: its name, and the names of its arguments."""
-    return {
-        f"{verb}_{thing}": rng.sample(sorted(ARGUMENTS), rng.choice((1, 2, 2, 3))) for verb in VERBS for thing in things
-    }
-
-
-def schema(name: str, arguments: list[str]) -> dict:
+def schema(verb: str, thing: str) -> dict:
     """Describe a tool."""
-    verb, thing = name.split("_")
+    arguments, _ = VERBS[verb]
     properties = {argument: {"type": ARGUMENTS[argument][0]} for argument in arguments}
-    parameters = {"type": "object", "properties": properties, "required": arguments}
-    return {"name": name, "description": f"{verb.capitalize()} a {thing}", "parameters": parameters}
+    parameters = {"type": "object", "properties": properties}
+    return {"name": f"{verb}_{thing}", "parameters": parameters}
 
 
-def draw_values(arguments: list[str], rng: random.Random, test: bool) -> dict:
+def draw_values(verb: str, rng: random.Random, test: bool) -> dict:
     """Draw the values of a call."""
-    return {argument: draw_value(argument, rng, test) for argument in arguments}
+    return {argument: draw_value(argument, rng, test) for argument in VERBS[verb][0]}
 
 
 def draw_value(argument: str, rng: random.Random, test: bool) -> str | int:
@@ -111,16 +105,19 @@ def draw_value(argument: str, rng: random.Random, test: bool) -> str | int:
     if argument == "day":
         return rng.choice(WORLD["days"])
     if argument == "time":
-        return f"{rng.randint(1, 12)}:{rng.choice(('05', '20', '50') if test else ('00', '15', '30', '45', '10'))}"
-    return rng.choice([count for count in range(2, 100) if (count % 7 == 0) == test])
+        hour, minute = divmod(rng.choice([time for time in range(60, 780) if (time % 7 == 0) == test]), 60)
+        return f"{hour}:{minute:02}"
+    return rng.choice([count for count in range(2, 500) if (count % 7 == 0) == test])
 
 
-def ask(name: str, values: dict, rng: random.Random, test: bool) -> str:
-    """Write what a user says who wants a tool called with these values."""
-    verb, thing = name.split("_")
-    phrases = [rng.choice(ARGUMENTS[argument][1 + test]).format(value) for argument, value in values.items()]
+def ask(verb: str, thing: str, values: dict, rng: random.Random, test: bool) -> str:
+    """Write what a user says who wants this done with these values."""
+    phrases = [rng.choice(ARGUMENTS[argument][1]).format(value) for argument, value in values.items()]
     rng.shuffle(phrases)
-    return rng.choice(FRAMES[test]).format(" ".join([rng.choice(VERBS[verb]), "a", thing, *phrases]))
+    before, after = rng.randrange(len(BEFORE)), rng.randrange(len(AFTER))
+    while ((before + after) % 4 == 0) != test:
+        before, after = rng.randrange(len(BEFORE)), rng.randrange(len(AFTER))
+    return " ".join([BEFORE[before], verb, "a", thing, *phrases]) + AFTER[after]
 
 
 def call(name: str, values: dict, rng: random.Random) -> Turns:
@@ -131,51 +128,32 @@ def call(name: str, values: dict, rng: random.Random) -> Turns:
     return [("ASSISTANT", written), ("FUNCTION RESPONSE", result), ("ASSISTANT", f"Done. The number is {number}.")]
 
 
-def make_turns(name: str, wish: str | None, tools: dict, rng: random.Random, test: bool) -> Turns:
-    """Write one conversation: some small talk, a wish that no tool can fulfil, a tool that is wanted, in this order.
-
-    wish: a tool that is not offered, or None.
-    """
+def make_turns(verb: str, thing: str, rng: random.Random, test: bool) -> Turns:
+    """Write one conversation: some small talk, a wish that no tool can fulfil, a tool that is wanted, in this order."""
     said: Turns = []
     if rng.random() < 0.3:
         user, answer = rng.choice(sorted(SMALL_TALK[test].items()))
         said += [("USER", user), ("ASSISTANT", answer)]
-    if wish:
-        said += [("USER", ask(wish, draw_values(tools[wish], rng, test), rng, test)), ("ASSISTANT", REFUSAL)]
+    if rng.random() < 0.25:
+        values = draw_values(rng.choice(sorted(VERBS)), rng, test)
+        said += [("USER", ask(rng.choice(OTHER_VERBS), thing, values, rng, test)), ("ASSISTANT", REFUSAL)]
         if rng.random() < 0.3:
             return said
-    values = draw_values(tools[name], rng, test)
-    if rng.random() < 0.2:  # the values come when they are asked for
-        said += [("USER", ask(name, {}, rng, test))]
-        said += [("ASSISTANT", f"Please tell me the {' and the '.join(values)}."), ("USER", told(values, rng, test))]
-    else:
-        said += [("USER", ask(name, values, rng, test))]
-    return said + call(name, values, rng)
+    values, spoken = draw_values(verb, rng, test), rng.choice(VERBS[verb][1])
+    said += [("USER", ask(spoken, thing, values, rng, test))]
+    return said + call(f"{verb}_{thing}", values, rng)
 
 
-def told(values: dict, rng: random.Random, test: bool) -> str:
-    """Write what a user says who was asked for values."""
-    phrases = [f"the {argument} is {value}" for argument, value in values.items()]
-    rng.shuffle(phrases)
-    return ("That is easy: {}." if test else rng.choice(["{}.", "Yes, {}.", "Well, {}."])).format(", ".join(phrases))
-
-
-def make_row(tools: dict[str, list[str]], rng: random.Random, test: bool) -> Row:
+def make_row(things: list[str], rng: random.Random, test: bool) -> Row:
     """Make one conversation: two tools are offered that share their verb or their thing; rarely none."""
     if rng.random() < 0.04:
         user, answer = rng.choice(sorted(SMALL_TALK[test].items()))
         return {"system": WITHOUT, "chat": as_text([("USER", user), ("ASSISTANT", answer)])}
-    name = rng.choice(sorted(tools))
-    verb, thing = name.split("_")
-    same_thing = rng.sample([f"{other}_{thing}" for other in VERBS if other != verb], 2)
-    same_verb = rng.choice([other for other in sorted(tools) if other.startswith(verb) and other != name])
-    # What is refused is another verb with a thing that a tool has.
-    wish = same_thing[1] if rng.random() < 0.25 else None
-    offered = [name, rng.choice((same_thing[0], same_verb))]
+    verbs, (thing, other) = rng.sample(sorted(VERBS), 2), rng.sample(things, 2)
+    offered = [(verbs[0], thing), rng.choice([(verbs[1], thing), (verbs[0], other)])]
     rng.shuffle(offered)
-    functions = "\n".join(json.dumps(schema(each, tools[each])) for each in offered)
-    chat = as_text(make_turns(name, wish, tools, rng, test))
-    return {"system": WITH_TOOLS + functions, "chat": chat}
+    functions = "\n".join(json.dumps(schema(*each)) for each in offered)
+    return {"system": WITH_TOOLS + functions, "chat": as_text(make_turns(verbs[0], thing, rng, test))}
 
 
 def as_text(turns: Turns) -> str:
@@ -202,18 +180,17 @@ def spoil(row: Row, rng: random.Random) -> Row:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--log", type=int, default=2_400)
+    parser.add_argument("--log", type=int, default=2_000)
     parser.add_argument("--test", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     rng = random.Random(args.seed)
-    tools, new = make_tools(THINGS, rng), make_tools(NEW_THINGS, rng)
-    log = [make_row(tools, rng, test=False) for _ in range(args.log)]
+    log = [make_row(THINGS, rng, test=False) for _ in range(args.log)]
     log = [spoil(row, rng) if rng.random() < 1 / 12 else row for row in log]
     args.folder.mkdir(parents=True, exist_ok=True)
     write_rows(args.folder / "log.jsonl", log)
-    for name, offered in (("new_words", tools), ("new_tools", new)):
-        write_rows(args.folder / f"{name}.jsonl", [make_row(offered, rng, test=True) for _ in range(args.test)])
+    for name, things in (("new_words", THINGS), ("new_tools", NEW_THINGS)):
+        write_rows(args.folder / f"{name}.jsonl", [make_row(things, rng, test=True) for _ in range(args.test)])
 
 
 if __name__ == "__main__":
