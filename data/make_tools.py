@@ -135,8 +135,7 @@ def make_turns(verb: str, thing: str, rng: random.Random, test: bool) -> Turns:
         user, answer = rng.choice(sorted(SMALL_TALK[test].items()))
         said += [("USER", user), ("ASSISTANT", answer)]
     if rng.random() < 0.25:
-        values = draw_values(rng.choice(sorted(VERBS)), rng, test)
-        said += [("USER", ask(rng.choice(OTHER_VERBS), thing, values, rng, test)), ("ASSISTANT", REFUSAL)]
+        said += [("USER", ask(rng.choice(OTHER_VERBS), thing, {}, rng, test)), ("ASSISTANT", REFUSAL)]
         if rng.random() < 0.3:
             return said
     values, spoken = draw_values(verb, rng, test), rng.choice(VERBS[verb][1])
