@@ -12,7 +12,8 @@ from helpers.launch import fine_tune
 from helpers.progress import read_metrics
 from helpers.prompt_formats import render_prompt_format
 
-CONFIGS = sorted(REPOSITORY.glob("training_configs/**/*.yaml")) + sorted(REPOSITORY.glob("cookbooks/**/*.yaml"))
+FOLDERS = ("training_configs", "cookbooks", "end-to-end-examples")
+CONFIGS = sorted(path for folder in FOLDERS for path in REPOSITORY.glob(f"{folder}/**/*.yaml"))
 DEEPSPEED = sorted(REPOSITORY.glob("deepspeed_configs/*.json"))
 STAGES = {path.stem: int(path.stem.split("_")[1]) for path in DEEPSPEED}
 PLANNED = [path for path in CONFIGS if {"default", "custom"} & set(path.relative_to(REPOSITORY).parts)]
