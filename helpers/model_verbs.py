@@ -151,7 +151,7 @@ def evaluate(arguments: list[str]) -> int:
 
     output, compared = make_console(), found.comparison
     answers = zip(compared.prompts, compared.base, compared.tuned, compared.references, strict=True)
-    output.print(table("Held-out prompts", ["prompt", "base model", "tuned model", "reference"], list(answers)[:5]))
+    output.print(table("Held-out prompts", ["prompt", "base model", "tuned model", "reference"], list(answers)[:3]))
     if found.kinds:
         kinds = [(kind, str(before), str(after)) for kind, (before, after) in found.kinds.items()]
         output.print(table("Mistakes", ["kind", "base model", "tuned model"], kinds))
