@@ -109,12 +109,13 @@ def test_a_cut_link_and_a_killed_node_change_nothing(nodes, make_config, write_r
 
 
 @pytest.mark.slow
-def test_nodes_without_a_shared_disk(nodes, bucket, make_config):
+def test_nodes_without_a_shared_disk(nodes, bucket, make_config, write_rows):
     """Full parameter with ZeRO-3, rows and run in a bucket, stopped and continued: equal to one process.
 
     The second node sees nothing of the first one's disk where the run is: its shards travel to it and from it.
     """
-    settings = {"num_epochs": 4, "learning_rate": 3e-4}
+    rows = write_rows(uneven_rows(96), "many.jsonl")
+    settings = {"train_path": rows, "num_epochs": 3, "learning_rate": 3e-4}
     alone = fine_tune(make_config(run_name="alone", **settings))
     config = make_config(run_name="both", num_devices=2, train_batch_size_per_device=4, deepspeed="zero_3", **settings)
     for name in ("train", "valid"):
@@ -136,7 +137,7 @@ def test_nodes_without_a_shared_disk(nodes, bucket, make_config):
     assert all(any(f"rank_{rank}_" in name for name in state) for rank in (0, 1))
     assert "continuing after step" in nodes.run(words, **cache)
     run = Run(metrics.parent)
-    assert losses_of(run) == pytest.approx(losses_of(alone), abs=1e-3) and len(losses_of(run)) == 12
+    assert losses_of(run) == pytest.approx(losses_of(alone), abs=3e-3) and len(losses_of(run)) == 36
     summary = read_json(run.summary)
     assert summary["workers"] == 2 and summary["zero_stage"] == 3
     assert (run.logs / "worker-1.log").exists()
