@@ -96,6 +96,11 @@ class Nodes:
         listed = subprocess.run(["ip", "netns", "pids", f"{NAME}{k}"], capture_output=True, text=True)
         return [int(pid) for pid in listed.stdout.split()]
 
+    def commands(self) -> list[str]:
+        """List the command lines of all processes."""
+        paths = [Path(f"/proc/{pid}/cmdline") for k in range(1, self.count + 1) for pid in self.processes(k)]
+        return [path.read_text(errors="replace") for path in paths if path.exists()]
+
     def kill(self, k: int) -> None:
         """End a node at once."""
         for pid in self.processes(k):
