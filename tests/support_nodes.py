@@ -9,6 +9,7 @@ Needs root and iproute2: `why_not()` says what is missing. Each command of a nod
 system, so that a folder can be hidden from it.
 """
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -98,8 +99,11 @@ class Nodes:
 
     def commands(self) -> list[str]:
         """List the command lines of all processes."""
-        paths = [Path(f"/proc/{pid}/cmdline") for k in range(1, self.count + 1) for pid in self.processes(k)]
-        return [path.read_text(errors="replace") for path in paths if path.exists()]
+        found = []
+        for pid in [pid for k in range(1, self.count + 1) for pid in self.processes(k)]:
+            with contextlib.suppress(OSError):  # it has ended
+                found.append(Path(f"/proc/{pid}/cmdline").read_text(errors="replace"))
+        return found
 
     def kill(self, k: int) -> None:
         """End a node at once."""
