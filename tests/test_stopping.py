@@ -1,6 +1,5 @@
 """SIGTERM: the state is saved, the process ends with a clear line, and the same command ends at the same losses."""
 
-import os
 import re
 import signal
 import subprocess
@@ -24,10 +23,7 @@ def stopped_at(config, step: int) -> tuple[subprocess.Popen, str]:
     """Start a run by its command, send SIGTERM to it at a step, and return the process with what it printed."""
     run = Run(Path(config.storage_path) / config.run_name)
     command = [sys.executable, str(REPOSITORY / "main.py"), str(config.source)]
-    environment = os.environ | {"RAY_raylet_start_wait_time_s": "200"}  # a busy machine starts slowly
-    process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     while process.poll() is None and not (run.metrics.exists() and read_metrics(run.metrics)[step - 1 :]):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
