@@ -125,18 +125,13 @@ def _write_model(model, weights: dict[str, torch.Tensor], folder: Path) -> None:
 
 @contextlib.contextmanager
 def _told_if_full(folder: Path) -> Iterator[None]:
-    """Name a full disk, for which each library has words of its own, and make room by removing the half-written folder.
-
-    Raises CheckpointError.
-    """
+    """Name a full disk, for which each library has words of its own: raise CheckpointError."""
     try:
         yield
     except ForgebookError:
         raise
     except Exception as error:
-        is_full = "No space left" in str(error) or shutil.disk_usage(folder.parent).free < SPARE
-        shutil.rmtree(folder, ignore_errors=True)
-        if not is_full:
+        if "No space left" not in str(error) and shutil.disk_usage(folder.parent).free >= SPARE:
             raise
         raise CheckpointError(
             f"the disk of {folder.parent} is full: make room there; the same command continues from the last complete "
@@ -244,15 +239,20 @@ def save_resume(folder: Path, place: dict[str, Any], model, optimizer, engine=No
     with ranks.raised_everywhere():
         if ranks.is_main():
             relay.at_home(home, _begin_resume, aside)
-    with ranks.raised_everywhere(), _told_if_full(aside):
-        aside.mkdir(parents=True, exist_ok=True)
-        torch.save(_random_state(), aside / f"random-{ranks.rank()}.pt")
-        if engine is not None:
-            engine.save_checkpoint(aside, tag="deepspeed", exclude_frozen_parameters=True)
-        elif ranks.is_main():
-            trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-            torch.save({"model": trained, "optimizer": optimizer.state_dict()}, aside / "state.pt")
-    relay.bring_home(home, aside)
+    try:
+        with ranks.raised_everywhere(), _told_if_full(aside):
+            aside.mkdir(parents=True, exist_ok=True)
+            torch.save(_random_state(), aside / f"random-{ranks.rank()}.pt")
+            if engine is not None:
+                engine.save_checkpoint(aside, tag="deepspeed", exclude_frozen_parameters=True)
+            elif ranks.is_main():
+                trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+                torch.save({"model": trained, "optimizer": optimizer.state_dict()}, aside / "state.pt")
+        relay.bring_home(home, aside)
+    except CheckpointError:  # on all ranks: what is half-written fills the disk for nothing
+        if ranks.is_main():
+            relay.at_home(home, shutil.rmtree, aside, True)
+        raise
     with ranks.raised_everywhere():
         if ranks.is_main():
             relay.at_home(home, _end_resume, aside, target.name, {**place, "world_size": ranks.world_size()})

@@ -9,6 +9,7 @@ Needs root and iproute2: `why_not()` says what is missing. Each command of a nod
 system, so that a folder can be hidden from it.
 """
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -47,8 +48,7 @@ class Nodes:
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
             "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0",
-            # A busy machine starts slowly.
-            "RAY_raylet_start_wait_time_s": "200", "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "200",
+            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "200",  # a busy machine starts slowly
         }  # fmt: skip
         self.count = 0
 
@@ -74,8 +74,12 @@ class Nodes:
         place = ["--head", "--port", "6379", "--include-dashboard", "false", "--temp-dir", str(self.temporary / "ray")]
         joining = ["--address", self.address]
         command = [ray, "start", *(place if k == 1 else joining), "--node-ip-address", f"{NET}.{k}", "--num-cpus", "2"]
-        done = subprocess.run(self._on(k, command), env=self.environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
+        for _ in range(3):  # on a busy machine Ray's raylet does not wait long enough for its own agent, and ends
+            done = subprocess.run(self._on(k, command), env=self.environment, capture_output=True, text=True)
+            if done.returncode == 0:
+                return
+            self.kill(k)
+        raise RuntimeError(done.stdout + done.stderr)
 
     def popen(self, command: list[str], **environment: str) -> subprocess.Popen:
         """Start a command on the head."""
@@ -95,6 +99,14 @@ class Nodes:
         """List the processes of a node."""
         listed = subprocess.run(["ip", "netns", "pids", f"{NAME}{k}"], capture_output=True, text=True)
         return [int(pid) for pid in listed.stdout.split()]
+
+    def commands(self) -> list[str]:
+        """List the command lines of all processes."""
+        found = []
+        for pid in [pid for k in range(1, self.count + 1) for pid in self.processes(k)]:
+            with contextlib.suppress(OSError):  # it has ended
+                found.append(Path(f"/proc/{pid}/cmdline").read_text(errors="replace"))
+        return found
 
     def kill(self, k: int) -> None:
         """End a node at once."""

@@ -63,42 +63,31 @@ def command(config) -> list[str]:
 
 
 @pytest.mark.slow
-def test_two_nodes_train_what_one_does(nodes, make_config):
-    """LoRA with ZeRO-2, a worker on each node: equal to one process; the secrets of the head reach both, and no log."""
-    alone = fine_tune(make_config(run_name="alone", lora_config=LORA, num_epochs=2))
-    config = make_config(
-        run_name="both", lora_config=LORA, num_epochs=2, num_devices=2, train_batch_size_per_device=4,
-        deepspeed="zero_2", address=nodes.address,
-    )  # fmt: skip
-    told = nodes.run(command(config), HF_TOKEN=SECRET, RAY_ADDRESS="")
-    run = Run(Path(config.storage_path) / "both")
-    assert losses_of(run) == pytest.approx(losses_of(alone), abs=1e-4) and len(losses_of(run)) == 6
-    summary = read_json(run.summary)
-    assert summary["workers"] == 2 and summary["zero_stage"] == 2
-    assert SECRET not in told
-    logs = [*run.logs.rglob("*"), *nodes.temporary.rglob("*.log"), *nodes.temporary.rglob("*.out"), run.config]
-    assert len(logs) > 10 and not any(SECRET in path.read_text(errors="replace") for path in logs if path.is_file())
-
-
-@pytest.mark.slow
 def test_a_cut_link_and_a_killed_node_change_nothing(nodes, make_config, write_rows):
-    """The link between the nodes is down for 20 s: training waits. A node dies: it goes on with the one that comes."""
+    """LoRA with ZeRO-2, a worker on each node: equal to one process.
+
+    The link between the nodes is down for 20 s: training waits. A node dies: training goes on with the one that comes.
+    The secrets of the head are in no argument and no log.
+    """
     settings = {
         "train_path": write_rows(uneven_rows(160), "many.jsonl"), "lora_config": LORA, "num_epochs": 2,
         "checkpoint_and_evaluation_frequency": {"unit": "steps", "frequency": 10},
     }  # fmt: skip
     alone = fine_tune(make_config(run_name="alone", train_batch_size_per_device=4, **settings))
     config = make_config(
-        run_name="both", num_devices=2, train_batch_size_per_device=2, deepspeed="zero_2", **settings
+        run_name="both", num_devices=2, train_batch_size_per_device=2, deepspeed="zero_2", address=nodes.address,
+        **settings,
     )  # fmt: skip
     run = Run(Path(config.storage_path) / "both")
-    process = nodes.popen(command(config))
+    process = nodes.popen(command(config), RAY_ADDRESS="", HF_TOKEN=SECRET)
     until_step(process, run.metrics, 12)
     nodes.cut(2)
     time.sleep(20)
     nodes.heal(2)
     until_step(process, run.metrics, 25)
     assert (run.logs / "progress.jsonl").read_text().count('"training"') == 1
+    commands = nodes.commands()
+    assert len(commands) > 10 and not any(SECRET in words for words in commands)
     nodes.kill(2)
     nodes.start(2)
     told = process.communicate(timeout=240)[0]
@@ -106,15 +95,21 @@ def test_a_cut_link_and_a_killed_node_change_nothing(nodes, make_config, write_r
     progress = (run.logs / "progress.jsonl").read_text()
     assert progress.count('"training"') == 2 and re.search(r'"start": [2-7]0', progress)
     assert len(losses_of(run)) == 80 and losses_of(run) == pytest.approx(losses_of(alone), abs=2e-3)
+    summary = read_json(run.summary)
+    assert summary["workers"] == 2 and summary["zero_stage"] == 2
+    logs = [run.config, *run.logs.rglob("*"), *nodes.temporary.rglob("*.log"), *nodes.temporary.rglob("*.out")]
+    texts = [path.read_text(errors="replace") for path in logs if path.is_file()]
+    assert len(texts) > 10 and not any(SECRET in text for text in [told, *texts])
 
 
 @pytest.mark.slow
-def test_nodes_without_a_shared_disk(nodes, bucket, make_config):
+def test_nodes_without_a_shared_disk(nodes, bucket, make_config, write_rows):
     """Full parameter with ZeRO-3, rows and run in a bucket, stopped and continued: equal to one process.
 
     The second node sees nothing of the first one's disk where the run is: its shards travel to it and from it.
     """
-    settings = {"num_epochs": 4, "learning_rate": 3e-4}
+    rows = write_rows(uneven_rows(96), "many.jsonl")
+    settings = {"train_path": rows, "num_epochs": 3, "learning_rate": 3e-4}
     alone = fine_tune(make_config(run_name="alone", **settings))
     config = make_config(run_name="both", num_devices=2, train_batch_size_per_device=4, deepspeed="zero_3", **settings)
     for name in ("train", "valid"):
@@ -136,7 +131,7 @@ def test_nodes_without_a_shared_disk(nodes, bucket, make_config):
     assert all(any(f"rank_{rank}_" in name for name in state) for rank in (0, 1))
     assert "continuing after step" in nodes.run(words, **cache)
     run = Run(metrics.parent)
-    assert losses_of(run) == pytest.approx(losses_of(alone), abs=1e-3) and len(losses_of(run)) == 12
+    assert losses_of(run) == pytest.approx(losses_of(alone), abs=3e-3) and len(losses_of(run)) == 36
     summary = read_json(run.summary)
     assert summary["workers"] == 2 and summary["zero_stage"] == 3
     assert (run.logs / "worker-1.log").exists()

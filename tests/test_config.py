@@ -81,7 +81,7 @@ def test_errors_survive_pickling_and_say_how_to_exit(name):
     copy = pickle.loads(pickle.dumps(kind("train_path: no such file")))
     assert type(copy) is kind and str(copy) == "train_path: no such file"
     assert isinstance(copy, ForgebookError)
-    assert copy.exit_code == (1 if name in ("CheckpointError", "TrainingError") else 2)
+    assert copy.exit_code == {"CheckpointError": 1, "TrainingError": 1, "StoppedError": 143}.get(name, 2)
 
 
 # -- values and defaults

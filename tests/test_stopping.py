@@ -22,21 +22,17 @@ ONE_PROCESS = {"num_devices": 0, "train_batch_size_per_device": 4, "deepspeed": 
 def stopped_at(config, step: int) -> tuple[subprocess.Popen, str]:
     """Start a run by its command, send SIGTERM to it at a step, and return the process with what it printed."""
     run = Run(Path(config.storage_path) / config.run_name)
-    process = subprocess.Popen(command(config), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = [sys.executable, str(REPOSITORY / "main.py"), str(config.source)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     while process.poll() is None and not (run.metrics.exists() and read_metrics(run.metrics)[step - 1 :]):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     return process, process.communicate()[0]
 
 
-def command(config) -> list[str]:
-    path = Path(config.storage_path).parent / f"{config.run_name}.yaml"
-    return [sys.executable, str(REPOSITORY / "main.py"), str(path)]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", [0, 2], ids=["here", "two workers"])
-def test_sigterm_saves_and_ends(make_config, write_rows, devices):
+def test_sigterm_saves_and_ends(request, make_config, write_rows, devices):
     settings = {
         "train_path": write_rows(uneven_rows(160), "many.jsonl"), "num_devices": devices, "lora_config": LORA,
         "train_batch_size_per_device": 2 if devices else 4, "deepspeed": "zero_2" if devices else None,
@@ -47,8 +43,10 @@ def test_sigterm_saves_and_ends(make_config, write_rows, devices):
     step = int(re.search(r"StoppedError: stopped by SIGTERM; step (\d+) is saved, and the same command", told)[1])
     run = Run(Path(config.storage_path) / "stopped")
     assert 5 <= step < 40 and [path.name for path in run.resume.iterdir()] == [f"step-{step}"]
-    again = subprocess.run(command(config), capture_output=True, text=True)
-    assert again.returncode == 0 and f"continuing after step {step}" in again.stdout, again.stderr
+    if devices:
+        request.getfixturevalue("ray_session")
+    fine_tune(config)
+    assert f'"start": {step}, "workers": {devices or 1}' in (run.logs / "progress.jsonl").read_text()
     alone = fine_tune(make_config(run_name="alone", **settings | ONE_PROCESS))
     assert len(losses_of(run)) == 40 and losses_of(run) == pytest.approx(losses_of(alone), abs=1e-3)
 
