@@ -229,10 +229,10 @@ def add_lora(model: PreTrainedModel, lora_config: dict[str, Any]):
 
 def check_adapter(source: str, lora_config: dict[str, Any], rope_scaling: dict[str, Any] | None = None) -> None:
     """Raise ModelError unless a saved adapter is the one that a config speaks of."""
-    earlier = adapters.read_overrides(source).get("rope_scaling")
+    earlier, named = adapters.read_overrides(source).get("rope_scaling"), storage.shown(Path(source))
     if earlier != rope_scaling:
         raise ModelError(
-            f"the adapter {source} was trained with rope_scaling: {earlier or 'null'}, the config says "
+            f"the adapter {named} was trained with rope_scaling: {earlier or 'null'}, the config says "
             f"{rope_scaling or 'null'}: give it the same"
         )
     with _readable_errors(source, "adapter"):
@@ -245,7 +245,7 @@ def check_adapter(source: str, lora_config: dict[str, Any], rope_scaling: dict[s
     for key in ("r", "lora_alpha", "use_dora", "use_rslora"):
         if key in lora_config and lora_config[key] != saved.get(key, False):
             raise ModelError(
-                f"the adapter {source} has {key}: {saved.get(key, False)}, lora_config says {lora_config[key]}: "
+                f"the adapter {named} has {key}: {saved.get(key, False)}, lora_config says {lora_config[key]}: "
                 "an adapter is continued as it is; leave the key out or give it the same"
             )
 
