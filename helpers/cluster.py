@@ -57,8 +57,7 @@ def start_ray() -> None:
         return
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     if not is_joined():
-        # For this machine alone: without a dashboard, on loopback, and Ray asks for a token by itself.
-        ray.init(address="local", include_dashboard=False, **quiet)
+        _start_here(quiet)
         return
     address = os.environ["RAY_ADDRESS"]
     try:
@@ -68,6 +67,25 @@ def start_ray() -> None:
             f"no Ray cluster could be joined at {address}: {_last_line(error)}. Is it up (ray status), and is its "
             "token here (RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token)? Without RAY_ADDRESS and address: this machine alone"
         ) from None
+
+
+def _start_here(quiet: dict[str, Any]) -> None:
+    """Start a cluster on this machine: without a dashboard, on loopback; Ray asks for a token by itself.
+
+    Ray gives its own processes half a minute to answer, which on a busy machine is not always enough.
+    """
+    import ray
+
+    for attempts_left in (2, 1, 0):
+        try:
+            ray.init(address="local", include_dashboard=False, **quiet)
+            return
+        except Exception as error:  # that is the class which Ray raises
+            if "timed out during startup" not in str(error):
+                raise
+            if not attempts_left:
+                raise ResourceError(f"Ray could not be started here, three times: {_last_line(error)}") from None
+            ray.shutdown()
 
 
 def _runtime_env() -> dict[str, Any]:

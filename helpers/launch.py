@@ -147,14 +147,14 @@ def _check_same(run: Run, prepared: Prepared) -> None:
     differences = config_differences(earlier, prepared.config)
     if differences:
         raise StorageError(
-            f"{run.folder} holds a run with another config ({', '.join(differences)}): "
+            f"{run.place} holds a run with another config ({', '.join(differences)}): "
             "choose another run_name, or on_existing=overwrite"
         )
     report = storage.read_json(run.data_report)
     for name in ("train", "valid"):
         if name in report and report[name]["fingerprint"] != prepared.report[name]["fingerprint"]:
             raise StorageError(
-                f"{report[name]['path']} is not what {run.folder} was started with: "
+                f"{report[name]['path']} is not what {run.place} was started with: "
                 "choose another run_name, or on_existing=overwrite"
             )
 
