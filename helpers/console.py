@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -76,23 +75,12 @@ def _flush_streams() -> None:
 def follow(log: Path, console: Console) -> Iterator[None]:
     """Show what a run appends to its progress file while the block runs."""
     view = _Bar(console) if console.is_terminal else _Lines(console)
-    ended = threading.Event()
     start = log.stat().st_size if log.exists() else 0
-    thread = threading.Thread(target=_show, args=(log, start, view, ended), daemon=True)
-    thread.start()
     try:
-        yield
+        with progress.following(log, start, POLL_SECONDS, view.show):
+            yield
     finally:
-        ended.set()
-        thread.join()
         view.close()
-
-
-def _show(log: Path, place: int, view: _Bar | _Lines, ended: threading.Event) -> None:
-    """Hand each new line of `log` to the view, until told to end and nothing is left."""
-    for events in progress.follow(log, place, ended, POLL_SECONDS):
-        for event in events:
-            view.show(event)
 
 
 class _Bar:

@@ -8,16 +8,17 @@ A run that continues from step k takes back the metrics after k: they will be wr
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from helpers.storage import Run
 
-__all__ = ["Progress", "follow", "read_metrics"]
+__all__ = ["Progress", "follow", "following", "read_metrics"]
 
 
 class Progress:
@@ -81,6 +82,25 @@ def follow(log: Path, place: int, ended: threading.Event, every: float) -> Itera
         yield events
         if is_last_look:
             return
+
+
+@contextlib.contextmanager
+def following(log: Path, place: int, every: float, hand: Callable[[dict[str, Any]], None]) -> Iterator[None]:
+    """Hand each line added to `log` after byte `place` to a function, in a thread, for the length of a block."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        for events in follow(log, place, ended, every):
+            for event in events:
+                hand(event)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def _take_back(path: Path, step: int) -> None:

@@ -17,7 +17,6 @@ import random
 import re
 import shlex
 import shutil
-import threading
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -32,7 +31,7 @@ from helpers.config import FinetuneConfig, load_config
 from helpers.console import make_console, quiet_descriptors, table
 from helpers.errors import ConfigError, ForgebookError, StorageError, TrainingError
 from helpers.launch import fine_tune
-from helpers.progress import follow, read_metrics
+from helpers.progress import following, read_metrics
 from helpers.storage import Run, is_remote, read_json, shown
 
 __all__ = ["Sweep", "Trial", "as_json", "is_searched", "print_sweep", "tune", "variants"]
@@ -264,23 +263,16 @@ def _reporting(run: Run) -> Iterator[None]:
     """Report evaluations to Ray Tune as the run makes them, those before a restart first."""
     from ray import tune as ray_tune
 
-    ended = threading.Event()
+    last = -1
 
-    def report() -> None:
-        last = -1
-        for events in follow(run.logs / "progress.jsonl", 0, ended, every=0.5):
-            for event in events:
-                if "eval_loss" in event and event["step"] > last:
-                    last = event["step"]
-                    ray_tune.report({"eval_loss": event["eval_loss"], "step": last})
+    def report(event: dict[str, Any]) -> None:
+        nonlocal last
+        if "eval_loss" in event and event["step"] > last:
+            last = event["step"]
+            ray_tune.report({"eval_loss": event["eval_loss"], "step": last})
 
-    thread = threading.Thread(target=report, daemon=True)
-    thread.start()
-    try:
+    with following(run.logs / "progress.jsonl", 0, 0.5, report):
         yield
-    finally:
-        ended.set()
-        thread.join()
 
 
 def _outcome(run: Run, values: dict[str, Any], reason: str) -> Trial:

@@ -45,7 +45,8 @@ def test_what_was_planned_stands_beside_what_was_measured(cache, make_config, ca
     config = make_config(num_epochs=2, train_batch_size_per_device=5, gradient_accumulation_steps=2)
     run = fine_tune(config)
     printed, summary = capsys.readouterr().out, read_json(run.summary)
-    assert "  plan   " in printed and "per worker, most of it " in printed
+    largest = read_json(run.plan)["memory"]["largest"]
+    assert "  plan   " in printed and f"per worker, most of it {largest}; " in printed
     assert "time unknown: no run like it was made here yet" in printed
     assert "planned " in printed and "per worker, measured " in printed
     planned, measured = summary["planned"], summary["measured"]
