@@ -78,6 +78,7 @@ layer  module          one line
 12     launch          config -> Ray Train workers -> run folder
 13     tune            sweeps: trials of one config, stopped early
 14     train_verbs     the verbs that take a CONFIG
-14     model_verbs     the verbs that take a RUN
+14     model_verbs     the verbs that ask, measure, merge and serve a RUN
+14     keep_verbs      the verbs that list, show, delete, push and export
 15     cli             the verbs of main.py
 """

@@ -1,11 +1,11 @@
-"""The command: its verbs, its help, its exit codes. What a verb does is in `train_verbs` and `model_verbs`."""
+"""The command: its verbs, help and exit codes. What a verb does is in `train_verbs`, `model_verbs`, `keep_verbs`."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
 
-from helpers import model_verbs, train_verbs
+from helpers import keep_verbs, model_verbs, train_verbs
 from helpers.arguments import make_parser
 
 __all__ = ["main"]
@@ -55,9 +55,9 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "chat": model_verbs.chat,
     "merge": model_verbs.merge,
     "serve": model_verbs.serve,
-    "models": model_verbs.models,
-    "push": model_verbs.push,
-    "export": model_verbs.export,
+    "models": keep_verbs.models,
+    "push": keep_verbs.push,
+    "export": keep_verbs.export,
 }
 
 
