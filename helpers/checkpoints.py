@@ -281,13 +281,15 @@ def latest_resume(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     return newest, json.loads((newest / PLACE).read_text())
 
 
-def load_resume(state: Path, place: dict[str, Any], model, optimizer, engine=None) -> None:
+def load_resume(state: Path, place: dict[str, Any], model, optimizer, engine=None, *, is_elastic: bool = False) -> None:
     """Put a saved training state back. Collective.
 
-    Raises CheckpointError if it was saved by another number of workers, whose shards and random numbers
-    these cannot continue.
+    is_elastic: another number of workers may go on; those that none of them was keep the random numbers they have.
+
+    Raises CheckpointError if it was saved by another number of workers and is not elastic: their shards and random
+    numbers cannot be continued.
     """
-    if place["world_size"] != ranks.world_size():
+    if place["world_size"] != ranks.world_size() and not is_elastic:
         raise CheckpointError(
             f"this run was saved by {place['world_size']} workers and cannot be continued by {ranks.world_size()}: "
             f"set num_devices={place['world_size']}, or choose another run_name"
@@ -301,7 +303,9 @@ def load_resume(state: Path, place: dict[str, Any], model, optimizer, engine=Non
             for name, tensor in saved["model"].items():
                 parameters[name].copy_(tensor)
         optimizer.load_state_dict(saved["optimizer"])
-    _set_random_state(torch.load(state / f"random-{ranks.rank()}.pt", weights_only=True))
+    random_state = state / f"random-{ranks.rank()}.pt"
+    if random_state.exists() or not is_elastic:
+        _set_random_state(torch.load(random_state, weights_only=True))
 
 
 def _random_state() -> dict[str, Any]:

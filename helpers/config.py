@@ -78,6 +78,7 @@ _WITHOUT_EFFECT_ON_TRAINING = frozenset(
         "on_existing",
         "force",
         "max_failures",
+        "min_devices",
         "logger",
         "custom_model_tag",
         "address",
@@ -113,6 +114,7 @@ def load_config(path_or_url: str | Path, overrides: Sequence[str] = (), default:
             heard += more
     for note in notes:
         warnings.warn(note, RetiredNameWarning, stacklevel=2)
+    _divide_devices(values, places)
     written = flatten(values)
 
     if default:
@@ -138,6 +140,15 @@ def load_config(path_or_url: str | Path, overrides: Sequence[str] = (), default:
         hardware_of(config.hardware)  # find a GPU that nobody knows now
     read_deepspeed_config(config)  # find a bad file now, not on the workers
     return config
+
+
+def _divide_devices(values: dict[str, Any], places: Places) -> None:
+    """Read `num_devices: {min: 1, max: 2}` as two keys, in place."""
+    devices = values.get("num_devices")
+    if isinstance(devices, dict) and set(devices) == {"min", "max"}:
+        values |= {"num_devices": devices["max"], "min_devices": devices["min"]}
+        if (place := place_of("num_devices", places)) is not None:
+            places["min_devices"] = place
 
 
 def dump_config(config: FinetuneConfig) -> str:

@@ -162,7 +162,9 @@ def _facts(event: dict[str, Any]) -> str:
 
 def _started_text(event: dict[str, Any]) -> str:
     share = event["trainable_parameters"] / event["parameters"]
-    again = f", continuing after step {event['start']}" if event["start"] else ""
+    again = ""
+    if event["start"]:
+        again = f", continuing after step {event['start']} with {event['workers']} worker{'s' * (event['workers'] > 1)}"
     return (
         f"training {event['trainable_parameters']:,} of {event['parameters']:,} parameters ({share:.1%}), "
         f"{event['steps']} steps{again}"

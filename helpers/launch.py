@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
 __all__ = ["fine_tune"]
 
+# How often a run with min_devices looks for machines that came back; taking them in is a restart from its last state.
+RESIZE_SECONDS = 15.0
+
 
 def fine_tune(config: FinetuneConfig) -> Run:
     """Fine-tune as `config` says, or continue the run of that name, and return its folder.
@@ -116,6 +119,11 @@ def _refuse_unsupported(config: FinetuneConfig) -> None:
 
 def _refuse_with_deepspeed(config: FinetuneConfig) -> None:
     """Refuse methods that the DeepSpeed stage in use would break or leave out."""
+    if config.min_devices is not None and config.deepspeed is not None:
+        raise ConfigError(
+            "min_devices does not go with DeepSpeed, whose shards of the training state are cut for the number of "
+            "workers that saved them: set deepspeed: none, or leave min_devices out"
+        )
     zero = (read_deepspeed_config(config) or {}).get("zero_optimization", {})
     lora = config.lora_config or {}
     if zero.get("stage") == 3:
@@ -175,7 +183,7 @@ def _check_devices(config: FinetuneConfig) -> None:
     if config.num_devices == 0:
         return
     have, kind = (gpus, "GPUs") if gpus else (cores, "CPU cores and no GPU")
-    if config.num_devices > have:
+    if (config.min_devices or config.num_devices) > have:
         raise ResourceError(
             f"num_devices is {config.num_devices}, this machine has {have} {kind}: "
             f"set num_devices to at most {have}, or address to a larger cluster"
@@ -217,20 +225,26 @@ def _run_on_ray(config: FinetuneConfig, run: Run, output: Console) -> dict[str, 
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
 
     if not ray.is_initialized():
         output.print("[dim]starting Ray[/dim]")
     cluster.start_ray()
     use_gpu = ray.cluster_resources().get("GPU", 0) > 0
     per_worker = _resources_per_worker(config, use_gpu, ray.cluster_resources())
-    _check_cluster(config.num_devices, per_worker, ray.cluster_resources(), ray.available_resources())
-    output.print(f"[dim]starting {config.num_devices} workers[/dim]")
+    fewest = config.min_devices or config.num_devices
+    _check_cluster(fewest, per_worker, ray.cluster_resources(), ray.available_resources())
+    asked = f"{config.min_devices} to {config.num_devices}" if config.min_devices else str(config.num_devices)
+    output.print(f"[dim]starting {asked} workers[/dim]")
     home = relay.make_home(run) if cluster.is_joined() else None
-    trainer = TorchTrainer(
+    trainer = _trainer_class()(
         _worker,
         train_loop_config={"config": config, "run": run, "home": home, "folder": str(Path.cwd())},
-        scaling_config=ScalingConfig(num_workers=config.num_devices, use_gpu=use_gpu, resources_per_worker=per_worker),
+        scaling_config=ScalingConfig(
+            num_workers=(config.min_devices, config.num_devices) if config.min_devices else config.num_devices,
+            elastic_resize_monitor_interval_s=RESIZE_SECONDS,
+            use_gpu=use_gpu,
+            resources_per_worker=per_worker,
+        ),
         run_config=RunConfig(
             name=f"{run.name}-{time.strftime('%Y%m%d-%H%M%S')}",
             storage_path=str(run.logs / "ray"),
@@ -245,6 +259,26 @@ def _run_on_ray(config: FinetuneConfig, run: Run, output: Console) -> dict[str, 
     if isinstance(outcome, ForgebookError):
         raise outcome
     return outcome
+
+
+def _trainer_class():
+    """Make Ray's trainer fit for a cluster of this process's own, which ends with it and has no dashboard.
+
+    Ray's cleaner of placement groups, for controllers that die alone, asks the dashboard and would hold up the end of
+    every run for ten seconds; its watcher for preempted nodes has none to watch.
+    """
+    from ray.train.torch import TorchTrainer
+
+    if cluster.is_joined():
+        return TorchTrainer
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+
+    class _LocalTrainer(TorchTrainer):
+        def _create_default_callbacks(self) -> list[Any]:
+            callbacks = super()._create_default_callbacks()
+            return [each for each in callbacks if type(each).__name__ != "PlacementGroupCleanerCallback"]
+
+    return _LocalTrainer
 
 
 def _worker(job: dict[str, Any]) -> dict[str, Any] | ForgebookError:

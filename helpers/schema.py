@@ -17,6 +17,7 @@ from pydantic import (
     Field,
     PrivateAttr,
     Tag,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -421,7 +422,10 @@ class FinetuneConfig(_Block):
     """What the run is planned and, with --default, chosen for, such as `8xA100-80G` (helpers/catalog.yaml names the
     GPUs). None: what this machine has."""
     num_devices: Annotated[Int, Field(ge=0)] = 1
-    """Workers, one GPU each; 0: in this process, without a Ray cluster."""
+    """Workers, one GPU each; 0: in this process, without a Ray cluster. `{min: 1, max: 2}` sets min_devices, too."""
+    min_devices: Annotated[Int, Field(ge=1)] | None = None
+    """When machines go, go on with as few workers as this, and with num_devices again when they come back; needs
+    `deepspeed: none`. None: wait until there are num_devices again."""
     address: str | None = None
     """A running Ray cluster to join, `HOST:6379` or `auto`, unless RAY_ADDRESS names one. None: this machine's own."""
     worker_resources: Resources = {}
@@ -471,11 +475,16 @@ class FinetuneConfig(_Block):
     @field_validator("num_devices", mode="before")
     @classmethod
     def _one_number(cls, value: Any) -> Any:
-        if isinstance(value, dict):
-            raise ValueError(
-                f"got {value}, must be one number, on which the rows of an update and the shards of ZeRO depend: a run "
-                "whose machines go waits for others, or is continued by the same command"
-            )
+        if isinstance(value, dict):  # load_config has divided those that it can
+            raise ValueError(f"got {value}, must be a whole number, or two: {{min: 1, max: 2}}")
+        return value
+
+    @field_validator("min_devices")
+    @classmethod
+    def _at_most_num_devices(cls, value: int | None, info: ValidationInfo) -> int | None:
+        most = info.data.get("num_devices")
+        if value is not None and most is not None and value > most:
+            raise ValueError(f"got {value}, num_devices is only {most}")
         return value
 
     @field_validator("deepspeed", mode="before")

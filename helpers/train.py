@@ -99,7 +99,8 @@ def train_loop(config: FinetuneConfig, run: Run) -> dict[str, Any]:
         "start": checkpoints.keep_start(worker.model, run.adapter_start, is_continued=bool(saved)),
     }
     if saved:
-        checkpoints.load_resume(*saved, worker.model, worker.optimizer, worker.engine)
+        is_elastic = config.min_devices is not None
+        checkpoints.load_resume(*saved, worker.model, worker.optimizer, worker.engine, is_elastic=is_elastic)
     else:
         checkpoints.rehearse(
             worker.model, worker.tokenizer, run.checkpoints, copies=config.num_checkpoints_to_keep, **beside
@@ -286,7 +287,9 @@ def _train_step(worker: Worker, train: _Set, sequences: list[batches.Sequence], 
     world = accelerator.num_processes
     rows = np.concatenate(sequences)
     units = objectives.count_units(config, train.rows, rows)
-    micros = batches.split_batch(sequences, train.rows, world, config.gradient_accumulation_steps)
+    # Fewer workers than num_devices (min_devices) take more micro batches each: the same rows make an update.
+    accumulation = math.ceil(config.gradient_accumulation_steps * max(1, config.num_devices) / world)
+    micros = batches.split_batch(sequences, train.rows, world, accumulation)
     micros = micros[accelerator.process_index]
     # DDP and DeepSpeed average over workers, DeepSpeed over micro batches too. The loss is to be the mean over
     # all supervised tokens (or pairs) of the global batch, wherever they are: so undo their averages, divide once.

@@ -49,8 +49,6 @@ class Nodes:
             **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
             "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "200",  # a busy machine starts slowly
-            # Ray gives a silent node up after 15 s or more; CLUSTERS.md says when one raises that.
-            "RAY_health_check_failure_threshold": "20", "RAY_grpc_keepalive_timeout_ms": "60000",
         }  # fmt: skip
         self.count = 0
 

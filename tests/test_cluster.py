@@ -51,10 +51,15 @@ def bucket(nodes, monkeypatch):
     server.stop()
 
 
+def wait_until(process, is_so) -> None:
+    """Wait until something is so, or the process has ended."""
+    while process.poll() is None and not is_so():
+        time.sleep(0.1)
+
+
 def until_step(process, metrics: Path, step: int) -> None:
     """Wait until a run has reported a step."""
-    while process.poll() is None and not (metrics.exists() and len(read_metrics(metrics)) >= step):
-        time.sleep(0.1)
+    wait_until(process, lambda: metrics.exists() and len(read_metrics(metrics)) >= step)
 
 
 def command(config) -> list[str]:
@@ -102,6 +107,44 @@ def test_a_cut_link_and_a_killed_node_change_nothing(nodes, make_config, write_r
     logs = [run.config, *run.logs.rglob("*"), *nodes.temporary.rglob("*.log"), *nodes.temporary.rglob("*.out")]
     texts = [path.read_text(errors="replace") for path in logs if path.is_file()]
     assert len(texts) > 10 and not any(SECRET in text for text in [told, *texts])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("adapter", "counts"), [(LORA, [2, 1, 2]), (None, [1, 2])], ids=["adapter", "full"])
+def test_a_run_goes_on_with_fewer_workers_and_takes_more_in(nodes, make_config, write_rows, adapter, counts):
+    """As many workers as there are machines, now two, now one: equal to one process all the way."""
+    settings = {
+        "train_path": write_rows(uneven_rows(160), "many.jsonl"), "lora_config": adapter, "learning_rate": 2e-5,
+        "lr_scheduler_type": "constant", "num_epochs": 1000, "on_existing": "overwrite",
+        "checkpoint_and_evaluation_frequency": {"unit": "steps", "frequency": 10},
+    }  # fmt: skip
+    config = make_config(
+        run_name="both", num_devices={"min": 1, "max": 2}, train_batch_size_per_device=4, address=nodes.address,
+        **settings,
+    )  # fmt: skip
+    run = Run(Path(config.storage_path) / "both")
+    if counts[0] == 1:
+        nodes.kill(2)
+    # Ray first waits this long for two workers, until it knows that a machine is gone.
+    process = nodes.popen(command(config), RAY_ADDRESS="", RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="60")
+    for k, count in enumerate(counts):
+        if k > 0:
+            nodes.kill(2) if count == 1 else nodes.start(2)
+        wait_until(process, lambda k=k: workers_of(run)[k : k + 1])
+        until_step(process, run.metrics, len(read_metrics(run.metrics)) + 12 if run.metrics.exists() else 12)
+    process.send_signal(signal.SIGTERM)
+    told = process.communicate(timeout=240)[0]
+    assert workers_of(run) == counts and process.returncode == 143 and "with 2 workers\n" in told, told
+
+    steps = len(losses_of(run))
+    alone = fine_tune(make_config(run_name="alone", train_batch_size_per_device=8, max_steps=steps, **settings))
+    assert steps > 20 and losses_of(run) == pytest.approx(losses_of(alone), abs=2e-3)
+
+
+def workers_of(run: Run) -> list[int]:
+    """List how many workers the run had, start by start."""
+    log = run.logs / "progress.jsonl"
+    return [event["workers"] for event in read_metrics(log) if "workers" in event] if log.exists() else []
 
 
 @pytest.mark.slow

@@ -163,7 +163,9 @@ def test_byte_counts_stay_whole(load):
         ("learning_rate: fast", "learning_rate: got 'fast', must be a number"),
         ("gradient_checkpointing: 1", "gradient_checkpointing: got 1, must be true or false"),
         ("padding: longset", "padding: got 'longset', must be 'longest', 'max_length' or 'packed'"),
-        ("num_devices: {min: 1, max: 2}", "num_devices: got {'min': 1, 'max': 2}, must be one number"),
+        ("num_devices: {min: 1}", "num_devices: got {'min': 1}, must be a whole number, or two: {min: 1, max: 2}"),
+        ("num_devices: {min: 3, max: 2}", "min_devices: got 3, num_devices is only 2"),
+        ("num_devices: {min: 0, max: 2}", "min_devices: got 0, must be greater than or equal to 1"),
         ("num_devices: -1", "num_devices: got -1, must be greater than or equal to 0"),
         ("worker_resources: {GPU: true}", "worker_resources.GPU: got True, must be a number, 0 or more"),
         ("worker_resources: {GPU: -1}", "worker_resources.GPU: got -1, must be a number, 0 or more"),
@@ -546,6 +548,14 @@ def test_resolve_returns_a_checked_copy(load):
     assert resolved.source == config.source
     with pytest.raises(ValueError, match="context_length"):
         config.resolve(context_length=-1)
+
+
+def test_fewer_devices_may_go_on(load, tmp_path):
+    config = load("num_devices: {min: 1, max: 4}\n")
+    assert (config.min_devices, config.num_devices) == (1, 4)
+    assert config.origins["min_devices"] == config.origins["num_devices"] == "file"
+    (tmp_path / "dumped.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "dumped.yaml") == config
 
 
 @pytest.mark.parametrize(("devices", "rows"), [(0, 8), (1, 8), (4, 32)])

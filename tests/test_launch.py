@@ -142,6 +142,13 @@ def test_resources_that_the_cluster_lacks_are_named(ray_session, make_config):
         fine_tune(config)
 
 
+def test_fewer_devices_with_shards(make_config):
+    config = make_config(num_devices={"min": 1, "max": 2}, deepspeed="zero_1")
+    with pytest.raises(ConfigError, match=r"min_devices does not go with DeepSpeed.* set deepspeed: none"):
+        fine_tune(config)
+    assert not (Path(config.storage_path) / "run").exists()
+
+
 def test_more_devices_than_this_machine_has(make_config, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     config = make_config(num_devices=(os.cpu_count() or 1) + 1)
