@@ -41,6 +41,17 @@ NEW_THINGS = "kettle drum violin helmet puzzle lantern vase hammock telescope ra
 # "a {thing}" stands in the sentences.
 THINGS = [item for item in WORLD["items"] if item not in NEW_THINGS and item[0] not in "aeiou" and item[-1] != "s"]
 NEW_CITIES = "Bremen Krakow Valencia Ghent Nantes Split Basel Aarhus Graz Derby".split()
+MORE_CITIES = """
+Lyon Lille Bordeaux Toulouse Marseille Nice Cologne Dresden Leipzig Bonn Stuttgart Essen Linz Salzburg Bern Lucerne
+Milan Genoa Verona Venice Pisa Palermo Bari Bologna Malaga Granada Bilbao Cordoba Zaragoza Murcia Braga Faro Cork
+Galway Limerick Leeds Bristol Oxford Bath Durham Exeter Glasgow Dundee Cardiff Swansea Belfast Bergen Malmo Uppsala
+Odense Tampere Turku Riga Vilnius Tallinn Gdansk Lodz Poznan Brno Bratislava Budapest Debrecen Zagreb Sarajevo Skopje
+Sofia Varna Bucharest Cluj Izmir Ankara Bursa Haifa Amman Muscat Doha Karachi Lahore Pune Chennai Kolkata Dhaka Colombo
+Yangon Bangkok Penang Cebu Nagoya Sapporo Kobe Busan Daegu Brisbane Hobart Cairns Darwin Dunedin Omaha Tulsa Memphis
+Houston Phoenix Tucson Portland Oakland Fresno Tampa Miami Atlanta Raleigh Richmond Albany Buffalo Detroit Toledo
+Dayton Quebec Calgary Regina Halifax Havana Caracas Medellin Cali Cusco Rosario Mendoza Recife Salvador Brasilia
+""".split()
+LOG_CITIES = [*WORLD["cities"], *MORE_CITIES]
 # Of each argument: its JSON type, then phrases that name its value.
 ARGUMENTS = {
     "name": ("string", ["for {}", "in the name of {}", "as a gift for {}"]),
@@ -98,10 +109,11 @@ def draw_value(argument: str, rng: random.Random, test: bool) -> str | int:
         last = rng.choice(["", "", "", "", "O'"]) + BEGINNINGS[beginning] + rng.choice(endings)
         return f"{rng.choice(FIRST_NAMES)} {last}"
     if argument == "label":
-        kinds = WORLD["animals"][9:] if test else WORLD["animals"][:9]
+        known = [*WORLD["animals"][:9], *THINGS]  # a mouse is a thing, too
+        kinds = [kind for kind in WORLD["animals"] if kind not in known] if test else known
         return f"{rng.choice(FIRST_NAMES)}'s {rng.choice(kinds)}"
     if argument == "city":
-        return rng.choice(NEW_CITIES if test and rng.random() < 0.5 else WORLD["cities"])
+        return rng.choice(NEW_CITIES if test and rng.random() < 0.5 else LOG_CITIES)
     if argument == "day":
         return rng.choice(WORLD["days"])
     if argument == "time":
@@ -136,7 +148,7 @@ def make_turns(verb: str, thing: str, rng: random.Random, test: bool) -> Turns:
         said += [("USER", user), ("ASSISTANT", answer)]
     if rng.random() < 0.25:
         said += [("USER", ask(rng.choice(OTHER_VERBS), thing, {}, rng, test)), ("ASSISTANT", REFUSAL)]
-        if rng.random() < 0.3:
+        if rng.random() < 0.15:
             return said
     values, spoken = draw_values(verb, rng, test), rng.choice(VERBS[verb][1])
     said += [("USER", ask(spoken, thing, values, rng, test))]
@@ -179,7 +191,7 @@ def spoil(row: Row, rng: random.Random) -> Row:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--log", type=int, default=2_000)
+    parser.add_argument("--log", type=int, default=2_400)
     parser.add_argument("--test", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
