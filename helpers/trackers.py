@@ -204,8 +204,14 @@ def _open_tensorboard(given: dict[str, Any], config: FinetuneConfig, run: Run, k
     """Write event files to provider_config's log_dir, or `<run>/tensorboard`."""
     from tensorboardX import SummaryWriter
 
-    folder = str(given.get("log_dir", run.folder / "tensorboard"))
-    writers = [SummaryWriter(folder)]
+    folder = Path(given.get("log_dir", run.folder / "tensorboard"))
+
+    def begin_file(purge_step: int | None = None) -> SummaryWriter:
+        # Their names hold the second: two of one second would be one file, and the first be lost.
+        number = len(list(folder.glob("events.out.tfevents.*")))
+        return SummaryWriter(str(folder), purge_step=purge_step, filename_suffix=f".{number:03}")
+
+    writers = [begin_file()]
     writers[0].add_text("config", f"```yaml\n{dump_config(config)}```")
     steps = [0]
 
@@ -214,7 +220,7 @@ def _open_tensorboard(given: dict[str, Any], config: FinetuneConfig, run: Run, k
             if event["kind"] == "stage" and event["start"]:
                 # A run that went back: TensorBoard drops what it had after that step.
                 writers[-1].close()
-                writers.append(SummaryWriter(folder, purge_step=event["start"] + 1, filename_suffix=f".{len(writers)}"))
+                writers.append(begin_file(purge_step=event["start"] + 1))
             elif event["kind"] != "stage":
                 steps.append(event["step"])
                 for name, value in _figures(event).items():

@@ -17,6 +17,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 TINY_MODEL = REPOSITORY / "tiny_model"
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for its marker
 def pytest_collection_modifyitems(items):
     """Keep a file's tests in one process, which then shares its fixtures; notebooks are run one by one."""
     for item in items:

@@ -56,6 +56,8 @@ class Nodes:
         """Lay the network and start the nodes."""
         self.environment |= environment
         self.count = count
+        if (Path("/sys/class/net") / BRIDGE).exists():  # left by tests that were killed
+            self._take_down()
         self._ip(f"link add {BRIDGE} type bridge")
         self._ip(f"addr add {NET}.254/24 dev {BRIDGE}")
         self._ip(f"link set {BRIDGE} up")
@@ -123,11 +125,14 @@ class Nodes:
 
     def down(self) -> None:
         """End everything and remove what was made."""
+        self._take_down()
+        shutil.rmtree(self.temporary, ignore_errors=True)
+
+    def _take_down(self) -> None:
         for k in range(1, self.count + 1):
             self.kill(k)
             subprocess.run(["ip", "netns", "del", f"{NAME}{k}"], check=False, stderr=subprocess.DEVNULL)
         subprocess.run(["ip", "link", "del", BRIDGE], check=False)
-        shutil.rmtree(self.temporary, ignore_errors=True)
 
     def _on(self, k: int, command: list[str]) -> list[str]:
         inside = ["ip", "netns", "exec", f"{NAME}{k}"]
