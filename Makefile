@@ -11,7 +11,7 @@ export DS_BUILD_OPS := 0
 export OMP_WAIT_POLICY := passive
 
 # Two processes share the tests of two cores: much of their time is waiting for Ray and for other processes to start.
-PARALLEL := -n 2 --dist loadgroup
+PARALLEL := -n 2
 
 .PHONY: help quickstart test test-fast check configs notebooks tiny-model clean
 help: ## list the verbs

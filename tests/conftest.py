@@ -17,12 +17,19 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 TINY_MODEL = REPOSITORY / "tiny_model"
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks for its marker
-def pytest_collection_modifyitems(items):
-    """Keep a file's tests in one process, which then shares its fixtures; notebooks are run one by one."""
-    for item in items:
-        alone = "test_notebook_runs_unmodified" in item.name
-        item.add_marker(pytest.mark.xdist_group(item.nodeid if alone else item.path.stem))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Keep a file's tests in one process, which then shares its fixtures; notebooks are run one by one.
+
+    (xdist 3.8's own --dist loadgroup does not see its groups under pytest 9.)
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class FileByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return nodeid if "test_notebook_runs_unmodified" in nodeid else nodeid.split("::")[0]
+
+    return FileByFile(config, log)
 
 
 @pytest.fixture(scope="session")
