@@ -5,7 +5,7 @@
 
 The driver follows what the run reports of itself (helpers.progress) and hands it on, a thread for each tracker.
 Workers know nothing of it: a tracker that is slow, dead or wrong cannot hold one up. It is told once, what it
-missed is sent again later, and at the end it gets a minute at most; metrics.jsonl has everything in any case.
+missed is sent again later, and at the end it gets a few seconds; metrics.jsonl has everything in any case.
 
 A continued run goes on in the same run of the tracker: its id is kept in `<run>/logs`.
 """
@@ -13,7 +13,6 @@ A continued run goes on in the same run of the tracker: its id is kept in `<run>
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 import threading
 import time
@@ -33,12 +32,8 @@ from helpers.storage import Run, read_json
 __all__ = ["tracking"]
 
 PACKAGES = {"wandb": "wandb==0.31.0", "mlflow": "mlflow-skinny==3.17.2", "tensorboard": "tensorboardX==2.6.5"}
-MODULES = {"wandb": "wandb", "mlflow": "mlflow", "tensorboard": "tensorboardX"}
-# How often new figures are sent; how long all trackers together may hold up the end of a run: a dead server gives up
-# in PATIENCE_SECONDS by itself, the rest is for machines so busy that an import takes half a minute.
-POLL_SECONDS, PATIENCE_SECONDS, GRACE_SECONDS, LONGEST_PAUSE = 1.0, 10.0, 60.0, 60.0
-# Large packages that import each other are not safe to import in several threads at once.
-IMPORTING = threading.Lock()
+# How often new figures are sent; how long all trackers together may hold up the end of a run.
+POLL_SECONDS, GRACE_SECONDS, LONGEST_PAUSE = 1.0, 15.0, 60.0
 
 
 @dataclass(frozen=True)
@@ -97,10 +92,7 @@ def _serve(
         if not is_due or (tracker is not None and not pending):
             continue
         try:
-            if tracker is None:
-                with IMPORTING:
-                    importlib.import_module(MODULES[logger.provider])
-                tracker = OPENERS[logger.provider](logger.provider_config, config, run, kept)
+            tracker = tracker or OPENERS[logger.provider](logger.provider_config, config, run, kept)
             tracker.push(pending)
             pending, pause = [], 1.0
         except ImportError as error:
@@ -130,7 +122,7 @@ def _open_wandb(given: dict[str, Any], config: FinetuneConfig, run: Run, kept: P
     if not kept.exists():
         kept.write_text(uuid.uuid4().hex[:8])
     named = {"project": "forgebook", "group": config.model_id, "name": run.name}
-    quiet = wandb.Settings(console="off", silent=True, init_timeout=PATIENCE_SECONDS, finish_timeout=PATIENCE_SECONDS)
+    quiet = wandb.Settings(console="off", silent=True, init_timeout=10, finish_timeout=GRACE_SECONDS - 5)
     handle = wandb.init(
         **{**named, "id": kept.read_text(), "resume": "allow", "dir": str(run.logs), **given},
         config=_plain(config), reinit="create_new", settings=quiet,
