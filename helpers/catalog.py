@@ -1,6 +1,6 @@
 """Facts: GPUs with memory, peak and price; the shapes of core models. Read from catalog.yaml, without torch.
 
-shape = shape_of(config)                from the catalog, or from config.json in a local folder
+shape = shape_of(model_id)              from the catalog, or from config.json in a local folder
 count, gpu = hardware_of("8xA100-80G")
 """
 
@@ -12,15 +12,11 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
-from helpers.errors import ConfigError, ModelError
-from helpers.schema import near_miss
-
-if TYPE_CHECKING:
-    from helpers.schema import FinetuneConfig
+from helpers.errors import ConfigError, ModelError, near_miss
 
 __all__ = ["Catalog", "Gpu", "Linear", "Shape", "hardware_of", "model_folder", "read_catalog", "shape_of"]
 
@@ -195,26 +191,26 @@ def _read(path: Path) -> Catalog:
         raise ConfigError(f"{path} is no catalog, must be like helpers/catalog.yaml: {error}") from None
 
 
-def shape_of(config: FinetuneConfig, catalog: Catalog | None = None) -> Shape:
-    """Find the shape of a config's model: in the catalog by its id, or in config.json of a local folder.
+def shape_of(model_id: str, catalog: Catalog | None = None) -> Shape:
+    """Find the shape of a model: in the catalog by its id, or in config.json of a local folder.
 
     Raises ModelError where neither knows it.
     """
-    model, folder = config.model_id, model_folder(config)
+    folder = model_folder(model_id)
     if (folder / "config.json").is_file():
         return _shape_in(folder / "config.json")
     shapes = (catalog or read_catalog()).shapes
-    if model.lower() in shapes:
-        return shapes[model.lower()]
+    if model_id.lower() in shapes:
+        return shapes[model_id.lower()]
     raise ModelError(
-        f"model_id: the shape of {model!r} is not known{near_miss(model.lower(), shapes)}: name a local folder with "
+        f"model_id: the shape of {model_id!r} is not known{near_miss(model_id.lower(), shapes)}: name a local folder with "
         "its config.json, or add it to a copy of helpers/catalog.yaml that $FORGEBOOK_CATALOG names"
     )
 
 
-def model_folder(config: FinetuneConfig) -> Path:
+def model_folder(model_id: str) -> Path:
     """Name the local folder that `model_id` would be; it need not exist."""
-    return _TINY_MODEL if config.model_id == "tiny" else Path(config.model_id).expanduser()
+    return _TINY_MODEL if model_id == "tiny" else Path(model_id).expanduser()
 
 
 def _shape_in(path: Path) -> Shape:

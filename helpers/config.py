@@ -19,7 +19,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from helpers.catalog import hardware_of
-from helpers.errors import ConfigError
+from helpers.errors import ConfigError, near_miss
 from helpers.retired import DEEPSPEED_FILES, RetiredNameWarning, translate_retired
 from helpers.schema import (
     CheckpointFrequency,
@@ -36,7 +36,6 @@ from helpers.schema import (
     PromptFormat,
     VisionLanguageConfig,
     flatten,
-    near_miss,
     prefixes,
 )
 from helpers.sources import Places, apply_override, parse_yaml, place_of, read_text

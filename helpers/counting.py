@@ -105,7 +105,7 @@ def _good_rows(piece: rows.Piece, config: FinetuneConfig) -> Iterator[Row]:
 
 def _counter(config: FinetuneConfig):
     """Make a function from a row to the tokens of its one or two sequences, and say how it counts."""
-    file = model_folder(config) / "tokenizer.json"
+    file = model_folder(config.model_id) / "tokenizer.json"
     if file.is_file():
         from tokenizers import Tokenizer
 

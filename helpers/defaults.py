@@ -96,7 +96,7 @@ def _is_row_of(task: str, raw: Any) -> bool:
 def core_shape(config: FinetuneConfig, catalog: Catalog | None = None) -> Shape:
     """Find the shape of a core model; raise ModelError, which names them all, for another."""
     try:
-        return shape_of(config, catalog)
+        return shape_of(config.model_id, catalog)
     except ModelError as error:
         named = ", ".join(["tiny", *(catalog or read_catalog()).shapes])
         raise ModelError(

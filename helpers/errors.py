@@ -1,5 +1,8 @@
 """What a user can get wrong: each message names the value got, the value needed and the place to change."""
 
+import difflib
+from collections.abc import Iterable
+
 __all__ = [
     "BucketBusyError",
     "CheckpointError",
@@ -11,6 +14,7 @@ __all__ = [
     "StoppedError",
     "StorageError",
     "TrainingError",
+    "near_miss",
 ]
 
 
@@ -60,3 +64,9 @@ class TrainingError(ForgebookError):
     """Report training that went wrong, such as a loss that is NaN or gradients that are all zero."""
 
     exit_code = 1
+
+
+def near_miss(key: object, known: Iterable[str]) -> str:
+    """Suggest the known key that was probably meant; empty when none is close."""
+    close = difflib.get_close_matches(str(key), sorted(known), n=1)
+    return f": did you mean {close[0]!r}?" if close else ""

@@ -67,7 +67,7 @@ def forecast(prepared: Prepared) -> tuple[Plan | None, str]:
 def _shape(config: FinetuneConfig) -> Shape:
     """Find the model's shape in the catalog or its folder, else in the config.json that the hub has of it."""
     try:
-        return shape_of(config)
+        return shape_of(config.model_id)
     except ModelError:
         source = models.locate(config.model_id)
         if not Path(source).is_dir():
@@ -79,7 +79,7 @@ def _shape(config: FinetuneConfig) -> Shape:
             source = str(Path(found).parent) if found else source
         if source == config.model_id:
             raise
-        return shape_of(config.resolve(model_id=source))
+        return shape_of(source.model_id)
 
 
 def _work(prepared: Prepared) -> Work:

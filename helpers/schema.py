@@ -4,9 +4,7 @@
 names that LLMForge has dropped. Nothing here reads a file or needs a GPU stack.
 """
 
-import difflib
 import re
-from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -38,7 +36,6 @@ __all__ = [
     "PromptFormat",
     "VisionLanguageConfig",
     "flatten",
-    "near_miss",
     "prefixes",
 ]
 
@@ -657,9 +654,3 @@ def prefixes(key: str) -> list[str]:
     """List a dotted key and the blocks around it, innermost first."""
     parts = key.split(".")
     return [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
-
-
-def near_miss(key: object, known: Iterable[str]) -> str:
-    """Suggest the known key that was probably meant; empty when none is close."""
-    close = difflib.get_close_matches(str(key), sorted(known), n=1)
-    return f": did you mean {close[0]!r}?" if close else ""

@@ -60,7 +60,7 @@ def plan(arguments: list[str]) -> int:
         config, hardware, data, choices = _choose(config)
     else:
         hardware, data = hardware_in(config), count_data(config)
-    shape = shape_of(config)
+    shape = shape_of(config.model_id)
     if options.get("fit") == "true":
         config = _fitted(config, shape, hardware, data)
     paces, unread = past_paces()

@@ -67,7 +67,7 @@ def config_for(model_id: str, **values) -> FinetuneConfig:
 
 @pytest.mark.parametrize("model_id", PUBLISHED)
 def test_parameters_are_the_published_ones(model_id):
-    assert shape_of(config_for(model_id)).parameters == PUBLISHED[model_id]
+    assert shape_of(model_id).parameters == PUBLISHED[model_id]
 
 
 def test_every_shape_of_the_catalog_has_a_published_count():
@@ -77,26 +77,26 @@ def test_every_shape_of_the_catalog_has_a_published_count():
 
 
 def test_tiny_is_counted_exactly():
-    assert shape_of(config_for("tiny")).parameters == shape_of(config_for(str(TINY_MODEL))).parameters == 2_885_888
+    assert shape_of("tiny").parameters == shape_of(str(TINY_MODEL)).parameters == 2_885_888
 
 
 def test_two_of_eight_experts_work_on_a_token():
-    assert shape_of(config_for("mistralai/Mixtral-8x7B-v0.1")).active_parameters == pytest.approx(12.9e9, rel=0.02)
+    assert shape_of("mistralai/Mixtral-8x7B-v0.1").active_parameters == pytest.approx(12.9e9, rel=0.02)
 
 
 def test_a_config_json_may_wrap_its_text_decoder_and_leave_defaults_out(tmp_path):
     """As Gemma 3 4B's does: no heads, no vocabulary."""
     text = {"model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": text}))
-    assert shape_of(config_for(str(tmp_path))) == read_catalog().shapes["google/gemma-3-4b-it"]
+    assert shape_of(str(tmp_path)) == read_catalog().shapes["google/gemma-3-4b-it"]
 
 
 def test_a_model_that_nobody_knows_is_told(tmp_path):
     with pytest.raises(ModelError, match="did you mean 'qwen/qwen3-8b'"):
-        shape_of(config_for("Qwen/Qwen3-8"))
+        shape_of("Qwen/Qwen3-8")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba"}))
     with pytest.raises(ModelError, match="model_type 'mamba'"):
-        shape_of(config_for(str(tmp_path)))
+        shape_of(str(tmp_path))
 
 
 def test_hardware_is_a_count_and_a_gpu():

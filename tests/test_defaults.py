@@ -38,7 +38,7 @@ def config(tmp_path):
 
 def chosen(config, hardware="8xA100-80G", data=GSM8K):
     config = choose_task(config, [chat("q", "a")])
-    return choose(config, shape_of(config), hardware and hardware_of(hardware), data)
+    return choose(config, shape_of(config.model_id), hardware and hardware_of(hardware), data)
 
 
 # -- many models on much hardware
@@ -55,7 +55,7 @@ def test_core_models_get_settings_that_fit(config, hardware, models):
         done, choices = chosen(config(model), hardware)
         assert [choice.key for choice in choices if not choice.reason] == []
         assert {choice.key for choice in choices} >= set(KEYS) - {"generation_config.prompt_format"}
-        need = memory_of(done, shape_of(done), workers=count, length=work_of(done, GSM8K).longest)
+        need = memory_of(done, shape_of(done.model_id), workers=count, length=work_of(done, GSM8K).longest)
         assert fits(need, gpu), f"{model} on {hardware}"
         assert done.num_devices == count and done.global_batch_size == 64 and done.num_epochs == 3, model
 
@@ -113,7 +113,7 @@ def test_the_context_holds_the_longest_row(config, longest, context):
 
 def test_validation_rows_are_held_too(config):
     done = config(LLAMA_8B)
-    assert choose(done, shape_of(done), None, GSM8K, longest_valid=900)[0].context_length == 1024
+    assert choose(done, shape_of(done.model_id), None, GSM8K, longest_valid=900)[0].context_length == 1024
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_the_rows_tell_the_task(config, row, task):
 
 def test_pairs_want_a_small_learning_rate_and_one_pass(config):
     pairs = choose_task(config(LLAMA_8B), [{"chosen": "a", "rejected": "b", "prompt": "q"}])
-    done, _ = choose(pairs, shape_of(pairs), hardware_of("1xA100-80G"), Statistics((100,) * 40_000, 1.0, ""))
+    done, _ = choose(pairs, shape_of(pairs.model_id), hardware_of("1xA100-80G"), Statistics((100,) * 40_000, 1.0, ""))
     assert done.learning_rate == pytest.approx(5e-6) and done.num_epochs == 1
 
 

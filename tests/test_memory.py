@@ -66,7 +66,7 @@ def test_counts_are_those_of_transformers_and_peft(kind):
 
 
 def test_all_parameters_are_trained_without_an_adapter():
-    assert trainable_parameters(config_for("tiny"), shape_of(config_for("tiny"))) == 2_885_888
+    assert trainable_parameters(config_for("tiny"), shape_of("tiny")) == 2_885_888
 
 
 # -- memory
@@ -78,7 +78,7 @@ def test_the_chunk_of_the_loss_is_that_of_the_loss():
 
 def test_full_training_holds_sixteen_bytes_per_parameter():
     config = big()
-    shape = shape_of(config)
+    shape = shape_of(config.model_id)
     need = memory_of(config, shape, workers=1, length=512)
     assert need.weights == need.gradients == 2 * shape.parameters
     assert need.optimizer == 12 * shape.parameters and need.largest == "optimizer"
@@ -90,7 +90,7 @@ def test_full_training_holds_sixteen_bytes_per_parameter():
 )
 def test_zero_shares_out(stage, micro_batches, bytes_each):
     config = big(deepspeed=stage, gradient_accumulation_steps=micro_batches)
-    shape = shape_of(config)
+    shape = shape_of(config.model_id)
     need = memory_of(config, shape, workers=8, length=512)
     held = need.weights + need.gradients + need.optimizer
     assert held == pytest.approx(bytes_each * shape.parameters, rel=1e-6)
@@ -98,7 +98,7 @@ def test_zero_shares_out(stage, micro_batches, bytes_each):
 
 def test_zero_3_holds_its_part_and_what_is_gathered():
     config = big(deepspeed="zero_3")
-    shape = shape_of(config)
+    shape = shape_of(config.model_id)
     need = memory_of(config, shape, workers=8, length=512)
     gathered = 2 * 1_000_000_000
     held = need.weights + need.gradients + need.optimizer
@@ -107,7 +107,7 @@ def test_zero_3_holds_its_part_and_what_is_gathered():
 
 def test_offloading_moves_bytes_to_the_host():
     config = big(deepspeed="zero_3_offload_optim+param")
-    shape = shape_of(config)
+    shape = shape_of(config.model_id)
     need = memory_of(config, shape, workers=8, length=512)
     assert need.optimizer == need.gradients == 0 and need.weights < 2.2e9
     assert need.host > (12 + 4 + 2) * shape.parameters / 8
@@ -116,7 +116,7 @@ def test_offloading_moves_bytes_to_the_host():
 def test_four_bits_take_about_half_a_byte():
     lora = {"r": 8, "target_modules": "all-linear"}
     held = {
-        kind: memory_of(big(lora_config=lora, quantization=kind), shape_of(big()), workers=1, length=512).weights
+        kind: memory_of(big(lora_config=lora, quantization=kind), shape_of(big().model_id), workers=1, length=512).weights
         for kind in (None, "int8", "nf4")
     }
     assert held[None] == pytest.approx(16.1e9, rel=0.01)
@@ -125,7 +125,7 @@ def test_four_bits_take_about_half_a_byte():
 
 
 def test_checkpointing_smaller_batches_and_kernels_save_activations():
-    shape = shape_of(big())
+    shape = shape_of(big().model_id)
 
     def activations(**values):
         config = big(lora_config=LORA, **values)
@@ -139,7 +139,7 @@ def test_checkpointing_smaller_batches_and_kernels_save_activations():
 
 def test_ddp_keeps_its_buckets_beside_all_activations():
     config = big(gradient_checkpointing=False, dtype="float32")
-    shape = shape_of(config)
+    shape = shape_of(config.model_id)
     one, two = (memory_of(config, shape, workers=workers, length=512) for workers in (1, 2))
     # Alone, gradients come while activations go.
     assert one.gradients == two.gradients == 4 * shape.parameters and two.activations > 2 * one.activations
@@ -147,7 +147,7 @@ def test_ddp_keeps_its_buckets_beside_all_activations():
 
 def test_zero_counts_both_buckets_on_a_gpu_and_what_is_written_to_on_a_cpu():
     config = big(deepspeed="zero_2", lora_config=LORA)
-    shape = shape_of(config)
+    shape = shape_of(config.model_id)
     trained = trainable_parameters(config, shape)
     for on_gpu, held in ((True, 2 * 500_000_000 * 2 + memory.CONTEXT_BYTES), (False, 2 * trained)):
         assert memory_of(config, shape, workers=2, length=512, on_gpu=on_gpu).buffers == held

@@ -24,7 +24,7 @@ from test_memory import LLAMA_8B, big
 
 def fit(hardware: str, **values):
     config = big(**values)
-    return plan(config, shape_of(config), hardware_of(hardware))
+    return plan(config, shape_of(config.model_id), hardware_of(hardware))
 
 
 def test_what_fits_needs_no_change():
@@ -57,14 +57,14 @@ def test_the_cheapest_change_is_told(hardware, values, changes):
 
 def test_the_fastest_settings_that_fit_keep_the_rows_of_an_update():
     config = big(train_batch_size_per_device=8, deepspeed="zero_3_offload_optim+param")
-    found = find_fit(config, shape_of(config), hardware_of("8xA100-80G"))
+    found = find_fit(config, shape_of(config.model_id), hardware_of("8xA100-80G"))
     assert found.global_batch_size == 64 and found.deepspeed.config_path.endswith("zero_1.json")
-    assert plan(found, shape_of(found), hardware_of("8xA100-80G")).fits
-    assert find_fit(config, shape_of(config), hardware_of("1xH200")).deepspeed.config_path.endswith(
+    assert plan(found, shape_of(found.model_id), hardware_of("8xA100-80G")).fits
+    assert find_fit(config, shape_of(config.model_id), hardware_of("1xH200")).deepspeed.config_path.endswith(
         "offload_optim.json"
     )
     large = big("meta-llama/Meta-Llama-3-70B", context_length=8192)
-    assert find_fit(large, shape_of(large), hardware_of("1xT4")) is None
+    assert find_fit(large, shape_of(large.model_id), hardware_of("1xT4")) is None
 
 
 # -- data, time and money
@@ -86,7 +86,7 @@ def test_steps_are_those_of_the_run(make_config):
     from helpers.storage import read_json
 
     config = make_config(num_epochs=2, train_batch_size_per_device=5, gradient_accumulation_steps=2)
-    told = plan(config, shape_of(config), None, count_data(config))
+    told = plan(config, shape_of(config.model_id), None, count_data(config))
     summary = read_json(fine_tune(config).summary)
     assert told.steps == summary["steps"]
     assert told.tokens == pytest.approx(summary["trained_tokens"], rel=0.2)
@@ -94,13 +94,13 @@ def test_steps_are_those_of_the_run(make_config):
 
 def test_data_elsewhere_is_not_fetched():
     config = big(train_path="s3://bucket/rows.jsonl")
-    told = plan(config, shape_of(config), None, count_data(config))
+    told = plan(config, shape_of(config.model_id), None, count_data(config))
     assert told.steps is None and told.costs[0].cost is None and told.costs[0].cost_per_million_tokens > 0
     assert any("not counted" in note for note in told.notes)
 
 
 def test_flops_are_six_and_four_per_parameter():
-    shape = shape_of(big())
+    shape = shape_of(big().model_id)
     active = shape.parameters - shape.embedding_parameters  # no look-up
     assert flops_per_token(big(), shape, 0) == 6 * active
     adapter = trainable_parameters(big(lora_config=LORA), shape)
@@ -111,14 +111,14 @@ def test_flops_are_six_and_four_per_parameter():
 
 def test_cost_follows_from_time_and_price():
     config = big(lora_config=LORA)
-    slow, fast = (plan(config, shape_of(config), mfu=mfu).costs for mfu in (0.2, 0.4))
+    slow, fast = (plan(config, shape_of(config.model_id), mfu=mfu).costs for mfu in (0.2, 0.4))
     for one, other in zip(slow, fast, strict=True):
         assert one.cost_per_million_tokens == pytest.approx(2 * other.cost_per_million_tokens)
 
 
 def test_past_runs_tell_the_mfu_of_their_gpu(make_config):
     config = make_config(num_devices=2)
-    shape, a10g = shape_of(config), read_catalog().gpus["A10G"]
+    shape, a10g = shape_of(config.model_id), read_catalog().gpus["A10G"]
     past = [Pace("A10G", config.model_id, shape.parameters, "full", "float32", 2, False, 0.1 * a10g.peak, "2026-01-02")]
     told = plan(config, shape, (2, a10g), count_data(config), paces=past)
     assert told.mfu == pytest.approx(0.1) and told.pace == "at 10% MFU, as in 1 run here"
@@ -132,7 +132,7 @@ def test_past_runs_tell_the_mfu_of_their_gpu(make_config):
 
 def test_on_a_cpu_past_runs_tell_the_time_and_nothing_costs(make_config):
     config = make_config()
-    shape, cpu = shape_of(config), Cpu("a processor", 10**10, 10**10)
+    shape, cpu = shape_of(config.model_id), Cpu("a processor", 10**10, 10**10)
     past = [Pace("a processor", "other", shape.parameters, "full", "float32", 1, False, 3e9, "2026-01-02")]
     told = plan(config, shape, (1, cpu), count_data(config), paces=past)
     assert told.seconds == pytest.approx(told.flops / 3e9) and told.cost is None and told.mfu is None
@@ -144,8 +144,8 @@ def test_on_a_cpu_past_runs_tell_the_time_and_nothing_costs(make_config):
 
 def test_on_a_cpu_nothing_is_offloaded_and_no_gpu_is_bought():
     config = big(deepspeed="zero_3_offload_optim+param")
-    told = plan(config, shape_of(config), (1, Cpu("a processor", 10**10, 10**10)))
-    assert told.memory.optimizer == 12 * shape_of(config).parameters and told.fits is False
+    told = plan(config, shape_of(config.model_id), (1, Cpu("a processor", 10**10, 10**10)))
+    assert told.memory.optimizer == 12 * shape_of(config.model_id).parameters and told.fits is False
     assert not any("offload" in change or "num_devices" in change for change in told.changes)
     assert "does not fit this machine (a processor)" in verdict(told)
 

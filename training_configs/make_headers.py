@@ -95,7 +95,7 @@ def facts_of(path: Path) -> Facts:
     if config.task == "preference_tuning":  # each row stands for a pair of answers of its length
         data = Statistics(tuple(length for length in data.lengths for _ in range(2)), data.scale, data.how)
     if is_default:  # as on that hardware with these rows; GSM8K's are conversations
-        config, _ = choose(choose_task(config, [A_ROW]), shape_of(config), hardware, data)
+        config, _ = choose(choose_task(config, [A_ROW]), shape_of(config.model_id), hardware, data)
     # Default mode chooses the context from the data; elsewhere memory must do for rows that fill the context.
     longest = data if is_default else None
     differs = re.search(r"^# LLMForge: (.+)$", text, flags=re.MULTILINE)
@@ -103,8 +103,8 @@ def facts_of(path: Path) -> Facts:
     if differs:
         overrides = differs[1].split()
         other = load_config(path, overrides, default=is_default)
-        theirs = overrides, plan(other, shape_of(other), hardware, longest)
-    shape = shape_of(config)
+        theirs = overrides, plan(other, shape_of(other.model_id), hardware, longest)
+    shape = shape_of(config.model_id)
     return Facts(
         path, config, hardware[1], hardware[0] + _reference_gpus(config), plan(config, shape, hardware, longest),
         plan(config, shape, hardware, data), theirs, None if is_default else _faster(config, shape, hardware),
