@@ -1,8 +1,8 @@
-"""The one command: `python main.py CONFIG.yaml [key=value ...]`. `python main.py --help` tells the rest."""
+"""python main.py CONFIG.yaml [key=value ...]; `python main.py --help` lists the commands."""
 
 import sys
 
-from helpers.cli import main
+from forgebook.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

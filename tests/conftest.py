@@ -35,7 +35,7 @@ def pytest_xdist_make_scheduler(config, log):
 @pytest.fixture(scope="session")
 def tokenizer():
     """The tiny model's tokenizer."""
-    from helpers.models import load_tokenizer
+    from forgebook.models.load import load_tokenizer
 
     return load_tokenizer(str(TINY_MODEL))
 
@@ -57,7 +57,7 @@ def uneven_rows(count: int) -> list[dict]:
 
 def make_tokens(lengths, trained=1):
     """Make rows of given lengths of which the last `trained` tokens are trained."""
-    from helpers.tokens import Tokens
+    from forgebook.data.token_store import Tokens
 
     return Tokens.from_rows([(range(n), [k >= n - trained for k in range(n)]) for n in lengths])
 
@@ -77,7 +77,7 @@ def write_rows(tmp_path):
 @pytest.fixture
 def make_config(tmp_path, write_rows):
     """Make a config for a small run: float32, in this process, 24 uneven rows; keywords override."""
-    from helpers.config import load_config
+    from forgebook.config.parse import load_config
 
     def make(**values):
         settings = {
@@ -105,14 +105,40 @@ def make_config(tmp_path, write_rows):
     return make
 
 
+def config_for(model_id: str, **values):
+    """Make a config of a model that nobody trains here."""
+    from forgebook.config.schema import FinetuneConfig
+
+    return FinetuneConfig.model_validate({"model_id": model_id, "train_path": "train.jsonl", **values})
+
+
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
 
 
 def losses_of(run) -> list[float]:
     """List the training losses of a run, step by step."""
-    from helpers.progress import read_metrics
+    from forgebook.runs.metrics import read_metrics
 
     return [row["train_loss_batch"] for row in read_metrics(run.metrics) if "train_loss_batch" in row]
+
+
+def fine_tune_until(config, step: int) -> None:
+    """Run, and interrupt right after the given step, before anything of it is saved."""
+    from forgebook.launch.ray_train import fine_tune
+    from forgebook.training import loop
+
+    original = loop._check
+
+    def check(at, done, is_first):
+        original(at, done, is_first)
+        if at == step:
+            raise KeyboardInterrupt
+
+    loop._check = check
+    try:
+        fine_tune(config)
+    finally:
+        loop._check = original
 
 
 @pytest.fixture(scope="session")

@@ -16,14 +16,16 @@ from accelerate.state import AcceleratorState
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from conftest import LORA, TINY_MODEL, chat, uneven_rows
-from helpers import batches, generate, objectives
-from helpers.config import FinetuneConfig, load_config
-from helpers.errors import ForgebookError
-from helpers.launch import fine_tune
-from helpers.losses import SupervisedLM
-from helpers.progress import read_metrics
-from helpers.storage import Run
-from helpers.tokens import load_view
+from forgebook.config.parse import FinetuneConfig, load_config
+from forgebook.data import batching
+from forgebook.data.token_store import load_view
+from forgebook.errors import ForgebookError
+from forgebook.inference import generate
+from forgebook.launch.ray_train import fine_tune
+from forgebook.runs.metrics import read_metrics
+from forgebook.runs.run import Run
+from forgebook.training import objectives
+from forgebook.training.losses import SupervisedLM
 
 METHODS = {
     "full": {},
@@ -69,10 +71,10 @@ def reloaded_loss(config: FinetuneConfig, run: Run, checkpoint: str) -> float:
     model, tokenizer, _ = generate.load_for_generation(run.checkpoints / checkpoint, config.dtype)
     valid = load_view(run.tokens / "valid.npz")
     kept = run.tokens / "reference-validation.npy"
-    sequences = batches.single_sequences(valid, config)
+    sequences = batching.single_sequences(valid, config)
     order = [row for rows in sequences for row in rows]
     reference = torch.from_numpy(np.load(kept)[order]) if kept.exists() else None
-    batch = batches.collate(valid, sequences, tokenizer.pad_token_id)
+    batch = batching.collate(valid, sequences, tokenizer.pad_token_id)
     with torch.no_grad():
         found = objectives.measure(config, SupervisedLM(model).eval(), batch, reference)
     return float(found.loss) / objectives.count_units(config, valid, np.arange(len(valid)))

@@ -5,9 +5,8 @@ import json
 import pytest
 
 from conftest import TINY_MODEL
-from helpers.catalog import hardware_of, read_catalog, shape_of
-from helpers.config import FinetuneConfig
-from helpers.errors import ConfigError, ModelError
+from forgebook.catalog import hardware_of, read_catalog, shape_of
+from forgebook.errors import ConfigError, ModelError
 
 # As the hub's safetensors figures state them; where a tied table is stored twice (Qwen3 0.6B, 1.7B), once. Of Gemma 3
 # from 4B on, without the vision tower and its projector: 419,816,304, 421,290,864 and 423,060,336 of the published
@@ -59,10 +58,6 @@ PUBLISHED = {
     "microsoft/Phi-4-mini-instruct": 3_836_021_760,
     "microsoft/phi-4": 14_659_507_200,
 }
-
-
-def config_for(model_id: str, **values) -> FinetuneConfig:
-    return FinetuneConfig.model_validate({"model_id": model_id, "train_path": "train.jsonl", **values})
 
 
 @pytest.mark.parametrize("model_id", PUBLISHED)

@@ -5,9 +5,9 @@ import json
 import pytest
 
 from conftest import LORA, REPOSITORY, chat
-from helpers.launch import fine_tune
-from helpers.progress import read_metrics
-from helpers.storage import read_json
+from forgebook.launch.ray_train import fine_tune
+from forgebook.runs.metrics import read_metrics
+from forgebook.runs.run import read_json
 
 
 def best_of(run) -> str:
@@ -70,7 +70,7 @@ def test_pre_training_then_instructions_then_preferences(make_config, write_rows
 
 
 def test_an_adapter_is_continued_as_it_is(make_config):
-    from helpers.errors import ModelError
+    from forgebook.errors import ModelError
 
     first = fine_tune(make_config(run_name="first", lora_config=LORA))
     with pytest.raises(ModelError, match="has r: 8, lora_config says 16"):

@@ -21,12 +21,12 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from helpers.catalog import Gpu, Shape, read_catalog, shape_of  # noqa: E402
-from helpers.config import FinetuneConfig, load_config  # noqa: E402
-from helpers.counting import Statistics, count_data  # noqa: E402
-from helpers.defaults import choose, choose_task  # noqa: E402
-from helpers.hardware import hardware_in  # noqa: E402
-from helpers.plan import MFU, Plan, plan  # noqa: E402
+from forgebook.catalog import Gpu, Shape, read_catalog, shape_of  # noqa: E402
+from forgebook.config.parse import FinetuneConfig, load_config  # noqa: E402
+from forgebook.planning.auto_config import choose, choose_task  # noqa: E402
+from forgebook.planning.hardware import hardware_in  # noqa: E402
+from forgebook.planning.plan import MFU, Plan, plan  # noqa: E402
+from forgebook.planning.token_count import Statistics, count_data  # noqa: E402
 
 FOLDER = REPOSITORY / "training_configs"
 README = FOLDER / "README.md"

@@ -5,7 +5,7 @@ python benchmarks/data/run.py --rows 10000 --to rows.jsonl          (the generat
 
 Rows are made up, with a seed: chats of 2 to 5 messages, in all a log-normal number of words (median 90, about
 GSM8K's) from some 24,000 words as frequent as words are (Zipf), 15 % of them made up. Per size, in a new process
-and with an empty cache: helpers.data.tokenize with the tiny model's tokenizer, which is reading, checking,
+and with an empty cache: forgebook.data.tokenize.tokenize with the tiny model's tokenizer, which is reading, checking,
 rendering, tokenising, marking and writing shards; then the same call again, which finds them. Large sets go through
 Ray Data; its start is measured apart.
 
@@ -141,34 +141,37 @@ def run_forgebook(path: str, folder: str, train_on: str, ray_above: int | None) 
     import numpy as np
     import pyarrow.ipc  # noqa: F401
 
-    from helpers import cluster, data, models, rows
+    from forgebook import ray_cluster
+    from forgebook.data import readers as rows
+    from forgebook.data import tokenize
+    from forgebook.models import load
 
     if ray_above is not None:
-        data.PIECES_IN_PROCESS = ray_above
-    tokenizer = models.load_tokenizer(str(models.TINY_MODEL))
-    tokenizer.apply_chat_template(data.PROBE, tokenize=False)
-    recipe = data.Recipe(train_on=train_on)
+        tokenize.PIECES_IN_PROCESS = ray_above
+    tokenizer = load.load_tokenizer(str(load.TINY_MODEL))
+    tokenizer.apply_chat_template(tokenize.PROBE, tokenize=False)
+    recipe = tokenize.Recipe(train_on=train_on)
     sources = rows.find_sources(path)
     pieces = sum(len(rows.cut(source.uri)) for source in sources)
     found = {"pieces": pieces, "way": "in process"}
-    if pieces > data.PIECES_IN_PROCESS:
+    if pieces > tokenize.PIECES_IN_PROCESS:
         began = time.perf_counter()
         import ray.data
 
         found |= {"ray_import_seconds": seconds_since(began)}
         began = time.perf_counter()
-        cluster.start_ray()
+        ray_cluster.start_ray()
         found |= {"ray_start_seconds": seconds_since(began), "ray_cpus": ray.cluster_resources().get("CPU")}
         found["way"] = "Ray Data"
     found["peak_gigabytes_before"] = peak_gigabytes()
     began, used = time.perf_counter(), cpu_seconds()
-    tokens, notes = data.tokenize(sources, tokenizer, recipe, Path(folder))
+    tokens, notes = tokenize.tokenize(sources, tokenizer, recipe, Path(folder))
     found["seconds"] = seconds_since(began)
     found["cpu_seconds"] = round(cpu_seconds() - used, 2)
     assert not notes.problems, notes.problems[:3]
     found["peak_gigabytes"] = peak_gigabytes()  # of this process; Ray's workers have their own
     began = time.perf_counter()
-    data.tokenize(sources, tokenizer, recipe, Path(folder))
+    tokenize.tokenize(sources, tokenizer, recipe, Path(folder))
     found["cache_hit_seconds"] = seconds_since(began)
     trained = sum(int(marks.sum()) for _, marks in tokens.parts)
     digest = hashlib.sha256()
@@ -331,7 +334,7 @@ def main() -> None:
     parser.add_argument("--trl-rows", type=int, default=10_000)
     parser.add_argument("--repeats", type=int, default=3, help="of the side by side")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--ray-above", type=int, help="pieces above which Ray is used, if not helpers.data's number")
+    parser.add_argument("--ray-above", type=int, help="pieces above which Ray is used, if not tokenize's own")
     parser.add_argument("--rows", type=int, help="only write this many rows, to --to")
     parser.add_argument("--to", type=Path, default=Path("rows.jsonl"))
     parser.add_argument("--job", choices=list(JOBS), help=argparse.SUPPRESS)

@@ -6,7 +6,7 @@
 Each case runs in processes of its own. Measured is the peak of a worker's anonymous resident memory during two
 optimizer steps, above what it held before the model was made (imports, and a small model trained to fill the
 kernels' caches). The plan is `memory_of(..., on_gpu=False)`: the same terms without CUDA's context. Cases that are
-named replace those of the file. tests/test_plan.py plans all of them anew and holds the plan to 25 %.
+named replace those of the file. tests/planning/test_plan.py plans all of them anew and holds the plan to 25 %.
 """
 
 import json
@@ -113,7 +113,7 @@ def write_model(name: str, folder: Path) -> None:
 
 def config_of(case: str, folder: str = "model"):
     """Make the config of a case."""
-    from helpers.config import FinetuneConfig
+    from forgebook.config.parse import FinetuneConfig
 
     _, rows, length, workers, settings = CASES[case]
     return FinetuneConfig.model_validate(
@@ -130,7 +130,7 @@ def measure(case: str, folder: str) -> int:
     import torch
     from transformers.models.llama import modeling_llama  # noqa: F401
 
-    from helpers.worker import make_accelerator, make_worker
+    from forgebook.training.setup import make_accelerator, make_worker
 
     config = config_of(case, folder)
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.num_devices))
@@ -189,8 +189,8 @@ def run_case(case: str, folder: str) -> int:
 
 def planned(case: str):
     """Plan a case; needs no torch."""
-    from helpers.catalog import Shape
-    from helpers.memory import memory_of
+    from forgebook.catalog import Shape
+    from forgebook.planning.memory import memory_of
 
     name, _, length, workers, _ = CASES[case]
     hidden, intermediate, layers, heads, kv_heads, vocab, tied = SHAPES[name]

@@ -57,9 +57,9 @@ def prepare(rows_path: str, folder: Path) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from helpers import tokens
-    from helpers.models import TINY_MODEL, load_tokenizer
-    from helpers.prompts import Encoded
+    from forgebook.data import token_store as tokens
+    from forgebook.data.chat_template import Encoded
+    from forgebook.models.load import TINY_MODEL, load_tokenizer
 
     torch.manual_seed(0)
     shape = LlamaConfig(
@@ -74,11 +74,11 @@ def prepare(rows_path: str, folder: Path) -> None:
 
 def run_forgebook(folder: Path, steps: int, dtype: str) -> dict:
     sys.path.insert(0, str(REPOSITORY))
-    from helpers.config import load_config
-    from helpers.progress import read_metrics
-    from helpers.storage import Run
-    from helpers.tokens import map_shards, save_view
-    from helpers.train import train_loop
+    from forgebook.config.parse import load_config
+    from forgebook.data.token_store import map_shards, save_view
+    from forgebook.runs.metrics import read_metrics
+    from forgebook.runs.run import Run
+    from forgebook.training.loop import train_loop
 
     settings = {
         "model_id": str(folder / "model"), "train_path": "-", "task": "instruction_tuning", "num_devices": 0,
@@ -109,12 +109,12 @@ def run_trainer(folder: Path, steps: int, same_batches: bool) -> dict:
     from torch.utils.data import DataLoader
     from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-    from helpers import batches
-    from helpers.tokens import map_shards
+    from forgebook.data import batching
+    from forgebook.data.token_store import map_shards
 
     tokens = map_shards([folder / "train.arrow"])
     sequences = list(np.arange(len(tokens))[:, None])
-    steps = batches.epoch_batches(tokens, sequences, BATCH, 42, 0)
+    steps = batching.epoch_batches(tokens, sequences, BATCH, 42, 0)
     order = np.concatenate([row for step in steps for row in step])
     measured = {"seconds": [], "tokens": [], "losses": []}
 

@@ -1,4 +1,4 @@
-"""Write preference.json: what TRL makes of eight pairs of answers, for tests/test_preferences.py.
+"""Write preference.json: what TRL makes of eight pairs of answers, for tests/training/test_preference.py.
 
 TRL is no dependency of this repository; regenerate from its root, on a CPU, with an environment of its own:
 

@@ -1,0 +1,1 @@
+"""What a config file may say: keys, blocks, what goes together, and how files are read."""

@@ -1,0 +1,328 @@
+"""Read a config file, with overrides, into a `FinetuneConfig`; write it back with the origin of every value.
+
+    load_config("tiny.yaml")                                        a file
+    load_config("https://host/tiny.yaml", ["num_epochs=1"])         a URL and an override
+    load_config("tiny.yaml", ["lora_config.r=16", "deepspeed=none"])
+
+The keys and their meaning are in `schema`; `legacy_keys` knows the names of older files; `yaml_source` reads the text.
+"""
+
+import json
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from forgebook.catalog import hardware_of
+from forgebook.config.legacy_keys import DEEPSPEED_FILES, RetiredNameWarning, translate_retired
+from forgebook.config.schema import (
+    CheckpointFrequency,
+    ClassifierConfig,
+    DataSource,
+    DeepSpeed,
+    FinetuneConfig,
+    GenerationConfig,
+    HubRepo,
+    LigerKernel,
+    Logger,
+    LogprobProcessor,
+    PreferenceTuningConfig,
+    PromptFormat,
+    VisionLanguageConfig,
+    flatten,
+    prefixes,
+)
+from forgebook.config.yaml_source import Places, apply_override, parse_yaml, place_of, read_text
+from forgebook.errors import ConfigError, near_miss
+
+__all__ = [
+    "CheckpointFrequency",
+    "ClassifierConfig",
+    "DataSource",
+    "DeepSpeed",
+    "FinetuneConfig",
+    "GenerationConfig",
+    "HubRepo",
+    "LigerKernel",
+    "Logger",
+    "LogprobProcessor",
+    "PreferenceTuningConfig",
+    "PromptFormat",
+    "RetiredNameWarning",
+    "VisionLanguageConfig",
+    "config_differences",
+    "dump_config",
+    "find_deepspeed_config",
+    "load_config",
+    "read_deepspeed_config",
+]
+
+_REPOSITORY = Path(__file__).resolve().parents[2]
+_SHIPPED = _REPOSITORY / "deepspeed_configs"
+_DEFAULT_LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": "all-linear"}
+SECRET_KEY = re.compile(r"token|secret|api_?key|password", re.IGNORECASE)
+
+# What may change between two starts of one run: its name and place, who watches it, which machines carry it,
+# how often it is retried, and recomputation, which trades time for memory alone. num_devices and the training
+# batch are not here: they decide which rows share an update.
+_WITHOUT_EFFECT_ON_TRAINING = frozenset(
+    {
+        "run_name",
+        "storage_path",
+        "on_existing",
+        "force",
+        "max_failures",
+        "min_devices",
+        "logger",
+        "custom_model_tag",
+        "address",
+        "worker_resources",
+        "trainer_resources",
+        "hardware",
+        "num_data_blocks_per_device",
+        "preference_tuning_config.logprob_processor_scaling_config",
+        "gradient_checkpointing",
+        "eval_batch_size_per_device",
+        "eval_first",
+        "num_checkpoints_to_keep",
+        "generation_config.stopping_sequences",
+    }
+)
+
+
+def load_config(path_or_url: str | Path, overrides: Sequence[str] = (), default: bool = False) -> FinetuneConfig:
+    """Read and check a config; one ConfigError names everything that is wrong with it.
+
+    Args:
+        overrides: `key=value` with a dotted key and a YAML value; a later one wins.
+        default: train a small LoRA adapter unless the config says otherwise; planning.auto_config chooses the rest.
+    """
+    source = str(path_or_url)
+    values, places = parse_yaml(read_text(source), source)
+    if not isinstance(values, dict):
+        found = "is empty" if values is None else f"holds {_show(values)}"
+        raise ConfigError(f"{source} {found}, must hold 'key: value' lines, at least model_id and train_path")
+    notes, problems = translate_retired(values)
+    for override in overrides:
+        for heard, more in zip((notes, problems), apply_override(override, values, places), strict=True):
+            heard += more
+    for note in notes:
+        warnings.warn(note, RetiredNameWarning, stacklevel=2)
+    _divide_devices(values, places)
+    written = flatten(values)
+
+    if default:
+        values.setdefault("lora_config", dict(_DEFAULT_LORA))
+    if values.get("run_name") is None:
+        values["run_name"] = PurePosixPath(source.partition("?")[0]).stem
+    try:
+        config = FinetuneConfig.model_validate(values)
+    except ValidationError as error:
+        problems += _explain(error, values, places, source)
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+    # A null that was filled in, such as an empty `learning_rate:`, was not chosen by the file.
+    given = {
+        key: "override" if isinstance(place_of(key, places), str) else "file"
+        for key, value in written.items()
+        if value is not None or getattr(config, key, None) is None
+    }
+    config = _findable_anywhere(config.with_origins(given, source))
+    config._is_default = default
+    if config.hardware is not None:
+        hardware_of(config.hardware)  # find a GPU that nobody knows now
+    read_deepspeed_config(config)  # find a bad file now, not on the workers
+    return config
+
+
+def _divide_devices(values: dict[str, Any], places: Places) -> None:
+    """Read `num_devices: {min: 1, max: 2}` as two keys, in place."""
+    devices = values.get("num_devices")
+    if isinstance(devices, dict) and set(devices) == {"min", "max"}:
+        values |= {"num_devices": devices["max"], "min_devices": devices["min"]}
+        if (place := place_of("num_devices", places)) is not None:
+            places["min_devices"] = place
+
+
+def dump_config(config: FinetuneConfig) -> str:
+    """Write every value as YAML, its origin in a comment; `load_config` reads it back, secrets excepted."""
+    values = config.model_dump(mode="json")
+    loggers = values["logger"] or []
+    for logger in loggers if isinstance(loggers, list) else [loggers]:
+        logger["provider_config"] = _without_secrets(logger["provider_config"])
+    header = "# As resolved; each line ends with where its value came from: file, override, default or auto (and why)."
+    return "\n".join([header, *_dump_block(values, config.origins)]) + "\n"
+
+
+def config_differences(a: FinetuneConfig, b: FinetuneConfig) -> list[str]:
+    """List the dotted keys whose values differ, except those without effect on the trained weights."""
+    left, right = flatten(a.model_dump()), flatten(b.model_dump())
+    return [
+        key
+        for key in sorted(left.keys() | right.keys())
+        if left.get(key) != right.get(key) and _WITHOUT_EFFECT_ON_TRAINING.isdisjoint(prefixes(key))
+    ]
+
+
+# -- DeepSpeed files
+
+
+def find_deepspeed_config(config_path: str, config_source: str | None = None) -> Path:
+    """Look a DeepSpeed file up in the working directory, beside the config file, then in this repository."""
+    local = config_source is not None and "://" not in config_source
+    folders = [Path(), *([Path(config_source).parent] if local else []), _REPOSITORY]
+    for folder in folders:
+        path = (folder / config_path).resolve()
+        if path.is_file():
+            return path
+    # Configs from elsewhere name a folder of their own, such as configs/deepspeed/zero_3.json.
+    shipped = sorted(path.name for path in _SHIPPED.glob("*.json"))
+    name = PurePosixPath(config_path).name
+    name = DEEPSPEED_FILES.get(name, name)
+    if name in shipped:
+        warnings.warn(f"{config_path} does not exist: using {_SHIPPED.name}/{name}", stacklevel=2)
+        return _SHIPPED / name
+    searched = " nor in ".join(dict.fromkeys(str(folder.resolve()) for folder in folders))
+    raise ConfigError(
+        f"deepspeed.config_path: got {config_path!r}, which is not in {searched}; must be a file of yours or "
+        f"one of {_SHIPPED.name}/: {', '.join(shipped)}"
+    )
+
+
+def read_deepspeed_config(config: FinetuneConfig) -> dict[str, Any] | None:
+    """Read the DeepSpeed settings of a config; None means plain data parallelism."""
+    if config.deepspeed is None:
+        return None
+    path = find_deepspeed_config(config.deepspeed.config_path, config.source)
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"deepspeed.config_path: cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"deepspeed.config_path: {path} is not text, must be a JSON file") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path} holds {_show(settings)}, must hold one JSON object of DeepSpeed settings")
+    return settings
+
+
+def _findable_anywhere(config: FinetuneConfig) -> FinetuneConfig:
+    """Name a file found beside the config in full: the run folder's copy of the config must find it too."""
+    if config.deepspeed is None:
+        return config
+    written = config.deepspeed.config_path
+    path = find_deepspeed_config(written, config.source)
+    if path in ((folder / written).resolve() for folder in (Path(), _REPOSITORY)):
+        return config
+    stored = f"{_SHIPPED.name}/{path.name}" if path.parent == _SHIPPED else str(path)
+    return config.model_copy(update={"deepspeed": DeepSpeed(config_path=stored)})
+
+
+# -- saying what is wrong
+
+_NEEDS = {
+    "bool_type": "true or false",
+    "dict_type": "a block of 'key: value' lines",
+    "float_type": "a number",
+    "int_type": "a whole number",
+    "list_type": "a list",
+    "missing": "longer",
+    "model_type": "a block of 'key: value' lines",
+    "string_type": "text (quote a number)",
+    "too_long": "a list of at most {max_length}",
+    "too_short": "a list of at least {min_length}",
+    "tuple_type": "a list",
+}
+
+
+def _explain(error: ValidationError, values: dict[str, Any], places: Places, source: str) -> list[str]:
+    """Say in one line per key what pydantic found, in the words and with the place of the config."""
+    problems: dict[tuple[str, str], list[str]] = {}  # several needs where each member of a union has its own
+    for item in error.errors(include_url=False):
+        location, kind = item["loc"], item["type"]
+        key, value = _as_written(location, values)
+        need = ""
+        if kind == "missing" and isinstance(location[-1], str):
+            problem = f"missing key {'.'.join(map(str, [key, location[-1]])).removeprefix('.')!r}"
+        elif kind in ("extra_forbidden", "invalid_key"):
+            problem = f"unknown key {key!r}{near_miss(location[-1], _known_keys(location))}"
+        elif kind == "value_error":
+            problem = f"{key}: {item['ctx']['error']}".removeprefix(": ")
+        else:
+            problem = f"{key}: got {_show(value)}, must be "
+            need = _NEEDS.get(kind, "").format_map(item.get("ctx", {}))
+            need = need or item["msg"].removeprefix("Input should be ")
+        problems.setdefault((key, problem), []).append(need)
+    lines = []
+    for (key, problem), needs in problems.items():
+        place = place_of(key, places)
+        where = f"{source}:{place}" if isinstance(place, int) else place or source
+        lines.append(f"{problem}{' or '.join(dict.fromkeys(needs))} ({where})")
+    return lines
+
+
+def _as_written(location: tuple[int | str, ...], value: Any) -> tuple[str, Any]:
+    """Turn a pydantic location into the key and value in the file, without the names of union members."""
+    parts = []
+    for part in location:
+        inside = range(len(value)) if isinstance(value, list) else value if isinstance(value, dict) else ()
+        if part in inside:
+            parts.append(str(part))
+            value = value[part]
+    return ".".join(parts), value
+
+
+def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    """List the keys of the block that a pydantic location leads into."""
+    model: type[BaseModel] = FinetuneConfig
+    for part in location[:-1]:
+        if part in model.model_fields:
+            model = next(_models_in(model.model_fields[part].annotation), model)
+    return list(model.model_fields)
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _models_in(argument)
+
+
+def _show(value: Any) -> str:
+    text = "nothing" if value is None else repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+# -- writing YAML
+
+
+def _dump_block(block: dict[str, Any], origins: dict[str, str], prefix: str = "", indent: str = "") -> Iterator[str]:
+    for key, value in block.items():
+        dotted = f"{prefix}{key}"
+        if isinstance(value, dict) and value:
+            yield f"{indent}{_inline(key)}:"
+            yield from _dump_block(value, origins, f"{dotted}.", f"{indent}  ")
+        else:
+            yield f"{indent}{_inline(key)}: {_inline(value)}  # {origins[dotted]}"
+
+
+def _inline(value: Any) -> str:
+    """Write a value on one line."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=float("inf"), allow_unicode=True)
+    text = text.removesuffix("\n").removesuffix("\n...")
+    return json.dumps(value) if "\n" in text else text
+
+
+def _without_secrets(block: dict[str, Any], secret: bool = False) -> dict[str, Any]:
+    """Hide values whose key sounds like a secret: run folders are shared."""
+    hidden = {}
+    for key, value in block.items():
+        hide = secret or SECRET_KEY.search(str(key)) is not None
+        hidden[key] = _without_secrets(value, hide) if isinstance(value, dict) else "***" if hide else value
+    return hidden

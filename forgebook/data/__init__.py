@@ -1,0 +1,1 @@
+"""File -> example -> text -> tokens and loss mask -> batch."""

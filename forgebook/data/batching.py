@@ -1,0 +1,199 @@
+"""Which rows make up each optimizer step, who computes which of them, and the tensors.
+
+    sequences = [one row each]  or  pack(tokens, 4096)     sequences of whole rows
+    steps = epoch_batches(tokens, sequences, 32, seed, epoch)
+    micro = split_batch(steps[0], tokens, world, accumulation)
+    batch = collate(tokens, micro[rank][k], pad_id)
+
+The rows of an optimizer step depend on the seed and the global batch size alone, so a run gives the same
+losses however the batch is divided among workers and accumulation steps, and a resumed run sees the rows
+that an undisturbed one would have seen.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, insort
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from forgebook.data.token_store import Tokens
+
+if TYPE_CHECKING:
+    import torch
+
+    from forgebook.config.parse import FinetuneConfig
+
+__all__ = [
+    "Sequence",
+    "collate",
+    "epoch_batches",
+    "make_sequences",
+    "pack",
+    "padding_share",
+    "single_sequences",
+    "split_batch",
+]
+
+# Rows that share one line of a batch: one, or several when packed.
+Sequence = np.ndarray
+
+# Sequences are sorted by length within windows of this many optimizer steps: little padding, still shuffled.
+SORTING_WINDOW = 50
+# Batches are this many tokens wide, or a multiple: matrix kernels are made for a shape, and fewer shapes mean
+# fewer kernels kept (on a CPU they took gigabytes in half an hour), tensor cores well filled.
+WIDTH_STEP = 16
+
+
+def make_sequences(tokens: Tokens, config: FinetuneConfig) -> list[Sequence]:
+    """Make the sequences of an epoch: each row its own, packed rows, or pairs."""
+    if config.padding == "packed":
+        return pack(tokens.lengths, config.context_length)
+    return single_sequences(tokens, config)
+
+
+def single_sequences(tokens: Tokens, config: FinetuneConfig) -> list[Sequence]:
+    """Make a sequence of each row, or of each pair of a chosen and a rejected answer."""
+    together = 2 if config.task == "preference_tuning" else 1
+    return list(np.arange(len(tokens)).reshape(-1, together))
+
+
+def pack(lengths: np.ndarray, capacity: int) -> list[Sequence]:
+    """Put rows into as few sequences of `capacity` tokens as best-fit decreasing finds.
+
+    lengths: [rows], none above capacity. Each row, the longest first, goes where it leaves the least room: at
+    most 11/9 of the fewest sequences possible (Johnson, 1973). Returns arrays of row numbers.
+    """
+    bins: list[list[int]] = []
+    rooms: list[int] = []  # the distinct amounts of room that some bin has left, sorted
+    with_room: dict[int, list[int]] = {}
+    for row in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[row])
+        place = bisect_left(rooms, length)
+        if place == len(rooms):
+            number, room = len(bins), capacity
+            bins.append([])
+        else:
+            room = rooms[place]
+            number = with_room[room].pop()
+            if not with_room[room]:
+                del with_room[room], rooms[place]
+        bins[number].append(row)
+        left = room - length
+        if left not in with_room:
+            insort(rooms, left)
+            with_room[left] = []
+        with_room[left].append(number)
+    return [np.array(rows) for rows in bins]
+
+
+def epoch_batches(
+    tokens: Tokens, sequences: list[Sequence], global_batch: int, seed: int, epoch: int
+) -> list[list[Sequence]]:
+    """Divide an epoch's sequences into optimizer steps: shuffled, those of like length together.
+
+    Returns one list of sequences per step, each of global_batch, the last maybe shorter.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    order = rng.permutation(len(sequences))
+    lengths = _sequence_lengths(tokens, sequences)
+    window = SORTING_WINDOW * global_batch
+    steps = []
+    for start in range(0, len(order), window):
+        part = order[start : start + window]
+        part = part[np.argsort(lengths[part], kind="stable")]
+        batches = [part[k : k + global_batch] for k in range(0, len(part), global_batch)]
+        steps += [batches[k] for k in rng.permutation(len(batches))]
+    # A short batch in the middle would make steps differ in kind; it goes last, once.
+    steps.sort(key=len, reverse=True)
+    return [[sequences[k] for k in step] for step in steps]
+
+
+def padding_share(tokens: Tokens, sequences: list[Sequence], config: FinetuneConfig) -> float:
+    """Compute the share of padding among the tokens of the first epoch's batches."""
+    if not sequences:
+        return 0.0
+    real = padded = 0
+    world, micros = max(1, config.num_devices), config.gradient_accumulation_steps
+    for step in epoch_batches(tokens, sequences, config.global_batch_size, config.seed, 0):
+        lengths = np.sort(_sequence_lengths(tokens, step))[::-1]
+        real += int(lengths.sum())
+        for micro in np.array_split(lengths, micros):
+            for part in (micro[rank::world] for rank in range(world)):
+                width = config.context_length if config.padding == "max_length" else _round_up(part.max(initial=1))
+                padded += max(1, len(part)) * width
+    return max(0.0, 1 - real / padded)
+
+
+def _round_up(length: int) -> int:
+    return math.ceil(length / WIDTH_STEP) * WIDTH_STEP
+
+
+def split_batch(sequences: list[Sequence], tokens: Tokens, world: int, accumulation: int) -> list[list[list[Sequence]]]:
+    """Deal one step's sequences to ranks and micro batches: [rank][micro] lists of sequences.
+
+    Those of like length share a micro batch (little padding), and every rank gets its share of each length
+    (no rank waits for another). A part may be empty in an epoch's last step.
+    """
+    ordered = np.argsort(-_sequence_lengths(tokens, sequences), kind="stable")
+    parts: list[list[list[Sequence]]] = [[] for _ in range(world)]
+    for micro in np.array_split(ordered, accumulation):
+        for rank in range(world):
+            parts[rank].append([sequences[k] for k in micro[rank::world]])
+    return parts
+
+
+def _sequence_lengths(tokens: Tokens, sequences: list[Sequence]) -> np.ndarray:
+    if len(sequences) == 0:
+        return np.zeros(0, np.int64)
+    lengths = tokens.lengths[np.concatenate(sequences)]
+    starts = np.concatenate([[0], np.cumsum([len(one) for one in sequences])[:-1]])
+    return np.add.reduceat(lengths, starts)
+
+
+def collate(
+    tokens: Tokens, sequences: list[Sequence], pad_id: int, pad_to: int | None = None, *, packed: bool = False
+) -> dict[str, torch.Tensor]:
+    """Stack sequences into tensors, padded on the right.
+
+    Returns input_ids [sequences, length] and labels [sequences, length], where labels[:, t] is the token that
+    position t predicts, or -100. Tokens behind a row's last trained one are left out: they can change no loss.
+    No attention mask is needed: under causal attention a real token never sees the padding on its right.
+
+    Rows of a sequence, a preference pair, stand on lines of their own unless packed.
+
+    packed: also return position_ids [sequences, length], from 0 in each row; from them attention keeps rows of
+            one sequence apart. The padding counts as a row of its own.
+    pad_to: pad to this many tokens rather than to the longest sequence, rounded up (`padding: max_length`).
+    """
+    import torch
+
+    if not packed:
+        sequences = [row[None] for sequence in sequences for row in np.asarray(sequence)]
+    lines = [_line(tokens, sequence) for sequence in sequences]
+    # An empty part (more workers than rows in the last step) still takes part in collectives: one dead token.
+    lines = lines or [(np.full(1, pad_id), np.full(1, -100), np.zeros(1, np.int64))]
+    longest = max(len(ids) for ids, _, _ in lines)
+    width = pad_to or _round_up(longest)
+    input_ids = np.full((len(lines), width), pad_id, np.int64)
+    labels = np.full((len(lines), width), -100, np.int64)
+    positions = np.zeros((len(lines), width), np.int64)
+    for k, (ids, targets, places) in enumerate(lines):
+        input_ids[k, : len(ids)] = ids
+        labels[k, : len(ids)] = targets
+        positions[k] = np.concatenate([places, np.arange(width - len(ids))])
+    batch = {"input_ids": input_ids, "labels": labels} | ({"position_ids": positions} if packed else {})
+    return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+
+def _line(tokens: Tokens, rows: Sequence) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Join the rows of a sequence: ids, the token that each predicts, positions."""
+    ids, labels, positions = [], [], []
+    for row in rows:
+        row_ids, trained = tokens.row(row)
+        last = np.flatnonzero(trained)[-1]
+        ids.append(row_ids[:last])
+        labels.append(np.where(trained[1 : last + 1], row_ids[1 : last + 1], -100))
+        positions.append(np.arange(last))
+    return np.concatenate(ids), np.concatenate(labels), np.concatenate(positions)

@@ -1,0 +1,347 @@
+"""Files, buckets and data sets -> raw rows, each with its place, a piece at a time.
+
+    for uri in find_sources(config.train_path):        globs opened; weights kept
+        for piece in cut(uri):                         some megabytes each, readable in any process
+            for where, raw in read_piece(piece):       a dict, or the DataError that says what is wrong there
+
+JSON lines, JSON, Parquet, CSV whose cells hold JSON, gzip of these, and hf://dataset[/config]:split are told
+apart by their first bytes, not by their names. A bad line stops nothing: it is an error in its place.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import json
+import os
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from forgebook.config.parse import DataSource
+from forgebook.errors import DataError, StorageError
+from forgebook.runs import run
+
+__all__ = ["Piece", "Source", "content_key", "cut", "find_sources", "read_piece"]
+
+# What one task reads at once: large enough to be worth a task, small enough to share work evenly.
+PIECE_BYTES = 2 * 2**20
+PIECE_ROWS = 2_500
+# A longer line is refused: it is a file without line ends, and tokenising it would take hours.
+LONGEST_LINE = 16 * 2**20
+HUB = "hf://"
+JSON_CELLS = ("messages", "conversations", "chosen", "rejected", "tools", "prompt", "completion", "history")
+HALF_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file or data set, and how often its rows are taken per epoch."""
+
+    uri: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a source that can be read on its own.
+
+    kind: jsonl (start, stop in bytes), parquet (row groups), hub (rows), json and csv (the whole file).
+    first: the number of its first line or row, counted from 1.
+    """
+
+    uri: str
+    kind: str
+    start: int = 0
+    stop: int = 0
+    first: int = 1
+
+
+def find_sources(paths: str | list[str | DataSource]) -> list[Source]:
+    """List what a config's train_path or valid_path names, globs opened.
+
+    Raises StorageError where nothing is found.
+    """
+    found = []
+    for entry in [paths] if isinstance(paths, str) else paths:
+        path, weight = (entry, 1.0) if isinstance(entry, str) else (entry.path, entry.weight)
+        uris = [path] if path.startswith(HUB) else run.find_files(path)
+        found += [Source(uri, weight) for uri in uris]
+    return found
+
+
+def content_key(uri: str) -> str:
+    """Hash what a source holds."""
+    if uri.startswith(HUB):
+        return _hub_dataset(uri)._fingerprint
+    with open(run.fetch_file(uri), "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def cut(uri: str) -> list[Piece]:
+    """Divide a source into pieces; raise DataError or StorageError if it cannot be read at all."""
+    if uri.startswith(HUB):
+        rows = len(_hub_dataset(uri))
+        starts = range(0, rows, PIECE_ROWS)
+        return [Piece(uri, "hub", start, min(start + PIECE_ROWS, rows), start + 1) for start in starts]
+    path = _plain_copy(uri)
+    kind = _kind(path, uri)
+    if kind == "jsonl":
+        return list(_cut_lines(uri, path))
+    if kind == "parquet":
+        return list(_cut_parquet(uri, path))
+    return [Piece(uri, kind)]
+
+
+def read_piece(piece: Piece) -> Iterator[tuple[str, Any]]:
+    """Yield (file:line, row) of each row of a piece; a DataError stands in the place of a row it cannot read."""
+    read = {"jsonl": _read_lines, "json": _read_json, "csv": _read_csv, "parquet": _read_parquet, "hub": _read_hub}
+    name = piece.uri if piece.uri.startswith(HUB) else piece.uri.rstrip("/").rsplit("/", 1)[-1]
+    for number, row in read[piece.kind](piece):
+        where = f"{name}:{number}"
+        yield where, DataError(f"{where}: {row}") if isinstance(row, DataError) else row
+
+
+# Which kind of file -----------------------------------------------------------------------------------
+
+
+def _plain_copy(uri: str) -> Path:
+    """Fetch a file; unpack it if it is gzip, once."""
+    path = run.fetch_file(uri)
+    with open(path, "rb") as file:
+        if file.read(2) != b"\x1f\x8b":
+            return path
+    about = path.stat()
+    key = hashlib.sha256(f"{path.resolve()}:{about.st_size}:{about.st_mtime_ns}".encode()).hexdigest()[:16]
+    plain = run.cache_folder() / "unpacked" / key / path.name.removesuffix(".gz")
+    if not plain.exists():
+        with run.aside(plain) as temporary, gzip.open(path, "rb") as packed, open(temporary, "wb") as file:
+            try:
+                while block := packed.read(2**20):
+                    file.write(block)
+            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+                lines = _count_lines(temporary, file)
+                raise DataError(
+                    f"{path.name}:{lines + 1}: the gzip file is damaged or cut off here ({error}): copy it again"
+                ) from None
+    return plain
+
+
+def _count_lines(path: Path, written) -> int:
+    written.flush()
+    with open(path, "rb") as file:
+        return sum(block.count(b"\n") for block in iter(lambda: file.read(2**20), b""))
+
+
+def _kind(path: Path, uri: str) -> str:
+    with open(path, "rb") as file:
+        start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if start.startswith(b"PAR1"):
+        return "parquet"
+    if start.startswith(b"["):
+        return "json"
+    if uri.removesuffix(".gz").endswith(".csv"):
+        return "csv"
+    if b"\0" in start:
+        raise DataError(f"{uri}: neither text nor Parquet: give JSON lines, JSON, Parquet, CSV, or gzip of these")
+    return "jsonl"
+
+
+# JSON lines -------------------------------------------------------------------------------------------
+
+
+def _cut_lines(uri: str, path: Path) -> Iterator[Piece]:
+    start, line = 0, 1
+    with open(path, "rb") as file:
+        while block := file.read(PIECE_BYTES):
+            lines = block.count(b"\n")
+            if not block.endswith(b"\n"):
+                lines += _skip_line(file)
+            yield Piece(uri, "jsonl", start, file.tell(), line)
+            start, line = file.tell(), line + lines
+
+
+def _skip_line(file) -> int:
+    """Move to the end of the line; return the number of line ends passed, 0 or 1."""
+    while rest := file.readline(2**20):
+        if rest.endswith(b"\n"):
+            return 1
+    return 0
+
+
+def _read_lines(piece: Piece) -> Iterator[tuple[int, Any]]:
+    number = piece.first - 1
+    with open(_plain_copy(piece.uri), "rb") as file:
+        file.seek(piece.start)
+        while file.tell() < piece.stop:
+            raw = file.readline(LONGEST_LINE)
+            number += 1
+            if len(raw) == LONGEST_LINE and not raw.endswith(b"\n"):
+                begin = file.tell() - len(raw)
+                _skip_line(file)
+                megabytes = (file.tell() - begin) / 2**20
+                yield (
+                    number,
+                    DataError(
+                        f"a line of {megabytes:.0f} MB, more than {LONGEST_LINE // 2**20}: split the text into rows"
+                    ),
+                )
+                continue
+            try:
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+            except UnicodeDecodeError as error:
+                yield number, DataError(f"not UTF-8 text (byte {error.start}): save the file as UTF-8")
+                continue
+            if line:
+                yield number, _parse(line)
+
+
+def _parse(text: str) -> Any:
+    """Parse one JSON value; return a DataError for what is not one."""
+    try:
+        value = json.loads(text, object_pairs_hook=_unique_keys)
+        if HALF_SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except UnicodeEncodeError:
+        return DataError("half of a surrogate pair (\\ud800 to \\udfff), which is no character: remove it")
+    except (ValueError, RecursionError) as error:
+        return DataError(f"not valid JSON ({error}): each line must be one JSON object")
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} stands twice in one object")
+    return made
+
+
+# JSON, CSV --------------------------------------------------------------------------------------------
+
+
+def _read_json(piece: Piece) -> Iterator[tuple[int, Any]]:
+    """Read a JSON array element by element, so that each has its line."""
+    try:
+        text = _plain_copy(piece.uri).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        yield 1, DataError(f"not UTF-8 text (byte {error.start}): save the file as UTF-8")
+        return
+    decoder = json.JSONDecoder(object_pairs_hook=_unique_keys)
+    blank = re.compile(r"[\s,]*")
+    at = text.index("[") + 1
+    line, counted = 1, 0
+    while True:
+        at = blank.match(text, at).end()
+        line, counted = line + text.count("\n", counted, at), at
+        if text[at : at + 1] == "]":
+            if text[at + 1 :].strip():
+                yield line, DataError("something follows the end of the JSON array")
+            return
+        try:
+            value, at = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError) as error:
+            # Nothing behind this can be told apart: the array ends here.
+            yield line, DataError(f"not valid JSON ({error}): the file must be one array of objects")
+            return
+        yield line, value
+
+
+def _read_csv(piece: Piece) -> Iterator[tuple[int, Any]]:
+    csv.field_size_limit(LONGEST_LINE)
+    # Bytes that are no UTF-8 pass as half surrogates, to be found in their row.
+    with open(_plain_copy(piece.uri), encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        reader = csv.DictReader(file, strict=True)
+        while True:
+            number = reader.line_num + 1 if reader.fieldnames else 1
+            try:
+                row = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield number, DataError(f"not valid CSV ({error}): quote cells that hold commas, quotes or lines")
+                return
+            yield number, _csv_row(row)
+
+
+def _csv_row(row: dict) -> Any:
+    try:
+        "".join(cell for cell in row.values() if isinstance(cell, str)).encode()
+    except UnicodeEncodeError:
+        return DataError("not UTF-8 text: save the file as UTF-8")
+    if None in row or None in row.values():
+        return DataError("another number of cells than the header has: quote cells that hold commas")
+    return _parsed_cells({key: cell for key, cell in row.items() if cell != ""})
+
+
+def _parsed_cells(row: dict[str, Any]) -> Any:
+    """Parse the cells that hold JSON."""
+    for key in JSON_CELLS:
+        if isinstance(row.get(key), str) and row[key].lstrip().startswith(("[", "{")):
+            row[key] = _parse(row[key])
+            if isinstance(row[key], DataError):
+                return DataError(f"{key}: {row[key]}")
+    return row
+
+
+# Parquet and the hub ----------------------------------------------------------------------------------
+
+
+def _cut_parquet(uri: str, path: Path) -> Iterator[Piece]:
+    import pyarrow.parquet as pq
+    from pyarrow import ArrowException
+
+    try:
+        about = pq.ParquetFile(path).metadata
+    except (ArrowException, OSError) as error:
+        raise DataError(f"{uri}: not a readable Parquet file ({str(error).splitlines()[0]}): copy it again") from None
+    first = 1
+    for group in range(about.num_row_groups):
+        yield Piece(uri, "parquet", group, group + 1, first)
+        first += about.row_group(group).num_rows
+
+
+def _read_parquet(piece: Piece) -> Iterator[tuple[int, Any]]:
+    import pyarrow.parquet as pq
+
+    number = piece.first
+    file = pq.ParquetFile(_plain_copy(piece.uri))
+    for batch in file.iter_batches(batch_size=1_000, row_groups=[piece.start]):
+        for row in batch.to_pylist():
+            yield number, _parsed_cells(_without_nulls(row))
+            number += 1
+
+
+def _without_nulls(value: Any) -> Any:
+    """Leave out keys without a value: a column type gives every row the keys of all rows."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _hub_dataset(uri: str):
+    """Load hf://owner/name[/config]:split, or hf://folder:split for a folder that begins with . or /."""
+    name, colon, split = uri.removeprefix(HUB).rpartition(":")
+    if not colon or not name or not split:
+        raise StorageError(f"{uri}: name the split too: hf://owner/name:train, or hf://owner/name/config:train")
+    is_folder = name.startswith((".", "/"))
+    *owner_and_name, config = name.split("/") if not is_folder and name.count("/") == 2 else (name, None)
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    import datasets
+
+    try:
+        return datasets.load_dataset("/".join(owner_and_name), config, split=split)
+    except Exception as error:  # the library raises whatever its readers, the hub and the network raise
+        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+        raise StorageError(f"{uri} could not be loaded: {reason}") from None
+
+
+def _read_hub(piece: Piece) -> Iterator[tuple[int, Any]]:
+    dataset = _hub_dataset(piece.uri).select(range(piece.start, piece.stop))
+    for number, row in enumerate(dataset, piece.first):
+        yield number, _parsed_cells(_without_nulls(row))

@@ -1,0 +1,119 @@
+"""Only templates write special tokens: the same characters in a message are text, and end no turn.
+
+    mark(text)               before rendering: special tokens inside a message become private characters
+    unmarked(text)           after rendering, to be read: they are themselves again
+    in_literal_form(text),   after rendering, to be tokenised: the template's tokens are private characters now,
+    literal_tokenizer()      known to a copy of the tokenizer, to which the usual names are plain text
+
+Rows without such text, nearly all, are tokenised as they are.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from forgebook.errors import DataError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+__all__ = [
+    "has_marks",
+    "in_literal_form",
+    "literal_tokenizer",
+    "map_texts",
+    "mark",
+    "special_ids",
+    "unmarked",
+    "without_closing_token",
+]
+
+# While a template runs, special tokens that stand in messages are these characters, one per token id; and for
+# the tokenizer of such a row the template's own are. Private use: no text has a reason to hold them.
+_IN_MESSAGE, _OF_TEMPLATE = 0xF0000, 0x100000
+_MARKS = re.compile(f"[{chr(_IN_MESSAGE)}-{chr(_OF_TEMPLATE - 1)}]")
+_PRIVATE = re.compile(f"[{chr(_IN_MESSAGE)}-\U0010ffff]")
+
+
+@functools.lru_cache(maxsize=64)
+def _special_tokens(tokenizer) -> tuple[dict[str, int], re.Pattern]:
+    """List the tokenizer's special tokens, numbered, and a pattern that finds any of them."""
+    contents = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    longest_first = sorted(contents, key=lambda text: (-len(text), text))
+    pattern = "|".join(map(re.escape, longest_first)) or "(?!)"
+    return {text: k for k, text in enumerate(longest_first)}, re.compile(pattern)
+
+
+@functools.lru_cache(maxsize=64)
+def special_ids(tokenizer) -> frozenset[int]:
+    """List the ids of the tokenizer's special tokens."""
+    added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return frozenset(added | set(tokenizer.all_special_ids))
+
+
+def mark(text: str, tokenizer) -> str:
+    """Put private characters in the place of special tokens that stand in a message."""
+    if not text.isascii() and _PRIVATE.search(text):
+        raise DataError("a character of the private planes (U+F0000 and above) stands in a message: remove it")
+    numbers, pattern = _special_tokens(tokenizer)
+    return pattern.sub(lambda match: chr(_IN_MESSAGE + numbers[match[0]]), text)
+
+
+def without_closing_token(text: str, tokenizer) -> str:
+    """Take off a special token that follows another one at the end: the eos that some templates close a text with."""
+    special = _special_tokens(tokenizer)[1].pattern
+    closed = re.fullmatch(rf"(.*(?:{special})\s*)(?:{special})\s*", text, re.DOTALL)
+    return closed[1] if closed else text
+
+
+def map_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """Change every text inside a value; keys stay."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: map_texts(item, change) for key, item in value.items()}
+    return [map_texts(item, change) for item in value] if isinstance(value, list) else value
+
+
+def unmarked(text: str, tokenizer) -> str:
+    """Put the special tokens that stood in messages back, as text."""
+    if text.isascii():
+        return text
+    names = list(_special_tokens(tokenizer)[0])
+    return _MARKS.sub(lambda match: names[ord(match[0]) - _IN_MESSAGE], text)
+
+
+def has_marks(text: str) -> bool:
+    """Tell whether a rendered text holds special tokens of a message."""
+    return not text.isascii() and _MARKS.search(text) is not None
+
+
+@functools.lru_cache(maxsize=64)
+def literal_tokenizer(tokenizer) -> Tokenizer:
+    """Copy the tokenizer, its special tokens renamed to private characters: their usual names are plain text to it."""
+    from tokenizers import Tokenizer
+
+    numbers, _ = _special_tokens(tokenizer)
+    renamed = {text: chr(_OF_TEMPLATE + k) for text, k in numbers.items()}
+    written = json.loads(tokenizer.backend_tokenizer.to_str())
+    for token in written["added_tokens"]:
+        token["content"] = renamed.get(token["content"], token["content"])
+    vocabulary = written["model"]["vocab"]
+    if isinstance(vocabulary, dict):
+        written["model"]["vocab"] = {renamed.get(text, text): number for text, number in vocabulary.items()}
+    else:
+        written["model"]["vocab"] = [[renamed.get(text, text), score] for text, score in vocabulary]
+    if written["model"].get("unk_token") in renamed:
+        written["model"]["unk_token"] = renamed[written["model"]["unk_token"]]
+    written["post_processor"] = written["padding"] = written["truncation"] = None
+    return Tokenizer.from_str(json.dumps(written))
+
+
+def in_literal_form(text: str, tokenizer) -> str:
+    """Write a marked text for the literal tokenizer: the template's special tokens private, the messages' own plain."""
+    numbers, pattern = _special_tokens(tokenizer)
+    return unmarked(pattern.sub(lambda match: chr(_OF_TEMPLATE + numbers[match[0]]), text), tokenizer)

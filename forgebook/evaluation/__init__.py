@@ -1,0 +1,1 @@
+"""Whether a fine-tuned model beats its base, and how certain that is."""

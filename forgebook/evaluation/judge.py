@@ -1,0 +1,118 @@
+"""A language model as judge: which of two answers is better, asked of any OpenAI-compatible endpoint.
+
+    judge = Judge("gpt-5-mini")                                  or base_url="http://localhost:8000/v1"
+    verdicts = judge_all(judge, [Duel(conversation, base_answer, tuned_answer, reference), ...])
+
+Judges favour the answer they read first, so each pair is judged twice, once in each order; what one order says and
+the other does not is half a win.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from forgebook.errors import ConfigError, ResourceError
+
+__all__ = ["Duel", "Judge", "judge_all"]
+
+INSTRUCTIONS = """\
+You compare two answers to the last message of a conversation. Judge what they say: whether it is right, whether it
+does what is asked, whether it is complete and to the point. A longer answer is not better for its length, and the
+order of the two says nothing. Give one or two sentences of reason, then a last line of exactly one of:
+Verdict: A
+Verdict: B
+Verdict: TIE"""
+VERDICT = re.compile(r"verdict\W*(A|B|TIE)\b", re.IGNORECASE)
+AT_ONCE = 8
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Which model judges, and where. base_url: None is OPENAI_BASE_URL, or OpenAI's own.
+
+    The key is read from OPENAI_API_KEY.
+    """
+
+    model: str
+    base_url: str | None = None
+
+
+@dataclass(frozen=True)
+class Duel:
+    """Two answers to one conversation; reference: a right answer, if there is one."""
+
+    messages: list[dict[str, Any]]
+    base: str
+    tuned: str
+    reference: str | None = None
+
+
+def judge_all(
+    judge: Judge, duels: list[Duel], on_progress: Callable[[int], None] = lambda done: None
+) -> list[float | None]:
+    """Judge each duel in both orders, several at once.
+
+    Returns for each what the tuned answer won: 1, 0, or between them for ties and verdicts that depend on the
+    order; None where the judge gave no verdict in either order.
+
+    Raises ConfigError without the package or a key, ResourceError if the endpoint refuses or cannot be reached.
+    """
+    try:
+        import openai
+    except ImportError:
+        raise ConfigError("metric=judge needs the package openai: pip install -r requirements-dev.txt") from None
+    if not os.environ.get("OPENAI_API_KEY"):
+        raise ConfigError(
+            "metric=judge needs a key in OPENAI_API_KEY (any text will do for an endpoint that asks for none)"
+        )
+    client = openai.OpenAI(base_url=judge.base_url, max_retries=5)  # it waits longer before each retry
+    asked = [(duel, is_swapped) for duel in duels for is_swapped in (False, True)]
+    won = []
+    try:
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            for points in pool.map(lambda pair: _points(client, judge.model, *pair), asked):
+                won.append(points)
+                on_progress(len(won) // 2)
+    except openai.OpenAIError as error:
+        raise ResourceError(
+            f"the judge {judge.model} at {client.base_url} gave no answer: {error}. Are base_url, judge and "
+            "OPENAI_API_KEY right?"
+        ) from None
+    pairs = ([points for points in won[k : k + 2] if points is not None] for k in range(0, len(won), 2))
+    return [sum(pair) / len(pair) if pair else None for pair in pairs]
+
+
+def _points(client, model: str, duel: Duel, is_swapped: bool) -> float | None:
+    """Ask once; return what the tuned answer won, None without a verdict. A is the base's answer unless swapped."""
+    import openai
+
+    asked = {
+        "model": model,
+        "messages": [
+            {"role": "system", "content": INSTRUCTIONS},
+            {"role": "user", "content": _question(duel, is_swapped)},
+        ],
+    }
+    try:
+        reply = client.chat.completions.create(**asked, temperature=0)
+    except openai.BadRequestError as error:
+        if "temperature" not in str(error):
+            raise
+        reply = client.chat.completions.create(**asked)  # models that reason take no temperature
+    found = VERDICT.findall((reply.choices[0].message.content or "") if reply.choices else "")
+    if not found:
+        return None
+    verdict = found[-1].upper()
+    return 0.5 if verdict == "TIE" else float(verdict == ("A" if is_swapped else "B"))
+
+
+def _question(duel: Duel, is_swapped: bool) -> str:
+    first, second = (duel.tuned, duel.base) if is_swapped else (duel.base, duel.tuned)
+    spoken = "\n\n".join(f"[{message['role']}]\n{message['content']}" for message in duel.messages)
+    right = f"\n\n# A right answer, for comparison\n{duel.reference}" if duel.reference else ""
+    return f"# Conversation\n{spoken}{right}\n\n# Answer A\n{first}\n\n# Answer B\n{second}"

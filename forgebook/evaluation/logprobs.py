@@ -1,0 +1,74 @@
+"""How likely a model finds given texts: for perplexity, for the labels of a classifier, for pairs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+
+from forgebook.data import batching, chat_template, special_tokens
+from forgebook.data.row_formats import Row
+from forgebook.data.token_store import Tokens
+from forgebook.errors import DataError
+from forgebook.training.losses import SupervisedLM
+
+__all__ = ["label_probabilities", "log_probabilities"]
+
+
+def log_probabilities(
+    model,
+    tokenizer,
+    encoded: list[chat_template.Encoded],
+    batch_size: int = 16,
+    on_progress: Callable[[int], None] = lambda done: None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return for each encoded row the log-probability of its trained tokens, summed, and their number."""
+    import torch
+
+    rows = Tokens.from_rows((one.input_ids, one.trained) for one in encoded)
+    wrapped, found = SupervisedLM(model).eval(), np.zeros(len(rows))
+    order = np.argsort(-rows.lengths, kind="stable")  # rows of like length share a batch, the longest first
+    for start in range(0, len(order), batch_size):
+        part = order[start : start + batch_size]
+        batch = batching.collate(rows, [np.array([k]) for k in part], tokenizer.pad_token_id)
+        with torch.inference_mode():
+            sums = wrapped(**{name: value.to(model.device) for name, value in batch.items()}, want="rows")
+        found[part] = sums.float().cpu().numpy()
+        on_progress(start + len(part))
+    return found, rows.supervised.astype(float)
+
+
+def label_probabilities(
+    model,
+    tokenizer,
+    rows: list[Row],
+    labels: list[str],
+    prompt_format=None,
+    on_progress: Callable[[int], None] = lambda done: None,
+) -> np.ndarray:
+    """Return [rows, labels] how a model shares the last answer out among the labels.
+
+    A label may be one token, as in a trained classifier, or several, as in its base: then it is as likely as all of
+    them in turn.
+    """
+    encoded = []
+    for row in rows:
+        for label in labels:
+            messages = [*row.messages[:-1], {**row.messages[-1], "content": label}]
+            try:
+                one = chat_template.encode(messages, tokenizer, prompt_format, trained="last", tools=row.tools)
+            except DataError as error:
+                raise DataError(f"{row.where}: {error}") from None
+            encoded.append(_without_end(one, tokenizer))
+    logs, _ = log_probabilities(model, tokenizer, encoded, on_progress=lambda done: on_progress(done // len(labels)))
+    logs = logs.reshape(len(rows), len(labels))
+    weights = np.exp(logs - logs.max(1, keepdims=True))
+    return weights / weights.sum(1, keepdims=True)
+
+
+def _without_end(encoded: chat_template.Encoded, tokenizer) -> chat_template.Encoded:
+    """Leave the token that ends the turn out of what is measured: a classifier is not trained on it."""
+    special = special_tokens.special_ids(tokenizer)
+    kept = [t and i not in special for i, t in zip(encoded.input_ids, encoded.trained, strict=True)]
+    return dataclasses.replace(encoded, trained=kept)

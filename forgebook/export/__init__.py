@@ -1,0 +1,1 @@
+"""Leaving the project: merged weights, the hub, GGUF."""

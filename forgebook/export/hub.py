@@ -1,0 +1,216 @@
+"""A run's model for others: on the Hugging Face hub with a card that says what it is, or as a GGUF file.
+
+push(run, "owner/name")             the best checkpoint, as one commit
+model_card(run, ...)                its README.md
+export_gguf(source, out, kind)      through llama.cpp's converter
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from forgebook.config.parse import load_config
+from forgebook.errors import ConfigError, ModelError, StorageError
+from forgebook.models import load
+from forgebook.runs import run as storage
+from forgebook.runs.run import Run
+
+__all__ = ["GGUF_TYPES", "best_checkpoint", "export_gguf", "model_card", "push"]
+
+GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "tq1_0", "tq2_0", "auto")
+CONVERTER = "convert_hf_to_gguf.py"
+
+
+# The hub ----------------------------------------------------------------------------------------------
+
+
+def push(run: Run, repo_id: str, private: bool = False, base: str | None = None) -> str:
+    """Upload a run's best checkpoint and a model card to the hub of HF_ENDPOINT; return its address.
+
+    base: the hub id of the base model, for an adapter that was trained on a local copy of it. The token is HF_TOKEN, or
+    what `hf auth login` has stored.
+
+    Raises ConfigError if nobody else could load it, StorageError if the hub refuses.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+
+    checkpoint = best_checkpoint(run)
+    base = base or _base_of(run, checkpoint)
+    hub = HfApi(token=os.environ.get("HF_TOKEN") or None)
+    with tempfile.TemporaryDirectory() as folder:
+        staged = Path(folder)
+        for path in checkpoint.iterdir():
+            (staged / path.name).symlink_to(path.resolve())
+        _replace(staged / "README.md", model_card(run, repo_id, base))
+        if (adapter := staged / "adapter_config.json").exists():
+            settings = json.loads(adapter.read_text()) | {"base_model_name_or_path": base}
+            _replace(adapter, json.dumps(settings, indent=2, sort_keys=True))
+        try:
+            address = hub.create_repo(repo_id, private=private, exist_ok=True)
+            hub.upload_folder(
+                repo_id=repo_id, folder_path=staged, commit_message=f"{run.name}: {checkpoint.name}"
+            )  # fmt: skip
+        except HFValidationError as error:
+            raise ConfigError(f"push: {repo_id!r} is no name of a repository: {_first_line(error)}") from None
+        except LocalTokenNotFoundError:
+            raise ConfigError("push: the hub needs a token: set HF_TOKEN, or run `hf auth login`") from None
+        except HfHubHTTPError as error:
+            status = error.response.status_code if error.response is not None else None
+            mend = ": set HF_TOKEN to a token that may write there" if status in (401, 403) else ""
+            raise StorageError(f"{repo_id} could not be written on the hub{mend} ({_first_line(error)})") from None
+        except OSError as error:
+            raise StorageError(f"{repo_id} could not be written on the hub: {_first_line(error)}") from None
+    return str(address)
+
+
+def best_checkpoint(run: Run) -> Path:
+    """Name the folder of a complete run's best checkpoint."""
+    if not run.is_complete:
+        raise StorageError(f"the run {run.name} has not ended well yet: its command continues it")
+    return run.folder / storage.read_json(run.summary)["best_checkpoint"]
+
+
+def _base_of(run: Run, checkpoint: Path) -> str:
+    """Name the base model as others can load it; full weights need none, but it is told."""
+    config, adapter = load_config(run.config), checkpoint / "adapter_config.json"
+    if not adapter.exists():
+        return config.model_id if storage.is_remote(config.model_id) else load.locate(config.model_id)
+    base = json.loads(adapter.read_text())["base_model_name_or_path"]
+    if Path(base).exists() or storage.is_remote(base):
+        raise ConfigError(
+            f"push: the adapter's base is {base}, where nobody else finds it: name its hub id with base=OWNER/NAME, or "
+            "merge the adapter into it first"
+        )
+    return base
+
+
+def model_card(run: Run, repo_id: str, base: str) -> str:
+    """Write the README.md of a model: what it is, what it was trained on, what it is worth, how to load it."""
+    from huggingface_hub import ModelCardData
+
+    config, record = load_config(run.config), storage.get_model(run.uri or str(run.folder))
+    summary, report = storage.read_json(run.summary), storage.read_json(run.data_report)
+    is_public = not (Path(base).exists() or storage.is_remote(base))
+    facts = ModelCardData(
+        base_model=base if is_public else None,
+        library_name="peft" if config.is_lora else "transformers",
+        pipeline_tag="text-generation",
+        tags=["forgebook", config.task, "lora" if config.is_lora else "full-parameter"],
+    )
+    rows = {
+        "base model": base if is_public else Path(base).name,
+        "method": record.ft_type,
+        "learning rate": f"{config.learning_rate:g}, {config.lr_scheduler_type}",
+        "rows per update": f"{config.global_batch_size}",
+        "epochs": f"{summary['epochs']:g} ({summary['steps']:,} updates)",
+        "context length": f"{config.context_length:,} tokens",
+        "training rows": _rows_of(report["train"]),
+        **({"validation rows": _rows_of(report["valid"])} if "valid" in report else {}),
+    }
+    numbers = {name: value for name, value in record.figures.items() if isinstance(value, int | float)}
+    figures = {
+        name.replace("_", " "): f"{value:.4g}" if isinstance(value, float) else f"{value:,}"
+        for name, value in numbers.items()
+    }
+    parts = [
+        f"---\n{facts.to_yaml()}\n---",
+        f"# {repo_id.rpartition('/')[2]}",
+        "Fine-tuned with Forgebook.",
+        _table(rows),
+        *(["## Figures\n\nOf the checkpoint kept here.", _table(figures)] if figures else []),
+        "## Use",
+        f"```python\n{_loading(repo_id, base, config.is_lora)}\n```",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _rows_of(one: dict[str, Any]) -> str:
+    """Count a set's rows; name it only where it is public."""
+    path = f" of {one['path']}" if one["path"].startswith(("hf://", "https://")) else ""
+    return f"{one['rows']:,}{path}, {one['supervised_tokens']:,} trained tokens"
+
+
+def _table(rows: dict[str, str]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows.items())])
+
+
+def _loading(repo_id: str, base: str, is_adapter: bool) -> str:
+    if is_adapter:
+        lines = [
+            "from peft import PeftModel", "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
+            f'model = AutoModelForCausalLM.from_pretrained("{base}", dtype="auto")',
+            f'model = PeftModel.from_pretrained(model, "{repo_id}")',
+        ]  # fmt: skip
+    else:
+        lines = [
+            "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
+            f'model = AutoModelForCausalLM.from_pretrained("{repo_id}", dtype="auto")',
+        ]  # fmt: skip
+    lines += [
+        f'tokenizer = AutoTokenizer.from_pretrained("{repo_id}")',
+        "prompt = tokenizer.apply_chat_template(",
+        '    [{"role": "user", "content": "..."}], add_generation_prompt=True, return_tensors="pt", return_dict=True',
+        ")",
+        "print(tokenizer.decode(model.generate(**prompt, max_new_tokens=128)[0]))",
+    ]
+    return "\n".join(lines)
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file where a link to another may stand."""
+    path.unlink(missing_ok=True)
+    path.write_text(text)
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+# GGUF -------------------------------------------------------------------------------------------------
+
+
+def export_gguf(source: Path, out: Path, kind: str = "q8_0") -> Path:
+    """Convert a folder of full weights to one GGUF file with llama.cpp's own converter.
+
+    source: a merged model, or a checkpoint of a full-parameter run. kind: the type of its tensors, of GGUF_TYPES.
+
+    Raises ModelError for an adapter, ConfigError if llama.cpp is not here; the file is complete or absent.
+    """
+    if kind not in GGUF_TYPES:
+        raise ConfigError(f"export: type must be one of {', '.join(GGUF_TYPES)}, got {kind!r}")
+    if (source / "adapter_config.json").exists():
+        raise ModelError(
+            f"{source} is an adapter, and a GGUF file holds a whole model: merge it first "
+            "(python main.py merge RUN FOLDER), then export FOLDER"
+        )
+    if not (source / "config.json").exists():
+        raise ModelError(f"{source} holds no model (no config.json)")
+    converter = _find_converter()
+    with storage.aside(out.expanduser().resolve()) as temporary:
+        command = [sys.executable, str(converter), str(source), "--outfile", str(temporary), "--outtype", kind]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode or not temporary.exists():
+            said = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
+            raise ModelError(f"{converter} could not convert {source}: {said[-1] if said else 'it wrote no file'}")
+    return out
+
+
+def _find_converter() -> Path:
+    """Find llama.cpp's converter in $LLAMA_CPP or on the PATH."""
+    folder = os.environ.get("LLAMA_CPP")
+    if folder and (Path(folder).expanduser() / CONVERTER).is_file():
+        return Path(folder).expanduser() / CONVERTER
+    if found := shutil.which(CONVERTER):
+        return Path(found)
+    raise ConfigError(
+        f"export needs llama.cpp's {CONVERTER}, which is not {f'in {folder}' if folder else 'on the PATH'}: git clone "
+        "https://github.com/ggml-org/llama.cpp, pip install gguf, and set LLAMA_CPP to the folder"
+    )

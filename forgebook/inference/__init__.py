@@ -1,0 +1,1 @@
+"""Prompts -> answers: generate, chat, an OpenAI-compatible server, vLLM's command."""

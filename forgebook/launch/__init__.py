@@ -1,0 +1,1 @@
+"""Ray: train workers, jobs, sweeps."""

@@ -1,0 +1,353 @@
+"""A config -> checked data and a run folder -> Ray Train workers -> a result worth having.
+
+    run = fine_tune(load_config("config.yaml"))
+
+Everything that can be wrong is found here before a worker starts; a run folder appears only after that.
+Workers run `forgebook.training.loop.train_loop`. num_devices: 0 runs it in this process, without Ray.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+
+from forgebook import ray_cluster as cluster
+from forgebook.config.parse import FinetuneConfig, config_differences, dump_config, load_config, read_deepspeed_config
+from forgebook.data import token_store
+from forgebook.errors import ConfigError, ForgebookError, ResourceError, StorageError, TrainingError
+from forgebook.models import load
+from forgebook.planning import preflight
+from forgebook.planning.plan import Plan
+from forgebook.planning.plan_report import as_json
+from forgebook.planning.prepare import Prepared, prepare
+from forgebook.reporting import console as consoles
+from forgebook.reporting import trackers
+from forgebook.reporting.run_header import print_choices, print_forecast, print_run
+from forgebook.reporting.run_summary import print_summary, write_summary
+from forgebook.runs import run as storage
+from forgebook.runs import upload
+from forgebook.runs.run import Run
+from forgebook.training import kernels, reference, remote_run, signals
+from forgebook.training.preference import needs_reference
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["fine_tune"]
+
+# How often a run with min_devices looks for machines that came back; taking them in is a restart from its last state.
+RESIZE_SECONDS = 15.0
+
+
+def fine_tune(config: FinetuneConfig) -> Run:
+    """Fine-tune as `config` says, or continue the run of that name, and return its folder.
+
+    Raises a ForgebookError with one readable sentence for whatever the user can mend.
+    """
+    started = time.perf_counter()
+    cluster.name_address(config.address)
+    output = consoles.make_console()
+    run = storage.open_run(config)
+    if not config.is_default:
+        _refuse_impossible(config, run)
+    with consoles.counting(output, "tokenising") as on_progress:
+        prepared = prepare(config, run, on_progress)
+    if config.is_default:
+        print_choices(output, prepared)
+        _refuse_impossible(prepared.config, run)
+    config = prepared.config
+    is_overwritten = config.on_existing == "overwrite"
+    if run.config.exists() and not is_overwritten:
+        _check_same(run, prepared)
+        if run.is_complete:
+            if run.uri:  # its last upload may have failed
+                upload.push(run.folder, run.uri, _teller(output))
+            output.print(f"{run.place} is complete already (on_existing=overwrite runs it again)")
+            print_summary(output, run)
+            return run
+    told, note = preflight.forecast(prepared)
+    worries = preflight.check(told, config, run.folder) if told else []
+    if is_overwritten:
+        storage.remove_run(run)
+    _write_run(run, prepared, told)
+    print_run(output, run, prepared)
+    print_forecast(output, told, [*worries, *filter(None, [note])])
+    with (
+        consoles.quiet_descriptors(run.logs / "driver.log") as live,
+        upload.beside(run.folder, run.uri, _teller(live)),
+        trackers.tracking(config, run, live.print),
+    ):
+        try:
+            with consoles.follow(run.logs / "progress.jsonl", live):
+                result = _run_here(config, run) if config.num_devices == 0 else _run_on_ray(config, run, live)
+        except ForgebookError:
+            raise
+        except Exception as error:
+            raise TrainingError(
+                f"training failed: {_short(error)}\n{consoles.last_lines(run.logs)}\n"
+                f"The logs are in {run.logs}; the same command continues from the last complete state"
+            ) from error
+        note = write_summary(run, config, told, result, time.perf_counter() - started)
+    print_summary(output, run)
+    if note:
+        output.print(f"  [yellow]{escape(note)}[/yellow]")
+    return run
+
+
+# Before the run ---------------------------------------------------------------------------------------
+
+
+def _refuse_impossible(config: FinetuneConfig, run: Run) -> None:
+    """Refuse what this version cannot do, or this machine if it still has to."""
+    _refuse_unsupported(config)
+    if config.initial_adapter_model_ckpt_path is not None:
+        adapter = load.locate(config.initial_adapter_model_ckpt_path)
+        load.check_adapter(adapter, config.lora_config, config.rope_scaling)
+    if not run.is_complete:
+        _check_devices(config)
+
+
+def _refuse_unsupported(config: FinetuneConfig) -> None:
+    """Refuse what a config may say but this version does not do yet, rather than ignore it."""
+    unsupported = {
+        f"task: {config.task}": config.task == "vision_language",
+    }
+    named = [name for name, is_asked in unsupported.items() if is_asked]
+    if named:
+        raise ConfigError(f"not supported yet: {', '.join(named)}: remove it from the config")
+    _refuse_with_deepspeed(config)
+
+
+def _refuse_with_deepspeed(config: FinetuneConfig) -> None:
+    """Refuse methods that the DeepSpeed stage in use would break or leave out."""
+    if config.min_devices is not None and config.deepspeed is not None:
+        raise ConfigError(
+            "min_devices does not go with DeepSpeed, whose shards of the training state are cut for the number of "
+            "workers that saved them: set deepspeed: none, or leave min_devices out"
+        )
+    zero = (read_deepspeed_config(config) or {}).get("zero_optimization", {})
+    lora = config.lora_config or {}
+    if zero.get("stage") == 3:
+        if config.quantization is not None:
+            raise ConfigError(
+                f"quantization: {config.quantization} does not go with ZeRO-3, which cannot partition "
+                "bitsandbytes' packed weights: set deepspeed: zero_2 or none"
+            )
+        if config.is_lora and config.classifier_config is not None:
+            raise ConfigError(
+                "classification with LoRA trains single rows of the embeddings, which PEFT cannot do under ZeRO-3: "
+                "set deepspeed: zero_2 or none"
+            )
+        if str(lora.get("init_lora_weights")).startswith("pissa"):
+            raise ConfigError(
+                "init_lora_weights: pissa does not go with ZeRO-3, which partitions the start its checkpoints need: "
+                "set deepspeed: zero_2 or none"
+            )
+    if config.optimizer == "adamw_8bit" and (zero.get("offload_optimizer") or {}).get("device", "none") != "none":
+        raise ConfigError(
+            "optimizer: adamw_8bit does not go with an offloaded optimizer, for which DeepSpeed has its own AdamW on "
+            "the CPU: set optimizer: adamw, or a deepspeed file without offload_optimizer"
+        )
+
+
+def _check_same(run: Run, prepared: Prepared) -> None:
+    """Raise StorageError unless an existing run folder was made by this config and this data."""
+    earlier = load_config(run.config)
+    differences = config_differences(earlier, prepared.config)
+    if differences:
+        raise StorageError(
+            f"{run.place} holds a run with another config ({', '.join(differences)}): "
+            "choose another run_name, or on_existing=overwrite"
+        )
+    report = storage.read_json(run.data_report)
+    for name in ("train", "valid"):
+        if name in report and report[name]["fingerprint"] != prepared.report[name]["fingerprint"]:
+            raise StorageError(
+                f"{report[name]['path']} is not what {run.place} was started with: "
+                "choose another run_name, or on_existing=overwrite"
+            )
+
+
+def _check_devices(config: FinetuneConfig) -> None:
+    """Refuse what this machine cannot do, before a local Ray cluster is started for nothing."""
+    if os.environ.get("RAY_ADDRESS"):
+        return
+    import torch
+
+    kernels.refuse_missing(config)
+    gpus, cores = torch.cuda.device_count(), os.cpu_count() or 1
+    if config.deepspeed and not gpus and not shutil.which("g++"):
+        raise ResourceError(
+            "deepspeed on a CPU compiles a small extension at its first use and finds no g++: install g++, or set "
+            "deepspeed: none"
+        )
+    if config.num_devices == 0:
+        return
+    have, kind = (gpus, "GPUs") if gpus else (cores, "CPU cores and no GPU")
+    if (config.min_devices or config.num_devices) > have:
+        raise ResourceError(
+            f"num_devices is {config.num_devices}, this machine has {have} {kind}: "
+            f"set num_devices to at most {have}, or address to a larger cluster"
+        )
+
+
+def _write_run(run: Run, prepared: Prepared, told: Plan | None) -> None:
+    """Make the run folder: config, data report, plan and tokens."""
+    try:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        run.config.write_text(dump_config(prepared.config))  # first: it makes the folder a run's
+        for folder in (run.logs, run.checkpoints, run.resume):
+            folder.mkdir(exist_ok=True)
+        token_store.save_view(prepared.train, run.tokens / "train.npz")
+        if prepared.valid is not None:
+            token_store.save_view(prepared.valid, run.tokens / "valid.npz")
+        storage.write_json(run.data_report, prepared.report)
+        if told:
+            storage.write_json(run.plan, as_json(told))
+    except OSError as error:
+        raise StorageError(f"{run.folder} cannot be written: {error}: set storage_path to another place") from None
+
+
+# The workers ------------------------------------------------------------------------------------------
+
+
+def _run_here(config: FinetuneConfig, run: Run) -> dict[str, Any]:
+    from forgebook.training.loop import train_loop
+
+    with signals.heard_sigterm(run.folder):
+        return train_loop(config, run)
+
+
+def _run_on_ray(config: FinetuneConfig, run: Run, output: Console) -> dict[str, Any]:
+    """Run the loop in one Ray Train worker per device; failed workers are restarted and continue."""
+    # Tokenising is over before workers start.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # oneDNN keeps a kernel for each of the last 1,024 shapes it met, some megabytes each: keep fewer.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+
+    if not ray.is_initialized():
+        output.print("[dim]starting Ray[/dim]")
+    cluster.start_ray()
+    use_gpu = ray.cluster_resources().get("GPU", 0) > 0
+    per_worker = _resources_per_worker(config, use_gpu, ray.cluster_resources())
+    fewest = config.min_devices or config.num_devices
+    _check_cluster(fewest, per_worker, ray.cluster_resources(), ray.available_resources())
+    asked = f"{config.min_devices} to {config.num_devices}" if config.min_devices else str(config.num_devices)
+    output.print(f"[dim]starting {asked} workers[/dim]")
+    home = remote_run.make_home(run) if cluster.is_joined() else None
+    trainer = _trainer_class()(
+        _worker,
+        train_loop_config={"config": config, "run": run, "home": home, "folder": str(Path.cwd())},
+        scaling_config=ScalingConfig(
+            num_workers=(config.min_devices, config.num_devices) if config.min_devices else config.num_devices,
+            elastic_resize_monitor_interval_s=RESIZE_SECONDS,
+            use_gpu=use_gpu,
+            resources_per_worker=per_worker,
+        ),
+        run_config=RunConfig(
+            name=f"{run.name}-{time.strftime('%Y%m%d-%H%M%S')}",
+            storage_path=str(run.logs / "ray"),
+            failure_config=FailureConfig(max_failures=config.max_failures),
+        ),
+    )
+    if _scorers(config):
+        output.print("[dim]starting the workers that score the reference[/dim]")
+        reference.start_stage(config, run)
+    with signals.heard_sigterm(run.folder):  # Ray has a handler of its own, set when it started
+        outcome = trainer.fit().return_value
+    if isinstance(outcome, ForgebookError):
+        raise outcome
+    return outcome
+
+
+def _trainer_class():
+    """Make Ray's trainer fit for a cluster of this process's own, which ends with it and has no dashboard.
+
+    Ray's cleaner of placement groups, for controllers that die alone, asks the dashboard and would hold up the end of
+    every run for ten seconds; its watcher for preempted nodes has none to watch.
+    """
+    from ray.train.torch import TorchTrainer
+
+    if cluster.is_joined():
+        return TorchTrainer
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+
+    class _LocalTrainer(TorchTrainer):
+        def _create_default_callbacks(self) -> list[Any]:
+            callbacks = super()._create_default_callbacks()
+            return [each for each in callbacks if type(each).__name__ != "PlacementGroupCleanerCallback"]
+
+    return _LocalTrainer
+
+
+def _worker(job: dict[str, Any]) -> dict[str, Any] | ForgebookError:
+    """Run the loop in a Ray worker.
+
+    A user's mistake is returned, not raised: Ray would take it for a failed worker and try it again. It is
+    the same on every rank, so that none is left waiting.
+    """
+    import ray.train
+
+    rank = ray.train.get_context().get_world_rank()
+    run = remote_run.settle(job["run"], job["home"], rank)
+    if os.path.isdir(job["folder"]):
+        os.chdir(job["folder"])
+    log = os.open(run.logs / f"worker-{rank}.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.write(log, f"worker {rank}: process {os.getpid()}\n".encode())
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+
+    from forgebook.training.loop import train_loop
+
+    try:
+        return train_loop(job["config"], run)
+    except ForgebookError as error:
+        return error
+    finally:
+        remote_run.leave(run.home)
+
+
+def _resources_per_worker(config: FinetuneConfig, use_gpu: bool, cluster: dict[str, float]) -> dict[str, float]:
+    """Give a worker one GPU, or its share of the cores; and what worker_resources asks for beside."""
+    # A cluster of CPUs is shared out evenly: torch uses as many threads as the worker has cores.
+    cores = int(cluster.get("CPU", 1)) - _scorers(config)
+    base = {"GPU": 1, "CPU": 1} if use_gpu else {"CPU": max(1, cores // config.num_devices)}
+    return {**base, **config.worker_resources}
+
+
+def _scorers(config: FinetuneConfig) -> int:
+    """Count the workers beside the training ones, one core each: those that score the reference of preferences."""
+    preference = config.preference_tuning_config
+    if preference is None or not needs_reference(preference.loss) or not preference.logprob_processor_scaling_config:
+        return 0
+    return preference.logprob_processor_scaling_config.concurrency
+
+
+def _check_cluster(workers: int, each: dict[str, float], total: dict[str, float], free: dict[str, float]) -> None:
+    """Raise ResourceError if the cluster could never hold the workers; Ray would wait for ever."""
+    short = {name: amount * workers for name, amount in each.items() if amount * workers > total.get(name, 0)}
+    if short:
+        needs = ", ".join(f"{amount:g} {name}" for name, amount in short.items())
+        has = ", ".join(f"{free.get(name, 0):g} of {total.get(name, 0):g} {name} free" for name in short)
+        raise ResourceError(
+            f"num_devices: {workers} workers need {needs}; the cluster has {has}: "
+            "lower num_devices, or correct worker_resources"
+        )
+
+
+def _teller(output: Console) -> Callable[[str], None]:
+    """Make a function that tells what the user should know while the run goes on."""
+    return lambda text: output.print(f"[yellow]{escape(text)}[/yellow]")
+
+
+def _short(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__

@@ -1,0 +1,1 @@
+"""Weights, tokenizers, adapters, and what each model family needs."""

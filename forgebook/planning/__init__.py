@@ -1,0 +1,1 @@
+"""Before a GPU is paid for: tokens, memory, time, cost, what fits, what `--default` chooses."""

@@ -1,0 +1,124 @@
+"""The Ray cluster: this machine's own, or a larger one that RAY_ADDRESS or `address:` names.
+
+A larger one gets this repository, so that its workers find `helpers`, and the secrets of this environment: by a
+function that each worker process runs first, never by an argument, a file, a log or Ray's own records.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from forgebook.errors import ConfigError, ResourceError
+
+__all__ = ["EXCLUDED", "REPOSITORY", "SECRETS", "SETTINGS", "WITH_PASSWORD", "is_joined", "name_address", "start_ray"]
+
+SECRETS = ("HF_TOKEN", "WANDB_API_KEY", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+# Not secret, and workers need the same ones. MLFLOW_TRACKING_URI may hold a password: it travels with the secrets.
+SETTINGS = ("AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "WANDB_BASE_URL", "HF_HOME")
+WITH_PASSWORD = ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_TOKEN")
+# How libraries behave; Ray's workers on this machine get them by themselves, those on others do not.
+_BEHAVIOUR = ("TOKENIZERS_PARALLELISM", "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "HF_HUB_OFFLINE", "AWS_MAX_ATTEMPTS")
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+# Beside what .gitignore names, which Ray leaves out by itself.
+EXCLUDED = [".git", ".venv", "runs", "__pycache__", ".pytest_cache", ".ruff_cache", "*.ipynb", "benchmarks"]
+
+
+def name_address(address: str | None) -> None:
+    """Let a config name the cluster, unless RAY_ADDRESS does: a job of Ray's finds its own cluster there."""
+    if address is None or os.environ.get("RAY_ADDRESS"):
+        return
+    if "://" in address:
+        raise ConfigError(
+            f"address: got {address!r}, must be HOST:PORT of the head (port 6379) or auto, on a machine of the "
+            "cluster; from outside it: python main.py submit CONFIG address=http://HEAD:8265"
+        )
+    os.environ["RAY_ADDRESS"] = address
+
+
+def is_joined() -> bool:
+    """Tell whether the cluster is one that others started, whose workers may be on other machines."""
+    return os.environ.get("RAY_ADDRESS", "local") not in ("", "local")
+
+
+def start_ray() -> None:
+    """Join the cluster of RAY_ADDRESS, or start one on this machine; do nothing if that was done before.
+
+    Raises ResourceError if no cluster answers there.
+    """
+    # Ray would move each worker into a folder of its own, where the config's relative paths lead nowhere.
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
+    import ray
+
+    if ray.is_initialized():
+        return
+    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+    if not is_joined():
+        _start_here(quiet)
+        return
+    address = os.environ["RAY_ADDRESS"]
+    try:
+        ray.init(address=address, runtime_env=_runtime_env(), **quiet)
+    except (ConnectionError, RuntimeError) as error:
+        raise ResourceError(
+            f"no Ray cluster could be joined at {address}: {_last_line(error)}. Is it up (ray status), and is its "
+            "token here (RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token)? Without RAY_ADDRESS and address: this machine alone"
+        ) from None
+
+
+def _start_here(quiet: dict[str, Any]) -> None:
+    """Start a cluster on this machine: without a dashboard, on loopback; Ray asks for a token by itself.
+
+    Ray gives its own processes half a minute to answer, which on a busy machine is not always enough.
+    """
+    import ray
+
+    for attempts_left in (2, 1, 0):
+        try:
+            ray.init(address="local", include_dashboard=False, **quiet)
+            return
+        except Exception as error:  # that is the class which Ray raises
+            if "timed out during startup" not in str(error):
+                raise
+            if not attempts_left:
+                raise ResourceError(f"Ray could not be started here, three times: {_last_line(error)}") from None
+            ray.shutdown()
+
+
+def _runtime_env() -> dict[str, Any]:
+    """Say what every worker gets: this repository, unless it came here with a job, and its environment."""
+    names = (*SECRETS, *SETTINGS, *WITH_PASSWORD, *_BEHAVIOUR)
+    hook = {"worker_process_setup_hook": _preparing({name: os.environ[name] for name in names if name in os.environ})}
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        return hook
+    return {"working_dir": str(REPOSITORY), "excludes": EXCLUDED, **hook}
+
+
+def _preparing(given: dict[str, str]) -> Callable[[], None]:
+    """Make the function that a worker process runs first; it is sent as it stands, with what it knows."""
+
+    def prepare_worker() -> None:
+        import os
+
+        import psutil
+        import ray
+
+        for name, value in given.items():
+            os.environ.setdefault(name, value)
+        # Workers talk to each other where Ray's nodes do. gloo would take the address of the host's name, which
+        # often is loopback; NCCL the first interface.
+        here = ray.util.get_node_ip_address()
+        for interface, addresses in psutil.net_if_addrs().items():
+            if any(address.address == here for address in addresses):
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+                os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
+
+    return prepare_worker
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1].rstrip(".") if lines else type(error).__name__

@@ -1,0 +1,221 @@
+"""One clean stream for the person who waits: the plan, a progress bar with time left, evaluations, the summary.
+
+What Ray, DeepSpeed and torch print goes to `<run>/logs/driver.log` meanwhile (workers have their own logs
+there), and its last lines are shown when something fails.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from forgebook.runs import metrics
+
+__all__ = ["counting", "follow", "last_lines", "make_console", "quiet_descriptors", "table"]
+
+POLL_SECONDS = 0.2
+# Without a terminal a run is told in about this many lines, a long one in a line every so many seconds.
+LINES_PER_RUN, SECONDS_PER_LINE = 12, 300
+
+
+def make_console() -> Console:
+    """Make the console that everything is printed on: colours and a live bar in a terminal, else plain lines.
+
+    A notebook gives its cells' processes a terminal that cannot move its cursor: it counts as none.
+    """
+    if sys.stdout.isatty() and "JPY_PARENT_PID" not in os.environ:
+        return Console(highlight=False, soft_wrap=True)
+    return Console(highlight=False, soft_wrap=True, force_terminal=False, width=110)
+
+
+@contextlib.contextmanager
+def quiet_descriptors(log: Path) -> Iterator[Console]:
+    """Send file descriptors 1 and 2 to `log` for the length of a block; yield a console on the real output.
+
+    It works on descriptors because native libraries print too. Where sys.stdout is not the process's own
+    (a notebook kernel, a test), printing is left as it is.
+    """
+    console = make_console()
+    if sys.stdout is not sys.__stdout__:
+        yield console
+        return
+    log.parent.mkdir(parents=True, exist_ok=True)
+    _flush_streams()
+    real_out, real_err = os.dup(1), os.dup(2)
+    with open(log, "ab") as sink, os.fdopen(os.dup(real_out), "w") as stream:
+        os.dup2(sink.fileno(), 1)
+        os.dup2(sink.fileno(), 2)
+        console.file = stream
+        try:
+            yield console
+        finally:
+            _flush_streams()
+            os.dup2(real_out, 1)
+            os.dup2(real_err, 2)
+            os.close(real_out)
+            os.close(real_err)
+
+
+def _flush_streams() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+
+
+@contextlib.contextmanager
+def follow(log: Path, console: Console) -> Iterator[None]:
+    """Show what a run appends to its progress file while the block runs."""
+    view = _Bar(console) if console.is_terminal else _Lines(console)
+    start = log.stat().st_size if log.exists() else 0
+    try:
+        with metrics.following(log, start, POLL_SECONDS, view.show):
+            yield
+    finally:
+        view.close()
+
+
+class _Bar:
+    """A live bar for a terminal, evaluations printed above it."""
+
+    def __init__(self, console: Console):
+        self._console = console
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[facts]}"),
+            TimeRemainingColumn(compact=True),
+            TextColumn("left"),
+            console=console,
+        )
+        self._task = None
+
+    def show(self, event: dict[str, Any]) -> None:
+        if event["kind"] == "evaluation":
+            self._console.print(_evaluation_text(event))
+        elif event["kind"] == "step" and self._task is not None:
+            self._progress.update(
+                self._task, completed=event["step"], facts=_facts(event), description=f"epoch {event['epoch']}"
+            )
+        elif event["text"] == "training":
+            # A restarted run starts a new bar: the pace of the time lost would spoil the time left.
+            self.close()
+            self._progress.start()
+            self._task = self._progress.add_task("epoch 1", total=event["steps"], completed=event["start"], facts="")
+            self._console.print(_started_text(event))
+        else:
+            self._console.print(f"[dim]{event['text']}[/dim]")
+
+    def close(self) -> None:
+        if self._task is not None:
+            self._progress.stop()
+            self._progress.remove_task(self._task)
+            self._task = None
+
+
+class _Lines:
+    """A dozen plain lines, for a notebook cell or a log file."""
+
+    def __init__(self, console: Console):
+        self._console = console
+        self._steps = self._start = 0
+        self._began = self._told = 0.0
+
+    def show(self, event: dict[str, Any]) -> None:
+        if event["kind"] == "evaluation":
+            self._console.print(_evaluation_text(event))
+        elif event["kind"] == "step":
+            is_due = event["step"] % max(1, self._steps // LINES_PER_RUN) == 0 or event["step"] == self._start + 1
+            if is_due or time.monotonic() - self._told > SECONDS_PER_LINE:
+                self._told = time.monotonic()
+                self._console.print(self._step_text(event))
+        elif event["text"] == "training":
+            self._steps, self._start, self._began = event["steps"], event["start"], time.monotonic()
+            self._console.print(_started_text(event))
+        else:
+            self._console.print(event["text"])
+
+    def _step_text(self, event: dict[str, Any]) -> str:
+        pace = (time.monotonic() - self._began) / (event["step"] - self._start)
+        left = time.strftime("%H:%M:%S", time.gmtime(pace * (self._steps - event["step"])))
+        return f"epoch {event['epoch']}  step {event['step']}/{self._steps}  {_facts(event)}  {left} left"
+
+    def close(self) -> None:
+        pass
+
+
+def _facts(event: dict[str, Any]) -> str:
+    """Tell a step's loss and pace; on a GPU that the catalog has also the MFU and the money so far."""
+    facts = f"loss {event['train_loss_batch']:.4f}  {event['trained_tokens_throughput']:,.0f} tok/s"
+    facts += f"  MFU {event['mfu']:.0%}" if "mfu" in event else ""
+    return facts + (f"  ${event['cost_usd']:,.2f} so far" if "cost_usd" in event else "")
+
+
+def _started_text(event: dict[str, Any]) -> str:
+    share = event["trainable_parameters"] / event["parameters"]
+    again = ""
+    if event["start"]:
+        again = f", continuing after step {event['start']} with {event['workers']} worker{'s' * (event['workers'] > 1)}"
+    return (
+        f"training {event['trainable_parameters']:,} of {event['parameters']:,} parameters ({share:.1%}), "
+        f"{event['steps']} steps{again}"
+    )
+
+
+def _evaluation_text(event: dict[str, Any]) -> str:
+    where = f"[bold]epoch {event['epoch']}  step {event['step']}[/bold]"
+    if "eval_loss" not in event:
+        return f"{where}  saved {event['checkpoint_dir_name']}"
+    best = "  best so far" if event.get("is_best") else ""
+    for name in ("accuracy", "reward_accuracy"):
+        if f"eval_{name}" in event:
+            best = f"  {name.replace('_', ' ')} {event[f'eval_{name}']:.1%}{best}"
+    perplexity = f"  perplexity {event['perplexity']:.3f}" if "perplexity" in event else ""
+    return f"{where}  evaluation loss {event['eval_loss']:.4f}{perplexity}{best}"
+
+
+@contextlib.contextmanager
+def counting(console: Console, what: str) -> Iterator[Callable[[str, int, int], None]]:
+    """Yield a function to call with (name, done, total): a bar with time left in a terminal, else nothing."""
+    if not console.is_terminal:
+        yield lambda name, done, total: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        tasks: dict[str, Any] = {}
+
+        def tell(name: str, done: int, total: int) -> None:
+            if name not in tasks:
+                tasks[name] = bar.add_task(f"{what} {name}")
+            bar.update(tasks[name], completed=done, total=total)
+
+        yield tell
+
+
+def table(title: str, columns: list[str], rows: Iterable[Iterable[str]]) -> Table:
+    """Make a table for the console."""
+    made = Table(title=title or None, title_justify="left", title_style="bold", expand=False)
+    for column in columns:
+        made.add_column(column, overflow="fold")
+    for row in rows:
+        made.add_row(*map(escape, row))  # square brackets are text here
+    return made
+
+
+def last_lines(folder: Path, count: int = 8) -> str:
+    """Quote the last lines of each log in a folder, for a message about a failure."""
+    quoted = []
+    for log in sorted(folder.glob("*.log")):
+        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        if lines:
+            quoted.append(f"--- {log.name}, last lines ---\n" + "\n".join(lines[-count:]))
+    return "\n".join(quoted)

@@ -1,0 +1,105 @@
+"""Local copies of what lies elsewhere: s3://, gs://, https://; a local path stands for itself.
+
+find_files(glob)    -> [uri]    the files that a path or a glob names
+fetch_file(uri)     -> Path     a local copy of one file
+fetch_folder(uri)   -> Path     a local copy of a folder: model or adapter weights
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import glob
+import hashlib
+import os
+import re
+import shutil
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from forgebook.runs import object_store
+from forgebook.runs.object_store import is_bucket, is_remote
+from forgebook.errors import StorageError
+from forgebook.runs.atomic import aside
+
+__all__ = ["cache_folder", "fetch_file", "fetch_folder", "find_files"]
+
+
+def cache_folder() -> Path:
+    """Name the folder of local copies: $FORGEBOOK_CACHE, or ~/.cache/forgebook."""
+    return Path(os.environ.get("FORGEBOOK_CACHE", "~/.cache/forgebook")).expanduser()
+
+
+def fetch_file(uri: str) -> Path:
+    """Return a local path holding the file at `uri`; raise StorageError if there is none."""
+    if not is_remote(uri):
+        path = Path(uri).expanduser()
+        if path.is_dir():
+            raise StorageError(f"{uri} is a folder, need a file")
+        if not path.exists():
+            raise StorageError(f"{uri} does not exist (looked from {Path.cwd()})")
+        return path
+    target = _cached(uri)
+    if not target.exists():
+        with aside(target) as temporary:
+            (object_store.download if is_bucket(uri) else _download)(uri, temporary)
+    return target
+
+
+def fetch_folder(uri: str) -> Path:
+    """Return a local folder holding what lies under `uri` (local, s3:// or gs://).
+
+    Raises StorageError if nothing is there, or a folder whose upload has not ended.
+    """
+    if not is_remote(uri):
+        path = Path(uri).expanduser()
+        if not path.is_dir():
+            raise StorageError(f"the folder {uri} does not exist (looked from {Path.cwd()})")
+        return path
+    if not is_bucket(uri):
+        raise StorageError(f"{uri}: a folder can be read from a local path, s3:// or gs://, not over https://")
+    target = _cached(uri)
+    if target.exists():
+        return target
+    names = object_store.list_files(uri)
+    if not names:
+        raise StorageError(f"{uri} could not be read: no files there")
+    if object_store.MANIFEST not in names:
+        with aside(target) as temporary:
+            temporary.mkdir()
+            object_store.download_all(uri, temporary, names)
+    elif not object_store.fetch_published(uri, target):
+        raise StorageError(f"{uri} is not complete: its upload was interrupted or still goes on")
+    return target
+
+
+def find_files(pattern: str) -> list[str]:
+    """List the files that a path or a glob (`*`, `?`, `[...]`) names, sorted; local, s3:// or gs://.
+
+    Raises StorageError if a glob finds none; a plain path is returned unseen.
+    """
+    if not any(sign in pattern for sign in "*?[") or pattern.startswith("https://"):
+        return [pattern]
+    if not is_remote(pattern):
+        found = glob.glob(str(Path(pattern).expanduser()), recursive=True)
+        found = [path for path in found if not Path(path).is_dir()]
+    else:
+        folder = re.split(r"[*?\[]", pattern)[0].rpartition("/")[0]
+        found = fnmatch.filter([f"{folder}/{name}" for name in object_store.list_files(folder)], pattern)
+    if not found:
+        raise StorageError(f"{pattern}: no file there has such a name")
+    return sorted(found)
+
+
+def _cached(uri: str) -> Path:
+    """Name the local copy of a remote path. One cache entry per address: addresses are taken as immutable."""
+    name = uri.rstrip("/").rsplit("/", 1)[-1]
+    return cache_folder() / hashlib.sha256(uri.encode()).hexdigest()[:16] / name
+
+
+def _download(url: str, target: Path) -> None:
+    try:
+        with urllib.request.urlopen(url, timeout=60) as response, open(target, "wb") as file:
+            shutil.copyfileobj(response, file)
+    except (urllib.error.URLError, OSError) as error:
+        raise StorageError(f"{url} could not be read: {getattr(error, 'reason', error)}") from None

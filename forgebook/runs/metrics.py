@@ -1,0 +1,113 @@
+"""What a run says of itself while it trains: files that rank 0 writes and anyone may read.
+
+    <run>/metrics.jsonl          one line per optimizer step and per evaluation, under LLMForge's names
+    <run>/logs/progress.jsonl    the same and the stages between, as they happen; the console follows it
+
+A run that continues from step k takes back the metrics after k: they will be written again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from forgebook.runs.run import Run
+
+__all__ = ["Progress", "follow", "following", "read_metrics"]
+
+
+class Progress:
+    """Append to the run's metrics and progress files."""
+
+    def __init__(self, run: Run, resume_step: int = 0, silent: bool = False):
+        """Open the files; resume_step: the step continued from. silent: write nothing (every rank but 0)."""
+        self._silent = silent
+        if silent:
+            return
+        run.logs.mkdir(parents=True, exist_ok=True)
+        _take_back(run.metrics, resume_step)
+        self._metrics = open(run.metrics, "a")  # noqa: SIM115  (open for the length of the run)
+        self._progress = open(run.logs / "progress.jsonl", "a")  # noqa: SIM115
+
+    def step(self, **metrics: Any) -> None:
+        """Record one optimizer step."""
+        self._record("step", metrics)
+
+    def evaluation(self, **metrics: Any) -> None:
+        """Record one evaluation."""
+        self._record("evaluation", metrics)
+
+    def stage(self, text: str, **facts: Any) -> None:
+        """Say what is being done now; for the console only."""
+        if not self._silent:
+            _append(self._progress, {"kind": "stage", "text": text, **facts})
+
+    def _record(self, kind: str, metrics: dict[str, Any]) -> None:
+        if not self._silent:
+            _append(self._metrics, metrics)
+            _append(self._progress, {"kind": kind, **metrics})
+
+
+def _append(file, record: dict[str, Any]) -> None:
+    file.write(json.dumps(record) + "\n")
+    file.flush()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Read a run's metrics; evaluations are the lines with `eval_loss`."""
+    with open(path) as file:
+        # A process that was killed while writing leaves half a line, which the continued run replaces.
+        return [json.loads(line) for line in file if line.endswith("\n")]
+
+
+def follow(log: Path, place: int, ended: threading.Event, every: float) -> Iterator[list[dict[str, Any]]]:
+    """Yield the whole lines that were added to `log` after byte `place`, every so many seconds, maybe none.
+
+    Once `ended` is set, what is left comes at once, and the iteration ends.
+    """
+    while True:
+        is_last_look = ended.wait(every)
+        events = []
+        if log.exists():
+            with open(log) as file:
+                file.seek(place)
+                while (line := file.readline()).endswith("\n"):
+                    events.append(json.loads(line))
+                    place = file.tell()
+        yield events
+        if is_last_look:
+            return
+
+
+@contextlib.contextmanager
+def following(log: Path, place: int, every: float, hand: Callable[[dict[str, Any]], None]) -> Iterator[None]:
+    """Hand each line added to `log` after byte `place` to a function, in a thread, for the length of a block."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        for events in follow(log, place, ended, every):
+            for event in events:
+                hand(event)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _take_back(path: Path, step: int) -> None:
+    """Drop the lines after a step."""
+    if not path.exists():
+        return
+    kept = [record for record in read_metrics(path) if record["step"] <= step]
+    aside = path.with_name(f".{path.name}")
+    aside.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    os.replace(aside, path)

@@ -1,0 +1,241 @@
+"""A run folder and its copy in a bucket.
+
+pull(uri, folder)               before a run, or to look at one: bring what the bucket has
+beside(folder, uri, tell)       while a run goes on: upload what it writes, in a thread of its own
+push(folder, uri, tell)         bring the bucket up to date, or fail
+
+The bucket's folder looks like the local one. Checkpoints and training states are complete or absent there, too
+(a manifest, written last); an old one goes when what replaces it is complete. A slow or failing bucket never stops
+training: uploads are tried again until the run's end, and for some minutes after it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from forgebook.runs import object_store
+from forgebook.errors import BucketBusyError, StorageError
+from forgebook.runs.atomic import aside, remove
+
+__all__ = ["beside", "pull", "push"]
+
+CONFIG = "config.yaml"  # makes a folder a run's
+STATES, CHECKPOINTS = "resume", "checkpoints"
+# Beside these folders; the tokens are made again from the rows.
+FILES = ("*", "tokens/reference-*.npy", "tokens/reference/*.npy")
+LOGS = ("logs/*.log",)
+SNAPSHOTS = ".uploading"
+
+LOOK_SECONDS, FILES_SECONDS = 1, 30  # between looks for new folders; between uploads of files that grow
+PAUSES = (5, 10, 20, 40, 60)  # seconds between the last attempts to complete an upload, once training is over
+
+Tell = Callable[[str], None]
+Known = dict[str, Any]  # what the bucket holds: folder -> its manifest, None if not complete; file -> [bytes, time]
+
+
+# From the bucket --------------------------------------------------------------------------------------
+
+
+def pull(uri: str, folder: Path, with_state: bool = True) -> None:
+    """Make a local run folder what the bucket holds, or leave it if it is the same run and as far or further on.
+
+    A run that the bucket does not have is removed here: it was deleted there. with_state: bring the training state
+    to continue from, too.
+    """
+    there = object_store.list_files(uri)
+    if CONFIG not in there:
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    known = _known(uri, there)
+    complete = [place for place, manifest in known.items() if manifest is not None]
+    state = max((place for place in complete if place.startswith(STATES)), key=_step, default=None)
+    if _is_same(uri, folder, there) and _reached_here(folder) >= _reached_there(there, state):
+        return
+    (folder / CONFIG).unlink(missing_ok=True)  # written last: a pull that was interrupted is begun again
+    wanted = {place for place in complete if place.startswith(CHECKPOINTS)} | (
+        {state} if state and with_state else set()
+    )
+    for place in _places(folder) - wanted:
+        remove(folder / place)
+    for place in sorted(wanted):
+        object_store.fetch_published(f"{uri}/{place}", folder / place)
+    files = [name for name in there if _place(name) is None and not name.startswith("logs/")]
+    for name in sorted(files, key=lambda name: name == CONFIG):
+        with aside(folder / name) as temporary:
+            temporary.write_bytes(object_store.read_file(f"{uri}/{name}"))
+
+
+def _known(uri: str, there: dict[str, int]) -> Known:
+    """Read the manifests of the folders that a bucket's run holds, complete or not."""
+    places = {place for name in there if (place := _place(name))}
+    return {
+        place: object_store.published_manifest(f"{uri}/{place}") if f"{place}/{object_store.MANIFEST}" in there else None
+        for place in places
+    }
+
+
+def _place(name: str) -> str | None:
+    """Name the folder (`checkpoints/epoch-1`) that a file of a run belongs to; None if it stands for itself."""
+    parts = name.split("/")
+    return "/".join(parts[:2]) if len(parts) > 2 and parts[0] in (STATES, CHECKPOINTS) else None
+
+
+def _places(folder: Path) -> set[str]:
+    """List the complete folders of a local run: what is being written or removed starts with a dot."""
+    found = [path for kind in (STATES, CHECKPOINTS) for path in (folder / kind).glob("[!.]*")]
+    return {path.relative_to(folder).as_posix() for path in found if path.is_dir()}
+
+
+def _step(place: str) -> int:
+    return int(place.rpartition("-")[2])
+
+
+def _is_same(uri: str, folder: Path, there: dict[str, int]) -> bool:
+    """Tell whether a local folder is of the bucket's run: the same config, the same data."""
+    for name in (CONFIG, "data_report.json"):
+        local = folder / name
+        if not local.exists() or name not in there or local.read_bytes() != object_store.read_file(f"{uri}/{name}"):
+            return False
+    return True
+
+
+def _reached_here(folder: Path) -> tuple[bool, int, int]:
+    """Say how far a local run is: whether it is complete, its newest training state, the length of its metrics."""
+    metrics = folder / "metrics.jsonl"
+    steps = [_step(place) for place in _places(folder) if place.startswith(STATES)]
+    length = metrics.stat().st_size if metrics.exists() else 0
+    return (folder / "summary.json").exists(), max(steps, default=0), length
+
+
+def _reached_there(there: dict[str, int], state: str | None) -> tuple[bool, int, int]:
+    return "summary.json" in there, _step(state) if state else 0, there.get("metrics.jsonl", 0)
+
+
+# To the bucket ----------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def beside(folder: Path, uri: str | None, tell: Tell) -> Iterator[None]:
+    """Upload what a block writes into a run folder while it runs; the block's end waits until all is there.
+
+    uri: None for a run that is kept on this machine: nothing is done. tell: called with what the user should know.
+
+    Raises StorageError at once if the bucket cannot be written, or at the end if the upload could not be completed.
+    """
+    if uri is None:
+        yield
+        return
+    known = _known(uri, object_store.list_files(uri))
+    _send_files(folder, uri, known)
+    ended = threading.Event()
+    thread = threading.Thread(target=_upload_until, args=(ended, folder, uri, known, tell), daemon=True)
+    thread.start()
+    try:
+        yield
+    except BaseException:
+        ended.set()
+        thread.join()
+        try:
+            _send(folder, uri, known, with_logs=True)
+        except StorageError as error:  # what went wrong in the block matters more
+            tell(f"{error}; what the run wrote last is in {folder} alone")
+        raise
+    ended.set()
+    thread.join()
+    push(folder, uri, tell, known)
+
+
+def push(folder: Path, uri: str, tell: Tell, known: Known | None = None) -> None:
+    """Bring the bucket up to date with a run folder; try for some minutes.
+
+    Raises StorageError, which names the local folder, if that fails.
+    """
+    for pause in (*PAUSES, None):
+        try:
+            known = _known(uri, object_store.list_files(uri)) if known is None else known
+            return _send(folder, uri, known, with_logs=True)
+        except StorageError as error:
+            if pause is None or not isinstance(error, BucketBusyError):
+                raise StorageError(
+                    f"{error}. The run is not complete in the bucket; all of it is in {folder}, and the same command "
+                    "uploads it again"
+                ) from None
+            tell(f"{error}; tried again in {pause} s")
+            time.sleep(pause)
+    return None
+
+
+def _upload_until(ended: threading.Event, folder: Path, uri: str, known: Known, tell: Tell) -> None:
+    """Upload new folders as they appear, and files that grow now and then, until told to end."""
+    is_failing, due = False, time.monotonic() + FILES_SECONDS
+    while not ended.wait(PAUSES[0] if is_failing else LOOK_SECONDS):
+        if _places(folder) <= known.keys() and time.monotonic() < due:
+            continue
+        try:
+            _send(folder, uri, known)
+        except StorageError as error:
+            if not is_failing:
+                tell(f"{error}; training goes on, the upload is tried again")
+            is_failing = True
+        else:
+            if is_failing:
+                tell(f"{uri} can be written again")
+            is_failing, due = False, time.monotonic() + FILES_SECONDS
+
+
+def _send(folder: Path, uri: str, known: Known, with_logs: bool = False) -> None:
+    """Upload what the bucket does not have yet; then delete what it need not have any more."""
+    # A training state names checkpoints: they are seen after it, and uploaded before it. Files are read after both.
+    places = sorted(_places(folder), reverse=True)
+    taken = {place: _snapshot(folder, place, known.get(place)) for place in places}
+    try:
+        _send_files(folder, uri, known, with_logs)
+        for place, snapshot in reversed(taken.items()):
+            if snapshot is not None:
+                known[place] = None
+                object_store.publish_folder(snapshot, f"{uri}/{place}")
+                known[place] = object_store.manifest_of(snapshot)
+    finally:
+        shutil.rmtree(folder / SNAPSHOTS, ignore_errors=True)
+    for place in [name for name in known if _place(f"{name}/") and name not in taken]:
+        object_store.remove_folder(f"{uri}/{place}")
+        del known[place]
+
+
+def _snapshot(folder: Path, place: str, known: object_store.Manifest | None) -> Path | None:
+    """Hold a folder's files by links of their own, so that a slow upload outlives its deletion.
+
+    None if the bucket has the folder already, or it has been deleted by now.
+    """
+    snapshot = folder / SNAPSHOTS / place
+    try:
+        if object_store.manifest_of(folder / place) == known:
+            return None
+        shutil.copytree(folder / place, snapshot, copy_function=os.link)
+    except (shutil.Error, OSError):
+        if not (folder / place).exists():
+            return None
+        shutil.copytree(folder / place, snapshot, dirs_exist_ok=True)  # a file system without links
+    return snapshot
+
+
+def _send_files(folder: Path, uri: str, known: Known, with_logs: bool = False) -> None:
+    """Upload the files that changed, the config first: whoever has it has a run."""
+    patterns = FILES + LOGS * with_logs
+    paths = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    for path in sorted(paths, key=lambda path: (path.name != CONFIG, path)):
+        name, state = path.relative_to(folder).as_posix(), path.stat()
+        if path.name.startswith(".") or known.get(name) == [state.st_size, state.st_mtime_ns]:
+            continue
+        content = path.read_bytes()
+        if path.suffix == ".jsonl":  # a line may be half-written
+            content = content[: content.rfind(b"\n") + 1]
+        object_store.write_file(f"{uri}/{name}", content)
+        known[name] = [state.st_size, state.st_mtime_ns]

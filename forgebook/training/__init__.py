@@ -1,0 +1,1 @@
+"""On the GPUs: the loop, losses, optimizers, checkpoints."""

@@ -1,0 +1,87 @@
+"""What makes a step faster or smaller, where the machine has it: Liger kernels, torch.compile, bitsandbytes.
+
+refuse_missing(config)             before a run, and in every worker: all that is asked for must be here
+use_liger(model, switches)         patches a model in place
+compile_decoder(model, options)    likewise
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from typing import TYPE_CHECKING, Any
+
+from forgebook.errors import ConfigError, ModelError, ResourceError
+
+if TYPE_CHECKING:
+    from forgebook.config.parse import FinetuneConfig
+
+__all__ = ["compile_decoder", "refuse_missing", "use_liger"]
+
+# Liger's own losses stand in the forward pass that makes logits, which ours never calls.
+OUR_LOSS = {"cross_entropy": False, "fused_linear_cross_entropy": False}
+
+
+def refuse_missing(config: FinetuneConfig) -> None:
+    """Raise ResourceError if this machine lacks a package, a compiler or a GPU that the config asks for."""
+    import torch
+
+    has_gpu = torch.cuda.is_available()
+    for key, is_asked in {
+        f"quantization: {config.quantization}": config.quantization is not None,
+        f"optimizer: {config.optimizer}": config.optimizer == "adamw_8bit",
+    }.items():
+        if is_asked and not _has("bitsandbytes"):
+            raise ResourceError(f"{key} needs the package bitsandbytes: pip install it as requirements-gpu.txt says")
+    if config.liger_kernel.enabled and not has_gpu:
+        raise ResourceError(
+            "liger_kernel.enabled: its kernels run on a GPU, and this machine has none: set it to false"
+        )
+    if config.liger_kernel.enabled and not _has("liger_kernel"):
+        raise ResourceError(
+            "liger_kernel.enabled needs the package liger-kernel: pip install it as requirements-gpu.txt says"
+        )
+    if config.attention == "flex" and not has_gpu:
+        raise ResourceError(
+            "attention: flex has no backward pass on a CPU, and this machine has no GPU: choose attention: sdpa"
+        )
+    if config.torch_compile and not has_gpu and not shutil.which("g++"):
+        raise ResourceError("torch_compile on a CPU needs a C++ compiler: install g++, or set torch_compile: false")
+
+
+def _has(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def use_liger(model, switches: dict[str, bool]) -> None:
+    """Put Liger's kernels into a causal language model, in place; `switches` turns single ones off or on.
+
+    Raises ModelError if Liger knows no kernels for this model; ConfigError for a kernel it has not got.
+    """
+    import inspect
+
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    kind = model.config.model_type
+    if kind not in MODEL_TYPE_TO_APPLY_LIGER_FN:  # Liger would write a line to a log and do nothing
+        raise ModelError(f"liger_kernel.enabled: Liger has no kernels for {kind} models: set it to false")
+    known = inspect.signature(MODEL_TYPE_TO_APPLY_LIGER_FN[kind]).parameters
+    unknown = sorted(name for name in switches if name not in known and name not in OUR_LOSS)
+    if unknown:
+        raise ConfigError(f"liger_kernel.kwargs: Liger has no {', '.join(unknown)} kernel for {kind} models: remove it")
+    ours = {name: value for name, value in OUR_LOSS.items() if name in known}
+    _apply_liger_kernel_to_instance(model=model, **{**switches, **ours})
+
+
+def compile_decoder(model, options: bool | dict[str, Any]) -> None:
+    """Have the decoder of a causal language model, maybe inside a PeftModel, compiled when it is first called.
+
+    Raises ConfigError for an argument that torch.compile does not take.
+    """
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    try:
+        # In place: names of parameters, and with them checkpoints, stay the same.
+        causal.base_model.compile(**(options if isinstance(options, dict) else {}))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"torch_compile: {str(error).splitlines()[0]}") from None

@@ -1,0 +1,224 @@
+"""The loss, at supervised positions only and in chunks: the full logits never exist.
+
+With a vocabulary of 128k the logits of one 4,096-token row are 2 GB in float32, and most of them belong to
+prompt tokens that no loss needs. So hidden states are picked at supervised positions before the output
+layer, and the output layer is applied to a chunk of them at a time.
+
+    wrapped = SupervisedLM(model)                       any causal LM of transformers, with or without PEFT
+    loss_sum = wrapped(input_ids, labels)               sum over supervised positions of -log p(label)
+
+The caller divides by the number of supervised tokens of the whole global batch.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from forgebook.errors import ModelError
+
+__all__ = [
+    "CHUNK",
+    "IGNORED",
+    "SupervisedLM",
+    "check_isolation",
+    "chunked_cross_entropy",
+    "chunked_log_probabilities",
+    "fused_linear_cross_entropy",
+]
+
+# Positions per chunk. Larger chunks make no step faster (the matrix products are large already), only bigger.
+CHUNK = 256
+IGNORED = -100
+
+
+class SupervisedLM(nn.Module):
+    """A causal language model whose forward pass returns the summed loss instead of logits.
+
+    model: a transformers model with an output embedding layer, maybe inside a PeftModel.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+        # Not registered a second time as submodules: they are parts of self.model.
+        self._parts = (causal.base_model, causal.get_output_embeddings())
+        # DeepSpeed and accelerate read the width of the model from here.
+        self.config = causal.config
+        _fuse(self._parts[1], causal.config)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        want: Literal["sum", "rows", "logits"] = "sum",
+    ) -> torch.Tensor:
+        """Return the loss summed over supervised positions, a float32 scalar.
+
+        input_ids: [rows, length]; labels: [rows, length], labels[:, t] is predicted by position t, -100 = none.
+        position_ids: [rows, length], of packed rows: each position 0 begins a document that sees no other.
+        want: "rows": [rows] log-probabilities summed over each row's supervised positions instead;
+              "logits": [supervised positions, vocabulary] float32, for the few positions of a classifier.
+        """
+        decoder, head = self._parts
+        if position_ids is None:
+            hidden = decoder(input_ids=input_ids, use_cache=False).last_hidden_state
+        else:
+            if "flash" in self.config._attn_implementation:
+                # Its kernel for documents of any length takes one long line and finds them by their positions.
+                input_ids, labels, position_ids = (t.reshape(1, -1) for t in (input_ids, labels, position_ids))
+            hidden = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+        supervised = labels != IGNORED
+        if want == "sum":
+            return head(hidden[supervised], labels[supervised])
+        found = head(hidden[supervised], labels[supervised], want=want)
+        if want == "logits":
+            return found
+        # `hidden.sum() * 0` keeps the graph connected when no position is supervised.
+        rows = torch.zeros(len(labels), device=found.device) + hidden.float().sum() * 0
+        return rows.index_add(0, supervised.nonzero()[:, 0], found)
+
+
+@torch.no_grad()
+def check_isolation(wrapped: nn.Module, device: torch.device) -> None:
+    """Raise ModelError if a packed row can see the row before it in this model, with its attention kernel.
+
+    Asked of the model itself: the loss of a row is measured behind two different rows. Models that carry a state
+    along (Mamba, linear attention) and kernels that ignore positions are found so, whatever their names.
+    Collective under ZeRO-3.
+    """
+    length = 8
+    ids = torch.arange(5, 5 + length, device=device)
+    positions = torch.arange(length, device=device).repeat(2)[None]
+    labels = torch.cat([torch.full((length,), IGNORED, device=device), ids])[None]
+    pairs = (torch.cat([other, ids])[None] for other in (ids, ids.flip(0)))
+    was_training = wrapped.training
+    wrapped.eval()  # dropout and embedding noise differ between two calls anyway
+    try:
+        losses = [float(wrapped(input_ids=pair, labels=labels, position_ids=positions)) for pair in pairs]
+    except TypeError:  # a model without positions
+        losses = [0.0, 1.0]
+    wrapped.train(was_training)
+    if abs(losses[0] - losses[1]) > 1e-6 * abs(losses[0]):
+        raise ModelError(
+            "padding: packed would let rows see each other in this model with this attention kernel: "
+            "choose padding: longest, or attention: sdpa"
+        )
+
+
+def _fuse(head: nn.Module, config) -> None:
+    """Let the output layer take labels and return the loss.
+
+    It is done in the layer's own forward, not beside it, because ZeRO-3 gathers a layer's weights when the
+    layer is called and LoRA or a trainable copy may stand in its place.
+    """
+    plain_forward = head.forward
+    text_config = config.get_text_config()
+    softcap = getattr(text_config, "final_logit_softcapping", None)  # Gemma
+    scale = getattr(text_config, "logit_scale", None) or 1.0  # Cohere
+    scale /= getattr(text_config, "logits_scaling", None) or 1.0  # Granite
+    is_plain = type(head) is nn.Linear and head.bias is None and softcap is None and scale == 1.0
+
+    def logits_of(hidden: torch.Tensor) -> torch.Tensor:
+        logits = plain_forward(hidden).float() * scale
+        return torch.tanh(logits / softcap) * softcap if softcap is not None else logits
+
+    def forward(hidden: torch.Tensor, labels: torch.Tensor | None = None, want: str = "sum") -> torch.Tensor:
+        if labels is None:
+            return plain_forward(hidden)
+        if want == "logits":
+            return logits_of(hidden)
+        if want == "rows":
+            return chunked_log_probabilities(hidden, labels, logits_of)
+        if is_plain:
+            return fused_linear_cross_entropy(hidden, head.weight, labels)
+        return chunked_cross_entropy(hidden, labels, logits_of)
+
+    head.forward = forward
+
+
+def chunked_cross_entropy(hidden: torch.Tensor, labels: torch.Tensor, logits_of) -> torch.Tensor:
+    """Sum -log p(label) over positions, for any output layer, recomputing each chunk's logits in backward.
+
+    hidden: [positions, width]; labels: [positions]; logits_of: [n, width] -> [n, vocabulary] in float32.
+    """
+
+    def part(hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(logits_of(hidden), labels, reduction="sum")
+
+    # `hidden.sum() * 0` keeps the graph connected when a micro batch has no supervised position.
+    total = hidden.float().sum() * 0
+    for start in range(0, len(labels), CHUNK):
+        chunk = slice(start, start + CHUNK)
+        total = total + checkpoint(part, hidden[chunk], labels[chunk], use_reentrant=False)
+    return total
+
+
+def chunked_log_probabilities(hidden: torch.Tensor, labels: torch.Tensor, logits_of) -> torch.Tensor:
+    """Compute log p(label) at each position, for any output layer, recomputing each chunk's logits in backward.
+
+    hidden: [positions, width]; labels: [positions]. Returns [positions] float32.
+    """
+
+    def part(hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return -nn.functional.cross_entropy(logits_of(hidden), labels, reduction="none")
+
+    chunks = [slice(start, start + CHUNK) for start in range(0, len(labels), CHUNK)]
+    found = [checkpoint(part, hidden[chunk], labels[chunk], use_reentrant=False) for chunk in chunks]
+    return torch.cat(found) if found else hidden.new_zeros(0, dtype=torch.float32)
+
+
+def fused_linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Sum -log p(label) over positions for a plain linear output layer; gradients are made with the loss.
+
+    hidden: [positions, width]; weight: [vocabulary, width]; labels: [positions]. Returns a float32 scalar.
+
+    The logits of a chunk are used at once for the loss and for both gradients and then overwritten by the
+    next chunk's: nothing of size vocabulary is kept but the weight's own gradient. The idea is that of
+    Liger Kernel's fused linear cross-entropy (Hsu et al., 2024, arXiv 2410.10989).
+    """
+    return _FusedLinearCrossEntropy.apply(hidden, weight, labels)
+
+
+class _FusedLinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, labels):
+        wants_hidden, wants_weight, _ = ctx.needs_input_grad
+        chunk = min(CHUNK, max(1, len(labels)))
+        # One buffer in the weights' type for the matrix products, one in float32 for the softmax.
+        logits = hidden.new_empty(chunk, len(weight))
+        probabilities = torch.empty_like(logits, dtype=torch.float32)
+        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
+        grad_weight = torch.zeros_like(weight) if wants_weight else None
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        for start in range(0, len(labels), chunk):
+            part = slice(start, start + chunk)
+            here, target = hidden[part], labels[part, None]
+            z, p = logits[: len(here)], probabilities[: len(here)]
+            torch.mm(here, weight.T, out=z)
+            torch.softmax(p.copy_(z), dim=-1, out=p)
+            picked = p.gather(1, target)
+            loss = -picked.log()
+            if (picked == 0).any():  # underflow: take the loss from the logits
+                loss = z.float().logsumexp(1, keepdim=True) - z.gather(1, target).float()
+            total += loss.sum()
+            if not (wants_hidden or wants_weight):
+                continue
+            p.scatter_add_(1, target, torch.full_like(picked, -1.0))
+            z.copy_(p)
+            if wants_hidden:
+                torch.mm(z, weight, out=grad_hidden[part])
+            if wants_weight:
+                grad_weight.addmm_(z.T, here)
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad_total):
+        grads = (None if grad is None else grad.mul_(grad_total.to(grad.dtype)) for grad in ctx.saved_tensors)
+        return (*grads, None)

@@ -1,0 +1,181 @@
+"""main.py as a user runs it: exit codes, one readable sentence, no traceback, nothing half-written."""
+
+import contextlib
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from conftest import REPOSITORY, TINY_MODEL
+from forgebook.cli.main import main
+from forgebook.runs.metrics import read_metrics
+
+GOOD = f"model_id: {TINY_MODEL}\ntrain_path: train.jsonl\ntask: instruction_tuning\nnum_devices: 0\nnum_epochs: 1\n"
+ROW = '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}\n'
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty working directory with a good config and good rows."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.yaml").write_text(GOOD)
+    (tmp_path / "train.jsonl").write_text(ROW * 4)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["none.yaml"], "none.yaml"),
+        (["c.yaml", "learning_rat=1"], "did you mean 'learning_rate'?"),
+        (["c.yaml", "num_epochs=many"], "num_epochs"),
+        (["c.yaml", "train_path=none.jsonl"], "none.jsonl does not exist"),
+        (["c.yaml", "deepspeed=zero_9"], "zero_9.json"),
+        (["c.yaml", "num_devices=4096"], "num_devices is 4096"),
+        (["c.yaml", "storage_path=https://host/runs"], "storage_path"),
+        (["c.yaml", "nonsense"], "nonsense"),
+        (["evaluate"], "evaluate needs a RUN"),
+        (["evaluate", "none"], "no run 'none'"),
+        (["evaluate", "none", "row=3"], "unknown option row"),
+        (["models", "show"], "models show needs a RUN"),
+        (["models", "delete", "none"], "no model 'none'"),
+        (["push", "none"], "push needs a repository"),
+        (["push", "none", "a/b", "public=true"], "unknown option public"),
+        (["export", "none"], "export needs a file"),
+        (["generate", "tiny"], "generate needs prompts"),
+        (["generate", "tiny", "-p", "a", "temperature=hot"], "not a number"),
+        (["generate", "tiny", "data=none.jsonl"], "none.jsonl does not exist"),
+        (["generate", "none", "-p", "a"], "no run 'none'"),
+        (["generate", "tiny", "-p", "a", "engine=fast"], "engine must be one of"),
+        (["chat", "none"], "no run 'none'"),
+    ],
+)
+def test_mistakes_end_with_two_and_a_sentence(here, capsys, arguments, said):
+    before = sorted(path.name for path in here.iterdir())
+    assert main(arguments) == 2
+    told = capsys.readouterr().err
+    assert said in told and "Traceback" not in told
+    assert sorted(path.name for path in here.iterdir()) == before
+
+
+def tokens_kept(folder) -> set[str]:
+    return {path.name for path in folder.glob("runs/.tokens/*")}
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ("", "is empty"),
+        (ROW + "{oops\n", "train.jsonl:2: not valid JSON"),
+        ('{"messages": [{"role": "user", "content": "q"}]}\n', "train.jsonl:1: messages: no assistant turn"),
+    ],
+)
+def test_bad_rows_end_with_two_and_their_place(here, capsys, rows, said):
+    (here / "train.jsonl").write_text(rows)
+    assert main(["c.yaml"]) == 2
+    assert said in capsys.readouterr().err
+    # Nothing of a run: the report on all bad rows, and what can be used of the tokens.
+    assert {path.name for path in (here / "runs").glob("*/*")} <= {"data_report.json"} | tokens_kept(here)
+
+
+def test_retired_names_are_noted_once(here, capsys):
+    (here / "c.yaml").write_text(GOOD + "no_gradient_checkpoint: true\ndeepspeed: none\n")
+    assert main(["c.yaml"]) == 0
+    told = capsys.readouterr().err
+    assert told.count("no_gradient_checkpoint is retired") == 1 and "gradient_checkpointing" in told
+
+
+def test_models_are_listed_shown_and_deleted(here, capsys, monkeypatch):
+    assert main(["models"]) == 0 and "no models under runs" in capsys.readouterr().out
+    assert main(["c.yaml", "max_steps=1", "deepspeed=none"]) == 0
+    capsys.readouterr()
+    assert main(["models", "--json"]) == 0
+    [record] = json.loads(capsys.readouterr().out)
+    assert record["id"] == "c" and record["is_complete"]
+    assert (
+        main(["models", "show", "c"]) == 0 and "ft_type            instruction_tuning, full" in capsys.readouterr().out
+    )
+    monkeypatch.setattr("builtins.input", lambda asked: "")
+    assert main(["models", "delete", "c"]) == 0 and (here / "runs/c/config.yaml").exists()
+    assert main(["models", "delete", "c", "--yes"]) == 0 and not (here / "runs/c").exists()
+
+
+def test_the_command_as_a_process(here):
+    """Real process, real streams: a mistake, then a run, then its evaluation."""
+
+    def run(*arguments):
+        return subprocess.run(
+            [sys.executable, str(REPOSITORY / "main.py"), *arguments], capture_output=True, text=True, cwd=here
+        )
+
+    mistake = run("c.yaml", "seeed=1")
+    assert mistake.returncode == 2 and mistake.stdout == "" and "Traceback" not in mistake.stderr
+    done = run("c.yaml", "deepspeed=none", "valid_path=train.jsonl", "train_batch_size_per_device=2")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert any("evaluation loss" in line for line in lines) and any("best checkpoint" in line for line in lines)
+    assert len(lines) < 30 and done.stderr == ""
+    evaluated = run("evaluate", "c", "rows=2")
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert "exact match on 2 held-out rows" in evaluated.stdout and "95 % intervals" in evaluated.stdout
+    assert (here / "runs/c/evaluation/mistakes.jsonl").exists()
+    said = run("generate", "c", "-p", "q", "max_new_tokens=4")
+    assert said.returncode == 0 and said.stderr == "" and len(said.stdout.splitlines()) == 1, said.stderr
+    written = run("generate", "c", "data=train.jsonl", "out=answers.jsonl", "max_new_tokens=4")
+    assert written.stdout == "4 of 4 prompts answered, 0 were there: answers.jsonl\n", written.stderr
+    assert len((here / "answers.jsonl").read_text().splitlines()) == 4
+    again = run("c.yaml", "deepspeed=none", "valid_path=train.jsonl", "train_batch_size_per_device=2")
+    assert again.returncode == 0 and "is complete already" in again.stdout
+
+
+def test_a_terminal_sees_a_bar(here):
+    """The same command on a pseudo-terminal: a live bar with loss, pace and time left."""
+    controller, terminal = pty.openpty()
+    environment = {name: value for name, value in os.environ.items() if name != "JPY_PARENT_PID"} | {"TERM": "xterm"}
+    command = [sys.executable, str(REPOSITORY / "main.py"), "c.yaml", "deepspeed=none"]
+    process = subprocess.Popen(command, stdout=terminal, stderr=terminal, cwd=here, env=environment)
+    os.close(terminal)
+    seen = b""
+    with contextlib.suppress(OSError):  # Linux ends a terminal that nobody holds with an error
+        while chunk := os.read(controller, 65536):
+            seen += chunk
+    assert process.wait() == 0
+    told = seen.decode()
+    assert (
+        "\x1b[" in told and "epoch 1" in told and "tok/s" in told and "left" in told and "Loading weights" not in told
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("sharding", "lora"), [("none", "null"), ("zero_2", "{r: 4, lora_dropout: 0.1}"), ("zero_3", "{r: 4}")]
+)
+def test_a_killed_command_continues_to_the_same_losses(here, sharding, lora):
+    """SIGKILL of the whole process between two saved states, then the same command again."""
+    (here / "train.jsonl").write_text("".join(ROW.replace('"q"', f'"{"q " * (1 + k % 7)}"') for k in range(48)))
+    command = [
+        sys.executable, str(REPOSITORY / "main.py"), "c.yaml", f"deepspeed={sharding}", f"lora_config={lora}",
+        "num_epochs=2", "train_batch_size_per_device=2", "learning_rate=1e-3", "checkpoint_and_evaluation_frequency="
+        "{unit: steps, frequency: 10}",
+    ]  # fmt: skip
+    undisturbed = subprocess.run([*command, "run_name=undisturbed"], capture_output=True, text=True, cwd=here)
+    assert undisturbed.returncode == 0, undisturbed.stderr
+    metrics = here / "runs/disturbed/metrics.jsonl"
+    first = subprocess.Popen([*command, "run_name=disturbed"], stdout=subprocess.DEVNULL, cwd=here)
+    while first.poll() is None and not (metrics.exists() and len(metrics.read_text().splitlines()) > 15):
+        time.sleep(0.02)
+    first.kill()
+    assert first.wait() == -signal.SIGKILL, "the run had ended before it could be killed"
+    again = subprocess.run([*command, "run_name=disturbed"], capture_output=True, text=True, cwd=here)
+    assert again.returncode == 0, again.stderr
+    assert "continuing after step" in again.stdout
+    losses = [
+        [row["train_loss_batch"] for row in read_metrics(here / f"runs/{name}/metrics.jsonl") if "grad_norm" in row]
+        for name in ("undisturbed", "disturbed")
+    ]
+    assert len(losses[0]) == 48 and losses[0] == losses[1]

@@ -1,0 +1,149 @@
+"""Every format of a row, and what a bad one is told."""
+
+import json
+
+import pytest
+
+from forgebook.data.row_formats import parse_row
+from forgebook.errors import DataError
+
+CALL = {"id": "c1", "type": "function", "function": {"name": "find", "arguments": '{"city": "Rome"}'}}
+TOOLS = [{"type": "function", "function": {"name": "find", "parameters": {"type": "object"}}}]
+Q, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+
+
+def parse(raw, task="instruction_tuning", **more):
+    return parse_row(raw, "f:1", task, **more)
+
+
+def pairs(row):
+    return [(message["role"], message["content"]) for message in row.messages]
+
+
+@pytest.mark.parametrize(
+    ("raw", "name", "expected"),
+    [
+        ({"messages": [Q, A]}, "messages", [("user", "q"), ("assistant", "a")]),
+        (
+            {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "system": "s"},
+            "sharegpt",
+            [("system", "s"), ("user", "q"), ("assistant", "a")],
+        ),
+        (
+            {"instruction": "i", "input": "x", "output": "o"},
+            "alpaca",
+            [("user", "i\n\nx"), ("assistant", "o")],
+        ),
+        (
+            {"instruction": "i", "input": "", "output": "o", "history": [["h", "b"]]},
+            "alpaca",
+            [("user", "h"), ("assistant", "b"), ("user", "i"), ("assistant", "o")],
+        ),
+        ({"prompt": "p", "completion": "c"}, "prompt/completion", [("user", "p"), ("assistant", "c")]),
+        ({"prompt": [Q], "completion": [A]}, "prompt/completion", [("user", "q"), ("assistant", "a")]),
+        (
+            {"messages": [{"role": "developer", "content": [{"type": "text", "text": "s"}]}, Q, A]},
+            "messages",
+            [("system", "s"), ("user", "q"), ("assistant", "a")],
+        ),
+    ],
+)
+def test_a_format_is_recognised_by_its_keys(raw, name, expected):
+    row, notes = parse(raw)
+    assert notes.format == name and pairs(row) == expected and notes.ignored == ()
+
+
+def test_sharegpt_with_tools():
+    turns = [
+        {"from": "human", "value": "q"},
+        {"from": "function_call", "value": '{"name": "find", "arguments": {"city": "Rome"}}'},
+        {"from": "observation", "value": "sunny"},
+        {"from": "gpt", "value": "a"},
+    ]
+    row, _ = parse({"conversations": turns, "tools": json.dumps(TOOLS)})
+    assert [role for role, _ in pairs(row)] == ["user", "assistant", "tool", "assistant"]
+    assert row.messages[1]["tool_calls"][0]["function"] == {"name": "find", "arguments": {"city": "Rome"}}
+    assert row.tools == TOOLS
+
+
+def test_tool_calls_take_one_form():
+    """Arguments as text (OpenAI) or parsed, calls with or without content: templates want them parsed."""
+    for call in (CALL, {"name": "find", "arguments": {"city": "Rome"}}):
+        row, _ = parse({"messages": [Q, {"role": "assistant", "content": None, "tool_calls": [call]}], "tools": TOOLS})
+        assert row.messages[1]["content"] == ""
+        assert row.messages[1]["tool_calls"][0]["function"]["arguments"] == {"city": "Rome"}
+
+
+def test_keys_that_nothing_reads_are_listed():
+    _, notes = parse({"messages": [Q, A | {"mood": "good"}], "source": "web", "tools": TOOLS})
+    assert notes.ignored == ("messages[].mood", "source")
+
+
+def test_reasoning_has_one_name():
+    for key in ("reasoning_content", "reasoning", "thinking"):
+        row, notes = parse({"messages": [Q, A | {key: "hm"}]})
+        assert row.messages[1]["reasoning_content"] == "hm" and not notes.ignored
+
+
+def test_preference_rows():
+    chosen, rejected = [Q, A], [Q, A | {"content": "b"}]
+    for raw in (
+        {"chosen": chosen, "rejected": rejected, "num_words_chosen": 1},
+        {"prompt": "q", "chosen": "a", "rejected": "b", "score": 2},
+        {"prompt": [Q], "chosen": [A], "rejected": rejected[1:], "x": 0},
+        {"prompt": [Q], "chosen": chosen, "rejected": rejected, "x": 0},
+    ):
+        row, notes = parse(raw, "preference_tuning")
+        assert row.messages == chosen and row.rejected == rejected and len(notes.ignored) == 1
+
+
+@pytest.mark.parametrize(
+    ("raw", "task", "message"),
+    [
+        ({"messages": None}, "instruction_tuning", "f:1: messages: need a non-empty list"),
+        ({"text": "x"}, "instruction_tuning", "a 'text' is for task: causal_lm"),
+        ({"instruction": "i", "output": 3}, "instruction_tuning", "output: need a string, got 3"),
+        ({"messages": [Q, A | {"weight": 2}]}, "instruction_tuning", r"messages\[1\].weight: got 2, need 0 or 1"),
+        ({"messages": [Q | {"weight": 1}, A]}, "instruction_tuning", "on an assistant's turn"),
+        ({"messages": [Q, A | {"weight": 0}]}, "instruction_tuning", "every assistant turn has weight 0"),
+        ({"messages": [Q, A | {"name": 3}]}, "instruction_tuning", r"messages\[1\].name: need a string"),
+        ({"messages": [Q | {"tool_calls": [CALL]}, A]}, "instruction_tuning", "only an assistant calls tools"),
+        (
+            {"messages": [Q, A | {"tool_calls": [{"function": {"name": "f", "arguments": "{oops"}}]}]},
+            "instruction_tuning",
+            r"messages\[1\].tool_calls\[0\].arguments: not valid JSON",
+        ),
+        (
+            {"messages": [Q, A | {"tool_calls": [{"id": "1"}]}]},
+            "instruction_tuning",
+            r"tool_calls\[0\]: need .*\"function\"",
+        ),
+        ({"messages": [Q, A | {"function_call": {"name": "f"}}]}, "instruction_tuning", "write tool_calls instead"),
+        ({"messages": [Q, A], "tools": "[oops"}, "instruction_tuning", "tools: not valid JSON"),
+        ({"messages": [Q, A], "tools": [{"type": "function"}]}, "instruction_tuning", r"tools\[0\]: need"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, A]},
+            "instruction_tuning",
+            r"messages\[0\].content\[0\]: only text can be trained so far",
+        ),
+        ({"chosen": [Q, A], "rejected": [Q, A]}, "instruction_tuning", "set task: preference_tuning"),
+        ({"messages": [Q, A]}, "preference_tuning", "no 'chosen' and 'rejected'"),
+        ({"chosen": [Q, A], "rejected": [Q, A]}, "preference_tuning", "the same answer"),
+        (
+            {"chosen": [Q, A], "rejected": [{"role": "user", "content": "z"}, A]},
+            "preference_tuning",
+            "their prompts differ",
+        ),
+        ({"chosen": [Q, A, Q], "rejected": [Q, A]}, "preference_tuning", "chosen: must end with an answer"),
+    ],
+)
+def test_a_bad_row_is_told_its_field_and_mend(raw, task, message):
+    with pytest.raises(DataError, match=message):
+        parse(raw, task)
+
+
+def test_a_label_outside_the_list_is_refused():
+    labels = ("[[1]]", "[[2]]")
+    parse({"messages": [Q, A | {"content": "[[1]]"}]}, "classification", labels=labels)
+    with pytest.raises(DataError, match=r"must be one of classifier_config.label_tokens \(\[\[1\]\], \[\[2\]\]\)"):
+        parse({"messages": [Q, A]}, "classification", labels=labels)

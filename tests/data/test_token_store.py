@@ -1,0 +1,77 @@
+"""Tokenised rows: files, views, statistics, truncation."""
+
+import numpy as np
+import pytest
+
+from conftest import make_tokens, uneven_rows
+from forgebook.data import chat_template, token_store
+from forgebook.errors import DataError
+
+
+def test_statistics():
+    stats = token_store.token_statistics(make_tokens([10] * 99 + [110], trained=5))
+    assert stats == {
+        "rows": 100, "tokens": 1100, "supervised_tokens": 500, "supervised_share": 0.4545,
+        "tokens_p50": 10, "tokens_p95": 10, "tokens_p99": 10, "tokens_max": 110, "duplicate_rows": 98,
+    }  # fmt: skip
+
+
+def test_rows_survive_shards_and_views(tmp_path, tokenizer):
+    encoded = [chat_template.encode(row["messages"], tokenizer) for row in uneven_rows(7)]
+    for k, part in enumerate((encoded[:4], encoded[4:])):
+        token_store.write_shard(
+            [(one, line) for line, one in enumerate(part, 1)], tmp_path / f"{k}.arrow", f"{k}.jsonl"
+        )
+    mapped = token_store.map_shards([tmp_path / "0.arrow", tmp_path / "1.arrow"])
+    token_store.save_view(mapped.select(np.array([6, 0, 0])), tmp_path / "a" / "view.npz")
+    loaded = token_store.load_view(tmp_path / "a" / "view.npz")
+    assert len(mapped) == 7 and len(loaded) == 3
+    for k, source in enumerate((6, 0, 0)):
+        ids, trained = loaded.row(k)
+        assert ids.tolist() == encoded[source].input_ids and trained.tolist() == encoded[source].trained
+        assert loaded.supervised[k] == sum(encoded[source].trained)
+    assert [loaded.where(k) for k in range(3)] == ["1.jsonl:3", "0.jsonl:1", "0.jsonl:1"]
+    assert not loaded.row(0)[0].flags.owndata  # mapped, not copied
+
+
+@pytest.mark.parametrize(("weight", "count"), [(1, 10), (2, 20), (0.5, 5), (1.3, 13)])
+def test_a_weight_says_how_often_rows_are_taken(weight, count):
+    taken = token_store.repetitions(np.arange(10), weight, seed=1)
+    assert len(taken) == count
+    assert {np.sum(taken == row) for row in range(10)} <= {int(weight), int(weight) + 1}
+    assert np.array_equal(taken, token_store.repetitions(np.arange(10), weight, seed=1))
+
+
+# Truncation -------------------------------------------------------------------------------------------
+
+
+def test_truncation_error_names_the_length_that_loses_nothing():
+    """Peers' point 4."""
+    with pytest.raises(DataError, match=r"1 of 2 rows .* lose 4 trained tokens: set context_length to 20"):
+        token_store.fit_context(make_tokens([5, 20], trained=4), 10, "error")
+
+
+@pytest.mark.parametrize(
+    ("policy", "lengths", "report"),
+    [
+        ("drop", [5], {"rows_cut": 0, "rows_dropped": 1, "tokens_cut": 20, "answer_tokens_cut": 12}),
+        ("left", [5, 10], {"rows_cut": 1, "rows_dropped": 0, "tokens_cut": 10, "answer_tokens_cut": 3}),
+        ("right", [5, 10], {"rows_cut": 1, "rows_dropped": 0, "tokens_cut": 10, "answer_tokens_cut": 10}),
+    ],
+)
+def test_truncation_policies_say_what_they_cut(policy, lengths, report):
+    fitted, done = token_store.fit_context(make_tokens([5, 20], trained=12), 10, policy)
+    assert fitted.lengths.tolist() == lengths
+    assert done == report
+
+
+def test_truncation_that_leaves_nothing_is_an_error():
+    with pytest.raises(DataError, match="no row of x has a trained token within context_length 3"):
+        token_store.fit_context(make_tokens([20, 30]), 3, "right", "x")
+
+
+def test_what_each_policy_would_lose_is_told():
+    losses = token_store.truncation_losses(make_tokens([5, 20], trained=12), 10)
+    assert losses == {
+        "longer_rows": 1, "answer_tokens_lost_drop": 12, "answer_tokens_lost_left": 3, "answer_tokens_lost_right": 10,
+    }  # fmt: skip

@@ -1,0 +1,202 @@
+"""Evaluations on real, tiny runs: figures that other code confirms, mistakes that can be read."""
+
+import json
+
+import numpy as np
+import pytest
+from test_judge import endpoint
+
+from conftest import LORA, TINY_MODEL, chat, uneven_rows
+from forgebook.config.parse import load_config
+from forgebook.errors import ConfigError, DataError, StorageError
+from forgebook.evaluation import results
+from forgebook.evaluation.evaluate import compare_with_base, evaluate, exact_match
+from forgebook.evaluation.judge import Judge
+from forgebook.launch.ray_train import fine_tune
+from forgebook.runs.metrics import read_metrics
+from forgebook.runs.run import Run
+
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
+
+
+def test_exact_match():
+    assert exact_match(["a", " b\n", "c", ""], ["a", "b", "d", "x"]) == 0.5
+
+
+@pytest.fixture(scope="module")
+def learn(tmp_path_factory):
+    """Overfit a run on a few rows; the tuned model repeats them, its base does not."""
+    folder = tmp_path_factory.mktemp("runs")
+
+    def train(name, rows, **values):
+        path = folder / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        settings = {
+            "model_id": str(TINY_MODEL), "train_path": str(path), "valid_path": str(path), "run_name": name,
+            "task": "instruction_tuning", "storage_path": str(folder), "num_devices": 0, "num_epochs": 30,
+            "train_batch_size_per_device": 8, "learning_rate": 3e-3, "num_warmup_steps": 0, "dtype": "float32",
+            "deepspeed": None, "gradient_checkpointing": False, **values,
+        }  # fmt: skip
+        (folder / f"{name}.yaml").write_text(json.dumps(settings))
+        return fine_tune(load_config(folder / f"{name}.yaml"))
+
+    return train
+
+
+QUESTIONS = ("alpha", "bravo", "carol", "delta")
+
+
+@pytest.fixture(scope="module")
+def by_heart(learn):
+    """A run that answers `X` with "X and out", then a GSM8K number."""
+    return learn("heart", [chat(q, f"{q} and out\n#### {k}") for k, q in enumerate(QUESTIONS)], num_epochs=60)
+
+
+@pytest.fixture
+def held_out(write_rows):
+    """Three rows that the run knows, one to which it knows another answer."""
+    rows = [chat(q, f"{q} and out\n#### {k}") for k, q in enumerate(QUESTIONS[:3])]
+    return write_rows([*rows, chat("delta", "delta and out\n#### 4")], "held-out.jsonl")
+
+
+def test_a_run_learns_its_rows_by_heart(by_heart):
+    compared = compare_with_base(by_heart)
+    assert compared.accuracy() == (0, 1) and compared.summary()["rows"] == 4
+    assert compared.references[0] == "alpha and out\n#### 0" and compared.prompts[0] == "alpha"
+
+
+@pytest.mark.parametrize(
+    ("metric", "kind"), [(None, "different"), ("gsm8k", "wrong number")], ids=["exact_match", "gsm8k"]
+)
+def test_right_and_wrong_answers_are_counted_and_shown(by_heart, held_out, metric, kind):
+    found = evaluate(by_heart, path=held_out, metric=metric, max_new_tokens=24)
+    [score] = found.scores
+    assert (score.before.value, score.after.value) == (0, 0.75) and score.difference.value == 0.75
+    assert score.after.low == pytest.approx(0.3006, abs=1e-4) and score.after.high == pytest.approx(0.9544, abs=1e-4)
+    assert score.difference.p == 0.25  # three rows won, none lost
+    results.save(found, by_heart)
+    [mistake] = [json.loads(line) for line in (by_heart.folder / "evaluation/mistakes.jsonl").read_text().splitlines()]
+    assert mistake["kind"] == kind and mistake["prompt"] == "delta" and mistake["base_was_right"] is False
+    assert mistake["tuned"] == "delta and out\n#### 3" and mistake["reference"].endswith("4") and "base" in mistake
+    written = json.loads((by_heart.folder / "evaluation.json").read_text())
+    name = metric or "exact_match"
+    assert written["rows"] == 4 and written[f"{name}_after"] == 0.75 and written[f"{name}_after_95"] == [0.3006, 0.9544]
+    assert sum(counts["after"] for counts in written["mistakes"].values()) == 1
+    assert f"{name.replace('_', ' ')} on 4 held-out rows: base 0.0%, tuned 75.0%" in results.figure_lines(found)[0]
+
+
+def test_perplexity_is_that_of_the_training_loop(by_heart):
+    """The same rows as the run's own validation: the same figure, by other code."""
+    last = [row for row in read_metrics(by_heart.metrics) if "eval_loss" in row]
+    best = min(row["eval_loss"] for row in last)
+    found = evaluate(by_heart, metric="perplexity")
+    [score] = found.scores
+    assert score.after.value == pytest.approx(np.exp(best), rel=1e-4) and score.before.value > 5
+    assert score.difference.p < 0.01 and found.mistakes == []
+
+
+def test_the_judge_sees_both_orders(by_heart, held_out, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+
+    def verdict(question):
+        first, second = question.split("# Answer A\n")[1].split("\n\n# Answer B\n")
+        is_known = ["and out" in text for text in (first, second)]
+        return "Verdict: " + ("TIE" if is_known[0] == is_known[1] else "A" if is_known[0] else "B")
+
+    with endpoint(verdict) as (url, requests):
+        found = evaluate(by_heart, path=held_out, metric="judge", judge=Judge("any", url), max_new_tokens=16)
+    [score] = found.scores
+    assert len(requests) == 8 and score.before is None
+    assert score.after.value == 1 and score.after.low < 0.6 and found.mistakes == []
+    assert score.difference.p == 2 / 2**4  # four wins of four
+    assert found.kinds == {"lost": (4, 0)}
+    assert results.figure_lines(found)[0] == "win rate on 4 held-out rows: tuned 100.0%"
+
+
+def test_tool_calls_turn_by_turn(learn, write_rows):
+    """A run that has learnt two conversations; one of them is held against another reference."""
+
+    def talk(city, wanted, after="It is sunny."):
+        call = {"id": "1", "function": {"name": "weather", "arguments": {"city": wanted}}}
+        turns = [
+            {"role": "user", "content": f"{city}?"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": "sun", "tool_call_id": "1"},
+            {"role": "assistant", "content": after},
+        ]
+        return {"messages": turns, "tools": TOOLS}
+
+    run = learn("tools", [talk("Paris", "Paris"), talk("Rome", "Rome")], num_epochs=60)
+    path = write_rows([talk("Paris", "Paris", after="Sun, sun."), talk("Rome", "Milan")], "tools-held-out.jsonl")
+    found = evaluate(run, path=path, max_new_tokens=60)
+    assert found.metric == "tool_calls" and found.rows == 2
+    [score] = found.scores
+    # What is said beside calls is not compared: Paris is right in both turns. Rome counts once.
+    assert score.after.value == 0.5 and score.before.value == 0
+    assert {kind: after for kind, (_, after) in found.kinds.items() if after} == {"wrong value": 1}
+    assert sum(before for before, _ in found.kinds.values()) == 2
+    [mistake] = found.mistakes
+    assert mistake["prompt"] == "Rome?" and '"city": "Milan"' in mistake["reference"]
+    assert "Rome" in mistake["tuned"] and mistake["kind"] == "wrong value"
+
+
+def test_a_classifier_and_its_base_share_out_labels(learn):
+    """The tuned model's labels are tokens; to its base they are several, judged by their likelihood."""
+    labels = ["[[yes]]", "[[no]]"]
+    rows = [chat(f"number {k}", labels[k % 2]) for k in range(8)]
+    run = learn(
+        "classes", rows, task="classification", num_epochs=40,
+        classifier_config={"label_tokens": labels, "eval_metrics": ["accuracy", "f1", "prauc"]},
+    )  # fmt: skip
+    found = evaluate(run)
+    by_name = {score.name: score for score in found.scores}
+    assert list(by_name) == ["accuracy", "f1", "prauc"] and found.metric == "classification"
+    logged = [row for row in read_metrics(run.metrics) if "eval_loss" in row]
+    best = min(logged, key=lambda row: row["eval_loss"])
+    for name, score in by_name.items():
+        assert score.after.value == pytest.approx(best[f"eval_{name}"], abs=1e-6), name
+        assert 0 <= score.before.value <= 1 and score.after.low <= score.after.value <= score.after.high
+    wrong = sum(before for before, _ in found.kinds.values())
+    assert by_name["accuracy"].before.value == pytest.approx(1 - wrong / 8)
+
+
+def test_pairs_and_texts_have_metrics_of_their_own(learn):
+    pairs = [
+        {side: chat(f"{q}?", text)["messages"] for side, text in (("chosen", f"{q} it is"), ("rejected", "Who knows."))}
+        for q in QUESTIONS
+    ]
+    preferring = learn("pairs", pairs, task="preference_tuning", num_epochs=5, lora_config=LORA)
+    [score] = evaluate(preferring).scores
+    assert score.name == "chosen_likelier" and score.after.value == 1
+    texts = learn("texts", [{"text": "The lamp is old."}, {"text": "A new door."}], task="causal_lm", num_epochs=5)
+    found = evaluate(texts)
+    logged = min(row["eval_loss"] for row in read_metrics(texts.metrics) if "eval_loss" in row)
+    assert found.metric == "perplexity" and found.scores[0].after.value == pytest.approx(np.exp(logged), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "said"),
+    [
+        ({"metric": "exactly"}, ConfigError, "unknown metric 'exactly': it is one of exact_match"),
+        ({"metric": "classification"}, ConfigError, "no classifier_config"),
+        ({"metric": "judge"}, ConfigError, "needs judge=MODEL"),
+        ({"checkpoint": "epoch-99"}, StorageError, "no checkpoint 'epoch-99'"),
+        ({"path": "none.jsonl"}, StorageError, "none.jsonl does not exist"),
+    ],
+    ids="metric labels judge checkpoint path".split(),
+)
+def test_what_cannot_be_measured_is_refused(by_heart, options, kind, said):
+    with pytest.raises(kind, match=said):
+        evaluate(by_heart, **options)
+
+
+def test_a_row_without_an_answer_is_named(by_heart, write_rows):
+    rows = [*uneven_rows(1), {"messages": [*chat("a", "b")["messages"], {"role": "user", "content": "c"}]}]
+    with pytest.raises(DataError, match=r"rows.jsonl:2: messages: must end with the assistant"):
+        evaluate(by_heart, path=write_rows(rows))
+
+
+def test_a_run_that_has_not_ended_is_refused(by_heart, tmp_path):
+    (tmp_path / "config.yaml").write_text(by_heart.config.read_text())
+    with pytest.raises(StorageError, match="has not ended well"):
+        evaluate(Run(tmp_path))

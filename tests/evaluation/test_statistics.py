@@ -1,0 +1,95 @@
+"""Figures of answers: against published rules and against other implementations of the same statistics."""
+
+import numpy as np
+import pytest
+
+from conftest import REPOSITORY
+from forgebook.evaluation.statistics import (
+    bootstrap,
+    compare_shares,
+    compare_statistics,
+    gsm8k_number,
+    is_exact,
+    is_gsm8k_right,
+    share,
+)
+
+
+def test_exact_is_but_for_outer_space():
+    assert is_exact(" a b\n", "a b") and not is_exact("a  b", "a b") and not is_exact("A", "a")
+
+
+def test_gsm8k_agrees_with_itself_on_300_published_answers():
+    lines = (REPOSITORY / "tests/oracles/gsm8k_answers.txt").read_text().splitlines()
+    answers = [f"3 x 6 = <<3*6=18>>18.\n{line}" for line in lines]
+    assert len(answers) == 300
+    assert sum(is_gsm8k_right(answer, answer) for answer in answers) == 300
+    # Each ends with its number; read there without the rule, it is the same.
+    assert [gsm8k_number(answer) for answer in answers] == [a.split("#### ")[1].replace(",", "") for a in answers]
+    assert sum("," in answer.split("#### ")[1] for answer in answers) > 0
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("so 1\n#### 1,234", "1234"),
+        ("#### -5", "-5"),
+        ("#### 3.5 apples", "3.5"),
+        ("#### 18\n#### 20", "18"),
+        ("the answer is 18", None),
+        ("####18", None),
+        ("#### $18", None),
+        ("", None),
+    ],
+    ids="commas minus decimals first bare tight dollar empty".split(),
+)
+def test_the_rule_of_gsm8k(text, number):
+    assert gsm8k_number(text) == number
+    assert is_gsm8k_right(text, "#### " + (number or "18")) == (number is not None)
+
+
+@pytest.mark.parametrize(("right", "rows"), [(7, 40), (0, 5), (5, 5), (1, 1)], ids="some none all one".split())
+def test_wilson_is_scipys(right, rows):
+    from scipy.stats import binomtest
+
+    theirs = binomtest(right, rows).proportion_ci(method="wilson")
+    found = share([True] * right + [False] * (rows - right))
+    assert [found.value, found.low, found.high] == pytest.approx([right / rows, theirs.low, theirs.high], abs=1e-12)
+
+
+def test_mcnemar_counts_only_rows_that_differ():
+    # 9 won, 1 lost: 2 * (1 + 10) / 2^10.
+    before = [True] * 50 + [False] * 9 + [True] * 1
+    after = [True] * 50 + [True] * 9 + [False] * 1
+    found = compare_shares(before, after)
+    assert found.p == pytest.approx(2 * 11 / 1024) and found.value == pytest.approx(8 / 60)
+    assert compare_shares(before, before).p == 1.0
+
+
+def test_the_bootstrap_of_a_mean_is_near_the_normal_interval():
+    values = np.random.default_rng(1).normal(3, 2, size=200)
+    found = bootstrap(np.mean, values)
+    half = 1.96 * values.std(ddof=1) / np.sqrt(200)
+    assert found.value == values.mean()
+    assert [found.low, found.high] == pytest.approx([values.mean() - half, values.mean() + half], abs=half / 10)
+    assert bootstrap(np.mean, values) == found
+
+
+def test_the_bootstrap_is_near_scipys():
+    from scipy.stats import bootstrap as scipys
+
+    values = np.random.default_rng(2).exponential(size=80)
+    theirs = scipys((values,), np.mean, method="percentile", rng=0).confidence_interval
+    found = bootstrap(np.mean, values)
+    assert [found.low, found.high] == pytest.approx([theirs.low, theirs.high], rel=0.02)
+
+
+def test_pairs_show_what_single_samples_hide():
+    random = np.random.default_rng(3)
+    hard = random.normal(0, 5, size=60)  # rows differ far more than models
+    better = hard + 0.3 + random.normal(0, 0.2, size=60)
+    before, after, found = compare_statistics(np.mean, [hard], [better])
+    assert found.value == pytest.approx(0.3, abs=0.1) and found.p < 0.001
+    assert before.high > after.low and before == bootstrap(np.mean, hard)
+    assert compare_statistics(np.mean, [hard], [hard])[2].p == 1.0
+    assert compare_statistics(np.mean, [hard], [random.permutation(hard) + 0.01])[2].p > 0.3

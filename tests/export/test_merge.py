@@ -1,0 +1,211 @@
+"""Merging: every kind of adapter gives, merged, what it gave on its base; the result needs plain transformers only."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from conftest import LORA, TINY_MODEL, uneven_rows
+from forgebook.config.parse import PromptFormat
+from forgebook.data.chat_template import encode_prompt
+from forgebook.data.prompt_formats import as_chat_template, render_prompt_format
+from forgebook.errors import CheckpointError, ModelError, StorageError
+from forgebook.export.merge import mean_kl, merge_run, tell
+from forgebook.inference.generate import load_for_generation
+from forgebook.models import adapters, load
+from forgebook.training import checkpoints
+
+LABELS = ["[[yes]]", "[[no]]"]
+ROPE = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
+KINDS = {
+    "lora": {"lora_config": LORA},
+    "rslora": {"lora_config": LORA | {"use_rslora": True}},
+    "dora": {"lora_config": LORA | {"use_dora": True}},
+    "embeddings": {"lora_config": LORA | {"target_modules": ["q_proj", "embed_tokens"]}},
+    "saved layer": {"lora_config": LORA | {"modules_to_save": ["lm_head"]}},
+    "rope": {"lora_config": LORA, "rope_scaling": ROPE},
+    "nf4": {"lora_config": LORA, "quantization": "nf4"},
+    "labels": {"lora_config": LORA, "task": "classification", "classifier_config": {"label_tokens": LABELS}},
+}
+
+
+@pytest.fixture
+def make_checkpoint(make_config, write_rows, tmp_path):
+    """Save an adapter as a run does, its weights random instead of trained."""
+
+    def make(size: float = 0.05, prompt_format: str | None = None, **settings):
+        settings.setdefault("lora_config", LORA)
+        if settings.get("task") == "classification":
+            rows = [{"messages": [{"role": "user", "content": "is it"}, {"role": "assistant", "content": LABELS[0]}]}]
+            settings["train_path"] = settings["valid_path"] = write_rows(rows, "labels.jsonl")
+        config = make_config(**settings)
+        tokenizer = load.tokenizer_of(config)
+        model = load.load_model(
+            str(TINY_MODEL), dtype="float32", rope_scaling=config.rope_scaling, quantization=config.quantization
+        )
+        extra = load.fit_vocabulary(model, tokenizer, config)
+        model = load.add_lora(model, {**config.lora_config, **extra})
+        torch.manual_seed(0)
+        for name, p in model.named_parameters():
+            if p.requires_grad and "lora_A" not in name:
+                p.data += size * torch.randn_like(p) * (0.2 if "modules_to_save" in name else 1)
+        overrides = {key: settings[key] for key in ("rope_scaling", "quantization") if key in settings}
+        folder = tmp_path / "checkpoint"
+        checkpoints.save_checkpoint(
+            model, tokenizer, folder, prompt_format=prompt_format, overrides=overrides, trained=False
+        )
+        return folder
+
+    return make
+
+
+def log_probabilities(model, tokenizer):
+    with torch.no_grad():
+        rows = [encode_prompt(row["messages"][:-1], tokenizer) for row in uneven_rows(4)]
+        return [torch.log_softmax(model.float()(input_ids=torch.tensor([ids])).logits[0], -1) for ids in rows]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_merged_model_is_its_adapter(make_checkpoint, tmp_path, kind):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = make_checkpoint(**KINDS[kind])
+    merged = merge_run(str(folder), tmp_path / "out")
+    assert 0 <= merged.kl_merged < 1e-3 < merged.kl_base and merged.vllm == "yes"
+    assert (merged.kl_trained is not None) == (kind == "nf4")
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(merged.folder), AutoTokenizer.from_pretrained(merged.folder)
+    assert model.dtype == torch.bfloat16 and not (merged.folder / "adapter_config.json").exists()
+    rope = adapters.read_overrides(folder).get("rope_scaling")
+    whole, own_tokenizer = load_without_quantisation(folder, rope)
+    assert mean_kl(log_probabilities(whole, own_tokenizer), log_probabilities(model, tokenizer)) < 1e-4
+    if kind == "rope":
+        assert ROPE.items() <= model.config.rope_parameters.items()
+    if kind == "labels":
+        assert len(tokenizer) == 2050 and model.get_input_embeddings().num_embeddings == 2050
+        assert tokenizer.encode("[[yes]]", add_special_tokens=False) == [2048]
+    assert model.config.tie_word_embeddings == (kind not in ("embeddings", "saved layer"))
+    generation = json.loads((merged.folder / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == 2 and tokenizer.chat_template == own_tokenizer.chat_template
+
+
+def load_without_quantisation(folder, rope):
+    """Load the adapter on the float32 base as a user of PEFT would."""
+    from peft import PeftModel
+
+    model = load.load_model(str(TINY_MODEL), dtype="float32", rope_scaling=rope)
+    tokenizer = load.load_tokenizer(str(folder))
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer))
+    return PeftModel.from_pretrained(model, folder).eval(), tokenizer
+
+
+FORMAT = {
+    "system": "S {instruction}\n",
+    "user": 'Q "{instruction}" }}{{ é😀\n',
+    "assistant": " A {instruction}<|end|>",
+}
+FORMATS = {
+    "plain": {},
+    "bos and default": {"bos": "<|begin|>", "default_system_message": " be brief ", "trailing_assistant": " A"},
+    "empty tags": {"add_system_tags_even_if_message_is_empty": True},
+    "in user": {"user": "Q {system}{instruction}", "system_in_user": True},
+    "in last user": {"user": "Q {system}{instruction}", "system_in_user": True, "system_in_last_user": True},
+    "unstripped": {"strip_whitespace": False, "default_system_message": " x "},
+}
+
+
+@pytest.mark.parametrize("settings", FORMATS.values(), ids=FORMATS.keys())
+def test_a_prompt_format_as_a_chat_template_renders_the_same(tokenizer, settings):
+    from jinja2 import TemplateError
+
+    fmt = PromptFormat(**FORMAT | settings)
+    template = as_chat_template(fmt)
+    turns = [
+        {"role": "user", "content": " one {system} {{ x }}"},
+        {"role": "assistant", "content": " two "},
+        {"role": "user", "content": "three\n"},
+    ]
+    for system in ([], [{"role": "system", "content": " be {instruction} "}], [{"role": "system", "content": ""}]):
+        for messages, generates in ((system + turns, True), (system + turns[:2], False), (system + turns[:1], True)):
+            written = tokenizer.apply_chat_template(
+                messages, chat_template=template, tokenize=False, add_generation_prompt=generates
+            )
+            assert written == render_prompt_format(messages, fmt, generates)
+    with pytest.raises(TemplateError, match="no tools"):
+        tokenizer.apply_chat_template([{"role": "tool", "content": "x"}], chat_template=template, tokenize=False)
+
+
+@pytest.mark.slow
+def test_it_loads_without_this_project(make_checkpoint, tmp_path):
+    fmt = "system: '{instruction}'\nuser: 'Q {instruction}'\nassistant: ' A {instruction}<|end|>'\n"
+    merge_run(str(make_checkpoint(prompt_format=fmt)), tmp_path / "out")
+    _, tokenizer, prompt_format = load_for_generation(tmp_path / "out")
+    asked = uneven_rows(1)[0]["messages"][:-1]
+    plainly = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
+    assert plainly == encode_prompt(asked, tokenizer, prompt_format)
+    code = (
+        "import sys\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "model, tokenizer = AutoModelForCausalLM.from_pretrained('out'), AutoTokenizer.from_pretrained('out')\n"
+        "ids = tokenizer.apply_chat_template([{'role': 'user', 'content': 'hello'}], add_generation_prompt=True,\n"
+        "                                    return_tensors='pt', return_dict=True)\n"
+        "model.generate(**ids, max_new_tokens=2)\n"
+        "print(sorted(name for name in sys.modules if name.split('.')[0] in ('forgebook', 'helpers', 'peft')))\n"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env={"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True
+    )
+    assert told.stdout.strip().endswith("[]"), told.stderr
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-9], ids=["zero", "lost in rounding"])
+def test_an_adapter_that_changes_nothing_is_refused(make_checkpoint, tmp_path, size):
+    folder = make_checkpoint(size=size)
+    with pytest.raises(CheckpointError, match=r"changes nothing|did nothing|not what the adapter"):
+        merge_run(str(folder), tmp_path / "out")
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_a_merge_that_goes_wrong_is_refused(make_checkpoint, tmp_path, monkeypatch):
+    from peft.tuners.lora import Linear
+
+    right = Linear.get_delta_weight
+    monkeypatch.setattr(Linear, "get_delta_weight", lambda layer, adapter: 0.5 * right(layer, adapter))
+    folder = make_checkpoint(lora_config=LORA)
+    with pytest.raises(CheckpointError, match="not what the adapter"):
+        merge_run(str(folder), tmp_path / "out")
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_a_whole_model_is_copied(tmp_path):
+    merged = merge_run(str(TINY_MODEL), tmp_path / "out")
+    assert merged.kl_merged is None and "copied as it is" in tell(merged)[0]
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (TINY_MODEL / "model.safetensors").read_bytes()
+
+
+def test_what_cannot_be_merged_is_told(make_checkpoint, tmp_path):
+    folder = make_checkpoint()
+    with pytest.raises(StorageError, match="exists"):
+        merge_run(str(folder), folder)
+    quantised = tmp_path / "quantised"
+    quantised.mkdir()
+    config = json.loads((TINY_MODEL / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (quantised / "config.json").write_text(json.dumps(config))
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    for base, error in ((str(quantised), "is itself quantised"), (str(tmp_path / "gone"), "could not be read")):
+        (folder / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": base}))
+        with pytest.raises(ModelError, match=error):
+            merge_run(str(folder), tmp_path / "out")
+    with pytest.raises(StorageError, match="no run"):
+        merge_run("nothing", tmp_path / "out")
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_kl_is_zero_for_the_same_and_known_for_two_coins():
+    fair, loaded = torch.log(torch.tensor([[0.5, 0.5]])), torch.log(torch.tensor([[0.9, 0.1]]))
+    assert mean_kl([fair], [fair]) == 0
+    assert mean_kl([fair], [loaded]) == pytest.approx(0.5108, abs=1e-4)

@@ -1,0 +1,80 @@
+"""Files of prompts: answered in order, continued where they stopped, the same on Ray workers."""
+
+import importlib.util
+import json
+
+import pytest
+
+from conftest import TINY_MODEL, uneven_rows
+from forgebook.errors import ConfigError, DataError, ResourceError, StorageError
+from forgebook.inference.batch import Prompt, answer, choose_engine, read_prompts, write_answers
+from forgebook.inference.generate import Sampling, complete, load_for_generation
+
+SHORT = Sampling(max_new_tokens=6, batch_size=2)
+
+
+@pytest.fixture
+def asked(write_rows):
+    return read_prompts(write_rows(uneven_rows(6), "prompts.jsonl"))
+
+
+def test_an_answer_in_the_file_is_the_reference(write_rows):
+    rows = uneven_rows(2)
+    rows[1]["messages"].pop()
+    first, second = read_prompts(write_rows(rows))
+    assert first.reference == rows[0]["messages"][-1]["content"] and first.messages == rows[0]["messages"][:-1]
+    assert second == Prompt(1, rows[1]["messages"])
+    with pytest.raises(DataError, match=r"rows.jsonl:1: a text, need messages"):
+        read_prompts(write_rows([{"text": "a"}]))
+
+
+def test_a_file_of_answers_is_continued_where_it_stopped(asked, tmp_path):
+    path, told = tmp_path / "out" / "answers.jsonl", []
+    assert write_answers(path, str(TINY_MODEL), asked, SHORT, on_progress=lambda *at: told.append(at)) == 6
+    assert told == [(done, 6) for done in range(7)]
+    whole = path.read_text()
+    rows = [json.loads(line) for line in whole.splitlines()]
+    model, tokenizer, _ = load_for_generation(TINY_MODEL)
+    expected = complete(model, tokenizer, [one.messages for one in asked], max_new_tokens=6, batch_size=2)
+    assert [row["row"] for row in rows] == list(range(6))
+    assert [row["messages"][-1] for row in rows] == [{"role": "assistant", "content": text} for text in expected]
+    assert rows[0]["reference"] == asked[0].reference and rows[0]["messages"][:-1] == asked[0].messages
+    # Killed in the middle of a line: whole lines stay, the rest is answered.
+    lines = whole.splitlines(keepends=True)
+    path.write_text(lines[4] + lines[1] + lines[3][:20])
+    assert write_answers(path, str(TINY_MODEL), asked, SHORT) == 4
+    assert path.read_text() == whole
+    assert write_answers(path, str(TINY_MODEL), asked, SHORT) == 0
+    with pytest.raises(StorageError, match=r"was written by .* max_new_tokens=6"):
+        write_answers(path, str(TINY_MODEL), asked, Sampling(max_new_tokens=7))
+    with pytest.raises(StorageError, match="answers another prompt than row 0"):
+        write_answers(path, str(TINY_MODEL), [Prompt(0, asked[1].messages)], SHORT)
+    path.write_text("notes\n")
+    with pytest.raises(StorageError, match="not a line of answers"):
+        write_answers(path, str(TINY_MODEL), asked, SHORT)
+    assert path.read_text() == "notes\n"
+
+
+def test_an_engine_that_is_not_there_is_told():
+    with pytest.raises(ConfigError, match="auto, transformers, vllm, got 'llama'"):
+        choose_engine("llama", str(TINY_MODEL), 1)
+    assert choose_engine("auto", str(TINY_MODEL), 1) == "transformers"
+    if importlib.util.find_spec("vllm") is None:
+        with pytest.raises(ConfigError, match="pip install vllm"):
+            choose_engine("vllm", str(TINY_MODEL), 1)
+
+
+@pytest.mark.slow
+def test_two_ray_workers_answer_as_this_process(asked, ray_session):
+    drawn = Sampling(max_new_tokens=6, batch_size=2, temperature=1.0, seed=5)
+    here = dict(answer(str(TINY_MODEL), asked, drawn))
+    assert dict(answer(str(TINY_MODEL), asked, drawn, num_devices=2)) == here and len(here) == 6
+    with pytest.raises(ResourceError, match="num_devices is 9, the cluster has 2 CPUs"):
+        list(answer(str(TINY_MODEL), asked, drawn, num_devices=9))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vllm, and a GPU for it")
+def test_vllm_answers_as_transformers(asked):
+    greedy = Sampling(max_new_tokens=6)
+    expected = dict(answer(str(TINY_MODEL), asked, greedy, engine="transformers"))
+    assert dict(answer(str(TINY_MODEL), asked, greedy, engine="vllm")) == expected

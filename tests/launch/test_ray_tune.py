@@ -1,0 +1,111 @@
+"""Sweeps: what is tried is decided and checked before the first trial; trials are runs, the best one is named."""
+
+import json
+import math
+
+import pytest
+
+from conftest import REPOSITORY
+from forgebook.cli.main import main
+from forgebook.config.parse import load_config
+from forgebook.errors import ConfigError
+from forgebook.launch.ray_tune import variants
+from forgebook.runs.run import Run
+
+QUICKSTART = str(REPOSITORY / "training_configs/tiny/quickstart.yaml")
+
+
+def test_lists_make_a_grid():
+    tried = variants(["learning_rate=[1.0e-4, 3.0e-4]", "lora_config.r=[8, 16]"], None, seed=1)
+    assert [tuple(values.values()) for values in tried] == [(1e-4, 8), (1e-4, 16), (3e-4, 8), (3e-4, 16)]
+
+
+def test_ranges_are_drawn_the_same_for_a_seed():
+    words = ["lora_config.r=[8,16]", "learning_rate=loguniform(1e-5, 1e-3)", "weight_decay=uniform(0,0.1)"]
+    tried = variants(words, 20, seed=1)
+    assert tried == variants(words, 20, seed=1) != variants(words, 20, seed=2)
+    assert len(tried) == 40 and tried[0] | {"lora_config.r": 16} == tried[20]
+    rates = [values["learning_rate"] for values in tried]
+    assert all(1e-5 <= rate <= 1e-3 for rate in rates)
+    # Even on a logarithmic scale: about half below the geometric mean (binomial, 20 draws, p = 0.0004 outside).
+    assert 3 <= sum(rate < math.sqrt(1e-5 * 1e-3) for rate in rates[:20]) <= 17
+
+
+@pytest.mark.parametrize(
+    ("words", "samples", "said"),
+    [
+        ([], None, "needs values to try"),
+        (["learning_rate=[]"], None, "must be a list of values"),
+        (["learning_rate=[1"], None, "must be a list of values"),
+        (["learning_rate=loguniform(0,1)"], 2, "above 0"),
+        (["learning_rate=uniform(2,1)"], 2, "the lower one first"),
+        (["learning_rate=uniform(1,2)"], None, "samples=8"),
+        (["learning_rate=[1]"], 3, "draws nothing"),
+    ],
+    ids="none empty broken zero order often needless".split(),
+)
+def test_what_cannot_be_tried_is_refused(words, samples, said):
+    with pytest.raises(ConfigError, match=said):
+        variants(words, samples, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["learning_rate=[1.0e-3,many]"], "learning_rate: got 'many'"),
+        (["learning_rat=[1,2]"], "did you mean 'learning_rate'?"),
+        (["learning_rate=[1.0e-3]", "valid_path=null"], "give valid_path"),
+        (["learning_rate=[1.0e-3]", "samples=none"], "samples must be a whole number"),
+    ],
+    ids="value key valid samples".split(),
+)
+def test_mistakes_are_found_before_the_first_trial(tmp_path, capsys, words, said):
+    assert main(["tune", QUICKSTART, f"storage_path={tmp_path}", *words]) == 2
+    told = capsys.readouterr().err
+    assert said in told and "Traceback" not in told and not any(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_sweep_finds_the_better_rate(ray_session, tmp_path, monkeypatch, capfd):
+    """Three learning rates, one of them useless: it is stopped early or ends last; the same command continues."""
+    monkeypatch.chdir(REPOSITORY)
+    words = [
+        "learning_rate=[5.0e-3,1.0e-3,1.0e-7]", "num_devices=0", "deepspeed=none", "max_steps=12", "num_epochs=3",
+        "checkpoint_and_evaluation_frequency={unit: steps, frequency: 4}", f"storage_path={tmp_path}",
+    ]  # fmt: skip
+    assert main(["tune", QUICKSTART, *words, "--json"]) == 0
+    told = capfd.readouterr().out  # here Ray Tune's own lines come first; a command sends them to tune.log
+    found = json.loads(told[told.index("{\n") :])
+    best, *others = found["trials"]
+    assert best["values"] == {"learning_rate": 0.005} and best["state"] == "complete"
+    assert [step for step, _ in best["curve"]] == [4, 8, 12]
+    assert all(trial["state"] in ("complete", "stopped") for trial in others)
+    assert all(trial["eval_loss"] is None or trial["eval_loss"] > best["eval_loss"] for trial in others)
+    folder = tmp_path / "quickstart-tune"
+    assert {path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != "."} == {
+        "learning_rate=0.005", "learning_rate=0.001", "learning_rate=1e-07",
+    }  # fmt: skip
+    assert (folder / "tune.png").stat().st_size > 5000
+    for trial in found["trials"]:
+        # A run folder like any other: its config can be read, nothing half-written is left.
+        run = Run(folder / trial["folder"].rpartition("/")[2])
+        assert load_config(run.config).learning_rate == trial["values"]["learning_rate"]
+        assert run.is_complete == (trial["state"] == "complete")
+        assert not list(run.folder.rglob(".*"))
+    assert found["command"].startswith(f"python main.py {QUICKSTART} ") and "learning_rate=0.005" in found["command"]
+    # Again, with one more value: what is complete is not trained again.
+    complete = folder / "learning_rate=0.005/summary.json"
+    before = complete.stat().st_mtime_ns
+    words[0] = "learning_rate=[5.0e-3,4.0e-3]"
+    assert main(["tune", QUICKSTART, *words]) == 0
+    told = capfd.readouterr().out
+    assert complete.stat().st_mtime_ns == before
+    assert "best checkpoint" in told and "0.004" in told and "tune.png" in told
+
+
+@pytest.mark.slow
+def test_a_sweep_of_failures_says_why(ray_session, tmp_path, capsys):
+    words = ["num_devices=0", "deepspeed=none", "train_path=none.jsonl", "learning_rate=[1.0e-3,2.0e-3]"]
+    assert main(["tune", QUICKSTART, *words, f"storage_path={tmp_path}"]) == 1
+    told = capsys.readouterr().err
+    assert "all 2 trials failed" in told and "none.jsonl does not exist" in told

@@ -1,0 +1,75 @@
+"""Where models come from, and how they are built."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from conftest import LORA, REPOSITORY, TINY_MODEL
+from forgebook.config.parse import HubRepo
+from forgebook.errors import ModelError, StorageError
+from forgebook.models import load
+
+
+def test_locate():
+    assert load.locate("tiny") == str(TINY_MODEL)
+    assert load.locate(str(TINY_MODEL)) == str(TINY_MODEL)
+    assert load.locate("owner/name") == "owner/name"
+    with pytest.raises(StorageError, match=r"folder \./nothing does not exist"):
+        load.locate("./nothing")
+
+
+def test_a_hub_id_is_asked_of_the_hub():
+    """Real calls; there is no network here (or no such model), which is told in one sentence."""
+    with pytest.raises(ModelError, match="no tokenizer could be loaded from 'no-such-owner/no-such-model'"):
+        load.load_tokenizer("no-such-owner/no-such-model")
+    with pytest.raises(ModelError, match="no-such-owner/no-such-model could not be fetched from the hub"):
+        load.locate(HubRepo(repo_id="no-such-owner/no-such-model"))
+
+
+def test_a_tokenizer_without_a_pad_token_pads_with_its_end_token(tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path)
+    assert load.load_tokenizer(str(tmp_path)).pad_token == tokenizer.eos_token
+
+
+def test_lora_trains_only_the_adapter_and_takes_the_dtype_of_its_base():
+    model = load.add_lora(load.load_model(str(TINY_MODEL)), LORA)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert trained and all("lora_" in name and p.dtype == torch.bfloat16 for name, p in trained.items())
+    everything, trainable = load.parameter_counts(model)
+    assert trainable == sum(p.numel() for p in trained.values()) < everything
+
+
+@pytest.mark.parametrize(
+    "settings", [{"target_modules": ["nowhere"]}, {"r": 8, "target_modules": "all-linear", "bias": "x"}]
+)
+def test_a_lora_config_that_does_not_fit_is_told(settings):
+    with pytest.raises(ModelError, match="lora_config does not fit this model"):
+        load.add_lora(load.load_model(str(TINY_MODEL)), settings)
+
+
+def test_rope_scaling_reaches_the_model():
+    model = load.load_model(str(TINY_MODEL), rope_scaling={"rope_type": "linear", "factor": 2.0})
+    assert model.config.rope_parameters["factor"] == 2.0
+    assert load.native_context_length(str(TINY_MODEL)) == 1024
+
+
+def test_zero_3_never_holds_the_whole_model_on_a_rank():
+    """The DeepSpeed config exists before the weights are read: every parameter arrives partitioned."""
+    code = f"""
+from forgebook.config.parse import FinetuneConfig
+from forgebook.models import load as models
+from forgebook.training import setup as worker
+config = FinetuneConfig(model_id="tiny", train_path="-", deepspeed="zero_3", train_batch_size_per_device=1)
+accelerator = worker.make_accelerator(config)
+parameters = list(models.load_model({str(TINY_MODEL)!r}).parameters())
+print(len(parameters), sum(hasattr(p, "ds_id") and p.numel() == 0 for p in parameters))
+"""
+    printed = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    count, partitioned = printed.stdout.split()[-2:]
+    assert count == partitioned and int(count) > 20

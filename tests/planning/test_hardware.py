@@ -1,0 +1,85 @@
+"""What carries a run: GPUs found by their driver's names, the memory of a machine or of its container."""
+
+import numpy as np
+import pytest
+
+from conftest import config_for
+from forgebook.catalog import read_catalog
+from forgebook.planning.hardware import (
+    Cpu,
+    cpu_share,
+    forget_peak,
+    gpu_called,
+    hardware_for,
+    hardware_in,
+    host_memory,
+    resident_memory,
+)
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("driver", "gib", "name"),
+    [
+        ("Tesla T4", 14.6, "T4"), ("NVIDIA L4", 22.0, "L4"), ("NVIDIA L40S", 44.4, "L40S"),
+        ("NVIDIA A10G", 22.1, "A10G"),
+        ("NVIDIA A100-SXM4-40GB", 39.4, "A100-40G"), ("NVIDIA A100 80GB PCIe", 79.1, "A100-80G"),
+        ("NVIDIA H100 80GB HBM3", 79.1, "H100"), ("NVIDIA H200", 139.8, "H200"),
+    ],
+)  # fmt: skip
+def test_gpus_are_found_by_their_drivers_names(driver, gib, name):
+    found, known = gpu_called(driver, int(gib * GIB)), read_catalog().gpus[name]
+    assert (found.name, found.peak, found.price, found.memory) == (name, known.peak, known.price, int(gib * GIB))
+
+
+@pytest.mark.parametrize("driver", ["NVIDIA GeForce RTX 4090", "NVIDIA H100 80GB HBM3 MIG 1g.10gb"])
+def test_other_gpus_have_memory_but_neither_peak_nor_price(driver):
+    found = gpu_called(driver, 10 * GIB)
+    assert (found.name, found.memory, found.peak, found.price) == (driver, 10 * GIB, None, None)
+
+
+def test_hardware_is_what_the_config_names_else_this_machine(monkeypatch):
+    named = config_for("tiny", worker_resources={"accelerator_type:A10G": 0.001}, num_devices=4)
+    assert hardware_for(named) == hardware_in(named) == (4, read_catalog().gpus["A10G"])
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    workers, cpu = hardware_for(config_for("tiny", num_devices=2))
+    assert workers == 2 and isinstance(cpu, Cpu) and cpu.name == cpu_share(1).name
+    assert 0 < cpu.memory == host_memory()[0] // 2
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    assert hardware_for(config_for("tiny")) is None and hardware_for(named) == hardware_in(named)
+
+
+@pytest.mark.parametrize(
+    ("groups", "files"),
+    [
+        ("0::/a/b\n", {"sys/fs/cgroup/a/memory.max": GIB, "sys/fs/cgroup/a/memory.current": GIB // 2,
+                       "sys/fs/cgroup/a/memory.stat": f"anon 1\nfile {GIB // 4}\n",
+                       "sys/fs/cgroup/a/b/memory.max": "max"}),
+        ("0::/somewhere/else\n", {"sys/fs/cgroup/memory.max": GIB, "sys/fs/cgroup/memory.current": GIB // 4}),
+        ("3:cpu:/x\n2:memory:/x\n", {"sys/fs/cgroup/memory/x/memory.limit_in_bytes": GIB,
+                                     "sys/fs/cgroup/memory/x/memory.usage_in_bytes": GIB // 4}),
+    ],
+    ids=["v2", "v2-container", "v1"],
+)  # fmt: skip
+def test_a_containers_limit_counts(tmp_path, groups, files):
+    for name, text in {"proc/self/cgroup": groups, **files}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(str(text))
+    total, free = host_memory(tmp_path)
+    assert total == min(GIB, host_memory()[0]) and free <= GIB * 3 // 4
+    assert free == GIB * 3 // 4 or free == pytest.approx(host_memory()[1], rel=0.2)
+
+
+def test_without_control_groups_the_machine_counts(tmp_path):
+    assert host_memory(tmp_path)[0] >= host_memory()[0]
+
+
+def test_the_peak_of_memory_is_seen_and_forgotten():
+    before, _ = resident_memory()
+    held = np.ones(2 * 10**7)
+    assert resident_memory()[1] - before > 0.9 * held.nbytes
+    del held
+    forget_peak()
+    now, peak = resident_memory()
+    assert now <= peak < before + 10**8

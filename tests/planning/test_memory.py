@@ -1,0 +1,174 @@
+"""Bytes before the run: parameters against PEFT's, bytes against hand arithmetic and against measured peaks."""
+
+import importlib.util
+import json
+import statistics
+
+import pytest
+import torch
+
+from conftest import LORA, REPOSITORY, config_for
+from forgebook.catalog import Shape, shape_of
+from forgebook.planning import memory
+from forgebook.planning.memory import memory_of, trainable_parameters
+from forgebook.training import losses
+
+LLAMA_8B = "meta-llama/Meta-Llama-3-8B-Instruct"
+LLMFORGE_TARGETS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj embed_tokens lm_head".split()
+
+
+def big(model_id=LLAMA_8B, **values):
+    """A config of an 8B model without DeepSpeed; keywords override."""
+    settings = {"context_length": 512, "train_batch_size_per_device": 4, "deepspeed": None, **values}
+    return config_for(model_id, **settings)
+
+
+# -- parameters
+
+SMALL = {
+    "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_hidden_layers": 3,
+    "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 128, "max_position_embeddings": 64, "pad_token_id": 0,
+}  # fmt: skip
+ADAPTERS = {
+    "all-linear": {"target_modules": "all-linear"},
+    "names": {"target_modules": LLMFORGE_TARGETS},
+    "dora": {"target_modules": ["q_proj", "o_proj", "down_proj"], "use_dora": True},
+    "pattern": {"target_modules": r".*\.1\.self_attn\.(q|v)_proj"},
+    "ranks": {"target_modules": ["q_proj", "k_proj"], "rank_pattern": {"k_proj": 3}, "layers_to_transform": [0, 2]},
+    "saved": {"target_modules": ["v_proj"], "modules_to_save": ["lm_head"], "exclude_modules": ["2.self_attn.v_proj"]},
+}
+
+
+def meta_model(kind: str):
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    config = CONFIG_MAPPING[kind](**SMALL, tie_word_embeddings=kind.startswith("gemma"))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    model.tie_weights()
+    return model
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "mixtral", "phi3"])
+def test_counts_are_those_of_transformers_and_peft(kind):
+    from peft import LoraConfig, get_peft_model
+
+    experts = {"experts": 8, "active_experts": 2} if kind == "mixtral" else {}
+    shape = Shape(kind, 3, 64, 96, 4, 2, 16, 128, 64, tied=kind.startswith("gemma"), **experts)
+    assert shape.parameters == sum(p.numel() for p in meta_model(kind).parameters())
+    for name, settings in ADAPTERS.items():
+        if kind in ("mixtral", "phi3") and name != "all-linear":
+            continue  # their layers have other names
+        model = get_peft_model(meta_model(kind), LoraConfig(task_type="CAUSAL_LM", r=8, **settings))
+        counted = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        assert trainable_parameters(config_for("x", lora_config={"r": 8, **settings}), shape) == counted, name
+
+
+def test_all_parameters_are_trained_without_an_adapter():
+    assert trainable_parameters(config_for("tiny"), shape_of("tiny")) == 2_885_888
+
+
+# -- memory
+
+
+def test_the_chunk_of_the_loss_is_that_of_the_loss():
+    assert memory.LOSS_CHUNK == losses.CHUNK
+
+
+def test_full_training_holds_sixteen_bytes_per_parameter():
+    config = big()
+    shape = shape_of(config.model_id)
+    need = memory_of(config, shape, workers=1, length=512)
+    assert need.weights == need.gradients == 2 * shape.parameters
+    assert need.optimizer == 12 * shape.parameters and need.largest == "optimizer"
+
+
+@pytest.mark.parametrize(
+    ("stage", "micro_batches", "bytes_each"),
+    [("zero_1", 1, 2 + 14 / 8), ("zero_1", 2, 4 + 12 / 8), ("zero_2", 2, 2 + 14 / 8)],
+)
+def test_zero_shares_out(stage, micro_batches, bytes_each):
+    config = big(deepspeed=stage, gradient_accumulation_steps=micro_batches)
+    shape = shape_of(config.model_id)
+    need = memory_of(config, shape, workers=8, length=512)
+    held = need.weights + need.gradients + need.optimizer
+    assert held == pytest.approx(bytes_each * shape.parameters, rel=1e-6)
+
+
+def test_zero_3_holds_its_part_and_what_is_gathered():
+    config = big(deepspeed="zero_3")
+    shape = shape_of(config.model_id)
+    need = memory_of(config, shape, workers=8, length=512)
+    gathered = 2 * 1_000_000_000
+    held = need.weights + need.gradients + need.optimizer
+    assert held == pytest.approx(16 * shape.parameters / 8 + gathered, rel=1e-6)
+
+
+def test_offloading_moves_bytes_to_the_host():
+    config = big(deepspeed="zero_3_offload_optim+param")
+    shape = shape_of(config.model_id)
+    need = memory_of(config, shape, workers=8, length=512)
+    assert need.optimizer == need.gradients == 0 and need.weights < 2.2e9
+    assert need.host > (12 + 4 + 2) * shape.parameters / 8
+
+
+def test_four_bits_take_about_half_a_byte():
+    lora = {"r": 8, "target_modules": "all-linear"}
+    held = {
+        kind: memory_of(
+            big(lora_config=lora, quantization=kind), shape_of(big().model_id), workers=1, length=512
+        ).weights
+        for kind in (None, "int8", "nf4")
+    }
+    assert held[None] == pytest.approx(16.1e9, rel=0.01)
+    # What bitsandbytes makes of Llama 3 8B: embeddings and output layer stay in two bytes.
+    assert held["int8"] == pytest.approx(9.1e9, rel=0.02) and held["nf4"] == pytest.approx(5.7e9, rel=0.02)
+
+
+def test_checkpointing_smaller_batches_and_kernels_save_activations():
+    shape = shape_of(big().model_id)
+
+    def activations(**values):
+        config = big(lora_config=LORA, **values)
+        return memory_of(config, shape, workers=1, length=2048).activations
+
+    assert activations() < 0.2 * activations(gradient_checkpointing=False)
+    assert activations(train_batch_size_per_device=1) < 0.5 * activations()
+    # One layer's scores: 4 rows x 32 heads x 2048^2, in float32 and bfloat16, and two gradients.
+    assert activations(attention="eager") - activations() == 4 * 32 * 2048**2 * (4 + 2 + 8)
+
+
+def test_ddp_keeps_its_buckets_beside_all_activations():
+    config = big(gradient_checkpointing=False, dtype="float32")
+    shape = shape_of(config.model_id)
+    one, two = (memory_of(config, shape, workers=workers, length=512) for workers in (1, 2))
+    # Alone, gradients come while activations go.
+    assert one.gradients == two.gradients == 4 * shape.parameters and two.activations > 2 * one.activations
+
+
+def test_zero_counts_both_buckets_on_a_gpu_and_what_is_written_to_on_a_cpu():
+    config = big(deepspeed="zero_2", lora_config=LORA)
+    shape = shape_of(config.model_id)
+    trained = trainable_parameters(config, shape)
+    for on_gpu, held in ((True, 2 * 500_000_000 * 2 + memory.CONTEXT_BYTES), (False, 2 * trained)):
+        assert memory_of(config, shape, workers=2, length=512, on_gpu=on_gpu).buffers == held
+
+
+def measured_runs():
+    """Read what benchmarks/plan measured, and the benchmark's own way to plan a case."""
+    folder = REPOSITORY / "benchmarks" / "plan"
+    spec = importlib.util.spec_from_file_location("benchmark_of_the_plan", folder / "run.py")
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    return benchmark, json.loads((folder / "results.json").read_text())
+
+
+def test_the_plan_is_near_what_was_measured():
+    benchmark, found = measured_runs()
+    errors = {one["case"]: benchmark.planned(one["case"]).total / one["measured"] - 1 for one in found["results"]}
+    assert len(errors) >= 12 and set(errors) == set(benchmark.CASES)
+    assert {case: error for case, error in errors.items() if abs(error) > 0.25} == {}
+    assert statistics.median(map(abs, errors.values())) <= 0.15
+    # The committed figures are those of this plan.
+    assert {one["case"]: one["error"] for one in found["results"]} == pytest.approx(errors, abs=1e-3)

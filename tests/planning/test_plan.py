@@ -1,0 +1,250 @@
+"""The plan before the run: whether it fits, what would make it fit, time and cost; LLMForge's table recomputed."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from test_memory import LLAMA_8B, big
+
+from conftest import LORA, REPOSITORY
+from forgebook.catalog import hardware_of, read_catalog, shape_of
+from forgebook.cli.main import main
+from forgebook.models.load import tokenizer_of
+from forgebook.planning.feasibility import fit as find_fit
+from forgebook.planning.hardware import Cpu
+from forgebook.planning.history import Pace
+from forgebook.planning.memory import trainable_parameters
+from forgebook.planning.plan import cost_per_million_tokens, flops_per_token, plan, running_figures, utilisation
+from forgebook.planning.plan_report import as_json, in_short, verdict
+from forgebook.planning.token_count import count_data
+
+# -- does it fit, and what would make it
+
+
+def fit(hardware: str, **values):
+    config = big(**values)
+    return plan(config, shape_of(config.model_id), hardware_of(hardware))
+
+
+def test_what_fits_needs_no_change():
+    told = fit("4xA10G", lora_config=LORA)
+    assert told.fits and told.changes == () and verdict(told).startswith("it fits 4xA10G")
+
+
+@pytest.mark.parametrize(
+    ("hardware", "values", "changes"),
+    [
+        ("1xA100-40G", {"lora_config": LORA, "gradient_checkpointing": False, "train_batch_size_per_device": 16},
+         ("gradient_checkpointing=true",)),
+        ("1xL4", {"lora_config": LORA, "context_length": 8192, "train_batch_size_per_device": 2},
+         ("train_batch_size_per_device=1 gradient_accumulation_steps=2",)),
+        ("8xA100-80G", {}, ("deepspeed=zero_1",)),
+        ("8xA100-40G", {}, ("deepspeed=zero_2",)),
+        ("1xA100-80G", {}, ("deepspeed=zero_3_offload_optim",)),
+        ("1xT4", {"lora_config": LORA, "train_batch_size_per_device": 1, "deepspeed": "zero_3_offload_optim+param",
+                  "context_length": 8192, "attention": "eager", "model_id": "meta-llama/Llama-3.1-70B"}, ()),
+    ],
+)  # fmt: skip
+def test_the_cheapest_change_is_told(hardware, values, changes):
+    told = fit(hardware, **values)
+    assert told.fits is False and told.changes == changes
+    if changes:
+        assert told.changed_memory.total <= told.capacity and changes[0] in verdict(told)
+    else:
+        assert "nothing that this plan knows" in verdict(told)
+
+
+def test_the_fastest_settings_that_fit_keep_the_rows_of_an_update():
+    config = big(train_batch_size_per_device=8, deepspeed="zero_3_offload_optim+param")
+    found = find_fit(config, shape_of(config.model_id), hardware_of("8xA100-80G"))
+    assert found.global_batch_size == 64 and found.deepspeed.config_path.endswith("zero_1.json")
+    assert plan(found, shape_of(found.model_id), hardware_of("8xA100-80G")).fits
+    assert find_fit(config, shape_of(config.model_id), hardware_of("1xH200")).deepspeed.config_path.endswith(
+        "offload_optim.json"
+    )
+    large = big("meta-llama/Meta-Llama-3-70B", context_length=8192)
+    assert find_fit(large, shape_of(large.model_id), hardware_of("1xT4")) is None
+
+
+# -- data, time and money
+
+
+def test_counted_tokens_are_near_those_of_the_run(make_config):
+    from forgebook.data import tokenize
+
+    config = make_config(train_path=str(REPOSITORY / "data/quickstart/train.jsonl"))
+    counted = count_data(config)
+    recipe = tokenize.Recipe.of(config)
+    whole = tokenize.read_rows(config.train_path, config.task, counted.rows, recipe.labels, config.on_bad_rows)
+    exact = sum(len(one.input_ids) for row in tokenize.encode_rows(whole, tokenizer_of(config), recipe) for one in row)
+    assert counted.rows == len(whole) and counted.tokens == pytest.approx(exact, rel=0.1)
+
+
+def test_steps_are_those_of_the_run(make_config):
+    from forgebook.launch.ray_train import fine_tune
+    from forgebook.runs.run import read_json
+
+    config = make_config(num_epochs=2, train_batch_size_per_device=5, gradient_accumulation_steps=2)
+    told = plan(config, shape_of(config.model_id), None, count_data(config))
+    summary = read_json(fine_tune(config).summary)
+    assert told.steps == summary["steps"]
+    assert told.tokens == pytest.approx(summary["trained_tokens"], rel=0.2)
+
+
+def test_data_elsewhere_is_not_fetched():
+    config = big(train_path="s3://bucket/rows.jsonl")
+    told = plan(config, shape_of(config.model_id), None, count_data(config))
+    assert told.steps is None and told.costs[0].cost is None and told.costs[0].cost_per_million_tokens > 0
+    assert any("not counted" in note for note in told.notes)
+
+
+def test_flops_are_six_and_four_per_parameter():
+    shape = shape_of(big().model_id)
+    active = shape.parameters - shape.embedding_parameters  # no look-up
+    assert flops_per_token(big(), shape, 0) == 6 * active
+    adapter = trainable_parameters(big(lora_config=LORA), shape)
+    assert flops_per_token(big(lora_config=LORA), shape, 0) == 4 * active + 6 * adapter
+    # Causal attention: half of 4 FLOPs x width x length per layer, and twice that backward.
+    assert flops_per_token(big(), shape, 512) - 6 * active == 6 * 32 * 4096 * 512
+
+
+def test_cost_follows_from_time_and_price():
+    config = big(lora_config=LORA)
+    slow, fast = (plan(config, shape_of(config.model_id), mfu=mfu).costs for mfu in (0.2, 0.4))
+    for one, other in zip(slow, fast, strict=True):
+        assert one.cost_per_million_tokens == pytest.approx(2 * other.cost_per_million_tokens)
+
+
+def test_past_runs_tell_the_mfu_of_their_gpu(make_config):
+    config = make_config(num_devices=2)
+    shape, a10g = shape_of(config.model_id), read_catalog().gpus["A10G"]
+    past = [Pace("A10G", config.model_id, shape.parameters, "full", "float32", 2, False, 0.1 * a10g.peak, "2026-01-02")]
+    told = plan(config, shape, (2, a10g), count_data(config), paces=past)
+    assert told.mfu == pytest.approx(0.1) and told.pace == "at 10% MFU, as in 1 run here"
+    costs = {one.gpu: one for one in told.costs}
+    assert costs["A10G"].seconds == told.seconds == pytest.approx(told.flops / (2 * 0.1 * a10g.peak))
+    assert costs["T4"].seconds == pytest.approx(told.flops / (2 * 0.4 * read_catalog().gpus["T4"].peak))
+    assert told.cost == costs["A10G"].cost and "at 10% MFU, as in 1 run here" in in_short(told)
+    given = plan(config, shape, (2, a10g), count_data(config), mfu=0.4, paces=past)
+    assert given.mfu == 0.4 and given.seconds == pytest.approx(told.seconds / 4)
+
+
+def test_on_a_cpu_past_runs_tell_the_time_and_nothing_costs(make_config):
+    config = make_config()
+    shape, cpu = shape_of(config.model_id), Cpu("a processor", 10**10, 10**10)
+    past = [Pace("a processor", "other", shape.parameters, "full", "float32", 1, False, 3e9, "2026-01-02")]
+    told = plan(config, shape, (1, cpu), count_data(config), paces=past)
+    assert told.seconds == pytest.approx(told.flops / 3e9) and told.cost is None and told.mfu is None
+    assert told.fits and told.capacity == 10**10 and told.memory.buffers == 0
+    assert "at 3 GFLOP/s, as in 1 run here" in in_short(told)
+    alone = plan(config, shape, (1, cpu), count_data(config))
+    assert alone.seconds is None and "no run like it" in in_short(alone)
+
+
+def test_on_a_cpu_nothing_is_offloaded_and_no_gpu_is_bought():
+    config = big(deepspeed="zero_3_offload_optim+param")
+    told = plan(config, shape_of(config.model_id), (1, Cpu("a processor", 10**10, 10**10)))
+    assert told.memory.optimizer == 12 * shape_of(config.model_id).parameters and told.fits is False
+    assert not any("offload" in change or "num_devices" in change for change in told.changes)
+    assert "does not fit this machine (a processor)" in verdict(told)
+
+
+def test_running_figures_are_those_of_the_definition():
+    gpu = read_catalog().gpus["A100-80G"]
+    assert running_figures(gpu, 8, 6 * 7e9, 28_000, 1800) == {
+        "mfu": pytest.approx(0.4712, abs=1e-4), "cost_usd": pytest.approx(8 * 3.43 / 2),
+    }  # fmt: skip
+    assert running_figures(None, 8, 6 * 7e9, 28_000, 1800) == {}
+    assert running_figures(gpu, 8, None, 28_000, 3600) == {"cost_usd": pytest.approx(8 * 3.43)}
+
+
+# LLMForge's table of January 2024: LoRA on one machine of 8 A100-80G at 40.77 USD per hour. For each model: the
+# parameters that its MFU counts, and rows of (million tokens per hour, MFU, published USD per million tokens).
+PRICE, GPUS = 40.77, 8
+PUBLISHED = {
+    "Llama-2-7B": (7e9, [(101.47, 0.47, 0.74), (103.7, 0.48, 0.72), (99.75, 0.47, 0.71), (102.58, 0.48, 0.69)]),
+    "Llama-2-70B": (70e9, [(11.23, 0.53, 3.05), (9.65, 0.45, 4.77), (8.58, 0.40, 4.25), (13.40, 0.63, 3.65)]),
+    "Mixtral-8x7B": (14e9, [(59.73, 0.56, 0.41), (57.20, 0.53, 0.40), (56.85, 0.53, 0.40), (55.84, 0.52, 0.40)]),
+}
+
+
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_llmforges_table_recomputed(model):
+    parameters, rows = PUBLISHED[model]
+    peak = read_catalog().gpus["A100-80G"].peak
+    for millions_per_hour, mfu, _ in rows:
+        per_second = millions_per_hour * 1e6 / 3600
+        # Its formula: 2 x 3 x tokens x parameters / time / peak, so six per parameter although LoRA needs four.
+        assert utilisation(per_second, 6 * parameters, GPUS, peak) == pytest.approx(mfu, abs=0.01)
+        assert mfu * GPUS * peak / (6 * parameters) == pytest.approx(per_second, rel=0.02)
+
+
+def test_llmforges_costs_are_upside_down():
+    rows = [row for _, block in PUBLISHED.values() for row in block]
+    computed = [cost_per_million_tokens(PRICE, millions * 1e6 / 3600) for millions, _, _ in rows]
+    published = [cost for _, _, cost in rows]
+    assert sum(abs(a - b) > 0.02 for a, b in zip(computed, published, strict=True)) == len(rows)
+    assert computed == pytest.approx(published[::-1], rel=0.01, abs=0.02)
+
+
+# -- the command
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        f"model_id: {LLAMA_8B}\ntrain_path: {REPOSITORY}/data/quickstart/train.jsonl\ntask: instruction_tuning\n"
+        "context_length: 512\nnum_epochs: 1\ntrain_batch_size_per_device: 4\ndeepspeed: zero_2\n"
+        "worker_resources: {accelerator_type:A10G: 0.001}\nlora_config: {r: 8, target_modules: all-linear}\n"
+    )
+    return str(path)
+
+
+def test_plan_prints_and_answers_in_json(config_file, capsys):
+    assert main(["plan", config_file]) == 0
+    printed = capsys.readouterr().out
+    assert "it fits 1xA10G" in printed and "the largest" in printed and "8xH100" not in printed
+    assert main(["plan", config_file, "hardware=8xH100", "mfu=0.5", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["workers"] == 8 and told["fits"] and told["mfu"] == 0.5 and told["memory"]["largest"] == "weights"
+    assert told["steps"] > 0 and {one["gpu"] for one in told["costs"]} == set(read_catalog().gpus)
+
+
+def test_fit_writes_a_config_that_can_be_run(config_file, capsys):
+    from forgebook.config.parse import load_config
+
+    assert main(["plan", config_file, "hardware=1xL40S", "fit=true"]) == 0
+    assert "it fits 1xL40S" in capsys.readouterr().out
+    written = load_config(config_file.replace("c.yaml", "c-fit.yaml"))
+    assert not written.gradient_checkpointing and written.deepspeed is None and written.global_batch_size == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "plan needs a CONFIG"),
+        (["hardware=8xB52"], "hardware: got '8xB52'"),
+        (["fit=true", "hardware=1xT4", "attention=eager", "padding=max_length", "context_length=8192"], "no settings"),
+        (["mfu=2"], "mfu must be a share"),
+        (["model_id=meta/nothing"], "the shape of 'meta/nothing' is not known"),
+    ],
+)
+def test_mistakes_are_told(config_file, capsys, arguments, said):
+    assert main(["plan", *([config_file, *arguments] if arguments else [])]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_plan_imports_no_gpu_stack(config_file):
+    code = "import sys; from forgebook.cli.main import main; main(sys.argv[1:]);"
+    code += "print(sorted({'torch', 'ray', 'transformers', 'numpy', 'peft'} & set(sys.modules)), file=sys.stderr)"
+    for model in ("tiny", LLAMA_8B):
+        command = [sys.executable, "-c", code, "plan", config_file, f"model_id={model}"]
+        ran = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+        assert ran.stderr.strip() == "[]"
+
+
+def test_a_plan_is_json_all_through():
+    told = as_json(fit("1xA100-80G"))
+    assert json.loads(json.dumps(told))["changed_memory"]["total"] < told["memory"]["total"]

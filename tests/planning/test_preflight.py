@@ -1,0 +1,124 @@
+"""The plan of a run that starts: printed, kept beside what was measured, refused where it cannot be."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from conftest import TINY_MODEL, losses_of
+from forgebook.errors import ModelError, ResourceError
+from forgebook.launch.ray_train import fine_tune
+from forgebook.planning.history import past_paces
+from forgebook.planning.preflight import forecast
+from forgebook.planning.prepare import prepare
+from forgebook.runs.metrics import read_metrics
+from forgebook.runs.run import open_run, read_json
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """No past runs."""
+    monkeypatch.setenv("FORGEBOOK_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def model_of(tmp_path):
+    """Write a model folder without weights: a shape and the tiny model's tokenizer."""
+
+    def write(**shape) -> str:
+        folder = tmp_path / "shape"
+        folder.mkdir()
+        for file in [*TINY_MODEL.glob("*token*.json"), TINY_MODEL / "chat_template.jinja"]:
+            shutil.copy(file, folder)
+        facts = json.loads((TINY_MODEL / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**facts, **shape}))
+        return str(folder)
+
+    return write
+
+
+HUGE = {"hidden_size": 65536, "intermediate_size": 262144, "num_hidden_layers": 1000}
+
+
+def test_what_was_planned_stands_beside_what_was_measured(cache, make_config, capsys):
+    config = make_config(num_epochs=2, train_batch_size_per_device=5, gradient_accumulation_steps=2)
+    run = fine_tune(config)
+    printed, summary = capsys.readouterr().out, read_json(run.summary)
+    largest = read_json(run.plan)["memory"]["largest"]
+    assert "  plan   " in printed and f"per worker, most of it {largest}; " in printed
+    assert "time unknown: no run like it was made here yet" in printed
+    assert "planned " in printed and "per worker, measured " in printed
+    planned, measured = summary["planned"], summary["measured"]
+    assert planned.keys() == measured.keys() == summary["conventions"].keys() - {"ratio"} | {"steps", "tokens"}
+    assert planned["steps"] == measured["steps"] == len(losses_of(run))
+    assert planned["tokens"] == measured["tokens"]  # exact: from the run's own rows
+    assert planned["step_seconds"] is None and measured["mfu"] is None and measured["cost_usd"] is None  # on a CPU
+    assert measured["memory_bytes_per_worker"] > 0 and measured["disk_bytes"] > 0
+    assert summary["ratio"]["steps"] == summary["ratio"]["tokens"] == 1
+    rows = [row for row in read_metrics(run.metrics) if "train_loss_batch" in row]
+    real, supervised, padded = (f"{kind}_tokens_throughput" for kind in ("trained", "supervised", "padded"))
+    assert all(0 < row[supervised] < row[real] <= row[padded] for row in rows)
+    assert 0 < summary[supervised] < summary[real] <= summary[padded]
+    assert read_json(run.plan)["steps"] == planned["steps"]
+
+    # The next plan knows the pace.
+    (pace,), _ = past_paces()
+    assert pace.flops_per_second == pytest.approx(summary[padded] * planned["flops_per_token"])
+    told, _ = forecast(prepare(config, open_run(config)))
+    assert told.pace.endswith("as in 1 run here") and told.cost is None
+    assert told.seconds == pytest.approx(told.positions / summary[padded], rel=1e-3)
+
+
+def test_a_plan_that_cannot_fit_is_refused_before_weights_are_needed(make_config, model_of, capsys):
+    config = make_config(model_id=model_of(**HUGE), context_length=256)
+    with pytest.raises(
+        ResourceError, match=r"(?s)does not fit this machine \(.*most of it .*\nforce=true starts"
+    ) as refused:
+        fine_tune(config)
+    assert refused.value.exit_code == 2
+    assert [path.name for path in Path(config.storage_path).iterdir()] == [".tokens"]
+    with pytest.raises(ModelError):  # it went on, to the weights that are not there
+        fine_tune(make_config(model_id=config.model_id, context_length=256, force=True))
+    assert "does not fit this machine" in capsys.readouterr().out
+
+
+def test_a_change_that_makes_it_fit_is_named(make_config, monkeypatch):
+    monkeypatch.setattr("forgebook.planning.hardware.host_memory", lambda: (100_000_000, 50_000_000))
+    with pytest.raises(ResourceError, match=r"the cheapest change: .*train_batch_size_per_device="):
+        fine_tune(make_config(train_batch_size_per_device=24, context_length=160, padding="max_length"))
+
+
+@pytest.mark.parametrize(
+    ("free", "said"), [(10**6, "one checkpoint may take"), (2 * 10**7, "its checkpoints and state")]
+)
+def test_a_small_disk_is_told(make_config, monkeypatch, free, said):
+    from forgebook.planning import preflight as room
+
+    usage = shutil._ntuple_diskusage(total=10**9, used=10**9 - free, free=free)
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda path: usage)
+    config = make_config()
+    run = open_run(config)
+    told, _ = forecast(prepare(config, run))
+    if free > told.checkpoint_bytes:
+        assert any(said in one for one in room.check(told, config, run.folder))
+        return
+    with pytest.raises(ResourceError, match=said):
+        room.check(told, config, run.folder)
+    assert said in room.check(told, config.resolve(force=True), run.folder)[0]
+
+
+def test_memory_that_is_taken_now_is_a_warning(make_config, monkeypatch):
+    from forgebook.planning import preflight as room
+
+    monkeypatch.setattr("forgebook.planning.hardware.host_memory", lambda: (10**12, 10**6))
+    config = make_config()
+    told, _ = forecast(prepare(config, open_run(config)))
+    (warning,) = room.check(told, config, open_run(config).folder)
+    assert told.fits and "0.0 GB are free now" in warning
+
+
+def test_an_architecture_that_is_not_known_has_no_plan(make_config, model_of):
+    config = make_config(model_id=model_of(model_type="olmo"))
+    told, note = forecast(prepare(config, open_run(config)))
+    assert told is None and note.startswith("no plan: ") and "model_type 'olmo'" in note

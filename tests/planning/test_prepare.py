@@ -1,0 +1,149 @@
+"""What is checked, counted and kept before a run."""
+
+import json
+import shutil
+
+import pytest
+
+from conftest import chat, uneven_rows
+from forgebook.data import readers, tokenize
+from forgebook.errors import DataError
+from forgebook.models.load import load_tokenizer
+from forgebook.planning.prepare import prepare, report_rows
+from forgebook.runs import run
+
+FORMAT = {"system": "{instruction}", "user": "{instruction}", "assistant": "{instruction}<|end|>"}
+
+
+def prepared(config):
+    return prepare(config, run.open_run(config))
+
+
+def test_all_bad_rows_are_in_the_report(make_config, tmp_path):
+    """Peers' point 22: every bad row of both sets, in one pass."""
+    bad = "\n".join(json.dumps({"messages": [{"role": "user", "content": k}]}) for k in range(30))
+    (tmp_path / "bad.jsonl").write_text(json.dumps(chat("q", "a")) + "\n" + bad)
+    (tmp_path / "worse.jsonl").write_text("{")
+    config = make_config(train_path=str(tmp_path / "bad.jsonl"), valid_path=str(tmp_path / "worse.jsonl"))
+    with pytest.raises(DataError, match=r"30 of 31 rows[\s\S]*and 10 more[\s\S]*1 of 1 rows[\s\S]*on_bad_rows: drop"):
+        prepared(config)
+    report = run.read_json(run.open_run(config).data_report)
+    assert len(report["train"]["problems"]) == 30 and len(report["valid"]["problems"]) == 1
+    assert report["train"]["problems"][29].startswith("bad.jsonl:31: messages[0].content: need a string, got 29")
+
+
+def test_bad_rows_can_be_dropped_and_are_listed(make_config, tmp_path):
+    (tmp_path / "some.jsonl").write_text("\n".join([json.dumps(chat("q", "a")), "{", json.dumps(chat("q", "b"))]))
+    report = prepared(make_config(train_path=str(tmp_path / "some.jsonl"), on_bad_rows="drop")).report
+    assert report["train"]["rows"] == 2 and report["train"]["rows_read"] == 3 and report["train"]["rows_bad"] == 1
+    assert "some.jsonl:2" in report["train"]["problems"][0]
+    assert "1 bad, dropped" in {line[0]: line[1] for line in report_rows(report)}["rows"]
+
+
+def test_a_row_that_no_template_takes_is_a_bad_row(make_config, write_rows):
+    many = [chat("q", "a"), {"messages": [{"role": "tool", "content": "x"}, {"role": "critic", "content": "y"}]}]
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: messages\[1\]\.role"):
+        prepared(make_config(train_path=write_rows(many)))
+
+
+def test_the_report_counts_what_a_user_wants_to_know(make_config, write_rows):
+    train = [chat("q1", "a"), chat("q1", "a"), chat("q2", "b") | {"source": "web"}]
+    train.append({"instruction": "i", "output": "o"})
+    config = make_config(train_path=write_rows(train, "t.jsonl"), valid_path=write_rows([chat("q1", "a")], "v.jsonl"))
+    report = prepared(config).report
+    assert report["train"]["formats"] == {"messages": 3, "alpaca": 1} and report["train"]["turns"] == 11
+    assert report["train"]["ignored_columns"] == {"source": 1}
+    assert report["train"]["duplicate_rows"] == 1 and report["train"]["duplicates"] == ["t.jsonl:2"]
+    assert report["overlap"] == {"rows": 1, "places": ["v.jsonl:1"]}
+    assert report["train"]["truncation"]["longer_rows"] == 0 and report["train"]["padding_share"] < 1
+    assert ["also trained on", "", "1 rows"] in report_rows(report)
+
+
+def test_rows_per_label(make_config, write_rows):
+    many = [chat("q", label) for label in ("[[1]]", "[[2]]", "[[2]]")]
+    config = make_config(
+        train_path=write_rows(many, "t.jsonl"), valid_path=None, task="classification",
+        classifier_config={"label_tokens": ["[[1]]", "[[2]]"]},
+    )  # fmt: skip
+    assert prepared(config).report["train"]["rows_per_label"] == {"[[1]]": 1, "[[2]]": 2}
+
+
+def test_mixes_follow_their_weights(make_config, write_rows):
+    paths = [write_rows([chat(f"{name}{k}", "a") for k in range(20)], f"{name}.jsonl") for name in ("x", "y", "z")]
+    mix = [paths[0], {"path": paths[1], "weight": 0.5}, {"path": paths[2], "weight": 2}]
+    train = prepared(make_config(train_path=mix)).train
+    counts = {name: sum(train.where(k).startswith(name) for k in range(len(train))) for name in "xyz"}
+    assert counts == {"x": 20, "y": 10, "z": 40}
+
+
+# The cache: peers' points 20 and 21 -------------------------------------------------------------------
+
+
+def kept(config) -> set[str]:
+    return {path.name for path in run.open_run(config).folder.parent.glob(".tokens/*")}
+
+
+def test_tokens_are_made_once(make_config, monkeypatch):
+    first = prepared(make_config())
+    monkeypatch.setattr(tokenize, "encode_rows", lambda *_: pytest.fail("tokenised again"))
+    again = prepared(make_config(run_name="another", learning_rate=2e-3))
+    assert again.report["train"] == first.report["train"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"train_on": "last"},
+        {"rewritten_turns": "expand"},
+        {"task": "causal_lm"},
+        {"generation_config": {"prompt_format": FORMAT}},
+    ],
+    ids=lambda change: next(iter(change)),
+)  # fmt: skip
+def test_a_change_of_what_is_trained_makes_new_tokens(make_config, change):
+    before = kept(config) if (config := make_config(valid_path=None)) and prepared(config) else set()
+    prepared(make_config(valid_path=None, **change))
+    assert len(kept(config) - before) == 1
+
+
+def test_a_change_of_rows_or_template_makes_new_tokens(make_config, write_rows, tmp_path):
+    """Two templates never share a cache."""
+    from conftest import TINY_MODEL
+
+    other = tmp_path / "other"
+    shutil.copytree(TINY_MODEL, other)
+    template = other / "chat_template.jinja"
+    template.write_text(template.read_text() + " ")
+    config = make_config(valid_path=None)
+    prepared(config)
+    first = kept(config)
+    prepared(make_config(valid_path=None, model_id=str(other)))
+    second = kept(config)
+    prepared(make_config(valid_path=None, train_path=write_rows(uneven_rows(25), "train-2.jsonl")))
+    assert len(first) == 1 and len(second) == 2 and len(kept(config)) == 3
+
+
+def test_a_template_that_prints_the_date_is_asked_each_day(tokenizer):
+    import copy
+
+    dated = copy.deepcopy(tokenizer)
+    dated.chat_template = "{{ strftime_now('%f') }}" + tokenizer.chat_template  # microseconds: always another
+    keys = {tokenize._cache_key(__file__, dated, tokenize.Recipe()) for _ in range(3)}
+    assert len(keys) == 3 and tokenize._cache_key(__file__, tokenizer, tokenize.Recipe()) not in keys
+
+
+@pytest.mark.slow
+def test_ray_data_makes_the_same_tokens(ray_session, tmp_path, monkeypatch):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in uneven_rows(300)) + "{\n")
+    monkeypatch.setattr(readers, "PIECE_BYTES", 20_000)
+    tokenizer = load_tokenizer("tiny_model")
+    made = {}
+    for way, most in (("here", 1000), ("ray", 0)):
+        monkeypatch.setattr(tokenize, "PIECES_IN_PROCESS", most)
+        made[way] = tokenize.tokenize(readers.find_sources(str(path)), tokenizer, tokenize.Recipe(), tmp_path / way)
+    (here, here_notes), (ray, ray_notes) = made["here"], made["ray"]
+    assert len(here.files) > 3 and len(here) == 300
+    assert [here.where(k) for k in range(300)] == [ray.where(k) for k in range(300)]
+    assert all((here.row(k)[0] == ray.row(k)[0]).all() and (here.row(k)[1] == ray.row(k)[1]).all() for k in range(300))
+    assert here_notes == ray_notes and len(here_notes.problems) == 1

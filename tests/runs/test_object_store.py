@@ -1,0 +1,135 @@
+"""Reading and writing on a real S3 server over HTTP, and what is said when it refuses."""
+
+import pytest
+
+from conftest import TINY_MODEL, chat, uneven_rows
+from forgebook.data import tokenize
+from forgebook.models import load
+from forgebook.runs import download, object_store
+from forgebook.errors import BucketBusyError, StorageError
+from forgebook.launch.ray_train import fine_tune
+
+
+def test_rows_from_a_bucket(s3, write_rows):
+    s3.upload_file(write_rows([chat("q", "a")]), "forgebook", "data/rows.jsonl")
+    assert tokenize.read_rows("s3://forgebook/data/rows.jsonl")[0].messages[-1]["content"] == "a"
+
+
+def test_a_glob_in_a_bucket(s3, write_rows):
+    for name in ("a.jsonl", "b.jsonl", "c.txt"):
+        s3.upload_file(write_rows([chat("q", "a")]), "forgebook", f"glob/{name}")
+    found = download.find_files("s3://forgebook/glob/*.jsonl")
+    assert found == ["s3://forgebook/glob/a.jsonl", "s3://forgebook/glob/b.jsonl"]
+    with pytest.raises(StorageError, match="no file there has such a name"):
+        download.find_files("s3://forgebook/glob/*.csv")
+
+
+def test_a_run_from_a_model_and_rows_in_a_bucket(s3, make_config, write_rows):
+    for path in TINY_MODEL.iterdir():
+        s3.upload_file(str(path), "forgebook", f"models/tiny/{path.name}")
+    s3.upload_file(write_rows(uneven_rows(16)), "forgebook", "data/train.jsonl")
+    config = make_config(model_id="s3://forgebook/models/tiny", train_path="s3://forgebook/data/train.jsonl")
+    assert fine_tune(config).is_complete
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("s3://forgebook/none.jsonl", "nothing has that name"),
+        ("s3://no-such-bucket/rows.jsonl", "there is no such bucket"),
+    ],
+    ids=["key", "bucket"],
+)
+def test_what_is_not_there_is_a_readable_error(door, tmp_path, path, said):
+    with pytest.raises(StorageError, match=f"{path} could not be read: {said}"):
+        download.fetch_file(path)
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    with pytest.raises(StorageError):
+        load.locate(path)
+
+
+@pytest.mark.parametrize("use", ["read", "list", "write"])
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ("no such bucket", "there is no such bucket"),
+        ("no right", "the credentials do not allow it"),
+        ("unknown key id", "the credentials are wrong or have expired"),
+        ("wrong secret", "the credentials are wrong or have expired"),
+        ("wrong region", "set AWS_DEFAULT_REGION to the bucket's region .*expecting 'eu-west-1'"),
+        ("moved", "set AWS_DEFAULT_REGION"),
+        ("slow down", "does not answer or is overloaded"),
+    ],
+)
+def test_what_a_bucket_refuses_says_how_to_mend_it(door, monkeypatch, answer, said, use):
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    door.answers = lambda method, path: answer
+    uses = {
+        "read": lambda: download.fetch_file("s3://forgebook/rows.jsonl"),
+        "list": lambda: object_store.list_files("s3://forgebook/run"),
+        "write": lambda: object_store.write_file("s3://forgebook/x", b"x"),
+    }
+    with pytest.raises(StorageError, match=f"s3://forgebook/.* could not be .*: .*{said}"):
+        uses[use]()
+
+
+def test_no_credentials_are_told_from_wrong_ones(door, monkeypatch):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
+    door.answers = lambda method, path: "no right"
+    with pytest.raises(StorageError, match="no credentials were found"):
+        download.fetch_file("s3://forgebook/rows.jsonl")
+
+
+def test_an_endpoint_that_is_not_there(door, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    with pytest.raises(BucketBusyError, match=r"the server of http://127\.0\.0\.1:9 does not answer"):
+        download.fetch_file("s3://forgebook/rows.jsonl")
+
+
+def test_a_request_is_tried_again(door):
+    door.answers = lambda method, path: "slow down" if door.refused < 2 else None
+    object_store.write_file("s3://forgebook/again", b"x")
+    assert door.refused == 2 and object_store.read_file("s3://forgebook/again") == b"x"
+
+
+def test_https_errors_are_readable():
+    with pytest.raises(StorageError, match=r"https://127\.0\.0\.1:9/rows\.jsonl could not be read"):
+        download.fetch_file("https://127.0.0.1:9/rows.jsonl")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with a file in it, and another below."""
+    (tmp_path / "f/below").mkdir(parents=True)
+    (tmp_path / "f/a").write_text("a")
+    (tmp_path / "f/below/b").write_text("bb")
+    return tmp_path / "f"
+
+
+def test_a_folder_is_there_whole_or_not_at_all(door, folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    uri = "s3://forgebook/whole"
+    door.answers = lambda method, path: "slow down" if method == "PUT" and path.endswith("/b") else None
+    with pytest.raises(BucketBusyError):
+        object_store.publish_folder(folder, uri)
+    assert object_store.published_manifest(uri) is None and not object_store.fetch_published(uri, tmp_path / "got")
+    with pytest.raises(StorageError, match="is not complete: its upload was interrupted"):
+        download.fetch_folder(uri)
+    door.answers = lambda method, path: None
+    object_store.publish_folder(folder, uri)
+    assert object_store.fetch_published(uri, tmp_path / "got")
+    assert object_store.manifest_of(tmp_path / "got") == object_store.manifest_of(folder)  # times of change, too
+    assert (download.fetch_folder(uri) / "below/b").read_text() == "bb"
+    object_store.remove_folder(uri)
+    assert object_store.list_files(uri) == {}
+
+
+def test_a_file_that_is_not_what_was_uploaded_is_found(door, folder, tmp_path):
+    object_store.publish_folder(folder, "s3://forgebook/short")
+    object_store.write_file("s3://forgebook/short/a", b"longer")
+    with pytest.raises(StorageError, match="has 6 bytes, its manifest says 1"):
+        object_store.fetch_published("s3://forgebook/short", tmp_path / "got")
+    assert not (tmp_path / "got").exists()

@@ -1,0 +1,206 @@
+"""Several machines: two real Ray nodes in network namespaces train what one does, and survive what happens to nodes."""
+
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from moto.server import ThreadedMotoServer
+
+from conftest import LORA, REPOSITORY, losses_of, uneven_rows
+from forgebook import ray_cluster
+from forgebook.errors import ConfigError
+from forgebook.launch.ray_train import fine_tune
+from forgebook.runs import object_store
+from forgebook.runs.metrics import read_metrics
+from forgebook.runs.run import Run, read_json
+from support_nodes import NET, Nodes, why_not
+
+SECRET = "hf_told-to-workers-alone"
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory):
+    """Two nodes of two cores each; the second has an empty disk of its own at nodes.hidden[2]."""
+    if reason := why_not():
+        pytest.skip(reason)
+    nodes = Nodes(hidden={2: tmp_path_factory.mktemp("private")})
+    try:
+        nodes.up(2, HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
+        yield nodes
+    finally:
+        nodes.down()
+
+
+@pytest.fixture
+def bucket(nodes, monkeypatch):
+    """A bucket `forgebook` that the nodes can reach; the settings that name it."""
+    import boto3
+
+    server = ThreadedMotoServer(ip_address=f"{NET}.254", port=0)
+    server.start()
+    settings = {
+        "AWS_ENDPOINT_URL": "http://{}:{}".format(*server.get_host_and_port()), "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true",
+    }  # fmt: skip
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    boto3.client("s3").create_bucket(Bucket="forgebook")
+    yield settings
+    server.stop()
+
+
+def wait_until(process, is_so) -> None:
+    """Wait until something is so, or the process has ended."""
+    while process.poll() is None and not is_so():
+        time.sleep(0.1)
+
+
+def until_step(process, metrics: Path, step: int) -> None:
+    """Wait until a run has reported a step."""
+    wait_until(process, lambda: metrics.exists() and len(read_metrics(metrics)) >= step)
+
+
+def command(config) -> list[str]:
+    """Write a config down and make the command that trains it on both nodes."""
+    return [sys.executable, str(REPOSITORY / "main.py"), str(config.source)]
+
+
+@pytest.mark.slow
+def test_a_cut_link_and_a_killed_node_change_nothing(nodes, make_config, write_rows):
+    """LoRA with ZeRO-2, a worker on each node: equal to one process.
+
+    The link between the nodes is down for 20 s: training waits (or starts anew from its last state, where a machine is
+    so busy that Ray gives the node up). A node dies: training goes on with the one that comes.
+    The secrets of the head are in no argument and no log.
+    """
+    settings = {
+        "train_path": write_rows(uneven_rows(160), "many.jsonl"), "lora_config": LORA, "num_epochs": 2,
+        "checkpoint_and_evaluation_frequency": {"unit": "steps", "frequency": 10},
+    }  # fmt: skip
+    alone = fine_tune(make_config(run_name="alone", train_batch_size_per_device=4, **settings))
+    config = make_config(
+        run_name="both", num_devices=2, train_batch_size_per_device=2, deepspeed="zero_2", address=nodes.address,
+        **settings,
+    )  # fmt: skip
+    run = Run(Path(config.storage_path) / "both")
+    process = nodes.popen(command(config), RAY_ADDRESS="", HF_TOKEN=SECRET)
+    until_step(process, run.metrics, 12)
+    nodes.cut(2)
+    time.sleep(20)
+    nodes.heal(2)
+    until_step(process, run.metrics, 25)
+    starts = (run.logs / "progress.jsonl").read_text().count('"training"')
+    assert starts <= 2
+    commands = nodes.commands()
+    assert len(commands) > 10 and not any(SECRET in words for words in commands)
+    nodes.kill(2)
+    nodes.start(2)
+    told = process.communicate(timeout=480)[0]
+    assert process.returncode == 0, told
+    progress = (run.logs / "progress.jsonl").read_text()
+    assert progress.count('"training"') == starts + 1 and re.search(r'"start": [2-7]0', progress)
+    assert len(losses_of(run)) == 80 and losses_of(run) == pytest.approx(losses_of(alone), abs=2e-3)
+    summary = read_json(run.summary)
+    assert summary["workers"] == 2 and summary["zero_stage"] == 2
+    logs = [run.config, *run.logs.rglob("*"), *nodes.temporary.rglob("*.log"), *nodes.temporary.rglob("*.out")]
+    texts = [path.read_text(errors="replace") for path in logs if path.is_file()]
+    assert len(texts) > 10 and not any(SECRET in text for text in [told, *texts])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("adapter", "counts"), [(LORA, [2, 1, 2]), (None, [1, 2])], ids=["adapter", "full"])
+def test_a_run_goes_on_with_fewer_workers_and_takes_more_in(nodes, make_config, write_rows, adapter, counts):
+    """As many workers as there are machines, now two, now one: equal to one process all the way."""
+    settings = {
+        "train_path": write_rows(uneven_rows(160), "many.jsonl"), "lora_config": adapter, "learning_rate": 2e-5,
+        "lr_scheduler_type": "constant", "num_epochs": 1000, "on_existing": "overwrite",
+        "checkpoint_and_evaluation_frequency": {"unit": "steps", "frequency": 10},
+    }  # fmt: skip
+    config = make_config(
+        run_name="both", num_devices={"min": 1, "max": 2}, train_batch_size_per_device=4, address=nodes.address,
+        **settings,
+    )  # fmt: skip
+    run = Run(Path(config.storage_path) / "both")
+    if counts[0] == 1:
+        nodes.kill(2)
+    # Ray first waits this long for two workers, until it knows that a machine is gone.
+    process = nodes.popen(command(config), RAY_ADDRESS="", RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="60")
+    for k, count in enumerate(counts):
+        if k > 0:
+            nodes.kill(2) if count == 1 else nodes.start(2)
+        wait_until(process, lambda k=k: workers_of(run)[k : k + 1])
+        until_step(process, run.metrics, len(read_metrics(run.metrics)) + 12 if run.metrics.exists() else 12)
+    process.send_signal(signal.SIGTERM)
+    told = process.communicate(timeout=240)[0]
+    assert workers_of(run) == counts and process.returncode == 143 and "with 2 workers\n" in told, told
+
+    steps = len(losses_of(run))
+    alone = fine_tune(make_config(run_name="alone", train_batch_size_per_device=8, max_steps=steps, **settings))
+    assert steps > 20 and losses_of(run) == pytest.approx(losses_of(alone), abs=2e-3)
+
+
+def workers_of(run: Run) -> list[int]:
+    """List how many workers the run had, start by start."""
+    log = run.logs / "progress.jsonl"
+    return [event["workers"] for event in read_metrics(log) if "workers" in event] if log.exists() else []
+
+
+@pytest.mark.slow
+def test_nodes_without_a_shared_disk(nodes, bucket, make_config, write_rows):
+    """Full parameter with ZeRO-3, rows and run in a bucket, stopped and continued: equal to one process.
+
+    The second node sees nothing of the first one's disk where the run is: its shards travel to it and from it.
+    """
+    rows = write_rows(uneven_rows(96), "many.jsonl")
+    settings = {"train_path": rows, "num_epochs": 3, "learning_rate": 3e-4}
+    alone = fine_tune(make_config(run_name="alone", **settings))
+    config = make_config(run_name="both", num_devices=2, train_batch_size_per_device=4, deepspeed="zero_3", **settings)
+    for name in ("train", "valid"):
+        object_store.write_file(f"s3://forgebook/{name}.jsonl", Path(getattr(config, f"{name}_path")).read_bytes())
+    words = [
+        *command(config), "storage_path=s3://forgebook/runs", "train_path=s3://forgebook/train.jsonl",
+        "valid_path=s3://forgebook/valid.jsonl",
+    ]  # fmt: skip
+    cache = {**bucket, "FORGEBOOK_CACHE": str(nodes.hidden[2])}
+    process = nodes.popen(words, **cache)
+    while process.poll() is None and not list(nodes.hidden[2].glob("runs/*/both/metrics.jsonl")):
+        time.sleep(0.1)
+    [metrics] = nodes.hidden[2].glob("runs/*/both/metrics.jsonl")
+    until_step(process, metrics, 4)
+    process.send_signal(signal.SIGTERM)
+    told = process.communicate(timeout=480)[0]
+    assert process.returncode == 143 and "the same command continues" in told, told
+    state = [name for name in object_store.list_files("s3://forgebook/runs/both") if name.startswith("resume/")]
+    assert all(any(f"rank_{rank}_" in name for name in state) for rank in (0, 1))
+    assert "continuing after step" in nodes.run(words, **cache)
+    run = Run(metrics.parent)
+    assert losses_of(run) == pytest.approx(losses_of(alone), abs=3e-3) and len(losses_of(run)) == 36
+    summary = read_json(run.summary)
+    assert summary["workers"] == 2 and summary["zero_stage"] == 3
+    assert (run.logs / "worker-1.log").exists()
+    assert object_store.published_manifest(f"s3://forgebook/runs/both/{summary['best_checkpoint']}")
+
+
+# Before the workers start -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def elsewhere(monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_ADDRESS", "")  # put back as it was at the end, whatever is set meanwhile
+
+
+@pytest.mark.parametrize("address", ["ray://head:10001", "http://head:8265"], ids=["client", "jobs"])
+def test_an_address_from_outside_the_cluster(elsewhere, make_config, address):
+    with pytest.raises(ConfigError, match=r"must be HOST:PORT of the head .* python main.py submit"):
+        fine_tune(make_config(address=address))
+
+
+def test_the_environment_counts_more_than_the_file(monkeypatch):
+    """A job of Ray's finds its own cluster there."""
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    ray_cluster.name_address("10.0.0.2:6379")
+    assert ray_cluster.os.environ["RAY_ADDRESS"] == "10.0.0.1:6379" and ray_cluster.is_joined()

@@ -1,0 +1,114 @@
+"""Labels as tokens, the loss on them alone, and scores."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn import metrics as sk
+
+from conftest import LORA, TINY_MODEL, chat, losses_of
+from forgebook.data import chat_template, tokenize
+from forgebook.data.row_formats import Row
+from forgebook.inference.generate import load_for_generation
+from forgebook.launch.ray_train import fine_tune
+from forgebook.models import load
+from forgebook.runs.metrics import read_metrics
+from forgebook.training import classification
+
+LABELS = ["[[even]]", "[[odd]]"]
+
+
+def rows(count):
+    return [chat(f"the lamp {k}", LABELS[k % 2], system=None) for k in range(count)]
+
+
+@pytest.fixture
+def classifier(make_config, write_rows):
+    """A config for a small classifier."""
+
+    def make(**values):
+        settings = {
+            "task": "classification", "classifier_config": {"label_tokens": LABELS, "eval_metrics": ["accuracy", "f1"]},
+            "train_path": write_rows(rows(16), "c.jsonl"), "valid_path": write_rows(rows(20)[16:], "v.jsonl"),
+        }  # fmt: skip
+        return make_config(**settings | values)
+
+    return make
+
+
+def test_labels_are_single_tokens_and_stay_in_decoded_text(classifier):
+    tokenizer = load.tokenizer_of(classifier())
+    assert [len(tokenizer(label, add_special_tokens=False)["input_ids"]) for label in LABELS] == [1, 1]
+    assert tokenizer.decode(classification.label_ids(tokenizer, LABELS), skip_special_tokens=True) == "[[even]][[odd]]"
+
+
+def test_a_word_is_a_label_only_as_a_whole():
+    tokenizer = load.load_tokenizer(str(TINY_MODEL), ["flim"])
+    label = tokenizer.convert_tokens_to_ids("flim")
+    assert label in tokenizer("say flim")["input_ids"] and label not in tokenizer("flimsy")["input_ids"]
+
+
+def test_only_the_last_label_is_trained(classifier):
+    config = classifier()
+    tokenizer = load.tokenizer_of(config)
+    messages = [*chat("[[odd]] or [[even]]?", "[[odd]]")["messages"], *chat("and now?", "[[even]]", None)["messages"]]
+    [[encoded]] = tokenize.encode_rows([Row("f:1", messages=messages)], tokenizer, tokenize.Recipe.of(config))
+    trained = [i for i, t in zip(encoded.input_ids, encoded.trained, strict=True) if t]
+    assert trained == classification.label_ids(tokenizer, ["[[even]]"]) and encoded.trained.index(True) > 20
+
+
+@pytest.mark.parametrize("method", [None, LORA], ids=["full", "lora"])
+def test_the_loss_is_that_of_a_hand_computation(classifier, method):
+    """-log p(label) over the whole vocabulary, at the position before the label, mean over rows."""
+    run = fine_tune(classifier(lora_config=method, num_epochs=2))
+    model, tokenizer, _ = load_for_generation(run.checkpoints / "epoch-2")
+    model = model.float() if method else load.load_model(str(run.checkpoints / "epoch-2"), dtype="float32")
+    losses = []
+    for row in rows(20)[16:]:
+        prompt = torch.tensor([chat_template.encode_prompt(row["messages"][:-1], tokenizer)])
+        with torch.no_grad():
+            logp = torch.log_softmax(model(prompt).logits[0, -1], -1)
+        losses.append(-float(logp[tokenizer.convert_tokens_to_ids(row["messages"][-1]["content"])]))
+    evaluation = read_metrics(run.metrics)[-1]
+    assert evaluation["eval_loss"] == pytest.approx(np.mean(losses), abs=1e-4)
+    assert {"eval_accuracy", "eval_f1"} <= set(evaluation)
+    assert losses_of(run)[-1] < losses_of(run)[0]
+
+
+def test_other_modules_to_save_leave_the_labels_trained(classifier):
+    config = classifier(lora_config=LORA | {"modules_to_save": ["norm"]})
+    model = load.load_model(str(TINY_MODEL), dtype="float32")
+    assert len(load.fit_vocabulary(model, load.tokenizer_of(config), config)["trainable_token_indices"]) == 1
+    own = classifier(lora_config=LORA | {"modules_to_save": ["embed_tokens"]})
+    assert load.fit_vocabulary(model, load.tokenizer_of(own), own) == {}
+
+
+def test_only_the_rows_of_the_labels_move(classifier):
+    """Peers' point 19: under LoRA new tokens are trained, merged and saved; all other embeddings stay."""
+    run = fine_tune(classifier(lora_config=LORA))
+    model, tokenizer, _ = load_for_generation(run.checkpoints / "epoch-1")
+    merged = model.merge_and_unload().get_input_embeddings().weight
+    base = load.load_model(str(TINY_MODEL), dtype="float32").get_input_embeddings().weight
+    assert torch.equal(merged[: len(base)].float(), base.to(merged.dtype).float())
+    assert len(merged) == len(tokenizer) == len(base) + 2 and not torch.equal(merged[-1], merged[-2])
+
+
+def test_scores_are_those_of_scikit_learn():
+    rng = np.random.default_rng(0)
+    truth, raw = rng.integers(0, 4, 200), rng.random((200, 4))
+    probabilities = (raw + 0.7 * np.eye(4)[truth]) / (raw + 0.7 * np.eye(4)[truth]).sum(1, keepdims=True)
+    found = classification.scores(probabilities, truth, ["accuracy", "f1", "precision", "recall", "prauc", "rocauc"])
+    predicted = probabilities.argmax(1)
+    assert found["eval_accuracy"] == pytest.approx(sk.accuracy_score(truth, predicted), abs=1e-6)
+    assert found["eval_f1"] == pytest.approx(sk.f1_score(truth, predicted, average="macro"), abs=1e-6)
+    assert found["eval_prauc"] == pytest.approx(
+        sk.average_precision_score(np.eye(4)[truth], probabilities, average="macro"), abs=1e-6
+    )
+    assert found["eval_rocauc"] == pytest.approx(
+        sk.roc_auc_score(truth, probabilities, multi_class="ovr", average="macro"), abs=1e-6
+    )
+
+
+def test_scores_of_two_labels_are_those_of_the_second():
+    probabilities = np.array([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4], [0.3, 0.7]])
+    found = classification.scores(probabilities, np.array([0, 1, 1, 0]), ["precision", "recall", "prauc"])
+    assert found == {"eval_precision": 0.5, "eval_recall": 0.5, "eval_prauc": pytest.approx(0.833333)}

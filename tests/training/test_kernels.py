@@ -1,0 +1,159 @@
+"""Switches that depend on the machine: they work, or are refused in one sentence before the run."""
+
+import shutil
+import sys
+import types
+
+import pytest
+import torch
+
+from conftest import LORA, TINY_MODEL, losses_of
+from forgebook.errors import ConfigError, ModelError, ResourceError
+from forgebook.launch.ray_train import fine_tune
+from forgebook.models import load
+from forgebook.runs.run import read_json
+from forgebook.training import kernels
+from forgebook.training.optimizers import AdamW
+
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+
+
+@without_gpu
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"attention": "flex"}, "attention: flex has no backward pass on a CPU"),
+        ({"liger_kernel": {"enabled": True}}, "liger_kernel.enabled: its kernels run on a GPU"),
+    ],
+)
+def test_what_needs_a_gpu_is_refused_without_one(make_config, tmp_path, values, told):
+    with pytest.raises(ResourceError, match=told):
+        fine_tune(make_config(**values))
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"quantization": "nf4", "lora_config": LORA}, "quantization: nf4 needs the package bitsandbytes"),
+        ({"optimizer": "adamw_8bit"}, "optimizer: adamw_8bit needs the package bitsandbytes"),
+        ({"liger_kernel": {"enabled": True}}, "liger_kernel.enabled needs the package liger-kernel"),
+    ],
+)
+def test_a_missing_package_is_named(make_config, monkeypatch, values, told):
+    monkeypatch.setattr(kernels, "_has", lambda package: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ResourceError, match=told):
+        kernels.refuse_missing(make_config(**values))
+
+
+@without_gpu
+def test_a_missing_compiler_is_named(make_config, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(ResourceError, match=r"torch_compile on a CPU needs a C\+\+ compiler"):
+        fine_tune(make_config(torch_compile=True))
+
+
+# torch.compile ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_compiled_model_has_the_same_losses_and_the_same_checkpoint(make_config):
+    settings = {"padding": "max_length", "context_length": 96, "lora_config": LORA}
+    plain = fine_tune(make_config(run_name="plain", **settings))
+    compiled = fine_tune(make_config(run_name="compiled", torch_compile={"dynamic": False}, **settings))
+    assert losses_of(compiled) == pytest.approx(losses_of(plain), abs=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    names = [
+        sorted(path.name for path in (run.folder / read_json(run.summary)["best_checkpoint"]).iterdir())
+        for run in (plain, compiled)
+    ]
+    assert names[0] == names[1]
+
+
+def test_an_argument_that_torch_compile_does_not_take_is_named(make_config):
+    with pytest.raises(ConfigError, match=r"torch_compile: .*'mod'"):
+        fine_tune(make_config(torch_compile={"mod": "max-autotune"}))
+
+
+# Liger ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def liger(monkeypatch):
+    """Stand in for the package, with what of it is called: its table of models, and the function that patches one."""
+    calls = []
+
+    def apply_to_llama(rope=True, cross_entropy=False, fused_linear_cross_entropy=True, rms_norm=True, swiglu=True):
+        """Have the arguments that the real one has."""
+
+    inside = types.ModuleType("liger_kernel.transformers")
+    inside._apply_liger_kernel_to_instance = lambda model, **kwargs: calls.append(kwargs)
+    table = types.ModuleType("liger_kernel.transformers.monkey_patch")
+    table.MODEL_TYPE_TO_APPLY_LIGER_FN = {"llama": apply_to_llama}
+    for module in (types.ModuleType("liger_kernel"), inside, table):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    return calls
+
+
+def test_liger_gets_the_switches_and_leaves_the_loss_to_us(liger):
+    model = load.load_model(str(TINY_MODEL))
+    kernels.use_liger(model, {"rope": False, "fused_linear_cross_entropy": True})
+    assert liger == [{"rope": False, "cross_entropy": False, "fused_linear_cross_entropy": False}]
+
+
+def test_kernels_that_liger_has_not_got_are_named(liger):
+    model = load.load_model(str(TINY_MODEL))
+    with pytest.raises(ConfigError, match="Liger has no geglu kernel for llama models"):
+        kernels.use_liger(model, {"geglu": True})
+    model.config.model_type = "mamba"
+    with pytest.raises(ModelError, match="Liger has no kernels for mamba models"):
+        kernels.use_liger(model, {})
+    assert liger == []
+
+
+# AdamW in 8 bits --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_8_bit_moments_train_nearly_as_32_bit_ones(make_config, dtype):
+    settings = {"num_epochs": 3, "dtype": dtype, "learning_rate": 3e-4}
+    plain = fine_tune(make_config(run_name="plain", **settings))
+    small = fine_tune(make_config(run_name="small", optimizer="adamw_8bit", **settings))
+    assert losses_of(small)[:2] == losses_of(plain)[:2] and losses_of(small) != losses_of(plain)
+    assert losses_of(small) == pytest.approx(losses_of(plain), abs=0.05)
+
+
+def test_8_bit_moments_are_bitsandbytes_own_and_are_small():
+    from bitsandbytes.optim import AdamW8bit
+
+    torch.manual_seed(0)
+    start = torch.randn(64, 128)
+    ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    optimizers = AdamW([ours], bits=8, lr=1e-2, weight_decay=0.1), AdamW8bit([theirs], lr=1e-2, weight_decay=0.1)
+    for step in range(3):
+        for p, optimizer in zip((ours, theirs), optimizers, strict=True):
+            p.grad = torch.randn(64, 128, generator=torch.Generator().manual_seed(step))
+            optimizer.step()
+    assert torch.equal(ours, theirs)
+    moments = [value for value in optimizers[0].inner.state[ours].values() if getattr(value, "shape", ()) == (64, 128)]
+    assert len(moments) == 2 and all(moment.dtype == torch.uint8 for moment in moments)
+
+
+def test_a_run_with_8_bit_moments_continues_exactly(make_config):
+    from conftest import fine_tune_until
+
+    settings = {
+        "optimizer": "adamw_8bit", "max_steps": 4, "num_epochs": 2,
+        "checkpoint_and_evaluation_frequency": {"unit": "steps", "frequency": 2},
+    }  # fmt: skip
+    whole = fine_tune(make_config(run_name="whole", **settings))
+    halves = make_config(run_name="halves", **settings)
+    with pytest.raises(KeyboardInterrupt):
+        fine_tune_until(halves, step=3)
+    assert losses_of(fine_tune(halves)) == losses_of(whole)
+
+
+def test_8_bit_moments_are_refused_where_deepspeed_has_its_own(make_config):
+    with pytest.raises(ConfigError, match="adamw_8bit does not go with an offloaded optimizer"):
+        fine_tune(make_config(optimizer="adamw_8bit", deepspeed="zero_3_offload_optim+param"))
