@@ -64,7 +64,7 @@ def test_config_fits_its_own_hardware(path, headers):
     facts = headers.facts_of(path)
     assert facts.worst.fits, f"{facts.worst.memory.total:,} bytes; {' '.join(facts.worst.changes)} would make it fit"
     assert facts.gsm8k.fits and facts.cost > 0
-    assert facts.worst.context_length <= headers.shape_of(facts.config).context or facts.config.rope_scaling
+    assert facts.worst.context_length <= headers.shape_of(facts.config.model_id).context or facts.config.rope_scaling
     if "custom" in path.parts:  # the file's place says what it is
         assert path.name.startswith(f"{facts.hardware}-{facts.config.context_length or 'auto'}")
         assert path.parent.name == ("lora" if facts.config.is_lora else "full")
