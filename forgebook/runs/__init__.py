@@ -1,0 +1,1 @@
+"""Where things are stored: the run folder, buckets, downloads, uploads, metrics."""
