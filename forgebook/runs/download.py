@@ -17,10 +17,10 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from forgebook.runs import object_store
-from forgebook.runs.object_store import is_bucket, is_remote
 from forgebook.errors import StorageError
+from forgebook.runs import object_store
 from forgebook.runs.atomic import aside
+from forgebook.runs.object_store import is_bucket, is_remote
 
 __all__ = ["cache_folder", "fetch_file", "fetch_folder", "find_files"]
 

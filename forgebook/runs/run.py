@@ -4,9 +4,9 @@ open_run(config)    -> Run      the run folder, new or to be continued
 find_run(name)      -> Run      a run by its folder, address or name
 list_models(place)  -> [Model]  what was fine-tuned under a storage path; get_model(name), delete_model(name)
 
-A run in a bucket has a local folder below the cache, which `forgebook.runs.upload` keeps in step with the bucket. Files at
-any address come from `forgebook.runs.download`, folders that are complete or absent from `forgebook.runs.atomic`; both are named here,
-too.
+A run in a bucket has a local folder below the cache, which `forgebook.runs.upload` keeps in step with the bucket.
+Files at any address come from `forgebook.runs.download`, folders that are complete or absent from
+`forgebook.runs.atomic`; both are named here, too.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from forgebook.runs import object_store, upload
-from forgebook.runs.object_store import is_remote
 from forgebook.errors import StorageError
-from forgebook.runs.download import cache_folder, fetch_file, fetch_folder, find_files
+from forgebook.runs import object_store, upload
 from forgebook.runs.atomic import aside, published, read_json, write_json
+from forgebook.runs.download import cache_folder, fetch_file, fetch_folder, find_files
+from forgebook.runs.object_store import is_remote
 
 if TYPE_CHECKING:
     from forgebook.config.parse import FinetuneConfig

@@ -20,8 +20,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from forgebook.runs import object_store
 from forgebook.errors import BucketBusyError, StorageError
+from forgebook.runs import object_store
 from forgebook.runs.atomic import aside, remove
 
 __all__ = ["beside", "pull", "push"]
@@ -76,7 +76,9 @@ def _known(uri: str, there: dict[str, int]) -> Known:
     """Read the manifests of the folders that a bucket's run holds, complete or not."""
     places = {place for name in there if (place := _place(name))}
     return {
-        place: object_store.published_manifest(f"{uri}/{place}") if f"{place}/{object_store.MANIFEST}" in there else None
+        place: object_store.published_manifest(f"{uri}/{place}")
+        if f"{place}/{object_store.MANIFEST}" in there
+        else None
         for place in places
     }
 

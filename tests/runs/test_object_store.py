@@ -4,10 +4,10 @@ import pytest
 
 from conftest import TINY_MODEL, chat, uneven_rows
 from forgebook.data import tokenize
-from forgebook.models import load
-from forgebook.runs import download, object_store
 from forgebook.errors import BucketBusyError, StorageError
 from forgebook.launch.ray_train import fine_tune
+from forgebook.models import load
+from forgebook.runs import download, object_store
 
 
 def test_rows_from_a_bucket(s3, write_rows):

@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 
 from conftest import TINY_MODEL
-from forgebook.runs import object_store, run as storage, upload
 from forgebook.config.parse import dump_config
 from forgebook.errors import StorageError
 from forgebook.launch.ray_train import fine_tune
+from forgebook.runs import object_store, upload
+from forgebook.runs import run as storage
 
 
 def test_a_run_is_found_by_folder_and_by_name(make_config, monkeypatch, tmp_path):

@@ -13,9 +13,10 @@ import time
 import pytest
 
 from conftest import REPOSITORY, TINY_MODEL, uneven_rows
-from forgebook.runs import object_store, run as storage, upload
 from forgebook.cli.main import main
 from forgebook.errors import StorageError
+from forgebook.runs import object_store, upload
+from forgebook.runs import run as storage
 from forgebook.runs.metrics import read_metrics
 
 STATE = re.compile(r"resume/step-\d+/manifest\.json")
