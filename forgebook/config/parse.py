@@ -12,19 +12,17 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from forgebook.catalog import hardware_of
-from forgebook.config.legacy_keys import DEEPSPEED_FILES, RetiredNameWarning, translate_retired
-from forgebook.config.schema import (
+from forgebook.config.blocks import (
     CheckpointFrequency,
     ClassifierConfig,
     DataSource,
     DeepSpeed,
-    FinetuneConfig,
     GenerationConfig,
     HubRepo,
     LigerKernel,
@@ -33,9 +31,10 @@ from forgebook.config.schema import (
     PreferenceTuningConfig,
     PromptFormat,
     VisionLanguageConfig,
-    flatten,
-    prefixes,
+    models_in,
 )
+from forgebook.config.legacy_keys import DEEPSPEED_FILES, RetiredNameWarning, translate_retired
+from forgebook.config.schema import EVERY_EPOCH, FinetuneConfig, flatten, keys_without_effect, prefixes
 from forgebook.config.yaml_source import Places, apply_override, parse_yaml, place_of, read_text
 from forgebook.errors import ConfigError, near_miss
 
@@ -65,33 +64,6 @@ _REPOSITORY = Path(__file__).resolve().parents[2]
 _SHIPPED = _REPOSITORY / "deepspeed_configs"
 _DEFAULT_LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": "all-linear"}
 SECRET_KEY = re.compile(r"token|secret|api_?key|password", re.IGNORECASE)
-
-# What may change between two starts of one run: its name and place, who watches it, which machines carry it,
-# how often it is retried, and recomputation, which trades time for memory alone. num_devices and the training
-# batch are not here: they decide which rows share an update.
-_WITHOUT_EFFECT_ON_TRAINING = frozenset(
-    {
-        "run_name",
-        "storage_path",
-        "on_existing",
-        "force",
-        "max_failures",
-        "min_devices",
-        "logger",
-        "custom_model_tag",
-        "address",
-        "worker_resources",
-        "trainer_resources",
-        "hardware",
-        "num_data_blocks_per_device",
-        "preference_tuning_config.logprob_processor_scaling_config",
-        "gradient_checkpointing",
-        "eval_batch_size_per_device",
-        "eval_first",
-        "num_checkpoints_to_keep",
-        "generation_config.stopping_sequences",
-    }
-)
 
 
 def load_config(path_or_url: str | Path, overrides: Sequence[str] = (), default: bool = False) -> FinetuneConfig:
@@ -161,12 +133,18 @@ def dump_config(config: FinetuneConfig) -> str:
 
 def config_differences(a: FinetuneConfig, b: FinetuneConfig) -> list[str]:
     """List the dotted keys whose values differ, except those without effect on the trained weights."""
-    left, right = flatten(a.model_dump()), flatten(b.model_dump())
+    left, right = (_comparable(config) for config in (a, b))
     return [
         key
         for key in sorted(left.keys() | right.keys())
-        if left.get(key) != right.get(key) and _WITHOUT_EFFECT_ON_TRAINING.isdisjoint(prefixes(key))
+        if left.get(key) != right.get(key) and keys_without_effect().isdisjoint(prefixes(key))
     ]
+
+
+def _comparable(config: FinetuneConfig) -> dict[str, Any]:
+    """List every value by its dotted key; a frequency left open is that of a resolved config."""
+    every = config.checkpoint_and_evaluation_frequency or EVERY_EPOCH
+    return flatten(config.model_dump() | {"checkpoint_and_evaluation_frequency": every.model_dump()})
 
 
 # -- DeepSpeed files
@@ -283,15 +261,8 @@ def _known_keys(location: tuple[int | str, ...]) -> list[str]:
     model: type[BaseModel] = FinetuneConfig
     for part in location[:-1]:
         if part in model.model_fields:
-            model = next(_models_in(model.model_fields[part].annotation), model)
+            model = next(models_in(model.model_fields[part].annotation), model)
     return list(model.model_fields)
-
-
-def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for argument in get_args(annotation):
-        yield from _models_in(argument)
 
 
 def _show(value: Any) -> str:

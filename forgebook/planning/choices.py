@@ -10,18 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from forgebook.config.schema import auto_keys
+
 if TYPE_CHECKING:
     from forgebook.config.parse import FinetuneConfig
 
 __all__ = ["KEYS", "Choice", "choice_rows", "choices_of", "is_open", "take"]
 
-# In the order of the table; a null of these was chosen by who wrote it.
-KEYS = (
-    "task", "valid_path", "generation_config.prompt_format", "lora_config", "quantization", "context_length",
-    "padding", "hardware", "num_devices", "dtype", "attention", "deepspeed", "gradient_checkpointing",
-    "train_batch_size_per_device", "gradient_accumulation_steps", "eval_batch_size_per_device", "learning_rate",
-    "num_epochs", "num_warmup_steps", "checkpoint_and_evaluation_frequency",
-)  # fmt: skip
+KEYS = auto_keys()
+# A null of these was chosen by who wrote it.
 _NULL_IS_AN_ANSWER = ("lora_config", "quantization", "deepspeed")
 
 

@@ -15,6 +15,7 @@ import yaml
 
 from forgebook import errors
 from forgebook.config import parse as config_module
+from forgebook.config.blocks import LORA_KEYS
 from forgebook.config.parse import (
     FinetuneConfig,
     PromptFormat,
@@ -25,7 +26,6 @@ from forgebook.config.parse import (
     load_config,
     read_deepspeed_config,
 )
-from forgebook.config.schema import LORA_KEYS
 from forgebook.errors import ConfigError, ForgebookError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -178,7 +178,7 @@ def test_byte_counts_stay_whole(load):
         ("torch_compile: fast", "torch_compile: got 'fast', must be true, false or a block of options"),
         ("lora_config: {r: true}", "lora_config: r: got True, must be a whole number greater than 0"),
         ("classifier_config: {label_tokens: [a]}", ".label_tokens: got ['a'], must be a list of at least 2"),
-        ("classifier_config: {label_tokens: [a, a]}", "must not name a label twice"),
+        ("classifier_config: {label_tokens: [a, a]}", "must not contain a label twice"),
         ("initial_base_model_ckpt_path: {repo_id: 3}", ".repo_id: got 3, must be text"),
         ("checkpoint_and_evaluation_frequency: {unit: weeks, frequency: 0}", "must be 'epochs' or 'steps'"),
         ("generation_config: {stopping_sequences: [true]}", ".stopping_sequences.0: got True"),

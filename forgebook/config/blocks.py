@@ -1,0 +1,394 @@
+"""The nested blocks of a config file, and the kinds of values that its keys take.
+
+`schema` holds the top level. Nothing here reads a file or needs a GPU stack.
+"""
+
+import re
+from collections.abc import Iterator
+from enum import Enum
+from typing import Annotated, Any, Literal, Self, get_args
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    field_validator,
+    model_validator,
+)
+
+from forgebook.errors import near_miss
+
+__all__ = [
+    "LORA_KEYS",
+    "CheckpointFrequency",
+    "ClassifierConfig",
+    "DataPath",
+    "DataSource",
+    "DeepSpeed",
+    "Float",
+    "Fraction",
+    "GenerationConfig",
+    "HubRepo",
+    "Int",
+    "LigerKernel",
+    "Logger",
+    "Loggers",
+    "LogprobProcessor",
+    "LoraBlock",
+    "Mark",
+    "Positive",
+    "PreferenceTuningConfig",
+    "PromptFormat",
+    "Resources",
+    "RopeBlock",
+    "StrictBlock",
+    "Switch",
+    "VisionLanguageConfig",
+    "WeightsPath",
+    "marked_keys",
+    "models_in",
+]
+
+# The constructor arguments of peft.LoraConfig, written out so that a typo is found without importing peft
+# (which imports torch); a test compares them with the installed peft.
+LORA_KEYS = frozenset(
+    """
+    alora_invocation_tokens alpha_pattern arrow_config auto_mapping base_model_name_or_path bias corda_config
+    ensure_weight_tying eva_config exclude_modules fan_in_fan_out inference_mode init_lora_weights kasa_config
+    layer_replication layers_pattern layers_to_transform loftq_config lora_alpha lora_bias lora_dropout lora_ga_config
+    megatron_config megatron_core modules_to_save monteclora_config peft_type peft_version qalora_group_size r
+    rank_pattern revision runtime_config target_modules target_parameters task_type trainable_token_indices
+    use_bdlora use_dora use_qalora use_rslora velora_config
+    """.split()
+)
+# Initializations of an adapter that leave the base weights unchanged, and PiSSA, whose checkpoints are converted.
+_ADAPTER_INITS = re.compile(r"gaussian|orthogonal|pissa(_niter_\d+)?")
+_ROPE_TYPES = ("linear", "dynamic", "yarn", "longrope", "llama3")
+_ROPE_KEYS = frozenset(
+    """
+    attention_factor beta_fast beta_slow factor high_freq_factor long_factor low_freq_factor mscale mscale_all_dim
+    original_max_position_embeddings partial_rotary_factor rope_theta rope_type short_factor truncate
+    """.split()
+)
+
+
+class Mark(Enum):
+    """What else is true of a key; written beside its type, as in `Annotated[str, Mark.NO_EFFECT]`."""
+
+    NO_EFFECT = "may change between two starts of one run: it does not change the trained weights"
+    AUTO = "--default may choose it"
+
+
+# -- values
+
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+
+
+def _number(value: Any) -> Any:
+    """Turn `1e-4` into a number: YAML 1.1, hence PyYAML, reads it as text."""
+    return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else value
+
+
+def _whole_number(value: Any) -> Any:
+    """Turn `1e3` into 1000; leave 1.5 for pydantic to reject."""
+    value = _number(value)
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _numbers_inside(value: Any) -> Any:
+    """Turn `1e-4` into a number at any depth of a free-form block."""
+    if isinstance(value, dict):
+        return {key: _numbers_inside(item) for key, item in value.items()}
+    return [_numbers_inside(item) for item in value] if isinstance(value, list) else _number(value)
+
+
+def _amount(value: Any) -> Any:
+    """Read a number, 0 or more; whole numbers stay whole: 53687091200 bytes are not 53687091200.0."""
+    value = _number(value)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+        raise ValueError(f"got {value!r}, must be a number, 0 or more")
+    return value
+
+
+def _switch_or_block(value: Any) -> Any:
+    """Accept true, false or a block of options."""
+    if not isinstance(value, bool | dict):
+        raise ValueError(f"got {value!r}, must be true, false or a block of options")
+    return _numbers_inside(value)
+
+
+def _known_to_peft(block: dict[str, Any]) -> dict[str, Any]:
+    """Check the keys of a `lora_config`, its rank and its initialization."""
+    problems = [f"unknown key {key!r}{near_miss(key, LORA_KEYS)}" for key in block if key not in LORA_KEYS]
+    rank = block.get("r", 8)
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        problems.append(f"r: got {rank!r}, must be a whole number greater than 0")
+    start = block.get("init_lora_weights", True)
+    if not isinstance(start, bool) and not _ADAPTER_INITS.fullmatch(str(start)):
+        problems.append(
+            f"init_lora_weights: got {start!r}, must be true, gaussian, orthogonal, pissa or pissa_niter_16: "
+            "the others need data, or change the base model so that a saved adapter would not fit it"
+        )
+    if problems:
+        raise ValueError("; ".join(problems))
+    return block
+
+
+def _known_to_transformers(block: dict[str, Any]) -> dict[str, Any]:
+    """Check the keys of a `rope_scaling`, its type and its factor."""
+    # transformers once used `type`; today it would read that as no scaling at all.
+    block = {("rope_type" if key == "type" else key): value for key, value in block.items()}
+    problems = [f"unknown key {key!r}{near_miss(key, _ROPE_KEYS)}" for key in block if key not in _ROPE_KEYS]
+    kind = block.get("rope_type")
+    if kind not in _ROPE_TYPES:
+        problems.append(f"rope_type: got {kind!r}, must be one of {', '.join(_ROPE_TYPES)}")
+    factor = block.get("factor")
+    if kind != "longrope" and (not isinstance(factor, int | float) or isinstance(factor, bool) or factor < 1):
+        problems.append(f"factor: got {factor!r}, must be a number, 1 or more")
+    if problems:
+        raise ValueError("; ".join(problems))
+    return block
+
+
+Int = Annotated[int, BeforeValidator(_whole_number)]
+Float = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
+Fraction = Annotated[Float, Field(ge=0, lt=1)]
+Positive = Annotated[Int, Field(gt=0)]
+Block = Annotated[dict[str, Any], BeforeValidator(_numbers_inside)]
+LoraBlock = Annotated[Block, AfterValidator(_known_to_peft)]
+RopeBlock = Annotated[Block, AfterValidator(_known_to_transformers)]
+Switch = Annotated[bool | dict[str, Any], BeforeValidator(_switch_or_block)]
+Resources = dict[str, Annotated[int | float, BeforeValidator(_amount)]]
+
+
+# -- blocks
+
+
+class StrictBlock(BaseModel):
+    """Reject unknown keys, changes after loading, and values of another type (`true` is not 1)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class PromptFormat(StrictBlock):
+    """How messages become text; in every template, `{instruction}` stands for the content of the message."""
+
+    system: str
+    """Template of the system message."""
+    user: str
+    """Template of a user message; with `system_in_user` it also contains `{system}`."""
+    assistant: str
+    """Template of an answer. It must end with the end-of-turn token, or the model never learns to stop."""
+    trailing_assistant: str = ""
+    """Text after the last message that starts the answer; only for generation."""
+    bos: str = ""
+    """Text at the start of every conversation."""
+    default_system_message: str = ""
+    """System message of conversations that have none."""
+    add_system_tags_even_if_message_is_empty: bool = False
+    """Render the system template for an empty system message too."""
+    system_in_user: bool = False
+    """Put the rendered system message inside the first user message."""
+    system_in_last_user: bool = False
+    """Put it inside the last user message instead; only for generation, needs `system_in_user`."""
+    strip_whitespace: bool = True
+    """Strip spaces and line ends around the content of every message."""
+
+    @field_validator("system", "user", "assistant")
+    @classmethod
+    def _has_instruction(cls, template: str) -> str:
+        if "{instruction}" not in template:
+            raise ValueError(f"got {template!r}, must contain '{{instruction}}', which stands for the content")
+        return template
+
+    @model_validator(mode="after")
+    def _has_system(self) -> Self:
+        if self.system_in_user and "{system}" not in self.user:
+            raise ValueError(f"system_in_user: true needs '{{system}}' in the user template, got {self.user!r}")
+        if self.system_in_last_user and not self.system_in_user:
+            raise ValueError("system_in_last_user: true needs system_in_user: true")
+        return self
+
+
+class GenerationConfig(StrictBlock):
+    """How the fine-tuned model is prompted and stopped, in training, generation and serving."""
+
+    prompt_format: Annotated[PromptFormat | None, Mark.AUTO] = None
+    """Templates that turn messages into text. None: the catalog's format of the model."""
+    stopping_sequences: Annotated[list[str | int], Mark.NO_EFFECT] = []
+    """Texts or token ids that end an answer, in generation and serving."""
+
+
+class DeepSpeed(StrictBlock):
+    """The DeepSpeed settings of the run."""
+
+    config_path: str = "deepspeed_configs/zero_3_offload_optim+param.json"
+    """JSON file, searched for in the working directory, beside the config file, then in this repository."""
+
+
+class CheckpointFrequency(StrictBlock):
+    """When to evaluate, then save a checkpoint."""
+
+    unit: Literal["epochs", "steps"]
+    """What is counted; a step is one optimizer step."""
+    frequency: Positive
+    """Every how many of them."""
+
+
+class ClassifierConfig(StrictBlock):
+    """Train the model to answer with one of a few labels."""
+
+    label_tokens: Annotated[list[str], Field(min_length=2)]
+    """The labels; each becomes one special token, and the last answer of every example is exactly one of them."""
+    eval_metrics: list[Literal["accuracy", "f1", "precision", "recall", "prauc", "rocauc"]] = ["accuracy"]
+    """Metrics to compute on the validation examples."""
+
+    @field_validator("label_tokens")
+    @classmethod
+    def _distinct(cls, labels: list[str]) -> list[str]:
+        if len(set(labels)) < len(labels):
+            raise ValueError(f"got {labels!r}, must not contain a label twice")
+        return labels
+
+
+class LogprobProcessor(StrictBlock):
+    """Workers that compute the reference model's log-probabilities while training runs."""
+
+    custom_resources: Resources = {}
+    """Ray resources of one such worker."""
+    concurrency: Positive = 1
+    """Number of workers, one GPU each."""
+    batch_size: Positive | None = None
+    """Pairs per forward pass. None: `train_batch_size_per_device`."""
+
+
+class PreferenceTuningConfig(StrictBlock):
+    """Train on pairs of a chosen and a rejected answer."""
+
+    loss: Literal["dpo", "ipo", "simpo", "orpo", "kto"] = "dpo"
+    """The loss; simpo and orpo need no reference model."""
+    beta: Annotated[Float, Field(gt=0)] = 0.1
+    """How strongly the model is kept close to the reference model; higher is closer."""
+    label_smoothing: Annotated[Float, Field(ge=0, lt=0.5)] = 0.0
+    """dpo: the share of pairs whose labels may be swapped."""
+    logprob_processor_scaling_config: Annotated[LogprobProcessor | None, Mark.NO_EFFECT] = None
+    """Compute reference log-probabilities on separate workers. None: on the training workers."""
+
+
+class VisionLanguageConfig(StrictBlock):
+    """Train a model that also reads images. Not supported yet."""
+
+    freeze_vision_encoder: bool = True
+    """Train only the projection and the language model."""
+
+
+class LigerKernel(StrictBlock):
+    """Fused Triton kernels that save memory and time on GPUs; they need the package liger-kernel."""
+
+    enabled: bool = False
+    """Use them."""
+    kwargs: dict[
+        Literal["rms_norm", "rope", "swiglu", "geglu", "layer_norm", "cross_entropy", "fused_linear_cross_entropy"],
+        bool,
+    ] = {}
+    """Kernels to turn on or off; the others are on where the model has them. cross_entropy and
+    fused_linear_cross_entropy change nothing: Forgebook's own loss is fused already."""
+
+
+_LOGGER_KEYS: dict[str, tuple[str, ...]] = {
+    "mlflow": ("tracking_uri", "experiment_name", "create_experiment_if_not_exists", "run_name", "tags"),
+    "tensorboard": ("log_dir",),
+}
+
+
+class Logger(StrictBlock):
+    """An experiment tracker, beside metrics.jsonl in the run folder."""
+
+    provider: Literal["wandb", "mlflow", "tensorboard"]
+    """The tracker."""
+    provider_config: dict[str, Any] = {}
+    """Its settings. wandb: arguments of wandb.init, such as `project`, `group`, `name`, `tags`. mlflow:
+    `tracking_uri`, `experiment_name`, `create_experiment_if_not_exists`, `run_name`, `tags`. tensorboard: `log_dir`."""
+    rank_zero_only: bool = True
+    """Has no effect: metrics cover all workers and are sent once, by the process that started the run."""
+
+    @model_validator(mode="after")
+    def _known_to_provider(self) -> Self:
+        known = _LOGGER_KEYS.get(self.provider)
+        unknown = next((key for key in self.provider_config if known is not None and key not in known), None)
+        if known is not None and unknown is not None:
+            hint = f"{near_miss(unknown, known)}; {self.provider} takes {', '.join(known)}"
+            raise ValueError(f"provider_config: unknown key {unknown!r}{hint}")
+        return self
+
+
+class HubRepo(StrictBlock):
+    """A repository on the Hugging Face Hub."""
+
+    repo_id: str
+    """`owner/name`."""
+    revision: str | None = None
+    """Branch, tag or commit. None: the main branch."""
+
+
+class DataSource(StrictBlock):
+    """The examples of one path in a mixture of several."""
+
+    path: str
+    """A path, glob or URL, as in train_path."""
+    weight: Annotated[Float, Field(gt=0)] = 1.0
+    """How often each example is used per epoch: 2 is twice, 0.5 a random half of them (the same every epoch)."""
+
+
+# The tag makes an error describe the form that was written, not both.
+WeightsPath = Annotated[
+    Annotated[str, Tag("a path")] | Annotated[HubRepo, Tag("a block")],
+    Discriminator(lambda value: "a path" if isinstance(value, str) else "a block"),
+]
+
+DataPath = Annotated[
+    Annotated[str, Tag("a path")]
+    | Annotated[
+        list[
+            Annotated[
+                Annotated[str, Tag("a path")] | Annotated[DataSource, Tag("a block")],
+                Discriminator(lambda value: "a path" if isinstance(value, str) else "a block"),
+            ]
+        ],
+        Tag("a list"),
+        Field(min_length=1),
+    ],
+    Discriminator(lambda value: "a list" if isinstance(value, list) else "a path"),
+]
+
+Loggers = Annotated[
+    Annotated[Logger, Tag("a block")] | Annotated[list[Logger], Tag("a list")],
+    Discriminator(lambda value: "a list" if isinstance(value, list) else "a block"),
+]
+
+
+# -- asking the classes
+
+
+def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """Yield the block classes inside a type, such as `LogprobProcessor | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from models_in(argument)
+
+
+def marked_keys(model: type[BaseModel], mark: Mark, prefix: str = "") -> list[str]:
+    """List the dotted keys of a block class, and of the blocks in it, that carry a mark; in the order of the class."""
+    keys = []
+    for name, field in model.model_fields.items():
+        if mark in field.metadata:
+            keys.append(f"{prefix}{name}")
+        else:
+            for block in models_in(field.annotation):
+                keys += marked_keys(block, mark, f"{prefix}{name}.")
+    return keys
