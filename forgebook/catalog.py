@@ -18,10 +18,11 @@ import yaml
 
 from forgebook.errors import ConfigError, ModelError, near_miss
 
-__all__ = ["Catalog", "Gpu", "Linear", "Shape", "hardware_of", "model_folder", "read_catalog", "shape_of"]
+__all__ = ["TINY_MODEL", "Catalog", "Gpu", "Linear", "Shape", "hardware_of", "model_folder", "read_catalog", "shape_of"]
 
 _HERE = Path(__file__).resolve().parent
-_TINY_MODEL = _HERE.parent / "tiny_model"
+# The model in this repository: what `model_id: tiny` means.
+TINY_MODEL = _HERE.parent / "tiny_model"
 # What sets an architecture apart from Llama's: norms per layer, norms of queries and keys, biases of q, k and v,
 # and products that are made as one layer.
 _QK_NORM = ("qwen3", "gemma3_text")
@@ -210,7 +211,7 @@ def shape_of(model_id: str, catalog: Catalog | None = None) -> Shape:
 
 def model_folder(model_id: str) -> Path:
     """Name the local folder that `model_id` would be; it need not exist."""
-    return _TINY_MODEL if model_id == "tiny" else Path(model_id).expanduser()
+    return TINY_MODEL if model_id == "tiny" else Path(model_id).expanduser()
 
 
 def _shape_in(path: Path) -> Shape:

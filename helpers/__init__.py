@@ -6,12 +6,14 @@ from helpers import encode, load_tokenizer, show
 import importlib
 
 _FROM = {
-    "forgebook.catalog": "hardware_of read_catalog shape_of",
+    "forgebook.catalog": "TINY_MODEL hardware_of read_catalog shape_of",
     "forgebook.errors": "DataError",
     "forgebook.config.parse": "load_config",
-    "forgebook.runs.run": "find_run open_run read_json",
+    "forgebook.runs.atomic": "read_json",
+    "forgebook.runs.run": "find_run open_run",
     "forgebook.runs.metrics": "read_metrics",
-    "forgebook.models.load": "TINY_MODEL load_model load_tokenizer tokenizer_of",
+    "forgebook.models.load": "load_model",
+    "forgebook.models.tokenizer": "load_tokenizer tokenizer_of",
     "forgebook.data.readers": "find_sources",
     "forgebook.data.row_formats": "parse_row",
     "forgebook.data.chat_template": "encode encode_prompt render show",
@@ -27,7 +29,7 @@ _FROM = {
     "forgebook.inference.generate": "complete find_model load_for_generation load_together",
     "forgebook.inference.vllm_command": "vllm_command",
     "forgebook.evaluation.statistics": "bootstrap compare_shares gsm8k_number is_gsm8k_right share",
-    "forgebook.reporting.plots": "COLOURS new_figure plot_bars plot_lines plot_losses",
+    "forgebook.reporting.plots": "COLORS new_figure plot_bars plot_lines plot_losses",
     "forgebook.launch.ray_jobs": "status",
 }
 _MODULE_OF = {name: module for module, names in _FROM.items() for name in names.split()}

@@ -35,7 +35,7 @@ def pytest_xdist_make_scheduler(config, log):
 @pytest.fixture(scope="session")
 def tokenizer():
     """The tiny model's tokenizer."""
-    from forgebook.models.load import load_tokenizer
+    from forgebook.models.tokenizer import load_tokenizer
 
     return load_tokenizer(str(TINY_MODEL))
 

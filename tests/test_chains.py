@@ -6,8 +6,8 @@ import pytest
 
 from conftest import LORA, REPOSITORY, chat
 from forgebook.launch.ray_train import fine_tune
+from forgebook.runs.atomic import read_json
 from forgebook.runs.metrics import read_metrics
-from forgebook.runs.run import read_json
 
 
 def best_of(run) -> str:

@@ -14,8 +14,9 @@ from forgebook import ray_cluster
 from forgebook.errors import ConfigError
 from forgebook.launch.ray_train import fine_tune
 from forgebook.runs import object_store
+from forgebook.runs.atomic import read_json
 from forgebook.runs.metrics import read_metrics
-from forgebook.runs.run import Run, read_json
+from forgebook.runs.run import Run
 from support_nodes import NET, Nodes, why_not
 
 SECRET = "hf_told-to-workers-alone"
@@ -181,7 +182,7 @@ def test_nodes_without_a_shared_disk(nodes, bucket, make_config, write_rows):
     summary = read_json(run.summary)
     assert summary["workers"] == 2 and summary["zero_stage"] == 3
     assert (run.logs / "worker-1.log").exists()
-    assert object_store.published_manifest(f"s3://forgebook/runs/both/{summary['best_checkpoint']}")
+    assert object_store.read_manifest(f"s3://forgebook/runs/both/{summary['best_checkpoint']}")
 
 
 # Before the workers start -----------------------------------------------------------------------------

@@ -142,13 +142,14 @@ def run_forgebook(path: str, folder: str, train_on: str, ray_above: int | None) 
     import pyarrow.ipc  # noqa: F401
 
     from forgebook import ray_cluster
+    from forgebook.catalog import TINY_MODEL
     from forgebook.data import readers as rows
     from forgebook.data import tokenize
-    from forgebook.models import load
+    from forgebook.models.tokenizer import load_tokenizer
 
     if ray_above is not None:
         tokenize.PIECES_IN_PROCESS = ray_above
-    tokenizer = load.load_tokenizer(str(load.TINY_MODEL))
+    tokenizer = load_tokenizer(str(TINY_MODEL))
     tokenizer.apply_chat_template(tokenize.PROBE, tokenize=False)
     recipe = tokenize.Recipe(train_on=train_on)
     sources = rows.find_sources(path)

@@ -57,9 +57,10 @@ def prepare(rows_path: str, folder: Path) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from forgebook.catalog import TINY_MODEL
     from forgebook.data import token_store as tokens
     from forgebook.data.chat_template import Encoded
-    from forgebook.models.load import TINY_MODEL, load_tokenizer
+    from forgebook.models.tokenizer import load_tokenizer
 
     torch.manual_seed(0)
     shape = LlamaConfig(

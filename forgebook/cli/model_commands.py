@@ -24,7 +24,7 @@ def models(arguments: list[str]) -> int:
     from dataclasses import asdict
 
     from forgebook.errors import ConfigError
-    from forgebook.runs.run import delete_model, get_model, list_models
+    from forgebook.runs.registry import delete_model, get_model, list_models
 
     action, *rest = given.words or ["runs"]
     if action not in ("show", "delete"):

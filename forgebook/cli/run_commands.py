@@ -35,7 +35,7 @@ def generate(arguments: list[str]) -> int:
     from pathlib import Path
 
     from forgebook.inference.generate import find_model
-    from forgebook.reporting.console import counting, make_console
+    from forgebook.reporting.console import make_console, progress_bar
 
     source = find_model(name, options.get("checkpoint"))
     from forgebook.inference.batch import Prompt, answer, choose_engine, read_prompts, write_answers
@@ -44,7 +44,7 @@ def generate(arguments: list[str]) -> int:
     asked = alone or read_prompts(options["data"], numbers.get("rows"))
     engine = choose_engine(options.get("engine", "auto"), source, len(asked))
     using = {"engine": engine, "num_devices": numbers.get("num_devices", 0)}
-    with _quiet(source, "generate") as output, counting(output, "answering") as tell:
+    with _quiet(source, "generate") as output, progress_bar(output, "answering") as tell:
         if "out" in options:
             tell_file = lambda done, total: tell("rows", done, total)  # noqa: E731
             new = write_answers(Path(options["out"]), source, asked, sampling, **using, on_progress=tell_file)
@@ -107,7 +107,7 @@ def _quiet(source: str, verb: str):
     from pathlib import Path
 
     from forgebook.reporting.console import quiet_descriptors
-    from forgebook.runs.run import cache_folder
+    from forgebook.runs.download import cache_folder
 
     run = Path(source).parent.parent
     return quiet_descriptors((run if (run / "config.yaml").exists() else cache_folder()) / "logs" / f"{verb}.log")
@@ -131,11 +131,11 @@ def evaluate(arguments: list[str]) -> int:
     rows, longest = (
         whole("evaluate", key, options[key]) if key in options else None for key in ("rows", "max_new_tokens")
     )
-    from forgebook.reporting.console import counting, make_console, quiet_descriptors, table
-    from forgebook.runs.run import find_run, shown
+    from forgebook.reporting.console import make_console, progress_bar, quiet_descriptors, table
+    from forgebook.runs.run import display_path, find_run
 
     run = find_run(name)
-    with quiet_descriptors(run.logs / "evaluate.log") as output, counting(output, "asking") as tell:
+    with quiet_descriptors(run.logs / "evaluate.log") as output, progress_bar(output, "asking") as tell:
         output.print(f"loading the base model and the {options.get('checkpoint', 'best')} checkpoint")
         if "lm_eval" in options:
             return _lm_eval(run, options, rows, output)
@@ -157,8 +157,8 @@ def evaluate(arguments: list[str]) -> int:
         output.print(table("Mistakes", ["kind", "base model", "tuned model"], kinds))
     output.print("\n".join(figure_lines(found)))
     save(found, run)
-    output.print(f"mistakes    {shown(run.folder / 'evaluation' / 'mistakes.jsonl')}")
-    output.print(f"run folder  {shown(run.folder)}\nloss curve  {shown(run.loss_curve)}")
+    output.print(f"mistakes    {display_path(run.folder / 'evaluation' / 'mistakes.jsonl')}")
+    output.print(f"run folder  {display_path(run.folder)}\nloss curve  {display_path(run.loss_curve)}")
     return 0
 
 
@@ -166,14 +166,14 @@ def _lm_eval(run, options: dict[str, str], rows: int | None, output) -> int:
     from forgebook.evaluation.evaluate import both_models
     from forgebook.evaluation.lm_eval_tasks import run_tasks
     from forgebook.evaluation.results import score_lines
-    from forgebook.runs.run import keep_json
+    from forgebook.runs.run import save_json
 
     told = both_models(run, options.get("checkpoint"))
     made = run_tasks(told, options["lm_eval"].split(","), options.get("lm_eval_folder"), rows)
     output.print("\n".join(line for score in made for line in score_lines(score, "lm-eval's rows")))
     from dataclasses import asdict
 
-    keep_json(run, "evaluation/lm_eval.json", [asdict(score) for score in made])
+    save_json(run, "evaluation/lm_eval.json", [asdict(score) for score in made])
     return 0
 
 
@@ -194,7 +194,7 @@ def merge(arguments: list[str]) -> int:
     out, *overrides = rest
     only("merge", overrides, ("checkpoint",))
     from forgebook.reporting.console import make_console, quiet_descriptors
-    from forgebook.runs.run import cache_folder
+    from forgebook.runs.download import cache_folder
 
     with quiet_descriptors(cache_folder() / "merge.log") as output:
         output.print("merging, and loading what was merged for the comparison")

@@ -272,7 +272,7 @@ class _Row:
 def _template_source(tokenizer, tools) -> str:
     if not getattr(tokenizer, "chat_template", None):
         raise DataError(
-            f"the tokenizer of {run.shown(Path(tokenizer.name_or_path))!r} has no chat template: "
+            f"the tokenizer of {run.display_path(Path(tokenizer.name_or_path))!r} has no chat template: "
             "set generation_config.prompt_format in the config"
         )
     return tokenizer.get_chat_template(None, tools)

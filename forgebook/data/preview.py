@@ -14,7 +14,7 @@ from rich.text import Text
 from forgebook.config.parse import FinetuneConfig
 from forgebook.data import chat_template, tokenize
 from forgebook.errors import DataError
-from forgebook.models import load
+from forgebook.models.tokenizer import tokenizer_of
 
 __all__ = ["Preview", "as_json", "preview", "print_row"]
 
@@ -36,7 +36,7 @@ def preview(config: FinetuneConfig, count: int = 3) -> list[Preview]:
 
     Raises DataError for rows that cannot be used, unless `on_bad_rows` drops them.
     """
-    tokenizer = load.tokenizer_of(config)
+    tokenizer = tokenizer_of(config)
     recipe = tokenize.Recipe.of(config)
     shown = []
     rows = tokenize.read_rows(config.train_path, config.task, count, recipe.labels, config.on_bad_rows)

@@ -24,7 +24,7 @@ from typing import Any
 
 from forgebook.config.parse import DataSource
 from forgebook.errors import DataError, StorageError
-from forgebook.runs import run
+from forgebook.runs import atomic, download
 
 __all__ = ["Piece", "Source", "content_key", "cut", "find_sources", "read_piece"]
 
@@ -69,7 +69,7 @@ def find_sources(paths: str | list[str | DataSource]) -> list[Source]:
     found = []
     for entry in [paths] if isinstance(paths, str) else paths:
         path, weight = (entry, 1.0) if isinstance(entry, str) else (entry.path, entry.weight)
-        uris = [path] if path.startswith(HUB) else run.find_files(path)
+        uris = [path] if path.startswith(HUB) else download.find_files(path)
         found += [Source(uri, weight) for uri in uris]
     return found
 
@@ -78,7 +78,7 @@ def content_key(uri: str) -> str:
     """Hash what a source holds."""
     if uri.startswith(HUB):
         return _hub_dataset(uri)._fingerprint
-    with open(run.fetch_file(uri), "rb") as file:
+    with open(download.fetch_file(uri), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -111,15 +111,15 @@ def read_piece(piece: Piece) -> Iterator[tuple[str, Any]]:
 
 def _plain_copy(uri: str) -> Path:
     """Fetch a file; unpack it if it is gzip, once."""
-    path = run.fetch_file(uri)
+    path = download.fetch_file(uri)
     with open(path, "rb") as file:
         if file.read(2) != b"\x1f\x8b":
             return path
     about = path.stat()
     key = hashlib.sha256(f"{path.resolve()}:{about.st_size}:{about.st_mtime_ns}".encode()).hexdigest()[:16]
-    plain = run.cache_folder() / "unpacked" / key / path.name.removesuffix(".gz")
+    plain = download.cache_folder() / "unpacked" / key / path.name.removesuffix(".gz")
     if not plain.exists():
-        with run.aside(plain) as temporary, gzip.open(path, "rb") as packed, open(temporary, "wb") as file:
+        with atomic.atomic_file(plain) as temporary, gzip.open(path, "rb") as packed, open(temporary, "wb") as file:
             try:
                 while block := packed.read(2**20):
                     file.write(block)

@@ -43,7 +43,7 @@ from forgebook.data.readers import Piece, Source
 from forgebook.data.row_formats import Row
 from forgebook.data.token_store import Tokens
 from forgebook.errors import DataError
-from forgebook.runs import run
+from forgebook.runs import atomic
 
 if TYPE_CHECKING:
     from forgebook.config.parse import FinetuneConfig, PromptFormat
@@ -238,7 +238,7 @@ def tokenize(
         kept = folder / _cache_key(source.uri, tokenizer, recipe)
         if not kept.is_dir():
             _write_shards(source.uri, tokenizer, recipe, kept, on_progress)
-        total += SetNotes.from_json(run.read_json(kept / "notes.json"))
+        total += SetNotes.from_json(atomic.read_json(kept / "notes.json"))
         parts.append((sorted(kept.glob("*.arrow")), source.weight))
     mixed = token_store.map_shards([shard for shards, _ in parts for shard in shards])
     if all(weight == 1 for _, weight in parts):
@@ -294,7 +294,7 @@ def _write_shards(uri: str, tokenizer, recipe: Recipe, target: Path, on_progress
         for done, one in enumerate(spread(pieces, write), 1):
             notes += one
             on_progress(done, len(pieces))
-        run.write_json(aside / "notes.json", vars(notes))
+        atomic.write_json(aside / "notes.json", vars(notes))
         with contextlib.suppress(OSError):  # another run was faster: what it wrote is the same
             os.replace(aside, target)
     finally:

@@ -33,7 +33,7 @@ from forgebook.evaluation.judge import Duel, Judge, judge_all
 from forgebook.evaluation.results import Comparison, Evaluation, Score, as_read, exact_match, make_evaluation, said
 from forgebook.inference import generate
 from forgebook.inference.generate import Speaker
-from forgebook.models import load
+from forgebook.models.tokenizer import locate
 from forgebook.runs import run as storage
 from forgebook.runs.run import Run
 from forgebook.training import classification
@@ -121,7 +121,7 @@ def both_models(run: Run, checkpoint: str | None = None) -> Told:
     config = load_config(run.config)
     tuned = storage.find_checkpoint(str(run.folder), None if checkpoint == "best" else checkpoint)
     began = config.initial_adapter_model_ckpt_path or config.initial_base_model_ckpt_path or config.model_id
-    return zip(("base", "tuned"), _speakers([load.locate(began), str(tuned)], config), strict=True)
+    return zip(("base", "tuned"), _speakers([locate(began), str(tuned)], config), strict=True)
 
 
 def _speakers(sources: list[str], config: FinetuneConfig) -> Iterator[Speaker]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from forgebook.evaluation import statistics as scores
 from forgebook.evaluation.statistics import Difference, Figure
+from forgebook.runs import atomic
 from forgebook.runs import run as storage
 from forgebook.runs.run import Run
 
@@ -155,7 +156,7 @@ def score_lines(score: Score, rows: str) -> list[str]:
 
 def save(evaluation: Evaluation, run: Run) -> None:
     """Write evaluation.json and evaluation/mistakes.jsonl into the run folder."""
-    with storage.aside(run.folder / "evaluation" / "mistakes.jsonl") as temporary:
+    with atomic.atomic_file(run.folder / "evaluation" / "mistakes.jsonl") as temporary:
         lines = (json.dumps(mistake, ensure_ascii=False) + "\n" for mistake in evaluation.mistakes)
         temporary.write_text("".join(lines))
-    storage.keep_json(run, "evaluation.json", evaluation.summary())
+    storage.save_json(run, "evaluation.json", evaluation.summary())

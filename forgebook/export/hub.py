@@ -18,8 +18,8 @@ from typing import Any
 
 from forgebook.config.parse import load_config
 from forgebook.errors import ConfigError, ModelError, StorageError
-from forgebook.models import load
-from forgebook.runs import run as storage
+from forgebook.models.tokenizer import locate
+from forgebook.runs import atomic, object_store, registry
 from forgebook.runs.run import Run
 
 __all__ = ["GGUF_TYPES", "best_checkpoint", "export_gguf", "model_card", "push"]
@@ -75,16 +75,16 @@ def best_checkpoint(run: Run) -> Path:
     """Name the folder of a complete run's best checkpoint."""
     if not run.is_complete:
         raise StorageError(f"the run {run.name} has not ended well yet: its command continues it")
-    return run.folder / storage.read_json(run.summary)["best_checkpoint"]
+    return run.folder / atomic.read_json(run.summary)["best_checkpoint"]
 
 
 def _base_of(run: Run, checkpoint: Path) -> str:
     """Name the base model as others can load it; full weights need none, but it is told."""
     config, adapter = load_config(run.config), checkpoint / "adapter_config.json"
     if not adapter.exists():
-        return config.model_id if storage.is_remote(config.model_id) else load.locate(config.model_id)
+        return config.model_id if object_store.is_remote(config.model_id) else locate(config.model_id)
     base = json.loads(adapter.read_text())["base_model_name_or_path"]
-    if Path(base).exists() or storage.is_remote(base):
+    if Path(base).exists() or object_store.is_remote(base):
         raise ConfigError(
             f"push: the adapter's base is {base}, where nobody else finds it: name its hub id with base=OWNER/NAME, or "
             "merge the adapter into it first"
@@ -96,9 +96,9 @@ def model_card(run: Run, repo_id: str, base: str) -> str:
     """Write the README.md of a model: what it is, what it was trained on, what it is worth, how to load it."""
     from huggingface_hub import ModelCardData
 
-    config, record = load_config(run.config), storage.get_model(run.uri or str(run.folder))
-    summary, report = storage.read_json(run.summary), storage.read_json(run.data_report)
-    is_public = not (Path(base).exists() or storage.is_remote(base))
+    config, record = load_config(run.config), registry.get_model(run.uri or str(run.folder))
+    summary, report = atomic.read_json(run.summary), atomic.read_json(run.data_report)
+    is_public = not (Path(base).exists() or object_store.is_remote(base))
     facts = ModelCardData(
         base_model=base if is_public else None,
         library_name="peft" if config.is_lora else "transformers",
@@ -194,7 +194,7 @@ def export_gguf(source: Path, out: Path, kind: str = "q8_0") -> Path:
     if not (source / "config.json").exists():
         raise ModelError(f"{source} holds no model (no config.json)")
     converter = _find_converter()
-    with storage.aside(out.expanduser().resolve()) as temporary:
+    with atomic.atomic_file(out.expanduser().resolve()) as temporary:
         command = [sys.executable, str(converter), str(source), "--outfile", str(temporary), "--outtype", kind]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode or not temporary.exists():

@@ -27,8 +27,9 @@ from forgebook.data.prompt_formats import as_chat_template
 from forgebook.errors import CheckpointError, ConfigError, DataError, ModelError, StorageError
 from forgebook.inference.generate import load_for_generation
 from forgebook.models import adapters, load
+from forgebook.models.tokenizer import load_tokenizer
 from forgebook.models.vllm_support import vllm_loads
-from forgebook.runs import run
+from forgebook.runs import atomic, run
 
 __all__ = ["Merged", "mean_kl", "merge_run", "tell"]
 
@@ -76,11 +77,11 @@ def merge_run(name: str, out: str | Path, checkpoint: str | None = None) -> Merg
     if out.exists():
         raise StorageError(f"{out} exists: name a folder that does not, or delete it first")
     folder = run.find_checkpoint(name, checkpoint)
-    with run.published(out) as aside:
+    with atomic.atomic_folder(out) as aside:
         if not (folder / "adapter_config.json").exists():
             shutil.copytree(folder, aside, dirs_exist_ok=True)
             _write_template(aside)
-            return Merged(out, vllm_loads(run.read_json(aside / "config.json")))
+            return Merged(out, vllm_loads(atomic.read_json(aside / "config.json")))
         return _merge(folder, aside, out)
 
 
@@ -100,7 +101,7 @@ def tell(merged: Merged) -> list[str]:
     lines.append(f"vLLM loads it  {merged.vllm}")
     if (merged.folder / "prompt_format.yaml").exists():
         lines.append("its chat template is the prompt format of the training, prompt_format.yaml")
-    return [*lines, f"model folder   {run.shown(merged.folder)}"]
+    return [*lines, f"model folder   {run.display_path(merged.folder)}"]
 
 
 def mean_kl(of: Sequence[torch.Tensor], to: Sequence[torch.Tensor]) -> float:
@@ -140,7 +141,7 @@ def _merge(folder: Path, aside: Path, out: Path) -> Merged:
     trained = None
     if overrides.get("quantization"):
         trained = mean_kl(_log_probabilities(load_for_generation(folder)[0], rows), merged)
-    return Merged(out, vllm_loads(run.read_json(aside / "config.json")), kl_merged, kl_base, trained, of)
+    return Merged(out, vllm_loads(atomic.read_json(aside / "config.json")), kl_merged, kl_base, trained, of)
 
 
 # The models -------------------------------------------------------------------------------------------
@@ -165,7 +166,7 @@ def _load_unquantised(folder: Path, overrides: dict[str, Any]):
         )
     dtype = str(config.get_text_config().dtype or config.dtype or "bfloat16").removeprefix("torch.")
     model = load.load_model(source, dtype=dtype, rope_scaling=overrides.get("rope_scaling"))
-    tokenizer = load.load_tokenizer(str(folder))
+    tokenizer = load_tokenizer(str(folder))
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
     _untie(model)

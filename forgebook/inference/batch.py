@@ -23,7 +23,7 @@ from forgebook.errors import ConfigError, DataError, ModelError, ResourceError, 
 from forgebook.inference import generate
 from forgebook.inference.generate import Sampling
 from forgebook.models.vllm_support import VLLM_RANK, vllm_serves
-from forgebook.runs import run
+from forgebook.runs import atomic
 
 __all__ = ["ENGINES", "Prompt", "answer", "choose_engine", "read_prompts", "write_answers"]
 
@@ -271,5 +271,5 @@ def _read_answers(path: Path, asked: list[Prompt], by: str) -> dict[int, str]:
 
 
 def _rewrite(path: Path, lines: dict[int, str]) -> None:
-    with run.aside(path) as temporary:
+    with atomic.atomic_file(path) as temporary:
         temporary.write_text("".join(f"{line}\n" for line in lines.values()))

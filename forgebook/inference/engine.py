@@ -22,7 +22,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from forgebook.inference import generate
-from forgebook.models import load
+from forgebook.models import families
 
 __all__ = ["Ask", "Busy", "Engine", "Job", "Served"]
 
@@ -285,6 +285,6 @@ def _load_all(folders: dict[str, Path], dtype: str | None) -> dict[str, Served]:
         speakers = generate.load_together([folders[name] for name in names], dtype)
         for name, speaker in zip(names, speakers, strict=True):
             base, overrides = generate.base_of(folders[name])
-            context = load.context_limit(base, overrides.get("rope_scaling")) or speaker.tokenizer.model_max_length
+            context = families.context_limit(base, overrides.get("rope_scaling")) or speaker.tokenizer.model_max_length
             served[name] = Served(name, folders[name], speaker, context)
     return {name: served[name] for name in folders}

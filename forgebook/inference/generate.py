@@ -24,7 +24,8 @@ from forgebook.config.parse import FinetuneConfig, PromptFormat, load_config
 from forgebook.data import chat_template, special_tokens
 from forgebook.errors import ConfigError, DataError, ModelError, ResourceError
 from forgebook.models import adapters, load
-from forgebook.runs import run
+from forgebook.models.tokenizer import load_tokenizer, locate
+from forgebook.runs import download, object_store, run
 
 __all__ = [
     "Sampling",
@@ -99,11 +100,11 @@ def find_model(name: str, checkpoint: str | None = None) -> str:
     checkpoint: of a run, "best" or the name of one, such as "epoch-2". Raises StorageError if nothing is found.
     """
     checkpoint = None if checkpoint == "best" else checkpoint
-    folder = str(run.fetch_folder(name)) if run.is_remote(name) else name
+    folder = str(download.fetch_folder(name)) if object_store.is_remote(name) else name
     # owner/name, unless there is a folder `owner` here: then it is a path.
     is_hub_id = folder.count("/") == 1 and folder[0] not in "./~" and not Path(folder).parent.exists()
     if checkpoint is None and (folder == "tiny" or is_hub_id):
-        return load.locate(folder)
+        return locate(folder)
     return str(run.find_checkpoint(folder, checkpoint))
 
 
@@ -142,7 +143,7 @@ def load_together(
         raise ModelError(f"only adapters of one base share its weights, got {listed}: load the others on their own")
     base, overrides = bases[0]
     model = load.load_model(base, dtype=dtype or _dtype_of(sources, config), device_map="auto", **overrides)
-    tokenizers = [load.load_tokenizer(str(source)) for source in sources]
+    tokenizers = [load_tokenizer(str(source)) for source in sources]
     rows = model.get_input_embeddings().num_embeddings
     sizes = {max(len(tokenizer), rows) for tokenizer in tokenizers}
     if len(sizes) > 1:
@@ -197,7 +198,7 @@ def _prompt_format(folder: Path) -> PromptFormat | None:
 
 def load_ends(source: str):
     """Load what prompts and ends a model's answers, without the model: generation config, tokenizer, prompt format."""
-    tokenizer, config = load.load_tokenizer(source), _run_config(source)
+    tokenizer, config = load_tokenizer(source), _run_config(source)
     prompt_format = _prompt_format(Path(source)) or (config and config.generation_config.prompt_format)
     return _generation_config(source, None, tokenizer, prompt_format, config), tokenizer, prompt_format
 

@@ -11,9 +11,10 @@ import yaml
 from forgebook.config.parse import PromptFormat
 from forgebook.data.prompt_formats import as_chat_template
 from forgebook.errors import ConfigError
-from forgebook.models import adapters, load
+from forgebook.models import adapters
+from forgebook.models.tokenizer import load_tokenizer
 from forgebook.models.vllm_support import vllm_serves
-from forgebook.runs import run
+from forgebook.runs import atomic
 
 __all__ = ["choose_engine", "vllm_command"]
 
@@ -37,17 +38,17 @@ def _unfit_for_vllm(folders: dict[str, Path]) -> str | None:
     for name, folder in folders.items():
         written = folder / "prompt_format.yaml"
         template = as_chat_template(PromptFormat(**yaml.safe_load(written.read_text()))) if written.exists() else None
-        if template is not None and load.load_tokenizer(str(folder)).chat_template != template:
+        if template is not None and load_tokenizer(str(folder)).chat_template != template:
             return f"{name} has a prompt format, and vLLM knows chat templates only; merge it first: that writes one"
         if not (folder / "adapter_config.json").exists():
             bases.add((str(folder), "{}"))
             continue
-        settings = run.read_json(folder / "adapter_config.json")
+        settings = atomic.read_json(folder / "adapter_config.json")
         if (told := vllm_serves(settings)) != "yes":
             return f"{name}: {told.removeprefix('no: ')}; merge it first"
         overrides = adapters.read_overrides(folder)
         bases.add((settings["base_model_name_or_path"], json.dumps(overrides, sort_keys=True)))
-    templates = {load.load_tokenizer(str(folder)).chat_template for folder in folders.values()}
+    templates = {load_tokenizer(str(folder)).chat_template for folder in folders.values()}
     if len(bases) > 1:
         return "one vLLM process holds one base, and these have several"
     return "their chat templates differ, and vLLM takes one" if len(templates) > 1 else None
@@ -58,7 +59,7 @@ def vllm_command(folders: dict[str, Path], *, host: str, port: int) -> list[str]
     first = next(iter(folders.values()))
     command = ["vllm", "serve"]
     if (first / "adapter_config.json").exists():
-        settings = [run.read_json(folder / "adapter_config.json") for folder in folders.values()]
+        settings = [atomic.read_json(folder / "adapter_config.json") for folder in folders.values()]
         overrides = adapters.read_overrides(first)
         base = settings[0]["base_model_name_or_path"]
         rank = max(max([one["r"], *(one.get("rank_pattern") or {}).values()]) for one in settings)

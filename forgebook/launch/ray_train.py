@@ -21,17 +21,17 @@ from forgebook import ray_cluster as cluster
 from forgebook.config.parse import FinetuneConfig, config_differences, dump_config, load_config, read_deepspeed_config
 from forgebook.data import token_store
 from forgebook.errors import ConfigError, ForgebookError, ResourceError, StorageError, TrainingError
-from forgebook.models import load
+from forgebook.models import adapters
+from forgebook.models.tokenizer import locate
 from forgebook.planning import preflight
 from forgebook.planning.plan import Plan
 from forgebook.planning.plan_report import as_json
 from forgebook.planning.prepare import Prepared, prepare
 from forgebook.reporting import console as consoles
 from forgebook.reporting import trackers
-from forgebook.reporting.run_header import print_choices, print_forecast, print_run
-from forgebook.reporting.run_summary import print_summary, write_summary
+from forgebook.reporting.run_text import print_choices, print_forecast, print_run, print_summary, write_summary
+from forgebook.runs import atomic, upload
 from forgebook.runs import run as storage
-from forgebook.runs import upload
 from forgebook.runs.run import Run
 from forgebook.training import kernels, reference, remote_run, signals
 from forgebook.training.preference import needs_reference
@@ -56,7 +56,7 @@ def fine_tune(config: FinetuneConfig) -> Run:
     run = storage.open_run(config)
     if not config.is_default:
         _refuse_impossible(config, run)
-    with consoles.counting(output, "tokenising") as on_progress:
+    with consoles.progress_bar(output, "tokenising") as on_progress:
         prepared = prepare(config, run, on_progress)
     if config.is_default:
         print_choices(output, prepared)
@@ -84,7 +84,7 @@ def fine_tune(config: FinetuneConfig) -> Run:
         trackers.tracking(config, run, live.print),
     ):
         try:
-            with consoles.follow(run.logs / "progress.jsonl", live):
+            with consoles.show_progress(run.logs / "progress.jsonl", live):
                 result = _run_here(config, run) if config.num_devices == 0 else _run_on_ray(config, run, live)
         except ForgebookError:
             raise
@@ -107,8 +107,8 @@ def _refuse_impossible(config: FinetuneConfig, run: Run) -> None:
     """Refuse what this version cannot do, or this machine if it still has to."""
     _refuse_unsupported(config)
     if config.initial_adapter_model_ckpt_path is not None:
-        adapter = load.locate(config.initial_adapter_model_ckpt_path)
-        load.check_adapter(adapter, config.lora_config, config.rope_scaling)
+        adapter = locate(config.initial_adapter_model_ckpt_path)
+        adapters.check_adapter(adapter, config.lora_config, config.rope_scaling)
     if not run.is_complete:
         _check_devices(config)
 
@@ -165,7 +165,7 @@ def _check_same(run: Run, prepared: Prepared) -> None:
             f"{run.place} holds a run with another config ({', '.join(differences)}): "
             "choose another run_name, or on_existing=overwrite"
         )
-    report = storage.read_json(run.data_report)
+    report = atomic.read_json(run.data_report)
     for name in ("train", "valid"):
         if name in report and report[name]["fingerprint"] != prepared.report[name]["fingerprint"]:
             raise StorageError(
@@ -207,9 +207,9 @@ def _write_run(run: Run, prepared: Prepared, told: Plan | None) -> None:
         token_store.save_view(prepared.train, run.tokens / "train.npz")
         if prepared.valid is not None:
             token_store.save_view(prepared.valid, run.tokens / "valid.npz")
-        storage.write_json(run.data_report, prepared.report)
+        atomic.write_json(run.data_report, prepared.report)
         if told:
-            storage.write_json(run.plan, as_json(told))
+            atomic.write_json(run.plan, as_json(told))
     except OSError as error:
         raise StorageError(f"{run.folder} cannot be written: {error}: set storage_path to another place") from None
 

@@ -32,8 +32,10 @@ from forgebook.errors import ConfigError, ForgebookError, StorageError, Training
 from forgebook.launch.ray_train import fine_tune
 from forgebook.reporting import plots
 from forgebook.reporting.console import make_console, quiet_descriptors, table
-from forgebook.runs.metrics import following, read_metrics
-from forgebook.runs.run import Run, is_remote, read_json, shown
+from forgebook.runs.atomic import read_json
+from forgebook.runs.metrics import read_metrics, watch_lines
+from forgebook.runs.object_store import is_remote
+from forgebook.runs.run import Run, display_path
 
 __all__ = ["Sweep", "Trial", "as_json", "is_searched", "print_sweep", "tune", "variants"]
 
@@ -96,7 +98,7 @@ def tune(
     folder.mkdir(parents=True, exist_ok=True)
     with quiet_descriptors(folder / "tune.log") as output:
         output.quiet = silent
-        output.print(f"[bold]{base.run_name}[/bold]  {len(configs)} trials in {shown(folder)}")
+        output.print(f"[bold]{base.run_name}[/bold]  {len(configs)} trials in {display_path(folder)}")
         reasons = _run_all(configs, base.num_devices, folder, output)
     trials = [
         _outcome(Run(folder / name), values, reasons.get(name, ""))
@@ -109,7 +111,7 @@ def tune(
     best = overrides[trials[0].run.name]
     flags = ["--default"] if default else []
     curves = {_label(trial.values): tuple(zip(*trial.curve, strict=True)) for trial in trials if trial.curve}
-    shown_best = dict(list(curves.items())[: len(plots.COLOURS)])
+    shown_best = dict(list(curves.items())[: len(plots.COLORS)])
     plots.plot_lines(shown_best, "optimizer step", "evaluation loss (nats)", markers=True, path=folder / "tune.png")
     command = shlex.join(["python", "main.py", config_path, *flags, *fixed, *best])
     return Sweep(folder, trials, command, folder / "tune.png")
@@ -169,7 +171,7 @@ def _range(key: str, kind: str, low: str, high: str) -> tuple[str, float, float]
 
 
 def _draw(generator: random.Random, kind: str, low: float, high: float) -> float:
-    """Draw a number and keep four digits: what is run is what is shown."""
+    """Draw a number and keep four digits: what is run is what is display_path."""
     if kind == "loguniform":
         return float(f"{math.exp(generator.uniform(math.log(low), math.log(high))):.4g}")
     return float(f"{generator.uniform(low, high):.4g}")
@@ -272,7 +274,7 @@ def _reporting(run: Run) -> Iterator[None]:
             last = event["step"]
             ray_tune.report({"eval_loss": event["eval_loss"], "step": last})
 
-    with following(run.logs / "progress.jsonl", 0, 0.5, report):
+    with watch_lines(run.logs / "progress.jsonl", 0, 0.5, report):
         yield
 
 
@@ -306,8 +308,10 @@ def print_sweep(sweep: Sweep) -> None:
     output.print(table("Trials, the best first", [*keys, "evaluation loss", "steps", "state"], rows))
     best = sweep.trials[0]
     if best.state == "complete":
-        output.print(f"  best checkpoint  {shown(best.run.folder / read_json(best.run.summary)['best_checkpoint'])}")
-    output.print(f"  figure           {shown(sweep.plot)}\n  again            {sweep.command}", markup=False)
+        output.print(
+            f"  best checkpoint  {display_path(best.run.folder / read_json(best.run.summary)['best_checkpoint'])}"
+        )
+    output.print(f"  figure           {display_path(sweep.plot)}\n  again            {sweep.command}", markup=False)
 
 
 def as_json(sweep: Sweep) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""What a saved adapter needs besides its weights: a base that it fits, made as it was in training.
+"""LoRA adapters: added, continued, and saved so that they fit the base that everyone has.
+
+model = add_lora(model, config.lora_config)       a new adapter; only it trains
+model = continue_lora(model, adapter_folder, ...) one trained before, trained further
 
 PiSSA (arXiv 2404.02948) takes the largest singular directions out of the base and trains those: W = W' + s B0 A0.
 Its adapter fits W', which nobody has. So it is saved as the difference from its start, which fits W itself:
@@ -10,16 +13,23 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+from forgebook.errors import CheckpointError, ModelError
+from forgebook.models.tokenizer import readable_model_errors
+from forgebook.runs.run import display_path
 
-from forgebook.errors import CheckpointError
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
 
 __all__ = [
     "OVERRIDES",
+    "add_lora",
     "align_base",
     "changes_base",
+    "check_adapter",
+    "continue_lora",
     "double_rank",
     "fit_original_base",
     "read_overrides",
@@ -28,6 +38,68 @@ __all__ = [
 
 # How the base was made for training, where it was not as its own config.json says.
 OVERRIDES = "config_overrides.json"
+
+
+def add_lora(model: PreTrainedModel, lora_config: dict[str, Any]):
+    """Put a new LoRA adapter on a model; only the adapter trains. Raises ModelError if it fits nowhere."""
+    from peft import LoraConfig, get_peft_model
+
+    try:
+        config = LoraConfig(**{"task_type": "CAUSAL_LM", **lora_config})
+        return _in_dtype_of_base(get_peft_model(model, config, autocast_adapter_dtype=False))
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise ModelError(f"lora_config does not fit this model: {_first_line(error)}") from None
+
+
+def check_adapter(source: str, lora_config: dict[str, Any], rope_scaling: dict[str, Any] | None = None) -> None:
+    """Raise ModelError unless a saved adapter is the one that a config speaks of."""
+    earlier, named = read_overrides(source).get("rope_scaling"), display_path(Path(source))
+    if earlier != rope_scaling:
+        raise ModelError(
+            f"the adapter {named} was trained with rope_scaling: {earlier or 'null'}, the config says "
+            f"{rope_scaling or 'null'}: give it the same"
+        )
+    with readable_model_errors(source, "adapter"):
+        if Path(source).is_dir():  # PEFT is slow to import, and not quiet
+            saved = json.loads((Path(source) / "adapter_config.json").read_text())
+        else:
+            from peft import PeftConfig
+
+            saved = PeftConfig.from_pretrained(source).to_dict()
+    for key in ("r", "lora_alpha", "use_dora", "use_rslora"):
+        if key in lora_config and lora_config[key] != saved.get(key, False):
+            raise ModelError(
+                f"the adapter {named} has {key}: {saved.get(key, False)}, lora_config says {lora_config[key]}: "
+                "an adapter is continued as it is; leave the key out or give it the same"
+            )
+
+
+def continue_lora(
+    model: PreTrainedModel,
+    source: str,
+    lora_config: dict[str, Any],
+    rope_scaling: dict[str, Any] | None = None,
+):
+    """Put a trained LoRA adapter on a model, to be trained further.
+
+    lora_config: what the config says of the adapter; rope_scaling: that of `model`.
+
+    Raises ModelError if the adapter is another one than these say.
+    """
+    from peft import PeftModel
+
+    check_adapter(source, lora_config, rope_scaling)
+    with readable_model_errors(source, "adapter"):
+        model = PeftModel.from_pretrained(model, source, is_trainable=True, autocast_adapter_dtype=False)
+    return _in_dtype_of_base(model)
+
+
+def _in_dtype_of_base(model):
+    """Give the adapter the base's dtype, which PEFT cannot see in packed weights; the optimizer keeps float32."""
+    for p in model.parameters():
+        if p.requires_grad and p.dtype != model.dtype:
+            p.data = p.data.to(model.dtype)
+    return model
 
 
 def read_overrides(folder: str | Path) -> dict[str, Any]:
@@ -51,22 +123,24 @@ def start_of(model) -> dict[str, torch.Tensor]:
     }
 
 
-@torch.no_grad()
 def align_base(model, start: dict[str, torch.Tensor]) -> None:
     """Make the base what it was when `start` was taken out of it: another machine finds other directions.
 
     model: loaded anew, its adapter fresh. Where the directions are the same, nothing changes.
     """
-    for name, layer in model.named_modules():
-        if f"{name}.lora_A.default.weight" not in start:
-            continue
-        now = [layer.lora_B["default"].weight, layer.lora_A["default"].weight]
-        then = [start[f"{name}.lora_{x}.default.weight"].to(now[0].device) for x in "BA"]
-        if all(torch.equal(one, other) for one, other in zip(now, then, strict=True)):
-            continue
-        change = layer.scaling["default"] * (now[0].float() @ now[1].float() - then[0].float() @ then[1].float())
-        weight = layer.get_base_layer().weight
-        weight.copy_(weight.float() + (change.T if layer.fan_in_fan_out else change))
+    import torch
+
+    with torch.no_grad():
+        for name, layer in model.named_modules():
+            if f"{name}.lora_A.default.weight" not in start:
+                continue
+            b, a = layer.lora_B["default"].weight, layer.lora_A["default"].weight
+            start_b, start_a = (start[f"{name}.lora_{x}.default.weight"].to(b.device) for x in "BA")
+            if torch.equal(b, start_b) and torch.equal(a, start_a):
+                continue
+            change = layer.scaling["default"] * (b.float() @ a.float() - start_b.float() @ start_a.float())
+            weight = layer.get_base_layer().weight
+            weight.copy_(weight.float() + (change.T if layer.fan_in_fan_out else change))
 
 
 def fit_original_base(
@@ -76,6 +150,8 @@ def fit_original_base(
 
     Raises CheckpointError if it should be trained and is as it began.
     """
+    import torch
+
     if trained and all(torch.equal(weights[name], first) for name, first in start.items()):
         raise CheckpointError("the adapter is what it was at the start: it would change nothing")
     joined = dict(weights)
@@ -103,3 +179,7 @@ def _axis(name: str) -> int | None:
     if name.endswith((".lora_A.default.weight", ".lora_embedding_A.default")):
         return 0
     return 1 if name.endswith((".lora_B.default.weight", ".lora_embedding_B.default")) else None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).strip().splitlines()[0]

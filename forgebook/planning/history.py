@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from forgebook.runs.run import cache_folder
+from forgebook.runs.download import cache_folder
 
 if TYPE_CHECKING:
     from forgebook.config.parse import FinetuneConfig

@@ -17,7 +17,7 @@ from typing import Any
 from forgebook.catalog import Shape, read_catalog, shape_of
 from forgebook.config.parse import FinetuneConfig
 from forgebook.errors import ModelError, ResourceError
-from forgebook.models import load
+from forgebook.models.tokenizer import locate
 from forgebook.planning.feasibility import Work
 from forgebook.planning.hardware import cpu_share, hardware_for
 from forgebook.planning.history import Pace, keep_pace, method_of, past_paces
@@ -25,7 +25,7 @@ from forgebook.planning.memory import CONTEXT_BYTES
 from forgebook.planning.plan import Plan, plan, running_figures
 from forgebook.planning.plan_report import verdict
 from forgebook.planning.prepare import Prepared
-from forgebook.runs.run import Run, shown
+from forgebook.runs.run import Run, display_path
 
 __all__ = ["check", "figures_of", "forecast", "keep"]
 
@@ -69,7 +69,7 @@ def _shape(config: FinetuneConfig) -> Shape:
     try:
         return shape_of(config.model_id)
     except ModelError:
-        source = load.locate(config.model_id)
+        source = locate(config.model_id)
         if not Path(source).is_dir():
             from transformers.utils import cached_file
 
@@ -79,7 +79,7 @@ def _shape(config: FinetuneConfig) -> Shape:
             source = str(Path(found).parent) if found else source
         if source == config.model_id:
             raise
-        return shape_of(source.model_id)
+        return shape_of(source)
 
 
 def _work(prepared: Prepared) -> Work:
@@ -111,7 +111,9 @@ def check(told: Plan, config: FinetuneConfig, folder: Path) -> list[str]:
     if free < told.disk_bytes:
         needed = max(told.checkpoint_bytes, told.disk_bytes * (free >= told.checkpoint_bytes))
         what = "one checkpoint" if free < told.checkpoint_bytes else "its checkpoints and state"
-        text = f"storage_path: {shown(place)} has {free / 1e9:,.1f} GB free, {what} may take {needed / 1e9:,.1f} GB"
+        text = (
+            f"storage_path: {display_path(place)} has {free / 1e9:,.1f} GB free, {what} may take {needed / 1e9:,.1f} GB"
+        )
         (impossible if free < told.checkpoint_bytes else warnings).append(text)
     if impossible and not config.force:
         raise ResourceError("\n".join(impossible) + "\nforce=true starts all the same")

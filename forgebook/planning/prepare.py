@@ -18,12 +18,14 @@ from forgebook.data import batching, readers, token_store
 from forgebook.data import tokenize as data
 from forgebook.data.token_store import Tokens
 from forgebook.errors import DataError
-from forgebook.models import load
+from forgebook.models import families
+from forgebook.models.tokenizer import locate, tokenizer_of, tokenizer_source
 from forgebook.planning import auto_config
 from forgebook.planning.choices import Choice
 from forgebook.planning.feasibility import micro_batch_for
 from forgebook.planning.hardware import found_hardware, hardware_in
 from forgebook.planning.token_count import Statistics
+from forgebook.runs import atomic
 from forgebook.runs import run as storage
 from forgebook.runs.run import Run
 
@@ -56,7 +58,7 @@ def prepare(
     if config.is_default:
         auto_config.core_shape(config)  # refused now rather than after the data is tokenised
         config = auto_config.choose_task(config, auto_config.first_rows(config))
-    tokenizer = load.tokenizer_of(config)
+    tokenizer = tokenizer_of(config)
     paths = {"train": config.train_path} | ({"valid": config.valid_path} if config.valid_path else {})
     recipe, kept = data.Recipe.of(config), run.folder.parent / ".tokens"
     sets, notes = {}, {}
@@ -70,7 +72,7 @@ def prepare(
     if config.is_default:
         config, choices = _choose(config, sets)
     config = _fill_gaps(config, sets)
-    report = {"tokenizer": load.tokenizer_source(config), "context_length": config.context_length}
+    report = {"tokenizer": tokenizer_source(config), "context_length": config.context_length}
     for name, path in paths.items():
         whole = sets[name]
         losses = token_store.truncation_losses(whole, config.context_length)
@@ -107,10 +109,11 @@ def _check_rows(config: FinetuneConfig, paths, sets, notes, run: Run) -> None:
     if bad and config.on_bad_rows == "fail":
         report = {name: {"path": shown_path(paths[name]), **_told(one)} for name, one in bad.items()}
         run.folder.mkdir(parents=True, exist_ok=True)
-        storage.write_json(run.data_report, report)
+        atomic.write_json(run.data_report, report)
         errors = [str(data.bad_rows_error(shown_path(paths[name]), one)) for name, one in bad.items()]
         raise DataError(
-            "\n".join(errors) + f"\nAll of them: {storage.shown(run.data_report)}. Mend them, or set on_bad_rows: drop"
+            "\n".join(errors)
+            + f"\nAll of them: {storage.display_path(run.data_report)}. Mend them, or set on_bad_rows: drop"
         )
     for name, path in paths.items():
         if not len(sets[name]):
@@ -160,7 +163,7 @@ def _fill_gaps(config: FinetuneConfig, sets: dict[str, Tokens]) -> FinetuneConfi
     chosen: dict[str, Any] = {}
     if config.context_length is None:
         p95 = max(token_store.token_statistics(one)["tokens_p95"] for one in sets.values())
-        chosen["context_length"] = max(p95, load.native_context_length(load.locate(config.model_id)))
+        chosen["context_length"] = max(p95, families.native_context_length(locate(config.model_id)))
     context = config.context_length or chosen["context_length"]
     micro = micro_batch_for(context)
     for name in ("train_batch_size_per_device", "eval_batch_size_per_device"):

@@ -16,7 +16,7 @@ from forgebook.catalog import model_folder
 from forgebook.data import readers as rows
 from forgebook.data.row_formats import Row, parse_row
 from forgebook.errors import DataError
-from forgebook.runs import run
+from forgebook.runs import object_store
 
 if TYPE_CHECKING:
     from forgebook.config.parse import FinetuneConfig
@@ -88,7 +88,7 @@ def data_is_here(config: FinetuneConfig) -> bool:
     """Tell whether the training data lies on this machine."""
     paths = [config.train_path] if isinstance(config.train_path, str) else config.train_path
     named = [one if isinstance(one, str) else one.path for one in paths]
-    if any(run.is_remote(path) or path.startswith("hf://") for path in named):
+    if any(object_store.is_remote(path) or path.startswith("hf://") for path in named):
         return False
     return all(any(sign in path for sign in "*?[") or Path(path).expanduser().is_file() for path in named)
 

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from forgebook.runs import metrics
 
-__all__ = ["counting", "follow", "last_lines", "make_console", "quiet_descriptors", "table"]
+__all__ = ["last_lines", "make_console", "progress_bar", "quiet_descriptors", "show_progress", "table"]
 
 POLL_SECONDS = 0.2
 # Without a terminal a run is told in about this many lines, a long one in a line every so many seconds.
@@ -29,7 +29,7 @@ LINES_PER_RUN, SECONDS_PER_LINE = 12, 300
 
 
 def make_console() -> Console:
-    """Make the console that everything is printed on: colours and a live bar in a terminal, else plain lines.
+    """Make the console that everything is printed on: colors and a live bar in a terminal, else plain lines.
 
     A notebook gives its cells' processes a terminal that cannot move its cursor: it counts as none.
     """
@@ -72,12 +72,12 @@ def _flush_streams() -> None:
 
 
 @contextlib.contextmanager
-def follow(log: Path, console: Console) -> Iterator[None]:
+def show_progress(log: Path, console: Console) -> Iterator[None]:
     """Show what a run appends to its progress file while the block runs."""
     view = _Bar(console) if console.is_terminal else _Lines(console)
     start = log.stat().st_size if log.exists() else 0
     try:
-        with metrics.following(log, start, POLL_SECONDS, view.show):
+        with metrics.watch_lines(log, start, POLL_SECONDS, view.show):
             yield
     finally:
         view.close()
@@ -184,7 +184,7 @@ def _evaluation_text(event: dict[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def counting(console: Console, what: str) -> Iterator[Callable[[str, int, int], None]]:
+def progress_bar(console: Console, what: str) -> Iterator[Callable[[str, int, int], None]]:
     """Yield a function to call with (name, done, total): a bar with time left in a terminal, else nothing."""
     if not console.is_terminal:
         yield lambda name, done, total: None

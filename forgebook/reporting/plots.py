@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["COLOURS", "new_figure", "plot_bars", "plot_lines", "plot_losses"]
+__all__ = ["COLORS", "new_figure", "plot_bars", "plot_lines", "plot_losses"]
 
-# Distinguishable with colour-blind eyes, on white and on black; after Okabe and Ito (2008).
-COLOURS = ("#4c8fd0", "#e0703c", "#3aa17e", "#c86fa8", "#c9a227", "#7c7cd0", "#8a8f98")
-# Text and lines: a grey with about the same contrast on white as on black.
-GREY = "#7d838c"
+# Distinguishable with color-blind eyes, on white and on black; after Okabe and Ito (2008).
+COLORS = ("#4c8fd0", "#e0703c", "#3aa17e", "#c86fa8", "#c9a227", "#7c7cd0", "#8a8f98")
+# Text and lines: a gray with about the same contrast on white as on black.
+GRAY = "#7d838c"
 WIDTH, HEIGHT = 7.0, 3.5  # inches
 
 
@@ -31,14 +31,14 @@ def new_figure(panels: int = 1, height: float = HEIGHT) -> tuple[Figure, list[Ax
     figure = _figure_class()(figsize=(WIDTH, height), dpi=120, layout="constrained", facecolor="none")
     made = [figure.add_subplot(1, panels, k + 1, facecolor="none") for k in range(panels)]
     for axes in made:
-        axes.tick_params(colors=GREY)
+        axes.tick_params(colors=GRAY)
         for line in axes.spines.values():
-            line.set_color(GREY)
+            line.set_color(GRAY)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.25, color=GREY)
+        axes.grid(alpha=0.25, color=GRAY)
         axes.set_axisbelow(True)
         for label in (axes.xaxis.label, axes.yaxis.label, axes.title):
-            label.set_color(GREY)
+            label.set_color(GRAY)
     return figure, made
 
 
@@ -70,13 +70,13 @@ def plot_lines(
     from_zero: let the y axis begin at 0.
     """
     figure, (axes,) = new_figure()
-    for (label, (x, y)), colour in zip(series.items(), _colours(len(series)), strict=True):
-        axes.plot(x, y, color=colour, linewidth=2, marker="o" if markers else None, label=label)
+    for (label, (x, y)), color in zip(series.items(), _colors(len(series)), strict=True):
+        axes.plot(x, y, color=color, linewidth=2, marker="o" if markers else None, label=label)
     axes.set(xlabel=xlabel, ylabel=ylabel)
     if from_zero:
         axes.set_ylim(0, None)
     if len(series) > 1:
-        axes.legend(frameon=False, labelcolor=GREY)
+        axes.legend(frameon=False, labelcolor=GRAY)
     return _saved(figure, path)
 
 
@@ -96,23 +96,23 @@ def plot_bars(
     nested = {name: value if isinstance(value, Mapping) else {"": value} for name, value in groups.items()}
     kinds = list(dict.fromkeys(kind for values in nested.values() for kind in values))
     width = 0.8 / len(kinds)
-    for k, (kind, colour) in enumerate(zip(kinds, _colours(len(kinds)), strict=True)):
+    for k, (kind, color) in enumerate(zip(kinds, _colors(len(kinds)), strict=True)):
         places = [place + (k - (len(kinds) - 1) / 2) * width for place in range(len(nested))]
         values = [one.get(kind, 0.0) for one in nested.values()]
-        axes.bar(places, values, width * 0.92, color=colour, label=kind)
+        axes.bar(places, values, width * 0.92, color=color, label=kind)
         for name, place, value in zip(nested, places, values, strict=True):
             low, high = (errors or {}).get(name, (value, value))
             if high > low:
-                axes.errorbar(place, value, yerr=[[value - low], [high - value]], color=GREY, capsize=4)
+                axes.errorbar(place, value, yerr=[[value - low], [high - value]], color=GRAY, capsize=4)
             axes.annotate(
-                form.format(value), (place, high), (0, 3), textcoords="offset points", ha="center", color=GREY, size=9
+                form.format(value), (place, high), (0, 3), textcoords="offset points", ha="center", color=GRAY, size=9
             )
     axes.set_xticks(range(len(nested)), list(nested))
     axes.set_ylabel(ylabel)
     axes.grid(visible=False, axis="x")
     axes.margins(y=0.15)
     if len(kinds) > 1:
-        axes.legend(frameon=False, labelcolor=GREY)
+        axes.legend(frameon=False, labelcolor=GRAY)
     return _saved(figure, path)
 
 
@@ -125,19 +125,19 @@ def plot_losses(metrics: list[dict[str, Any]], path: Path | None = None) -> Figu
     evaluations = [row for row in metrics if "eval_loss" in row]
     figure, (axes,) = new_figure()
     numbers, losses = [row["step"] for row in steps], [row["train_loss_batch"] for row in steps]
-    train, evaluation = COLOURS[:2]
+    train, evaluation = COLORS[:2]
     axes.plot(numbers, losses, color=train, alpha=0.35, linewidth=1, label="training, per step")
     axes.plot(numbers, _smoothed(losses), color=train, linewidth=2, label="training, smoothed")
     if evaluations:
         seen = [row["step"] for row in evaluations], [row["eval_loss"] for row in evaluations]
         axes.plot(*seen, color=evaluation, marker="o", linewidth=2, label="evaluation")
     axes.set(xlabel="optimizer step", ylabel="loss (nats per trained token)", ylim=(0, None))
-    axes.legend(frameon=False, labelcolor=GREY)
+    axes.legend(frameon=False, labelcolor=GRAY)
     return _saved(figure, path)
 
 
-def _colours(count: int) -> list[str]:
-    return [COLOURS[k % len(COLOURS)] for k in range(count)]
+def _colors(count: int) -> list[str]:
+    return [COLORS[k % len(COLORS)] for k in range(count)]
 
 
 def _saved(figure: Figure, path: Path | None) -> Figure:

@@ -26,8 +26,9 @@ import yaml
 
 from forgebook.config.parse import FinetuneConfig, Logger, dump_config
 from forgebook.config.schema import flatten
-from forgebook.runs.metrics import follow
-from forgebook.runs.run import Run, read_json
+from forgebook.runs.atomic import read_json
+from forgebook.runs.metrics import read_new_lines
+from forgebook.runs.run import Run
 
 __all__ = ["tracking"]
 
@@ -59,7 +60,7 @@ def tracking(config: FinetuneConfig, run: Run, warn: Callable[[str], None]) -> I
     threads = []
     for k, logger in enumerate(loggers):
         kept = run.logs / f"{logger.provider}-{k}.id"
-        job = (logger, config, run, kept, follow(log, start, ended, POLL_SECONDS), ended, warn)
+        job = (logger, config, run, kept, read_new_lines(log, start, ended, POLL_SECONDS), ended, warn)
         threads.append(threading.Thread(target=_serve, args=job, daemon=True, name=logger.provider))
         threads[-1].start()
     try:

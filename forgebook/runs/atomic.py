@@ -1,8 +1,8 @@
 """Local files and folders that are complete or absent, whenever the process is killed.
 
-published(folder)               a folder that appears whole
-remove(folder)                  a folder that goes as a whole
-aside(path)                     a file that appears whole
+atomic_file(path)               a file that appears only when it is whole
+atomic_folder(folder)           a folder that appears only when it is whole
+delete_folder(folder)           a folder that disappears in one step
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["aside", "published", "read_json", "remove", "write_json"]
+__all__ = ["atomic_file", "atomic_folder", "delete_folder", "read_json", "write_json"]
 
 
 @contextlib.contextmanager
-def aside(target: Path) -> Iterator[Path]:
-    """Yield a temporary name beside `target`, renamed to it once the block has ended well."""
+def atomic_file(target: Path) -> Iterator[Path]:
+    """Yield a temporary name beside `target`, renamed to it once the block succeeds."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
@@ -34,34 +34,34 @@ def aside(target: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def published(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `folder` to write into; it takes the name `folder` once the block ends well.
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `folder` to write into; it takes the name `folder` once the block succeeds.
 
-    What a killed process leaves behind starts with a dot and is swept the next time.
+    What a killed process leaves behind starts with a dot and is deleted by the next call.
     """
-    aside = folder.with_name(f".writing-{folder.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    temporary = folder.with_name(f".writing-{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
     try:
-        yield aside
-        _flush(aside)
-        remove(folder)
-        os.replace(aside, folder)
+        yield temporary
+        _flush(temporary)
+        delete_folder(folder)
+        os.replace(temporary, folder)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def remove(folder: Path) -> None:
-    """Delete a folder, if it is there: its name goes first, so that nobody takes what is left for the whole."""
-    leaving = folder.with_name(f".removing-{folder.name}")
-    shutil.rmtree(leaving, ignore_errors=True)
+def delete_folder(folder: Path) -> None:
+    """Delete a folder if it exists; it is renamed first, so that a half-deleted one is never taken for complete."""
+    doomed = folder.with_name(f".removing-{folder.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
     with contextlib.suppress(FileNotFoundError):
-        os.replace(folder, leaving)
-    shutil.rmtree(leaving, ignore_errors=True)
+        os.replace(folder, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _flush(folder: Path) -> None:
-    """Bring a folder's files to the disk, so that a power cut cannot leave a named but hollow checkpoint."""
+    """Sync a folder's files to disk, so that a power loss cannot leave a complete name over empty files."""
     for path in folder.rglob("*"):
         if path.is_file():
             with open(path, "rb") as file:
@@ -75,5 +75,5 @@ def read_json(path: Path) -> Any:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file that is complete or absent."""
-    with aside(path) as temporary:
+    with atomic_file(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from forgebook.errors import StorageError
 from forgebook.runs import object_store
-from forgebook.runs.atomic import aside
+from forgebook.runs.atomic import atomic_file
 from forgebook.runs.object_store import is_bucket, is_remote
 
 __all__ = ["cache_folder", "fetch_file", "fetch_folder", "find_files"]
@@ -41,8 +41,8 @@ def fetch_file(uri: str) -> Path:
         return path
     target = _cached(uri)
     if not target.exists():
-        with aside(target) as temporary:
-            (object_store.download if is_bucket(uri) else _download)(uri, temporary)
+        with atomic_file(target) as temporary:
+            (object_store.download_file if is_bucket(uri) else _download)(uri, temporary)
     return target
 
 
@@ -65,10 +65,10 @@ def fetch_folder(uri: str) -> Path:
     if not names:
         raise StorageError(f"{uri} could not be read: no files there")
     if object_store.MANIFEST not in names:
-        with aside(target) as temporary:
+        with atomic_file(target) as temporary:
             temporary.mkdir()
-            object_store.download_all(uri, temporary, names)
-    elif not object_store.fetch_published(uri, target):
+            object_store.download_files(uri, temporary, names)
+    elif not object_store.download_folder(uri, target):
         raise StorageError(f"{uri} is not complete: its upload was interrupted or still goes on")
     return target
 

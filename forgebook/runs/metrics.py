@@ -18,7 +18,7 @@ from typing import Any
 
 from forgebook.runs.run import Run
 
-__all__ = ["Progress", "follow", "following", "read_metrics"]
+__all__ = ["Progress", "read_metrics", "read_new_lines", "watch_lines"]
 
 
 class Progress:
@@ -65,7 +65,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in file if line.endswith("\n")]
 
 
-def follow(log: Path, place: int, ended: threading.Event, every: float) -> Iterator[list[dict[str, Any]]]:
+def read_new_lines(log: Path, place: int, ended: threading.Event, every: float) -> Iterator[list[dict[str, Any]]]:
     """Yield the whole lines that were added to `log` after byte `place`, every so many seconds, maybe none.
 
     Once `ended` is set, what is left comes at once, and the iteration ends.
@@ -85,12 +85,12 @@ def follow(log: Path, place: int, ended: threading.Event, every: float) -> Itera
 
 
 @contextlib.contextmanager
-def following(log: Path, place: int, every: float, hand: Callable[[dict[str, Any]], None]) -> Iterator[None]:
+def watch_lines(log: Path, place: int, every: float, hand: Callable[[dict[str, Any]], None]) -> Iterator[None]:
     """Hand each line added to `log` after byte `place` to a function, in a thread, for the length of a block."""
     ended = threading.Event()
 
     def watch() -> None:
-        for events in follow(log, place, ended, every):
+        for events in read_new_lines(log, place, ended, every):
             for event in events:
                 hand(event)
 

@@ -1,8 +1,8 @@
 """Buckets: s3:// (any S3-compatible endpoint through AWS_ENDPOINT_URL) and gs://, listed, read and written.
 
 list_files(uri)              -> {name: bytes}
-publish_folder(folder, uri)               upload a folder: a manifest, written last, makes it complete
-fetch_published(uri, folder)              the way back: what the manifest names, or nothing
+upload_folder(folder, uri)               upload a folder: a manifest, written last, makes it complete
+download_folder(uri, folder)              the way back: what the manifest names, or nothing
 
 Credentials and region come from the environment, as the AWS and Google SDKs read them. Each request is tried
 again with growing pauses, AWS_MAX_ATTEMPTS times in all (default 5); what stays wrong is a StorageError that says
@@ -24,23 +24,23 @@ from pathlib import Path
 from typing import Any
 
 from forgebook.errors import BucketBusyError, StorageError
-from forgebook.runs.atomic import published
+from forgebook.runs.atomic import atomic_folder
 
 __all__ = [
     "MANIFEST",
-    "download",
-    "download_all",
-    "fetch_published",
+    "download_file",
+    "download_files",
+    "download_folder",
     "has_file",
     "is_bucket",
     "is_remote",
     "list_files",
     "list_folders",
-    "manifest_of",
-    "publish_folder",
-    "published_manifest",
+    "make_manifest",
     "read_file",
+    "read_manifest",
     "remove_folder",
+    "upload_folder",
     "write_file",
 ]
 
@@ -83,7 +83,7 @@ def is_bucket(path: str) -> bool:
 # Files ----------------------------------------------------------------------------------------------
 
 
-def download(uri: str, target: Path) -> None:
+def download_file(uri: str, target: Path) -> None:
     """Copy one file of a bucket to a local path."""
     bucket, path = _opened(uri)
     with _readable_errors(uri), bucket.open_input_stream(path) as source, open(target, "wb") as file:
@@ -163,7 +163,7 @@ def remove_folder(uri: str) -> None:
 # Folders that are complete or absent ------------------------------------------------------------------
 
 
-def manifest_of(folder: Path) -> Manifest:
+def make_manifest(folder: Path) -> Manifest:
     """Describe a local folder's files: name -> [bytes, time of change in ns]."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     return {
@@ -171,15 +171,15 @@ def manifest_of(folder: Path) -> Manifest:
     }  # fmt: skip
 
 
-def published_manifest(uri: str) -> Manifest | None:
+def read_manifest(uri: str) -> Manifest | None:
     """Read what a folder of a bucket holds, or None if it is not complete."""
     told = json.loads(read_file(f"{uri}/{MANIFEST}"))
     return told["files"] if told["complete"] else None
 
 
-def publish_folder(folder: Path, uri: str) -> None:
+def upload_folder(folder: Path, uri: str) -> None:
     """Upload a folder. Its manifest says `complete: false` until all files are there in full length."""
-    files = manifest_of(folder)
+    files = make_manifest(folder)
     write_file(f"{uri}/{MANIFEST}", _manifest_text(False, files))
     _each(lambda name: _upload(folder / name, f"{uri}/{name}"), files)
     arrived = list_files(uri)
@@ -189,18 +189,18 @@ def publish_folder(folder: Path, uri: str) -> None:
     write_file(f"{uri}/{MANIFEST}", _manifest_text(True, files))
 
 
-def fetch_published(uri: str, folder: Path) -> bool:
+def download_folder(uri: str, folder: Path) -> bool:
     """Bring a complete folder of a bucket to this machine, times of change included; False if it is not complete.
 
     A local folder that is the same already is left as it is.
     """
-    files = published_manifest(uri)
+    files = read_manifest(uri)
     if files is None:
         return False
-    if folder.is_dir() and manifest_of(folder) == files:
+    if folder.is_dir() and make_manifest(folder) == files:
         return True
-    with published(folder) as writing:
-        download_all(uri, writing, files)
+    with atomic_folder(folder) as writing:
+        download_files(uri, writing, files)
         for name, (size, changed) in files.items():
             if (writing / name).stat().st_size != size:
                 raise StorageError(
@@ -214,12 +214,12 @@ def _manifest_text(is_complete: bool, files: Manifest) -> bytes:
     return json.dumps({"complete": is_complete, "files": files}, indent=1).encode()
 
 
-def download_all(uri: str, folder: Path, names: Iterable[str]) -> None:
+def download_files(uri: str, folder: Path, names: Iterable[str]) -> None:
     """Copy the named files from under an address into a local folder."""
 
     def fetch(name: str) -> None:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        download(f"{uri}/{name}", folder / name)
+        download_file(f"{uri}/{name}", folder / name)
 
     _each(fetch, names)
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from forgebook.errors import BucketBusyError, StorageError
 from forgebook.runs import object_store
-from forgebook.runs.atomic import aside, remove
+from forgebook.runs.atomic import atomic_file, delete_folder
 
 __all__ = ["beside", "pull", "push"]
 
@@ -63,12 +63,12 @@ def pull(uri: str, folder: Path, with_state: bool = True) -> None:
         {state} if state and with_state else set()
     )
     for place in _places(folder) - wanted:
-        remove(folder / place)
+        delete_folder(folder / place)
     for place in sorted(wanted):
-        object_store.fetch_published(f"{uri}/{place}", folder / place)
+        object_store.download_folder(f"{uri}/{place}", folder / place)
     files = [name for name in there if _place(name) is None and not name.startswith("logs/")]
     for name in sorted(files, key=lambda name: name == CONFIG):
-        with aside(folder / name) as temporary:
+        with atomic_file(folder / name) as temporary:
             temporary.write_bytes(object_store.read_file(f"{uri}/{name}"))
 
 
@@ -76,9 +76,7 @@ def _known(uri: str, there: dict[str, int]) -> Known:
     """Read the manifests of the folders that a bucket's run holds, complete or not."""
     places = {place for name in there if (place := _place(name))}
     return {
-        place: object_store.published_manifest(f"{uri}/{place}")
-        if f"{place}/{object_store.MANIFEST}" in there
-        else None
+        place: object_store.read_manifest(f"{uri}/{place}") if f"{place}/{object_store.MANIFEST}" in there else None
         for place in places
     }
 
@@ -202,8 +200,8 @@ def _send(folder: Path, uri: str, known: Known, with_logs: bool = False) -> None
         for place, snapshot in reversed(taken.items()):
             if snapshot is not None:
                 known[place] = None
-                object_store.publish_folder(snapshot, f"{uri}/{place}")
-                known[place] = object_store.manifest_of(snapshot)
+                object_store.upload_folder(snapshot, f"{uri}/{place}")
+                known[place] = object_store.make_manifest(snapshot)
     finally:
         shutil.rmtree(folder / SNAPSHOTS, ignore_errors=True)
     for place in [name for name in known if _place(f"{name}/") and name not in taken]:
@@ -218,7 +216,7 @@ def _snapshot(folder: Path, place: str, known: object_store.Manifest | None) -> 
     """
     snapshot = folder / SNAPSHOTS / place
     try:
-        if object_store.manifest_of(folder / place) == known:
+        if object_store.make_manifest(folder / place) == known:
             return None
         shutil.copytree(folder / place, snapshot, copy_function=os.link)
     except (shutil.Error, OSError):

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from forgebook.errors import CheckpointError, ForgebookError
 from forgebook.models import adapters
-from forgebook.runs import atomic, run
+from forgebook.runs import atomic
 from forgebook.training import distributed, remote_run
 from forgebook.training.remote_run import Home
 
@@ -69,7 +69,7 @@ def save_checkpoint(
     with distributed.raised_everywhere(), contextlib.ExitStack() as stack:
         if not distributed.is_main():
             return
-        aside = stack.enter_context(run.published(folder))
+        aside = stack.enter_context(atomic.atomic_folder(folder))
         stack.enter_context(_told_if_full(aside))
         if start is not None:
             weights = adapters.fit_original_base(weights, start, trained)
@@ -201,7 +201,7 @@ def keep_best(folder: Path, losses: dict[str, float | None], keep: int) -> str:
     ranked = sorted(order, key=lambda name: (_or_infinite(losses[name]), -order.index(name)))
     if distributed.is_main():
         for name in ranked[keep:]:
-            atomic.remove(folder / name)
+            atomic.delete_folder(folder / name)
     return ranked[0]
 
 
@@ -271,7 +271,7 @@ def _end_resume(aside: Path, name: str, place: dict[str, Any]) -> None:
     aside.rename(aside.with_name(name))
     for old in aside.parent.iterdir():
         if old.name != name:
-            atomic.remove(old)
+            atomic.delete_folder(old)
 
 
 def latest_resume(folder: Path) -> tuple[Path, dict[str, Any]] | None:

@@ -26,7 +26,7 @@ from forgebook.data.token_store import Tokens
 from forgebook.errors import ResourceError, StoppedError, TrainingError
 from forgebook.planning import hardware
 from forgebook.planning.plan import running_figures
-from forgebook.runs import run as storage
+from forgebook.runs import atomic
 from forgebook.runs.metrics import Progress
 from forgebook.runs.run import Run
 from forgebook.training import (  # fmt: skip
@@ -115,7 +115,7 @@ def train_loop(config: FinetuneConfig, run: Run) -> dict[str, Any]:
 
     # (5) Steps, counted from 1 over the whole run. Their rows depend on the seed and the epoch alone.
     events = evaluation_steps(config, steps_per_epoch, last_step)
-    flops_of_token = storage.read_json(run.plan)["flops_per_token"] if run.plan.exists() else None
+    flops_of_token = atomic.read_json(run.plan)["flops_per_token"] if run.plan.exists() else None
     epoch_so_far, saved_at = _EpochSoFar(), time.perf_counter()
     while step < last_step:
         epoch, index = divmod(step, steps_per_epoch)

@@ -25,6 +25,7 @@ from forgebook.data import batching, token_store
 from forgebook.data.token_store import Tokens
 from forgebook.errors import TrainingError
 from forgebook.models import load
+from forgebook.models.tokenizer import tokenizer_of
 from forgebook.training.losses import SupervisedLM
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ class _Scorer:
         self.rows = token_store.load_view(run.tokens / "train.npz")
         self.blocks = _blocks(config, self.rows)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.tokenizer = load.tokenizer_of(config)
+        self.tokenizer = tokenizer_of(config)
         self.wrapped = SupervisedLM(load.load_start(config, self.tokenizer).to(self.device)).eval()
 
     @torch.no_grad()

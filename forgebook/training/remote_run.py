@@ -25,8 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from forgebook.data import token_store
-from forgebook.runs import atomic
-from forgebook.runs import run as storage
+from forgebook.runs import atomic, download
 from forgebook.runs.run import Run
 from forgebook.training import distributed
 
@@ -113,7 +112,7 @@ def settle(run: Run, home: Home | None, rank: int) -> Run:
     mark = run.folder / MARK
     if home is None or (mark.is_file() and mark.read_text() == home.mark):
         return run
-    home.own = storage.cache_folder().resolve() / "relay" / f"{run.name}-{home.mark}"
+    home.own = download.cache_folder().resolve() / "relay" / f"{run.name}-{home.mark}"
     home.lock = threading.Lock()
     (home.own / "logs").mkdir(parents=True, exist_ok=True)
     (home.own / f"logs/worker-{rank}.log").unlink(missing_ok=True)  # sent already, by a worker that has failed
@@ -138,7 +137,7 @@ def fetch(home: Home | None) -> None:
             target = home.own / name
             if name.startswith(SHARDS) and target.exists():
                 continue
-            with atomic.aside(target) as temporary, open(temporary, "wb") as file:
+            with atomic.atomic_file(target) as temporary, open(temporary, "wb") as file:
                 while piece := ray.get(home.keeper.read.remote(there, file.tell())):
                     file.write(piece)
             home.sent[name] = (target.stat().st_ino, target.stat().st_size)

@@ -23,7 +23,8 @@ from accelerate.utils import (
 
 from forgebook.config.parse import FinetuneConfig, read_deepspeed_config
 from forgebook.errors import TrainingError
-from forgebook.models import load
+from forgebook.models import adapters, load
+from forgebook.models.tokenizer import locate, tokenizer_of
 from forgebook.training import deepspeed_ops, distributed, kernels, optimizers
 from forgebook.training.losses import SupervisedLM
 
@@ -90,9 +91,9 @@ def make_worker(config: FinetuneConfig, accelerator: Accelerator) -> Worker:
     """Load tokenizer and model, put LoRA on it if asked, make the optimizer, wrap for DDP or DeepSpeed."""
     with distributed.raised_everywhere():
         kernels.refuse_missing(config)
-        tokenizer = load.tokenizer_of(config)
+        tokenizer = tokenizer_of(config)
         model = load.load_model(
-            load.locate(config.initial_base_model_ckpt_path or config.model_id),
+            locate(config.initial_base_model_ckpt_path or config.model_id),
             dtype=config.dtype,
             attention=config.attention,
             rope_scaling=config.rope_scaling,
@@ -103,10 +104,10 @@ def make_worker(config: FinetuneConfig, accelerator: Accelerator) -> Worker:
         if config.liger_kernel.enabled:
             kernels.use_liger(model, config.liger_kernel.kwargs)
         if config.initial_adapter_model_ckpt_path is not None:
-            adapter = load.locate(config.initial_adapter_model_ckpt_path)
-            model = load.continue_lora(model, adapter, config.lora_config, config.rope_scaling)
+            adapter = locate(config.initial_adapter_model_ckpt_path)
+            model = adapters.continue_lora(model, adapter, config.lora_config, config.rope_scaling)
         elif config.is_lora:
-            model = load.add_lora(model, config.lora_config | new_rows)
+            model = adapters.add_lora(model, config.lora_config | new_rows)
         if config.neftune_noise_alpha is not None:
             load.add_embedding_noise(model, config.neftune_noise_alpha)
         if config.torch_compile:

@@ -17,8 +17,9 @@ from forgebook.cli.main import main
 from forgebook.config.parse import dump_config
 from forgebook.errors import ConfigError, ModelError
 from forgebook.export import hub as publish
-from forgebook.models.load import add_lora, load_model
-from forgebook.runs import run as storage
+from forgebook.models.adapters import add_lora
+from forgebook.models.load import load_model
+from forgebook.runs import atomic
 from forgebook.runs.run import Run
 from forgebook.training import checkpoints
 
@@ -94,10 +95,10 @@ def make_run(make_config, tokenizer, tmp_path):
             shutil.copytree(TINY_MODEL, best)
         run.config.write_text(dump_config(config))
         rows = {"rows": 24, "supervised_tokens": 1200, "path": "train.jsonl"}
-        storage.write_json(run.data_report, {"train": rows, "valid": {**rows, "path": "hf://someone/rows:test"}})
+        atomic.write_json(run.data_report, {"train": rows, "valid": {**rows, "path": "hf://someone/rows:test"}})
         summary = {"best_checkpoint": "checkpoints/epoch-1", "eval_loss": 0.125, "steps": 3, "epochs": 1.0}
-        storage.write_json(run.summary, summary)
-        storage.write_json(run.folder / "evaluation.json", {"rows": 6, "exact_match_after": 0.5})
+        atomic.write_json(run.summary, summary)
+        atomic.write_json(run.folder / "evaluation.json", {"rows": 6, "exact_match_after": 0.5})
         return run
 
     return make

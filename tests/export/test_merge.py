@@ -15,6 +15,7 @@ from forgebook.errors import CheckpointError, ModelError, StorageError
 from forgebook.export.merge import mean_kl, merge_run, tell
 from forgebook.inference.generate import load_for_generation
 from forgebook.models import adapters, load
+from forgebook.models.tokenizer import load_tokenizer, tokenizer_of
 from forgebook.training import checkpoints
 
 LABELS = ["[[yes]]", "[[no]]"]
@@ -41,12 +42,12 @@ def make_checkpoint(make_config, write_rows, tmp_path):
             rows = [{"messages": [{"role": "user", "content": "is it"}, {"role": "assistant", "content": LABELS[0]}]}]
             settings["train_path"] = settings["valid_path"] = write_rows(rows, "labels.jsonl")
         config = make_config(**settings)
-        tokenizer = load.tokenizer_of(config)
+        tokenizer = tokenizer_of(config)
         model = load.load_model(
             str(TINY_MODEL), dtype="float32", rope_scaling=config.rope_scaling, quantization=config.quantization
         )
         extra = load.fit_vocabulary(model, tokenizer, config)
-        model = load.add_lora(model, {**config.lora_config, **extra})
+        model = adapters.add_lora(model, {**config.lora_config, **extra})
         torch.manual_seed(0)
         for name, p in model.named_parameters():
             if p.requires_grad and "lora_A" not in name:
@@ -96,7 +97,7 @@ def load_without_quantisation(folder, rope):
     from peft import PeftModel
 
     model = load.load_model(str(TINY_MODEL), dtype="float32", rope_scaling=rope)
-    tokenizer = load.load_tokenizer(str(folder))
+    tokenizer = load_tokenizer(str(folder))
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
     return PeftModel.from_pretrained(model, folder).eval(), tokenizer

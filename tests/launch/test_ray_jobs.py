@@ -18,7 +18,7 @@ import yaml
 
 from conftest import REPOSITORY
 from forgebook.cli.main import main
-from forgebook.runs.run import read_json
+from forgebook.runs.atomic import read_json
 
 CONFIG = "training_configs/tiny/quickstart.yaml"
 TOKEN = "hf_" + "s" * 30

@@ -26,8 +26,9 @@ from forgebook.errors import (
 from forgebook.launch import ray_train
 from forgebook.launch.ray_train import fine_tune
 from forgebook.planning.prepare import prepare
+from forgebook.runs.atomic import read_json
 from forgebook.runs.metrics import read_metrics
-from forgebook.runs.run import Run, open_run, read_json
+from forgebook.runs.run import Run, open_run
 
 SHARDINGS = ["none", "zero_1", "zero_2", "zero_3"]  # none first: the others are compared with it
 

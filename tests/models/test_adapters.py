@@ -13,10 +13,11 @@ from forgebook.data import batching
 from forgebook.errors import CheckpointError, ConfigError, ModelError
 from forgebook.inference.generate import load_for_generation
 from forgebook.launch.ray_train import fine_tune
-from forgebook.models import adapters, load
+from forgebook.models import adapters, families, load, vllm_support
 from forgebook.planning.prepare import prepare
+from forgebook.runs.atomic import read_json
 from forgebook.runs.metrics import read_metrics
-from forgebook.runs.run import open_run, read_json
+from forgebook.runs.run import open_run
 from forgebook.training.losses import SupervisedLM
 from forgebook.training.optimizers import learning_rates
 
@@ -123,7 +124,7 @@ def losses_by_hand(config, tokenizer, kind, dtype) -> list[float]:
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_the_base_is_packed_and_frozen_and_the_rest_is_as_it_was(kind):
-    model = load.add_lora(load.load_model(str(TINY_MODEL), quantization=kind), LORA)
+    model = adapters.add_lora(load.load_model(str(TINY_MODEL), quantization=kind), LORA)
     packed = {name for name, p in model.named_parameters() if p.dtype in (torch.uint8, torch.int8)}
     assert len(packed) == 7 * 4 and all("base_layer" in name for name in packed)
     others = {p.dtype for name, p in model.named_parameters() if name not in packed}
@@ -135,7 +136,9 @@ def test_the_base_is_packed_and_frozen_and_the_rest_is_as_it_was(kind):
 
 def test_an_evaluation_leaves_the_gradient_of_4_bit_weights_whole():
     """bitsandbytes would repack them in evaluation mode, on a CPU with AVX512-BF16, for a kernel without backward."""
-    model = load.add_lora(load.load_model(str(TINY_MODEL), quantization="nf4"), {**LORA, "init_lora_weights": False})
+    model = adapters.add_lora(
+        load.load_model(str(TINY_MODEL), quantization="nf4"), {**LORA, "init_lora_weights": False}
+    )
     ids = torch.arange(5, 37)[None]
     gradients = []
     for _ in range(2):
@@ -241,7 +244,7 @@ def test_a_base_is_made_the_same_where_the_decomposition_differs():
 
 def _pissa(settings, seed):
     torch.manual_seed(seed)
-    return load.add_lora(load.load_model(str(TINY_MODEL), dtype="float32"), settings)
+    return adapters.add_lora(load.load_model(str(TINY_MODEL), dtype="float32"), settings)
 
 
 def test_a_pissa_adapter_that_did_not_move_is_found():
@@ -338,9 +341,9 @@ def test_a_context_beyond_the_models_positions_is_told(make_config, capsys, cont
 
 def test_context_limits():
     source = str(TINY_MODEL)
-    assert load.context_limit(source) == 1024
-    assert load.context_limit(source, {"rope_type": "linear", "factor": 2.0}) == 2048
-    assert load.context_limit(source, {**ROPES["llama3"], "original_max_position_embeddings": 256}) == 2048
+    assert families.context_limit(source) == 1024
+    assert families.context_limit(source, {"rope_type": "linear", "factor": 2.0}) == 2048
+    assert families.context_limit(source, {**ROPES["llama3"], "original_max_position_embeddings": 256}) == 2048
 
 
 # Embedding noise --------------------------------------------------------------------------------------
@@ -399,7 +402,7 @@ def test_packing_is_not_refused_for_noise_or_dropout(make_config):
     ],
 )
 def test_what_vllm_can_serve(settings, told):
-    assert load.vllm_serves(settings) == told
+    assert vllm_support.vllm_serves(settings) == told
 
 
 def test_the_summary_and_the_plan_say_whether_vllm_can_serve(make_config, capsys):

@@ -9,23 +9,24 @@ import torch
 from conftest import LORA, REPOSITORY, TINY_MODEL
 from forgebook.config.parse import HubRepo
 from forgebook.errors import ModelError, StorageError
-from forgebook.models import load
+from forgebook.models import adapters, families, load
+from forgebook.models.tokenizer import load_tokenizer, locate
 
 
 def test_locate():
-    assert load.locate("tiny") == str(TINY_MODEL)
-    assert load.locate(str(TINY_MODEL)) == str(TINY_MODEL)
-    assert load.locate("owner/name") == "owner/name"
+    assert locate("tiny") == str(TINY_MODEL)
+    assert locate(str(TINY_MODEL)) == str(TINY_MODEL)
+    assert locate("owner/name") == "owner/name"
     with pytest.raises(StorageError, match=r"folder \./nothing does not exist"):
-        load.locate("./nothing")
+        locate("./nothing")
 
 
 def test_a_hub_id_is_asked_of_the_hub():
     """Real calls; there is no network here (or no such model), which is told in one sentence."""
     with pytest.raises(ModelError, match="no tokenizer could be loaded from 'no-such-owner/no-such-model'"):
-        load.load_tokenizer("no-such-owner/no-such-model")
+        load_tokenizer("no-such-owner/no-such-model")
     with pytest.raises(ModelError, match="no-such-owner/no-such-model could not be fetched from the hub"):
-        load.locate(HubRepo(repo_id="no-such-owner/no-such-model"))
+        locate(HubRepo(repo_id="no-such-owner/no-such-model"))
 
 
 def test_a_tokenizer_without_a_pad_token_pads_with_its_end_token(tmp_path):
@@ -34,11 +35,11 @@ def test_a_tokenizer_without_a_pad_token_pads_with_its_end_token(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
     tokenizer.pad_token = None
     tokenizer.save_pretrained(tmp_path)
-    assert load.load_tokenizer(str(tmp_path)).pad_token == tokenizer.eos_token
+    assert load_tokenizer(str(tmp_path)).pad_token == tokenizer.eos_token
 
 
 def test_lora_trains_only_the_adapter_and_takes_the_dtype_of_its_base():
-    model = load.add_lora(load.load_model(str(TINY_MODEL)), LORA)
+    model = adapters.add_lora(load.load_model(str(TINY_MODEL)), LORA)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert trained and all("lora_" in name and p.dtype == torch.bfloat16 for name, p in trained.items())
     everything, trainable = load.parameter_counts(model)
@@ -50,13 +51,13 @@ def test_lora_trains_only_the_adapter_and_takes_the_dtype_of_its_base():
 )
 def test_a_lora_config_that_does_not_fit_is_told(settings):
     with pytest.raises(ModelError, match="lora_config does not fit this model"):
-        load.add_lora(load.load_model(str(TINY_MODEL)), settings)
+        adapters.add_lora(load.load_model(str(TINY_MODEL)), settings)
 
 
 def test_rope_scaling_reaches_the_model():
     model = load.load_model(str(TINY_MODEL), rope_scaling={"rope_type": "linear", "factor": 2.0})
     assert model.config.rope_parameters["factor"] == 2.0
-    assert load.native_context_length(str(TINY_MODEL)) == 1024
+    assert families.native_context_length(str(TINY_MODEL)) == 1024
 
 
 def test_zero_3_never_holds_the_whole_model_on_a_rank():

@@ -10,7 +10,7 @@ from test_memory import LLAMA_8B, big
 from conftest import LORA, REPOSITORY
 from forgebook.catalog import hardware_of, read_catalog, shape_of
 from forgebook.cli.main import main
-from forgebook.models.load import tokenizer_of
+from forgebook.models.tokenizer import tokenizer_of
 from forgebook.planning.feasibility import fit as find_fit
 from forgebook.planning.hardware import Cpu
 from forgebook.planning.history import Pace
@@ -83,7 +83,7 @@ def test_counted_tokens_are_near_those_of_the_run(make_config):
 
 def test_steps_are_those_of_the_run(make_config):
     from forgebook.launch.ray_train import fine_tune
-    from forgebook.runs.run import read_json
+    from forgebook.runs.atomic import read_json
 
     config = make_config(num_epochs=2, train_batch_size_per_device=5, gradient_accumulation_steps=2)
     told = plan(config, shape_of(config.model_id), None, count_data(config))

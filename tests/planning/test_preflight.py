@@ -12,8 +12,9 @@ from forgebook.launch.ray_train import fine_tune
 from forgebook.planning.history import past_paces
 from forgebook.planning.preflight import forecast
 from forgebook.planning.prepare import prepare
+from forgebook.runs.atomic import read_json
 from forgebook.runs.metrics import read_metrics
-from forgebook.runs.run import open_run, read_json
+from forgebook.runs.run import open_run
 
 
 @pytest.fixture

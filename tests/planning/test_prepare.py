@@ -8,9 +8,9 @@ import pytest
 from conftest import chat, uneven_rows
 from forgebook.data import readers, tokenize
 from forgebook.errors import DataError
-from forgebook.models.load import load_tokenizer
+from forgebook.models.tokenizer import load_tokenizer
 from forgebook.planning.prepare import prepare, report_rows
-from forgebook.runs import run
+from forgebook.runs import atomic, run
 
 FORMAT = {"system": "{instruction}", "user": "{instruction}", "assistant": "{instruction}<|end|>"}
 
@@ -27,7 +27,7 @@ def test_all_bad_rows_are_in_the_report(make_config, tmp_path):
     config = make_config(train_path=str(tmp_path / "bad.jsonl"), valid_path=str(tmp_path / "worse.jsonl"))
     with pytest.raises(DataError, match=r"30 of 31 rows[\s\S]*and 10 more[\s\S]*1 of 1 rows[\s\S]*on_bad_rows: drop"):
         prepared(config)
-    report = run.read_json(run.open_run(config).data_report)
+    report = atomic.read_json(run.open_run(config).data_report)
     assert len(report["train"]["problems"]) == 30 and len(report["valid"]["problems"]) == 1
     assert report["train"]["problems"][29].startswith("bad.jsonl:31: messages[0].content: need a string, got 29")
 

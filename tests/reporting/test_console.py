@@ -19,7 +19,7 @@ def follow(tmp_path, terminal: bool, steps: int) -> str:
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=terminal, width=120, soft_wrap=True)
     run = Run(tmp_path)
-    with consoles.follow(run.logs / "progress.jsonl", console):
+    with consoles.show_progress(run.logs / "progress.jsonl", console):
         progress = Progress(run)
         progress.stage("loading the model")
         progress.stage("training", steps=steps, start=0, parameters=100, trainable_parameters=25)
@@ -60,7 +60,7 @@ def test_half_a_line_is_waited_for(tmp_path):
     log = tmp_path / "progress.jsonl"
     screen = io.StringIO()
     whole = json.dumps({"kind": "stage", "text": "hello"}) + "\n"
-    with consoles.follow(log, Console(file=screen)):
+    with consoles.show_progress(log, Console(file=screen)):
         log.write_text(whole[:10])
         time.sleep(2 * consoles.POLL_SECONDS)
         log.write_text(whole)

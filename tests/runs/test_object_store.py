@@ -6,7 +6,7 @@ from conftest import TINY_MODEL, chat, uneven_rows
 from forgebook.data import tokenize
 from forgebook.errors import BucketBusyError, StorageError
 from forgebook.launch.ray_train import fine_tune
-from forgebook.models import load
+from forgebook.models.tokenizer import locate
 from forgebook.runs import download, object_store
 
 
@@ -45,7 +45,7 @@ def test_what_is_not_there_is_a_readable_error(door, tmp_path, path, said):
         download.fetch_file(path)
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
     with pytest.raises(StorageError):
-        load.locate(path)
+        locate(path)
 
 
 @pytest.mark.parametrize("use", ["read", "list", "write"])
@@ -114,22 +114,22 @@ def test_a_folder_is_there_whole_or_not_at_all(door, folder, tmp_path, monkeypat
     uri = "s3://forgebook/whole"
     door.answers = lambda method, path: "slow down" if method == "PUT" and path.endswith("/b") else None
     with pytest.raises(BucketBusyError):
-        object_store.publish_folder(folder, uri)
-    assert object_store.published_manifest(uri) is None and not object_store.fetch_published(uri, tmp_path / "got")
+        object_store.upload_folder(folder, uri)
+    assert object_store.read_manifest(uri) is None and not object_store.download_folder(uri, tmp_path / "got")
     with pytest.raises(StorageError, match="is not complete: its upload was interrupted"):
         download.fetch_folder(uri)
     door.answers = lambda method, path: None
-    object_store.publish_folder(folder, uri)
-    assert object_store.fetch_published(uri, tmp_path / "got")
-    assert object_store.manifest_of(tmp_path / "got") == object_store.manifest_of(folder)  # times of change, too
+    object_store.upload_folder(folder, uri)
+    assert object_store.download_folder(uri, tmp_path / "got")
+    assert object_store.make_manifest(tmp_path / "got") == object_store.make_manifest(folder)  # times of change, too
     assert (download.fetch_folder(uri) / "below/b").read_text() == "bb"
     object_store.remove_folder(uri)
     assert object_store.list_files(uri) == {}
 
 
 def test_a_file_that_is_not_what_was_uploaded_is_found(door, folder, tmp_path):
-    object_store.publish_folder(folder, "s3://forgebook/short")
+    object_store.upload_folder(folder, "s3://forgebook/short")
     object_store.write_file("s3://forgebook/short/a", b"longer")
     with pytest.raises(StorageError, match="has 6 bytes, its manifest says 1"):
-        object_store.fetch_published("s3://forgebook/short", tmp_path / "got")
+        object_store.download_folder("s3://forgebook/short", tmp_path / "got")
     assert not (tmp_path / "got").exists()

@@ -8,7 +8,7 @@ from conftest import TINY_MODEL
 from forgebook.config.parse import dump_config
 from forgebook.errors import StorageError
 from forgebook.launch.ray_train import fine_tune
-from forgebook.runs import object_store, upload
+from forgebook.runs import atomic, object_store, registry, upload
 from forgebook.runs import run as storage
 
 
@@ -18,7 +18,7 @@ def test_a_run_is_found_by_folder_and_by_name(make_config, monkeypatch, tmp_path
     assert storage.find_run("run") == storage.find_run(str(run.folder)) == run
     with pytest.raises(StorageError, match="no run 'other'"):
         storage.find_run("other")
-    record = storage.get_model("run")
+    record = registry.get_model("run")
     assert record.created_at and record.figures["eval_loss"] and (run.folder / record.best_checkpoint).is_dir()
 
 
@@ -59,7 +59,7 @@ def keep_run(make_config, tmp_path):
         run.folder.mkdir(parents=True)
         run.config.write_text(dump_config(config))
         summary = {"best_checkpoint": "checkpoints/epoch-1", "eval_loss": eval_loss, "job_id": "raysubmit_1"}
-        storage.write_json(run.summary, summary | {"created_at": f"2026-01-0{len(name)}T00:00:00+00:00"})
+        atomic.write_json(run.summary, summary | {"created_at": f"2026-01-0{len(name)}T00:00:00+00:00"})
         return run
 
     return make
@@ -68,10 +68,10 @@ def keep_run(make_config, tmp_path):
 def test_models_are_listed_with_what_is_on_record(keep_run, tmp_path):
     second = keep_run("bb", lora_config={"r": 4}, custom_model_tag="tag")
     first = keep_run("a", eval_loss=0.25)
-    storage.write_json(first.folder / "evaluation.json", {"exact_match_after": 0.75})
+    atomic.write_json(first.folder / "evaluation.json", {"exact_match_after": 0.75})
     (tmp_path / "runs/.tokens").mkdir()
     (tmp_path / "runs/no-run").mkdir()
-    models = storage.list_models(str(tmp_path / "runs"))
+    models = registry.list_models(str(tmp_path / "runs"))
     assert [model.id for model in models] == ["a", "tag"]  # the oldest first
     assert models[0].figures == {"eval_loss": 0.25, "exact_match_after": 0.75}
     tagged = models[1]
@@ -79,10 +79,10 @@ def test_models_are_listed_with_what_is_on_record(keep_run, tmp_path):
     assert tagged.job_id == "raysubmit_1" and tagged.storage_uri == str(second.folder) and tagged.is_complete
     assert "prompt_format" in tagged.generation_config
     for name in ("tag", "bb", str(second.folder)):
-        assert storage.get_model(name, str(tmp_path / "runs")) == tagged
-    assert storage.list_models(str(tmp_path / "none")) == []
+        assert registry.get_model(name, str(tmp_path / "runs")) == tagged
+    assert registry.list_models(str(tmp_path / "none")) == []
     with pytest.raises(StorageError, match="no model 'c'"):
-        storage.get_model("c", str(tmp_path / "runs"))
+        registry.get_model("c", str(tmp_path / "runs"))
 
 
 @pytest.mark.parametrize("start", ["initial_adapter_model_ckpt_path", "initial_base_model_ckpt_path", "model_id"])
@@ -93,25 +93,25 @@ def test_what_other_runs_start_from_is_not_deleted(keep_run, tmp_path, start, wr
     second = keep_run("second", lora_config={"r": 4}, **{start: path})
     runs = str(tmp_path / "runs")
     with pytest.raises(StorageError, match=f"is what other runs start from: {second.folder}"):
-        storage.delete_model("first", runs)
+        registry.delete_model("first", runs)
     assert first.config.exists()
-    assert storage.delete_model("second", runs).id == "second" and not second.folder.exists()
-    storage.delete_model("first", runs)
-    assert storage.list_models(runs) == []
+    assert registry.delete_model("second", runs).id == "second" and not second.folder.exists()
+    registry.delete_model("first", runs)
+    assert registry.list_models(runs) == []
 
 
 def test_models_in_a_bucket(door, keep_run):
     place = "s3://forgebook/kept"
     for name, values in (("a", {}), ("bb", {"initial_base_model_ckpt_path": f"{place}/a/checkpoints/epoch-1"})):
         upload.push(keep_run(name, **values).folder, f"{place}/{name}", print)
-    assert [model.storage_uri for model in storage.list_models(place)] == [f"{place}/a", f"{place}/bb"]
-    assert storage.get_model(f"{place}/a").figures == {"eval_loss": 0.5}
+    assert [model.storage_uri for model in registry.list_models(place)] == [f"{place}/a", f"{place}/bb"]
+    assert registry.get_model(f"{place}/a").figures == {"eval_loss": 0.5}
     with pytest.raises(StorageError, match=f"is what other runs start from: {place}/bb"):
-        storage.delete_model(f"{place}/a")
-    storage.keep_json(storage.find_run(f"{place}/a"), "evaluation.json", {"exact_match_after": 0.75})
-    assert storage.get_model(f"{place}/a").figures == {"eval_loss": 0.5, "exact_match_after": 0.75}
-    storage.delete_model(f"{place}/bb")
-    storage.delete_model(f"{place}/a")
-    assert storage.list_models(place) == []
+        registry.delete_model(f"{place}/a")
+    storage.save_json(storage.find_run(f"{place}/a"), "evaluation.json", {"exact_match_after": 0.75})
+    assert registry.get_model(f"{place}/a").figures == {"eval_loss": 0.5, "exact_match_after": 0.75}
+    registry.delete_model(f"{place}/bb")
+    registry.delete_model(f"{place}/a")
+    assert registry.list_models(place) == []
     with pytest.raises(StorageError, match="there is no such bucket"):
-        storage.list_models("s3://no-such-bucket/runs")
+        registry.list_models("s3://no-such-bucket/runs")

@@ -111,7 +111,7 @@ def test_a_bucket_that_fails_for_a_while_does_not_stop_a_run(run_folder, door):
         door.answers = lambda method, path: None
         until(lambda: len(told) == 2)
     assert "overloaded" in told[0] and "training goes on" in told[0] and "can be written again" in told[1]
-    assert object_store.published_manifest(f"{URI}/checkpoints/epoch-2")
+    assert object_store.read_manifest(f"{URI}/checkpoints/epoch-2")
 
 
 def test_a_bucket_that_does_not_recover_is_an_error_that_names_the_local_run(run_folder, door):
@@ -150,7 +150,7 @@ def test_a_slow_upload_outlives_the_deletion_of_what_it_uploads(run_folder, door
 
     door.answers = answer
     upload.push(run_folder, URI, print)
-    assert object_store.published_manifest(f"{URI}/resume/step-1")
+    assert object_store.read_manifest(f"{URI}/resume/step-1")
 
 
 def test_the_run_that_is_further_on_is_kept(run_folder):
@@ -283,7 +283,7 @@ def busy_then_closed(door, run):
 def has_state(uri):
     """Tell whether a bucket's run has a complete training state."""
     manifests = filter(STATE.fullmatch, object_store.list_files(uri))
-    return any(object_store.published_manifest(f"{uri}/{name.rpartition('/')[0]}") for name in manifests)
+    return any(object_store.read_manifest(f"{uri}/{name.rpartition('/')[0]}") for name in manifests)
 
 
 def losses_in(uri):

@@ -8,8 +8,9 @@ from safetensors.torch import load_file, save_file
 
 from conftest import TINY_MODEL
 from forgebook.errors import CheckpointError
-from forgebook.models.load import add_lora, load_model
-from forgebook.runs import run
+from forgebook.models.adapters import add_lora
+from forgebook.models.load import load_model
+from forgebook.runs import atomic
 from forgebook.training import checkpoints
 from forgebook.training.optimizers import AdamW
 
@@ -83,11 +84,11 @@ def test_a_failed_save_leaves_the_old_checkpoint_and_no_half_of_a_new_one(adapte
 
 
 def test_a_folder_is_published_whole_or_not_at_all(tmp_path):
-    with pytest.raises(RuntimeError), run.published(tmp_path / "f") as aside:
+    with pytest.raises(RuntimeError), atomic.atomic_folder(tmp_path / "f") as aside:
         (aside / "a").write_text("a")
         raise RuntimeError
     assert not list(tmp_path.iterdir())
-    with run.published(tmp_path / "f") as aside:
+    with atomic.atomic_folder(tmp_path / "f") as aside:
         (aside / "a").write_text("a")
         assert not (tmp_path / "f").exists()
     assert (tmp_path / "f/a").read_text() == "a"

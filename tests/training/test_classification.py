@@ -11,6 +11,7 @@ from forgebook.data.row_formats import Row
 from forgebook.inference.generate import load_for_generation
 from forgebook.launch.ray_train import fine_tune
 from forgebook.models import load
+from forgebook.models.tokenizer import load_tokenizer, tokenizer_of
 from forgebook.runs.metrics import read_metrics
 from forgebook.training import classification
 
@@ -36,20 +37,20 @@ def classifier(make_config, write_rows):
 
 
 def test_labels_are_single_tokens_and_stay_in_decoded_text(classifier):
-    tokenizer = load.tokenizer_of(classifier())
+    tokenizer = tokenizer_of(classifier())
     assert [len(tokenizer(label, add_special_tokens=False)["input_ids"]) for label in LABELS] == [1, 1]
     assert tokenizer.decode(classification.label_ids(tokenizer, LABELS), skip_special_tokens=True) == "[[even]][[odd]]"
 
 
 def test_a_word_is_a_label_only_as_a_whole():
-    tokenizer = load.load_tokenizer(str(TINY_MODEL), ["flim"])
+    tokenizer = load_tokenizer(str(TINY_MODEL), ["flim"])
     label = tokenizer.convert_tokens_to_ids("flim")
     assert label in tokenizer("say flim")["input_ids"] and label not in tokenizer("flimsy")["input_ids"]
 
 
 def test_only_the_last_label_is_trained(classifier):
     config = classifier()
-    tokenizer = load.tokenizer_of(config)
+    tokenizer = tokenizer_of(config)
     messages = [*chat("[[odd]] or [[even]]?", "[[odd]]")["messages"], *chat("and now?", "[[even]]", None)["messages"]]
     [[encoded]] = tokenize.encode_rows([Row("f:1", messages=messages)], tokenizer, tokenize.Recipe.of(config))
     trained = [i for i, t in zip(encoded.input_ids, encoded.trained, strict=True) if t]
@@ -77,9 +78,9 @@ def test_the_loss_is_that_of_a_hand_computation(classifier, method):
 def test_other_modules_to_save_leave_the_labels_trained(classifier):
     config = classifier(lora_config=LORA | {"modules_to_save": ["norm"]})
     model = load.load_model(str(TINY_MODEL), dtype="float32")
-    assert len(load.fit_vocabulary(model, load.tokenizer_of(config), config)["trainable_token_indices"]) == 1
+    assert len(load.fit_vocabulary(model, tokenizer_of(config), config)["trainable_token_indices"]) == 1
     own = classifier(lora_config=LORA | {"modules_to_save": ["embed_tokens"]})
-    assert load.fit_vocabulary(model, load.tokenizer_of(own), own) == {}
+    assert load.fit_vocabulary(model, tokenizer_of(own), own) == {}
 
 
 def test_only_the_rows_of_the_labels_move(classifier):

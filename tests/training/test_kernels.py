@@ -11,7 +11,7 @@ from conftest import LORA, TINY_MODEL, losses_of
 from forgebook.errors import ConfigError, ModelError, ResourceError
 from forgebook.launch.ray_train import fine_tune
 from forgebook.models import load
-from forgebook.runs.run import read_json
+from forgebook.runs.atomic import read_json
 from forgebook.training import kernels
 from forgebook.training.optimizers import AdamW
 

@@ -12,8 +12,9 @@ from forgebook.data import batching
 from forgebook.errors import CheckpointError, ModelError, TrainingError
 from forgebook.launch.ray_train import fine_tune
 from forgebook.planning.prepare import prepare
+from forgebook.runs.atomic import read_json
 from forgebook.runs.metrics import read_metrics
-from forgebook.runs.run import open_run, read_json
+from forgebook.runs.run import open_run
 
 
 def test_loss_falls(make_config):
@@ -267,16 +268,16 @@ def test_a_gradient_of_zero_stops_the_run(make_config, tmp_path):
 
 
 def test_nothing_trainable_is_an_error(make_config, monkeypatch):
-    from forgebook.models import load
+    from forgebook.models import adapters
 
-    add_lora = load.add_lora
+    add_lora = adapters.add_lora
 
     def add_frozen(model, settings):
         model = add_lora(model, settings)
         model.requires_grad_(False)
         return model
 
-    monkeypatch.setattr(load, "add_lora", add_frozen)
+    monkeypatch.setattr(adapters, "add_lora", add_frozen)
     with pytest.raises(ModelError, match="no parameter is trainable"):
         fine_tune(make_config(lora_config=LORA))
 

@@ -9,7 +9,7 @@ import torch
 from conftest import LORA, TINY_MODEL, losses_of
 from forgebook.data import chat_template
 from forgebook.launch.ray_train import fine_tune
-from forgebook.models import load
+from forgebook.models.tokenizer import load_tokenizer
 from forgebook.runs.metrics import read_metrics
 from forgebook.training.preference import PairLogps, preference_loss
 
@@ -54,7 +54,7 @@ def test_the_evaluation_is_that_of_plain_transformers(preferences, loss):
     from transformers import AutoModelForCausalLM
 
     run = fine_tune(preferences(loss))
-    tokenizer = load.load_tokenizer(str(TINY_MODEL))
+    tokenizer = load_tokenizer(str(TINY_MODEL))
     reference = AutoModelForCausalLM.from_pretrained(TINY_MODEL, dtype=torch.float32)
     policy = AutoModelForCausalLM.from_pretrained(run.checkpoints / "epoch-1", dtype=torch.float32)
     figures = {

@@ -1,0 +1,40 @@
+"""What a model's own config.json says of it, without loading its weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from forgebook.errors import ModelError
+from forgebook.models.tokenizer import readable_model_errors
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+__all__ = ["context_limit", "native_context_length"]
+
+
+def native_context_length(source: str) -> int:
+    """Read the longest context, in tokens, that a model was made for."""
+    from transformers import AutoConfig
+
+    with readable_model_errors(source, "model"):
+        config: PretrainedConfig = AutoConfig.from_pretrained(source)
+    native = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if native is None:  # Mamba has no such limit
+        raise ModelError(f"the config of {source} names no longest context: set context_length")
+    return native
+
+
+def context_limit(source: str, rope_scaling: dict[str, Any] | None = None) -> int | None:
+    """Tell how long a context the model's positions reach, stretched as `rope_scaling` says; None if any."""
+    from transformers import AutoConfig
+
+    with readable_model_errors(source, "model"):
+        config = AutoConfig.from_pretrained(source).get_text_config()
+    native = getattr(config, "max_position_embeddings", None)
+    if native is None:
+        return None
+    # Without one of ours: the base may be a checkpoint that was stretched already.
+    scaling = rope_scaling or getattr(config, "rope_parameters", None) or {}
+    original = scaling.get("original_max_position_embeddings") or native
+    return max(native, int(original * (scaling.get("factor") or 1)))

@@ -1,0 +1,103 @@
+"""Tokenizers, and where a model's files are: a local folder, a hub id, s3:// or gs://. Imports no torch.
+
+source    = locate(config.model_id)               a local folder or a hub id
+tokenizer = load_tokenizer(source)
+tokenizer = tokenizer_of(config)                  with the labels of a classifier
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from forgebook.catalog import TINY_MODEL
+from forgebook.errors import ModelError
+from forgebook.runs.download import fetch_folder
+from forgebook.runs.object_store import is_remote
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from forgebook.config.parse import FinetuneConfig, HubRepo
+
+__all__ = ["load_tokenizer", "locate", "readable_model_errors", "tokenizer_of", "tokenizer_source"]
+
+
+def locate(model: str | HubRepo) -> str:
+    """Turn a config's model path, URI, hub id or {repo_id: ...} into what `from_pretrained` takes.
+
+    Raises StorageError for a URI or path that holds nothing.
+    """
+    if not isinstance(model, str):
+        return _fetch_repo(model)
+    if model == "tiny":
+        return str(TINY_MODEL)
+    looks_local = model.startswith((".", "/", "~")) or Path(model).is_dir()
+    if is_remote(model) or looks_local:
+        return str(fetch_folder(model).resolve())
+    return model
+
+
+def _fetch_repo(repo: HubRepo) -> str:
+    """Download a repository's snapshot from the hub, once; return its folder."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return snapshot_download(repo.repo_id, revision=repo.revision)
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(f"{repo.repo_id} could not be fetched from the hub: {_first_line(error)}") from None
+
+
+def tokenizer_source(config: FinetuneConfig) -> str:
+    """Name where the tokenizer comes from: the checkpoint continued from, if it has one, else the base model."""
+    for start in (config.initial_adapter_model_ckpt_path, config.initial_base_model_ckpt_path):
+        if start is not None:
+            source = locate(start)
+            if (Path(source) / "tokenizer_config.json").exists():
+                return source
+    return locate(config.model_id)
+
+
+def tokenizer_of(config: FinetuneConfig) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that a config trains with; a classifier's labels are tokens of it."""
+    labels = config.classifier_config.label_tokens if config.classifier_config else []
+    return load_tokenizer(tokenizer_source(config), labels)
+
+
+def load_tokenizer(source: str, labels: Sequence[str] = ()) -> PreTrainedTokenizerBase:
+    """Load a tokenizer that can pad on the right; add a token for each label that it does not have."""
+    from tokenizers import AddedToken
+    from transformers import AutoTokenizer
+
+    with readable_model_errors(source, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    if not tokenizer.is_fast:
+        raise ModelError(f"the tokenizer of {source} has no fast version, which the masks need (character offsets)")
+    if tokenizer.pad_token is None:
+        # Harmless: masks go by position, so padding with the end token hides no end token.
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    # Not "special" ones: they are answers, to be seen when a text is decoded. A word is a label only as a whole.
+    tokenizer.add_tokens([AddedToken(label, normalized=False, single_word=label.isalnum()) for label in labels])
+    return tokenizer
+
+
+class readable_model_errors:
+    """Turn what transformers raises for a missing or broken model into a ModelError of one sentence."""
+
+    def __init__(self, source: str, what: str):
+        self.source, self.what = source, what
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind, error, traceback) -> None:
+        # OSError: not there, no network; ValueError: unknown architecture, unusable attention; KeyError: bad config.
+        if isinstance(error, OSError | ValueError | KeyError) and not isinstance(error, ModelError):
+            raise ModelError(f"no {self.what} could be loaded from {self.source!r}: {_first_line(error)}") from None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).strip().splitlines()[0]

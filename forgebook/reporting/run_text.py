@@ -1,0 +1,145 @@
+"""What a person reads of a run: what it trains on and how, the plan and its warnings; at the end its results."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+
+from forgebook.models.families import context_limit
+from forgebook.models.tokenizer import locate
+from forgebook.models.vllm_support import vllm_serves
+from forgebook.planning import preflight
+from forgebook.planning.choices import choice_rows, choices_of
+from forgebook.planning.plan_report import comparison, in_short
+from forgebook.planning.prepare import Prepared, report_rows, steps_per_epoch
+from forgebook.reporting.console import table
+from forgebook.reporting.plots import plot_losses
+from forgebook.runs.atomic import read_json, write_json
+from forgebook.runs.metrics import read_metrics
+from forgebook.runs.run import display_path
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from forgebook.config.parse import FinetuneConfig
+    from forgebook.planning.plan import Plan
+    from forgebook.runs.run import Run
+
+__all__ = ["print_choices", "print_forecast", "print_run", "print_summary", "write_summary"]
+
+PACKAGES = ("torch", "ray", "transformers", "peft", "accelerate", "deepspeed")
+
+
+def print_choices(output: Console, prepared: Prepared) -> None:
+    """Say what --default chose, and why."""
+    choices = choice_rows(choices_of(prepared.config))
+    output.print(table("Chosen (--default)", ["key", "value", "reason"], choices))
+
+
+def print_run(output: Console, run: Run, prepared: Prepared) -> None:
+    """Say in a few lines what is about to happen."""
+    config, report = prepared.config, prepared.report
+    method = f"LoRA r={config.lora_config.get('r', 8)}" if config.is_lora else "full parameter"
+    steps = steps_per_epoch(config, prepared.train)
+    sharding = Path(config.deepspeed.config_path).stem if config.deepspeed else "no DeepSpeed"
+    workers = f"{config.num_devices} worker{'s' * (config.num_devices > 1)}" if config.num_devices else "this process"
+    unit = "packed sequences" if config.padding == "packed" else "rows"
+    capped = f", at most {config.max_steps}" if config.max_steps else ""
+    output.print(f"[bold]{run.name}[/bold]  {config.model_id}, {method}, {config.task}, {config.dtype}")
+    output.print(table("", ["", "training", "validation"][: len(report_rows(report)[0])], report_rows(report)))
+    lost = sum(report[name]["answer_tokens_cut"] for name in ("train", "valid") if name in report)
+    if lost:
+        output.print(f"  [yellow]{lost:,} trained tokens are lost (truncation: {config.truncation})[/yellow]")
+    if report.get("overlap", {}).get("rows"):
+        output.print(
+            f"  [yellow]{report['overlap']['rows']:,} validation rows are training rows, too: their loss says nothing "
+            f"({report['overlap']['places'][0]})[/yellow]"
+        )
+    output.print(
+        f"  steps  {config.num_epochs} epochs of {steps}{capped}, {config.global_batch_size} {unit} each, "
+        f"learning rate {config.learning_rate:g} {config.lr_scheduler_type}"
+    )
+    base = locate(config.initial_base_model_ckpt_path or config.model_id)
+    limit = context_limit(base, config.rope_scaling)
+    if limit is not None and config.context_length > limit:
+        cure = "raise its factor" if config.rope_scaling else "rope_scaling stretches it"
+        output.print(
+            f"  [yellow]context_length {config.context_length:,} is beyond the {limit:,} positions of "
+            f"{display_path(Path(base))}: {cure}[/yellow]"
+        )
+    output.print(f"  where  {workers}, {sharding}; run folder {run.place}")
+    if config.is_lora:
+        output.print(f"  vLLM can serve the adapter: {vllm_serves(config.lora_config)}")
+    if config.is_lora and config.initial_base_model_ckpt_path and not config.initial_adapter_model_ckpt_path:
+        output.print(
+            "  [yellow]a LoRA adapter on a checkpoint of its own: whoever serves it needs that whole checkpoint as its "
+            "base, which no other adapter shares[/yellow]"
+        )
+    if config.trainer_resources:
+        output.print("  [yellow]trainer_resources are not reserved: Ray Train gives every worker the same[/yellow]")
+
+
+def print_forecast(output: Console, told: Plan | None, worries: list[str]) -> None:
+    """Tell the plan, and what of it should worry."""
+    if told:
+        output.print(f"  plan   {in_short(told)}")
+    for text in worries:
+        output.print(f"  [yellow]{escape(text)}[/yellow]")
+
+
+def write_summary(run: Run, config: FinetuneConfig, told: Plan | None, result: dict[str, Any], seconds: float) -> str:
+    """Write what came of the run beside what was planned, and draw its loss curve; keep its pace for later plans.
+
+    Returns a note if that could not be.
+    """
+    steps = [row for row in read_metrics(run.metrics) if "train_loss_batch" in row]
+    figures = preflight.figures_of(told, run, result, steps)
+    note = preflight.keep(told, config, result, figures)
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    plot_losses(read_metrics(run.metrics), run.loss_curve)
+    write_json(
+        run.summary,
+        {
+            "run_name": run.name,
+            "custom_model_tag": config.custom_model_tag,
+            "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "job_id": _job_id(),
+            **result,
+            "vllm_serves": vllm_serves(config.lora_config) if config.is_lora else None,
+            "total_seconds": round(seconds, 1),
+            **figures,
+            "versions": versions,
+        },
+    )
+    return note
+
+
+def _job_id() -> str | None:
+    """Name the Ray job that this process is the entry point of, if it is one's."""
+    settings = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    return settings.get("metadata", {}).get("job_submission_id")
+
+
+def print_summary(output: Console, run: Run) -> None:
+    """Tell in some lines what came of a run."""
+    summary = read_json(run.summary)
+    peak = max(summary["peak_memory_bytes_per_worker"]) / 1e9
+    if summary["eval_loss"] is not None:
+        perplexity = f", perplexity {summary['perplexity']:.3f}" if summary["perplexity"] else ""
+        output.print(f"[bold]done[/bold]  evaluation loss {summary['eval_loss']:.4f}{perplexity}")
+    output.print(
+        f"  {summary['steps']} steps, {summary['trained_tokens']:,} tokens in {summary['training_seconds']:.0f} s, "
+        f"{summary['trained_tokens_throughput']:,.0f} real tokens/s, peak {peak:.1f} GB per worker"
+    )
+    if "planned" in summary:
+        output.print(f"  {comparison(summary['planned'], summary['measured'])}")
+    best = display_path(run.folder / summary["best_checkpoint"])
+    output.print(f"  best checkpoint  {best}  loss curve  {display_path(run.loss_curve)}")
+    if run.uri:
+        output.print(f"  kept in          {run.uri}")

@@ -1,0 +1,142 @@
+"""The fine-tuned models under a storage path, local or in a bucket: listed, shown, deleted.
+
+list_models("runs")     -> [Model]      oldest first; runs that have not finished are included
+get_model(name)         -> Model        by the run's folder, URI or name, or by the model's id
+delete_model(name)      -> Model        unless another run starts from it
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from forgebook.errors import StorageError
+from forgebook.runs import object_store
+from forgebook.runs.object_store import is_remote
+from forgebook.runs.run import Run, candidate_runs, remove_run, run_at
+
+__all__ = ["Model", "delete_model", "get_model", "list_models"]
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is on record of a run's model: LLMForge's fields, and what it was found to be worth.
+
+    id: custom_model_tag, else the run's name. ft_type: the task and how it was trained. storage_uri: the run. figures:
+    evaluation loss and perplexity of the best checkpoint, with what `evaluate` found. starts_from: paths that the run
+    began with.
+    """
+
+    id: str
+    base_model_id: str
+    ft_type: str
+    generation_config: dict[str, Any]
+    job_id: str | None
+    storage_uri: str
+    created_at: str
+    is_complete: bool
+    best_checkpoint: str | None
+    figures: dict[str, Any]
+    starts_from: list[str]
+
+
+def list_models(storage_path: str = "runs") -> list[Model]:
+    """List the models under a storage path (a folder, s3:// or gs://), the oldest first; runs going on are included."""
+    if object_store.is_bucket(storage_path):
+        runs = [run_at(storage_path, name) for name in object_store.list_folders(storage_path)]
+    else:
+        folder = Path(storage_path).expanduser()
+        runs = [Run(path.resolve()) for path in folder.iterdir()] if folder.is_dir() else []
+    found = [_model_of(run) for run in runs if not run.name.startswith(".")]
+    return sorted((model for model in found if model), key=lambda model: model.created_at)
+
+
+def get_model(name: str, storage_path: str = "runs") -> Model:
+    """Read what is on record of a model, by its run's folder, address or name, or by its id."""
+    for run in candidate_runs(name, storage_path):
+        if model := _model_of(run):
+            return model
+    named = [model for model in list_models(storage_path) if model.id == name]
+    if len(named) == 1:
+        return named[0]
+    if named:
+        raise StorageError(f"{name!r} names {len(named)} models: {', '.join(model.storage_uri for model in named)}")
+    raise StorageError(f"no model {name!r}: neither a run folder nor a name under {storage_path}/")
+
+
+def delete_model(name: str, storage_path: str = "runs") -> Model:
+    """Delete a model's run, here and in its bucket; return what was on record of it.
+
+    Raises StorageError, and deletes nothing, if another run beside it or under storage_path starts from it.
+    """
+    model = get_model(name, storage_path)
+    parent = model.storage_uri.rpartition("/")[0]
+    others = {other.storage_uri: other for place in {parent, storage_path} for other in list_models(place)}
+    users = [
+        other.storage_uri
+        for other in others.values()
+        if other.storage_uri != model.storage_uri
+        and any(_lies_in(path, model.storage_uri) for path in other.starts_from)
+    ]
+    if users:
+        raise StorageError(
+            f"{model.storage_uri} is what other runs start from: {', '.join(users)}. Delete these first, or keep it"
+        )
+    remove_run(run_at(parent, model.storage_uri.rpartition("/")[2]))
+    return model
+
+
+def _model_of(run: Run) -> Model | None:
+    """Put together what a run's files say, in its bucket if it has one; None if it is no run."""
+    config = yaml.safe_load(_text_of(run, run.config) or "null")
+    if config is None:
+        return None
+    summary = json.loads(_text_of(run, run.summary) or "{}")
+    evaluation = json.loads(_text_of(run, run.folder / "evaluation.json") or "{}")
+    method = "full" if config["lora_config"] is None else f"LoRA r={config['lora_config'].get('r', 8)}"
+    kind = f"{config['quantization']} {method}" if config.get("quantization") else method
+    figures = {name: summary[name] for name in ("eval_loss", "perplexity") if summary.get(name) is not None}
+    created = summary.get("created_at")
+    if created is None:
+        known = run.summary if run.summary.exists() else run.config
+        created = _utc(known.stat().st_mtime) if known.exists() else ""
+    starts = [config["model_id"]] + [config.get(f"initial_{kind}_model_ckpt_path") for kind in ("base", "adapter")]
+    return Model(
+        id=config.get("custom_model_tag") or run.name,
+        base_model_id=config["model_id"],
+        ft_type=f"{config['task']}, {kind}",
+        generation_config=config.get("generation_config") or {},
+        job_id=summary.get("job_id"),
+        storage_uri=run.uri or str(run.folder),
+        created_at=created,
+        is_complete=bool(summary),
+        best_checkpoint=summary.get("best_checkpoint"),
+        figures=figures | evaluation,
+        starts_from=[path for path in starts if isinstance(path, str)],
+    )
+
+
+def _text_of(run: Run, path: Path) -> str | None:
+    """Read a small file of a run where the run is kept; None if it is not there."""
+    if run.uri is None:
+        return path.read_text() if path.is_file() else None
+    uri = f"{run.uri}/{path.relative_to(run.folder).as_posix()}"
+    return object_store.read_file(uri).decode() if object_store.has_file(uri) else None
+
+
+def _utc(seconds: float) -> str:
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(timespec="seconds")
+
+
+def _lies_in(path: str, folder: str) -> bool:
+    """Tell whether a path of a config is a folder or lies below it."""
+    if is_remote(path) or is_remote(folder):
+        return f"{path.rstrip('/')}/".startswith(f"{folder}/")
+    # A relative path may have been written from any folder above.
+    starts = [Path.cwd(), *Path(folder).parents]
+    return any((start / Path(path).expanduser()).resolve().is_relative_to(folder) for start in starts)
