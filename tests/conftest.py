@@ -123,22 +123,19 @@ def losses_of(run) -> list[float]:
 
 
 def fine_tune_until(config, step: int) -> None:
-    """Run, and interrupt right after the given step, before anything of it is saved."""
+    """Run, and interrupt right after the given step is reported, before anything of it is saved."""
     from forgebook.launch.ray_train import fine_tune
-    from forgebook.training import loop
+    from forgebook.runs.metrics import Progress
 
-    original = loop._check
+    class Interrupting(Progress):
+        def step(self, **metrics):
+            super().step(**metrics)
+            if metrics["step"] == step:
+                raise KeyboardInterrupt
 
-    def check(at, done, is_first):
-        original(at, done, is_first)
-        if at == step:
-            raise KeyboardInterrupt
-
-    loop._check = check
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("forgebook.training.loop.Progress", Interrupting)
         fine_tune(config)
-    finally:
-        loop._check = original
 
 
 @pytest.fixture(scope="session")

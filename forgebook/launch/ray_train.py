@@ -33,7 +33,7 @@ from forgebook.reporting.run_text import print_choices, print_forecast, print_ru
 from forgebook.runs import atomic, upload
 from forgebook.runs import run as storage
 from forgebook.runs.run import Run
-from forgebook.training import kernels, reference, remote_run, signals
+from forgebook.training import distributed, kernels, reference, remote_run
 from forgebook.training.preference import needs_reference
 
 if TYPE_CHECKING:
@@ -220,7 +220,7 @@ def _write_run(run: Run, prepared: Prepared, told: Plan | None) -> None:
 def _run_here(config: FinetuneConfig, run: Run) -> dict[str, Any]:
     from forgebook.training.loop import train_loop
 
-    with signals.heard_sigterm(run.folder):
+    with distributed.handle_sigterm(run.folder):
         return train_loop(config, run)
 
 
@@ -261,7 +261,7 @@ def _run_on_ray(config: FinetuneConfig, run: Run, output: Console) -> dict[str, 
     if _scorers(config):
         output.print("[dim]starting the workers that score the reference[/dim]")
         reference.start_stage(config, run)
-    with signals.heard_sigterm(run.folder):  # Ray has a handler of its own, set when it started
+    with distributed.handle_sigterm(run.folder):  # Ray has a handler of its own, set when it started
         outcome = trainer.fit().return_value
     if isinstance(outcome, ForgebookError):
         raise outcome

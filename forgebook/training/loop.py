@@ -11,7 +11,6 @@ import collections
 import contextlib
 import math
 import time
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,8 +21,7 @@ from accelerate.utils import gather_object
 from forgebook.config.parse import FinetuneConfig
 from forgebook.data import batching as batches
 from forgebook.data import token_store as tokens
-from forgebook.data.token_store import Tokens
-from forgebook.errors import ResourceError, StoppedError, TrainingError
+from forgebook.errors import StoppedError
 from forgebook.planning import hardware
 from forgebook.planning.plan import running_figures
 from forgebook.runs import atomic
@@ -36,17 +34,13 @@ from forgebook.training import (  # fmt: skip
     objectives,
     optimizers,
     remote_run,
-    signals,
 )
 from forgebook.training.losses import check_isolation
-from forgebook.training.preference import needs_reference
-from forgebook.training.reference import StagedReference, reference_logps
+from forgebook.training.reference import ExampleSet, with_reference
 from forgebook.training.setup import Worker, base_overrides, make_accelerator, make_worker, prompt_format_text
+from forgebook.training.step_metrics import EpochSums, Step, check_step
 
 __all__ = ["evaluation_steps", "total_steps", "train_loop"]
-
-# What a task measures beside its loss: means over the pairs of a batch.
-TASK_SUMS = {"preference_tuning": ("reward_chosen", "reward_rejected", "reward_margin", "reward_accuracy")}
 
 
 def train_loop(config: FinetuneConfig, run: Run) -> dict[str, Any]:
@@ -89,8 +83,8 @@ def train_loop(config: FinetuneConfig, run: Run) -> dict[str, Any]:
     parameters, trainable = worker.parameters
     if config.padding == "packed":
         check_isolation(worker.wrapped, accelerator.device)
-    train_set = _with_reference(worker, run, train, "training", progress)
-    valid_set = _with_reference(worker, run, valid, "validation", progress)
+    train_set = with_reference(worker, run, train, "training", progress)
+    valid_set = with_reference(worker, run, valid, "validation", progress)
 
     # (4) Continue from the last complete state, or rehearse a save: a full disk shows now, not after the night.
     beside = {
@@ -107,30 +101,31 @@ def train_loop(config: FinetuneConfig, run: Run) -> dict[str, Any]:
         )
     if config.eval_first and valid_set and not saved:
         progress.evaluation(step=0, epoch=0, **_evaluate(worker, valid_set))
-    step, losses, trained_tokens = place["step"], dict(place["losses"]), place["trained_tokens"]
+    start, losses, trained_tokens = place["step"], dict(place["losses"]), place["trained_tokens"]
+    step = start
     progress.stage(
-        "training", steps=last_step, steps_per_epoch=steps_per_epoch, start=step, workers=accelerator.num_processes,
+        "training", steps=last_step, steps_per_epoch=steps_per_epoch, start=start, workers=accelerator.num_processes,
         parameters=parameters, trainable_parameters=trainable,
     )  # fmt: skip
 
     # (5) Steps, counted from 1 over the whole run. Their rows depend on the seed and the epoch alone.
     events = evaluation_steps(config, steps_per_epoch, last_step)
     flops_of_token = atomic.read_json(run.plan)["flops_per_token"] if run.plan.exists() else None
-    epoch_so_far, saved_at = _EpochSoFar(), time.perf_counter()
+    sums, epoch_order, saved_at = EpochSums(**place.get("epoch_sums", {})), None, time.perf_counter()
     while step < last_step:
         epoch, index = divmod(step, steps_per_epoch)
-        if index == 0 or not epoch_so_far.batches:
-            epoch_so_far = _EpochSoFar(
-                batches.epoch_batches(train, sequences, config.global_batch_size, config.seed, epoch)
-            )
-        done = _train_step(worker, train_set, epoch_so_far.batches[index], rates[step])
+        if index == 0 or epoch_order is None:
+            epoch_order = batches.epoch_batches(train, sequences, config.global_batch_size, config.seed, epoch)
+        if index == 0:
+            sums = EpochSums()
+        done = _train_step(worker, train_set, epoch_order[index], rates[step])
         step += 1
-        _check(step, done, is_first=step == place["step"] + 1)
-        epoch_so_far.add(done)
+        check_step(done, step, is_first=step == start + 1)
+        sums.add(done)
         trained_tokens += done.tokens
 
         # (6) Report.
-        paced, seconds = epoch_so_far.metrics(), time.perf_counter() - began
+        paced, seconds = sums.metrics(), time.perf_counter() - began
         world, pace = accelerator.num_processes, paced["trained_tokens_throughput"]
         progress.step(
             step=step, total_trained_steps=step, epoch=epoch + 1, num_iterations=steps_per_epoch,
@@ -152,7 +147,7 @@ def train_loop(config: FinetuneConfig, run: Run) -> dict[str, Any]:
             remote_run.bring_home(run.home, run.checkpoints / name)
             best = _keep_best(config, run, losses)
             progress.evaluation(
-                step=step, epoch=epoch + 1, **found, **epoch_so_far.totals(),
+                step=step, epoch=epoch + 1, **found, **sums.totals(),
                 checkpoint_dir_name=name, is_best=name == best,
             )  # fmt: skip
         elapsed, is_stopping = _agreed(worker, time.perf_counter() - saved_at, run)
@@ -160,6 +155,7 @@ def train_loop(config: FinetuneConfig, run: Run) -> dict[str, Any]:
         if step in events or is_due or is_stopping:
             seconds = time.perf_counter() - began
             place = {"step": step, "trained_tokens": trained_tokens, "seconds": seconds, "losses": losses}
+            place["epoch_sums"] = sums.state()
             checkpoints.save_resume(run.resume, place, worker.model, worker.optimizer, worker.engine, run.home)
             saved_at = time.perf_counter()
         if is_stopping and step < last_step:
@@ -202,83 +198,10 @@ def evaluation_steps(config: FinetuneConfig, steps_per_epoch: int, last_step: in
     return {step: f"epoch-{step // steps_per_epoch}" for step in steps}
 
 
-# Rows with what the task compares them with ------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Set:
-    """Rows to train on or to evaluate; with the reference model's log-probabilities [rows], for preferences."""
-
-    rows: Tokens
-    reference: np.ndarray | StagedReference | None = None
-
-    def batch(self, worker: Worker, part: list[batches.Sequence], width: int | None = None, packed: bool = False):
-        """Make the tensors of some sequences, on the worker's device."""
-        made = batches.collate(self.rows, part, worker.tokenizer.pad_token_id, width, packed=packed)
-        return {name: tensor.to(worker.accelerator.device) for name, tensor in made.items()}
-
-    def reference_of(self, worker: Worker, part: list[batches.Sequence]) -> torch.Tensor | None:
-        """Pick the reference's figures for the rows of a batch, in its order."""
-        if self.reference is None or not part:
-            return None
-        return torch.from_numpy(self.reference[np.concatenate(part)]).to(worker.accelerator.device)
-
-
-def _with_reference(worker: Worker, run: Run, rows: Tokens | None, name: str, progress: Progress) -> _Set | None:
-    """Add what the task compares with: once, before the first step, or as an earlier start of the run kept it."""
-    config = worker.config
-    if rows is None or config.task != "preference_tuning" or not needs_reference(config.preference_tuning_config.loss):
-        return None if rows is None else _Set(rows)
-    processor = config.preference_tuning_config.logprob_processor_scaling_config
-    if processor and name == "training" and config.num_devices:
-        with distributed.raised_everywhere():
-            if run.home:
-                raise ResourceError(
-                    "logprob_processor_scaling_config needs a disk that all machines share, and one of them does not "
-                    "see the run's folder: set storage_path to such a disk, or leave the block out"
-                )
-        return _Set(rows, StagedReference(config, run, rows))
-    progress.stage(f"computing the reference model's log-probabilities of the {name} pairs")
-    batch_size = 2 * ((processor and processor.batch_size) or config.eval_batch_size_per_device)
-    kept = run.tokens / f"reference-{name}.npy"
-    pad_id = worker.tokenizer.pad_token_id
-    return _Set(rows, reference_logps(worker.wrapped, worker.accelerator, rows, batch_size, pad_id, kept))
-
-
 # One step ---------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Step:
-    """What one optimizer step was: loss is the mean over the supervised tokens of the global batch."""
-
-    loss: float
-    gradient: float
-    forward_seconds: float
-    backward_seconds: float
-    seconds: float
-    tokens: int
-    supervised: int
-    padded: int
-    task: dict[str, float] = field(default_factory=dict)
-
-    def metrics(self) -> dict[str, float]:
-        return {
-            "train_loss_batch": self.loss,
-            "grad_norm": self.gradient,
-            "fwd_time": self.forward_seconds,
-            "bwd_time": self.backward_seconds,
-            "train_time_per_step": self.seconds,
-            "trained_tokens_this_iter": self.tokens,
-            "supervised_tokens_this_iter": self.supervised,
-            "padded_tokens_this_iter": self.padded,
-            "padding_share": round(max(0.0, 1 - self.tokens / self.padded), 4),
-            "trained_tokens_throughput_this_iter": self.tokens / self.seconds,
-            **self.task,
-        }
-
-
-def _train_step(worker: Worker, train: _Set, sequences: list[batches.Sequence], rate: float) -> _Step:
+def _train_step(worker: Worker, train: ExampleSet, sequences: list[batches.Sequence], rate: float) -> Step:
     """Forward, backward and update over the rows of one global batch."""
     config, accelerator = worker.config, worker.accelerator
     started = time.perf_counter()
@@ -286,10 +209,10 @@ def _train_step(worker: Worker, train: _Set, sequences: list[batches.Sequence], 
         group["lr"] = rate
     world = accelerator.num_processes
     rows = np.concatenate(sequences)
-    units = objectives.count_units(config, train.rows, rows)
+    units = objectives.count_units(config, train.tokens, rows)
     # Fewer workers than num_devices (min_devices) take more micro batches each: the same rows make an update.
     accumulation = math.ceil(config.gradient_accumulation_steps * max(1, config.num_devices) / world)
-    micros = batches.split_batch(sequences, train.rows, world, accumulation)
+    micros = batches.split_batch(sequences, train.tokens, world, accumulation)
     micros = micros[accelerator.process_index]
     # DDP and DeepSpeed average over workers, DeepSpeed over micro batches too. The loss is to be the mean over
     # all supervised tokens (or pairs) of the global batch, wherever they are: so undo their averages, divide once.
@@ -310,7 +233,7 @@ def _train_step(worker: Worker, train: _Set, sequences: list[batches.Sequence], 
             ended = _now(accelerator)
         forward_seconds += halfway - begun
         backward_seconds += ended - halfway
-        sums.update({"loss": float(found.loss), "padded": batch["input_ids"].numel()})
+        sums.update({"loss": float(found.loss.detach()), "padded": batch["input_ids"].numel()})
         sums.update({name: float(value) for name, value in found.sums.items()})
     if worker.engine:  # its update was part of the last backward
         gradient = float(worker.engine.get_global_grad_norm() or 0.0)
@@ -320,14 +243,14 @@ def _train_step(worker: Worker, train: _Set, sequences: list[batches.Sequence], 
         worker.optimizer.step()
         worker.optimizer.zero_grad()
     totals = _summed(worker, sums)
-    return _Step(
+    return Step(
         loss=totals.pop("loss") / units,
         gradient=gradient,
         forward_seconds=forward_seconds,
         backward_seconds=backward_seconds,
         seconds=time.perf_counter() - started,
-        tokens=int(train.rows.lengths[rows].sum()),
-        supervised=int(train.rows.supervised[rows].sum()),
+        tokens=int(train.tokens.lengths[rows].sum()),
+        supervised=int(train.tokens.supervised[rows].sum()),
         padded=int(totals.pop("padded")),
         task={name: value / units for name, value in totals.items()},
     )
@@ -335,34 +258,20 @@ def _train_step(worker: Worker, train: _Set, sequences: list[batches.Sequence], 
 
 def _summed(worker: Worker, sums: dict[str, float]) -> dict[str, float]:
     """Add sums up over the ranks; one that had nothing to measure lacks names, and counts as 0."""
-    names = ["loss", "padded", *TASK_SUMS.get(worker.config.task, ())]
+    names = ["loss", "padded", *objectives.metric_names(worker.config.task)]
     shared = torch.tensor([sums.get(name, 0.0) for name in names], dtype=torch.float64)
     shared = worker.accelerator.reduce(shared.to(worker.accelerator.device), "sum")
     return dict(zip(names, shared.tolist(), strict=True))
 
 
-def _check(step: int, done: _Step, is_first: bool) -> None:
-    """Stop at the first sign that the run is worth nothing."""
-    if not math.isfinite(done.loss) or not math.isfinite(done.gradient):
-        raise TrainingError(
-            f"step {step}: the loss is {done.loss}, the gradient norm {done.gradient}: nothing more can be learnt. "
-            "Lower learning_rate, or look at the rows of this step; the last good checkpoint is kept"
-        )
-    if is_first and done.gradient == 0:
-        raise TrainingError(
-            "the gradient of the first step is zero: the trainable parameters do not touch the loss "
-            "(a frozen adapter, or target_modules that are never called?)"
-        )
-
-
 @torch.no_grad()
-def _evaluate(worker: Worker, valid: _Set) -> dict[str, float]:
+def _evaluate(worker: Worker, valid: ExampleSet) -> dict[str, float]:
     """Measure the mean loss over the validation rows, and what the task measures beside it."""
     config, accelerator = worker.config, worker.accelerator
     started = time.perf_counter()
     batch_size = config.eval_batch_size_per_device * accelerator.num_processes
-    sequences = batches.single_sequences(valid.rows, config)
-    sequences.sort(key=lambda rows: -int(valid.rows.lengths[rows].sum()))
+    sequences = batches.single_sequences(valid.tokens, config)
+    sequences.sort(key=lambda rows: -int(valid.tokens.lengths[rows].sum()))
     labels = None
     if config.task == "classification":
         labels = classification.label_ids(worker.tokenizer, config.classifier_config.label_tokens)
@@ -370,7 +279,7 @@ def _evaluate(worker: Worker, valid: _Set) -> dict[str, float]:
     predictions: list[tuple[list[float], int]] = []
     worker.wrapped.eval()
     for start in range(0, len(sequences), batch_size):
-        dealt = batches.split_batch(sequences[start : start + batch_size], valid.rows, accelerator.num_processes, 1)
+        dealt = batches.split_batch(sequences[start : start + batch_size], valid.tokens, accelerator.num_processes, 1)
         part = dealt[accelerator.process_index][0]
         reference = valid.reference_of(worker, part)
         found = objectives.measure(config, worker.wrapped, valid.batch(worker, part), reference, labels)
@@ -378,12 +287,12 @@ def _evaluate(worker: Worker, valid: _Set) -> dict[str, float]:
         predictions += found.predictions
     worker.wrapped.train()
     totals = _summed(worker, sums)
-    units = objectives.count_units(config, valid.rows, np.arange(len(valid.rows)))
+    units = objectives.count_units(config, valid.tokens, np.arange(len(valid.tokens)))
     loss = totals["loss"] / units
     measured = {"eval_loss": loss}
     if config.task != "preference_tuning":  # whose loss is no token's
         measured["perplexity"] = _perplexity(loss)
-    measured |= {f"eval_{name}": totals[name] / units for name in TASK_SUMS.get(config.task, ())}
+    measured |= {f"eval_{name}": totals[name] / units for name in objectives.metric_names(config.task)}
     if labels is not None:
         everyones = gather_object(predictions)
         probabilities, truth = (np.array(column) for column in zip(*everyones, strict=True))
@@ -410,7 +319,7 @@ def _agreed(worker: Worker, seconds: float, run: Run) -> tuple[float, bool]:
     """Take rank 0's measure of time, and its word on whether to stop, so that all ranks decide alike."""
     own = [0.0, 0.0]
     if worker.accelerator.is_main_process:
-        own = [seconds, float(remote_run.at_home(run.home, signals.is_asked, run.folder))]
+        own = [seconds, float(remote_run.at_home(run.home, distributed.is_stop_requested, run.folder))]
     if worker.accelerator.num_processes == 1:
         return own[0], bool(own[1])
     shared = worker.accelerator.reduce(torch.tensor(own, device=worker.accelerator.device), "sum").tolist()
@@ -434,46 +343,3 @@ def _gathered(worker: Worker, size: int) -> list[int]:
     """List a number of every worker."""
     shared = torch.tensor([size], dtype=torch.int64, device=worker.accelerator.device)
     return worker.accelerator.gather(shared).tolist()
-
-
-@dataclass
-class _EpochSoFar:
-    """Running sums over an epoch's steps, reported under LLMForge's names."""
-
-    batches: list[list[batches.Sequence]] = field(default_factory=list)
-    steps: int = 0
-    loss: float = 0.0
-    forward_seconds: float = 0.0
-    backward_seconds: float = 0.0
-    seconds: float = 0.0
-    tokens: dict[str, int] = field(default_factory=collections.Counter)
-    start: tuple[dict[str, int], float] = ({}, 0.0)
-
-    def add(self, step: _Step) -> None:
-        self.steps += 1
-        self.loss += step.loss
-        self.forward_seconds += step.forward_seconds
-        self.backward_seconds += step.backward_seconds
-        self.seconds += step.seconds
-        kinds = {"trained": step.tokens, "supervised": step.supervised, "padded": step.padded}
-        self.tokens.update(kinds)
-        if self.steps == 1:
-            # The first step compiles, allocates and waits for the slowest worker: not part of the pace.
-            self.start = (kinds, step.seconds)
-
-    def metrics(self) -> dict[str, float]:
-        """Tell the mean loss, and tokens per second: real ones (trained), supervised ones, and with padding."""
-        first, seconds = self.start if self.steps > 1 else ({}, 0.0)
-        pace = {
-            f"{kind}_tokens_throughput": (count - first.get(kind, 0)) / (self.seconds - seconds)
-            for kind, count in self.tokens.items()
-        }
-        return {"avg_train_loss_epoch": self.loss / self.steps, **pace}
-
-    def totals(self) -> dict[str, float]:
-        return {
-            "avg_train_loss_epoch": self.loss / self.steps,
-            "avg_fwd_time_per_epoch": self.forward_seconds / self.steps,
-            "avg_bwd_time_per_epoch": self.backward_seconds / self.steps,
-            "train_time_per_epoch": self.seconds,
-        }

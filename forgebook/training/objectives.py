@@ -19,9 +19,9 @@ from torch import nn
 from forgebook.config.parse import FinetuneConfig
 from forgebook.data.token_store import Tokens
 from forgebook.training.losses import IGNORED
-from forgebook.training.preference import PairLogps, preference_loss, preference_metrics
+from forgebook.training.preference import METRICS, PairLogps, preference_loss, preference_metrics
 
-__all__ = ["Measured", "count_units", "measure"]
+__all__ = ["Measured", "count_units", "measure", "metric_names"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,11 @@ class Measured:
     loss: torch.Tensor
     sums: dict[str, torch.Tensor]
     predictions: list[tuple[list[float], int]]
+
+
+def metric_names(task: str | None) -> tuple[str, ...]:
+    """Return the names of what a task measures beside its loss, the keys of `Measured.sums`."""
+    return METRICS if task == "preference_tuning" else ()
 
 
 def count_units(config: FinetuneConfig, rows: Tokens, numbers: np.ndarray) -> int:

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-__all__ = ["PairLogps", "needs_reference", "preference_loss", "preference_metrics"]
+__all__ = ["METRICS", "PairLogps", "needs_reference", "preference_loss", "preference_metrics"]
+
+METRICS = ("reward_chosen", "reward_rejected", "reward_margin", "reward_accuracy")
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def preference_loss(kind: str, logps: PairLogps, beta: float, **options) -> Tens
 
 @torch.no_grad()
 def preference_metrics(logps: PairLogps, beta: float) -> dict[str, Tensor]:
-    """Return what to log of each pair, [pairs] each: reward_chosen, reward_rejected, reward_margin, reward_accuracy.
+    """Return what to log of each pair: METRICS -> [pairs] each.
 
     An answer's reward is beta (log p(y) - log r(y)), or beta/|y| log p(y) where there is no reference.
     The margin is chosen - rejected; the accuracy is 1 where it is positive, 0 where negative, a half where neither
@@ -99,12 +101,7 @@ def preference_metrics(logps: PairLogps, beta: float) -> dict[str, Tensor]:
     """
     chosen, rejected = logps.per_token() if logps.reference_chosen is None else logps.log_ratios()
     margin = beta * (chosen - rejected)
-    return {
-        "reward_chosen": beta * chosen,
-        "reward_rejected": beta * rejected,
-        "reward_margin": margin,
-        "reward_accuracy": (margin.sign() + 1) / 2,
-    }
+    return dict(zip(METRICS, (beta * chosen, beta * rejected, margin, (margin.sign() + 1) / 2), strict=True))
 
 
 def _dpo(logps: PairLogps, beta: float, label_smoothing: float = 0.0) -> Tensor:

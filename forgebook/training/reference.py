@@ -3,6 +3,7 @@
 That holds for every way to begin: a fresh adapter changes nothing yet, a continued one is what preferences are
 to be learnt from, and full weights are not moved so far.
 
+    with_reference(...)             examples with what their task compares them with
     reference_logps(...)            by the training workers, before the first step
     start_stage(config, run)        by Ray Data workers of their own, while training runs: a block of rows after the
     StagedReference(...)            other, in the order in which the first epoch needs them; training waits if it must
@@ -13,6 +14,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,19 +25,73 @@ from torch import nn
 
 from forgebook.data import batching, token_store
 from forgebook.data.token_store import Tokens
-from forgebook.errors import TrainingError
+from forgebook.errors import ResourceError, TrainingError
 from forgebook.models import load
 from forgebook.models.tokenizer import tokenizer_of
+from forgebook.training import distributed
 from forgebook.training.losses import SupervisedLM
+from forgebook.training.preference import needs_reference
 
 if TYPE_CHECKING:
     from forgebook.config.parse import FinetuneConfig
+    from forgebook.runs.metrics import Progress
     from forgebook.runs.run import Run
+    from forgebook.training.setup import Worker
 
-__all__ = ["StagedReference", "reference_logps", "start_stage"]
+__all__ = ["ExampleSet", "StagedReference", "reference_logps", "start_stage", "with_reference"]
 
 POLL_SECONDS = 0.2
 FAILED = "failed.txt"
+
+
+@dataclass(frozen=True)
+class ExampleSet:
+    """Examples to train on or to evaluate; for preferences with the reference's log-probabilities [examples]."""
+
+    tokens: Tokens
+    reference: np.ndarray | StagedReference | None = None
+
+    def batch(
+        self, worker: Worker, part: list[batching.Sequence], width: int | None = None, packed: bool = False
+    ) -> dict[str, torch.Tensor]:
+        """Make the tensors of some sequences, on the worker's device."""
+        tensors = batching.collate(self.tokens, part, worker.tokenizer.pad_token_id, width, packed=packed)
+        return {name: tensor.to(worker.accelerator.device) for name, tensor in tensors.items()}
+
+    def reference_of(self, worker: Worker, part: list[batching.Sequence]) -> torch.Tensor | None:
+        """Return the reference's figures for the examples of a batch, in its order."""
+        if self.reference is None or not part:
+            return None
+        return torch.from_numpy(self.reference[np.concatenate(part)]).to(worker.accelerator.device)
+
+
+def with_reference(worker: Worker, run: Run, tokens: Tokens | None, name: str, progress: Progress) -> ExampleSet | None:
+    """Return the examples with the reference's figures, if their loss compares with one; None without examples.
+
+    They are computed once, before the first step; a resumed run reads what the first start saved. Collective.
+    name: "training" or "validation".
+    """
+    config = worker.config
+    if (
+        tokens is None
+        or config.task != "preference_tuning"
+        or not needs_reference(config.preference_tuning_config.loss)
+    ):
+        return None if tokens is None else ExampleSet(tokens)
+    processor = config.preference_tuning_config.logprob_processor_scaling_config
+    if processor and name == "training" and config.num_devices:
+        with distributed.raised_everywhere():
+            if run.home:
+                raise ResourceError(
+                    "logprob_processor_scaling_config needs a disk that all machines share, and one of them does not "
+                    "see the run's folder: set storage_path to such a disk, or leave the block out"
+                )
+        return ExampleSet(tokens, StagedReference(config, run, tokens))
+    progress.stage(f"computing the reference model's log-probabilities of the {name} pairs")
+    batch_size = 2 * ((processor and processor.batch_size) or config.eval_batch_size_per_device)
+    path = run.tokens / f"reference-{name}.npy"
+    pad_id = worker.tokenizer.pad_token_id
+    return ExampleSet(tokens, reference_logps(worker.wrapped, worker.accelerator, tokens, batch_size, pad_id, path))
 
 
 @torch.no_grad()

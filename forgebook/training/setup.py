@@ -6,9 +6,15 @@ worker = make_worker(config, accelerator)
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import hashlib
 import os
 import socket
+import sys
+import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,10 +31,21 @@ from forgebook.config.parse import FinetuneConfig, read_deepspeed_config
 from forgebook.errors import TrainingError
 from forgebook.models import adapters, load
 from forgebook.models.tokenizer import locate, tokenizer_of
-from forgebook.training import deepspeed_ops, distributed, kernels, optimizers
+from forgebook.training import distributed, kernels, optimizers
 from forgebook.training.losses import SupervisedLM
 
-__all__ = ["Worker", "base_overrides", "make_accelerator", "make_worker", "prompt_format_text"]
+__all__ = [
+    "Worker",
+    "base_overrides",
+    "build_extensions",
+    "extensions_folder",
+    "make_accelerator",
+    "make_worker",
+    "prompt_format_text",
+]
+
+# A process that holds our build lock holds torch's own for at most this many seconds: nothing is compiled meanwhile.
+STALE_LOCK_SECONDS = 60
 
 
 @dataclass(frozen=True)
@@ -54,7 +71,7 @@ def make_accelerator(config: FinetuneConfig) -> Accelerator:
         os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
         buckets = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
         return Accelerator(cpu=on_cpu, kwargs_handlers=[buckets])
-    deepspeed_ops.build_extensions(settings, on_cpu)
+    build_extensions(settings, on_cpu)
     # DeepSpeed wants to know its ranks even when there is one process.
     for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, str(value))
@@ -145,3 +162,49 @@ def base_overrides(config: FinetuneConfig) -> dict[str, Any] | None:
     """Say how the base of an adapter was made, where that is not in its own config.json."""
     made = {"rope_scaling": config.rope_scaling, "quantization": config.quantization}
     return {name: value for name, value in made.items() if value is not None} if config.is_lora else None
+
+
+# DeepSpeed's C++ extensions -----------------------------------------------------------------------------
+
+
+def extensions_folder() -> Path:
+    """Return the folder of compiled extensions: $TORCH_EXTENSIONS_DIR, or one for this Python environment alone.
+
+    Two environments that shared a folder would each recompile what the other compiled.
+    """
+    from torch.utils.cpp_extension import get_default_build_root
+
+    environment = hashlib.sha256(f"{sys.prefix} {sys.version} {torch.__version__}".encode()).hexdigest()[:12]
+    default = Path(get_default_build_root()) / f"forgebook-{environment}"
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or default)
+
+
+def build_extensions(settings: dict[str, Any], on_cpu: bool) -> None:
+    """Compile the extensions that DeepSpeed will load under these settings, one process at a time.
+
+    settings: DeepSpeed's config. The first time takes a minute and needs a C++ compiler; later calls return at once.
+
+    torch guards a build by a lock file, which a killed process leaves behind: every later process would wait for it
+    forever. So the build runs under a lock of the operating system, which is released when its process ends, and
+    stale lock files of torch are deleted first.
+    """
+    zero = settings.get("zero_optimization", {})
+    offloads = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
+    needed = ["ShareMemCommBuilder"] * on_cpu + ["CPUAdamBuilder"] * offloads
+    if not needed:
+        return
+    folder = extensions_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
+    from deepspeed.accelerator import get_accelerator
+
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for torch_lock in folder.glob("*/lock"):
+            with contextlib.suppress(FileNotFoundError):  # its holder has just released it
+                if time.time() - torch_lock.stat().st_mtime > STALE_LOCK_SECONDS:
+                    torch_lock.unlink()
+        for name in needed:
+            builder = get_accelerator().create_op_builder(name)
+            if builder.is_compatible():
+                builder.load(verbose=False)

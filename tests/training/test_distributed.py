@@ -14,7 +14,7 @@ from conftest import LORA, REPOSITORY, losses_of, uneven_rows
 from forgebook.launch.ray_train import fine_tune
 from forgebook.runs.metrics import read_metrics
 from forgebook.runs.run import Run
-from forgebook.training import signals
+from forgebook.training import distributed
 
 ONE_PROCESS = {"num_devices": 0, "train_batch_size_per_device": 4, "deepspeed": None}
 
@@ -53,13 +53,13 @@ def test_sigterm_saves_and_ends(request, make_config, write_rows, devices):
 
 def test_outside_the_main_thread_nothing_is_done(tmp_path):
     """A sweep's trials run there; a wish that an earlier process left is forgotten."""
-    (tmp_path / signals.ASKED).touch()
+    (tmp_path / distributed.STOP_FILE).touch()
     heard = []
 
     def trial():
         before = signal.getsignal(signal.SIGTERM)
-        with signals.heard_sigterm(tmp_path):
-            heard.append((signal.getsignal(signal.SIGTERM) == before, signals.is_asked(tmp_path)))
+        with distributed.handle_sigterm(tmp_path):
+            heard.append((signal.getsignal(signal.SIGTERM) == before, distributed.is_stop_requested(tmp_path)))
 
     thread = threading.Thread(target=trial)
     thread.start()

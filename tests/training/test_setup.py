@@ -8,7 +8,7 @@ import time
 import pytest
 
 from conftest import REPOSITORY
-from forgebook.training.deepspeed_ops import SETTLED, build_extensions, extensions_folder
+from forgebook.training.setup import STALE_LOCK_SECONDS, build_extensions, extensions_folder
 
 
 def test_an_environment_has_a_folder_of_its_own(monkeypatch, tmp_path):
@@ -28,7 +28,7 @@ def test_nothing_is_built_for_a_gpu_without_offloading(monkeypatch, tmp_path):
 @pytest.mark.slow
 def test_what_a_killed_build_left_behind_is_removed():
     """torch would wait for this file without end; one that may be in use is left alone."""
-    code = "from forgebook.training.deepspeed_ops import build_extensions; build_extensions({}, on_cpu=True)"
+    code = "from forgebook.training.setup import build_extensions; build_extensions({}, on_cpu=True)"
 
     def build():
         subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True, timeout=600, capture_output=True)
@@ -36,7 +36,7 @@ def test_what_a_killed_build_left_behind_is_removed():
     build()
     left_behind = extensions_folder() / "deepspeed_shm_comm" / "lock"
     left_behind.touch()
-    then = time.time() - 2 * SETTLED
+    then = time.time() - 2 * STALE_LOCK_SECONDS
     os.utime(left_behind, (then, then))
     build()
     assert not left_behind.exists()

@@ -1,0 +1,130 @@
+"""What one optimizer step measured, and the averages over an epoch, under LLMForge's metric names.
+
+step = Step(...)              one optimizer step, summed over all workers
+check_step(step, number)      raises where the run is worth nothing
+sums = EpochSums()            sums.add(step) after each step; sums.metrics(), sums.totals()
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from forgebook.errors import TrainingError
+
+__all__ = ["EpochSums", "Step", "check_step"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step over all workers.
+
+    loss: the mean over the supervised tokens (or pairs) of the global batch. gradient: its norm before clipping.
+    tokens, supervised, padded: tokens without padding, in the loss, and with padding. task: what the task measures
+    beside its loss.
+    """
+
+    loss: float
+    gradient: float
+    forward_seconds: float
+    backward_seconds: float
+    seconds: float
+    tokens: int
+    supervised: int
+    padded: int
+    task: dict[str, float] = field(default_factory=dict)
+
+    def metrics(self) -> dict[str, float]:
+        """Return the figures of this step alone, as a line of metrics.jsonl names them."""
+        return {
+            "train_loss_batch": self.loss,
+            "grad_norm": self.gradient,
+            "fwd_time": self.forward_seconds,
+            "bwd_time": self.backward_seconds,
+            "train_time_per_step": self.seconds,
+            "trained_tokens_this_iter": self.tokens,
+            "supervised_tokens_this_iter": self.supervised,
+            "padded_tokens_this_iter": self.padded,
+            "padding_share": round(max(0.0, 1 - self.tokens / self.padded), 4),
+            "trained_tokens_throughput_this_iter": self.tokens / self.seconds,
+            **self.task,
+        }
+
+
+def check_step(step: Step, number: int, *, is_first: bool) -> None:
+    """Raise TrainingError if step `number` has a loss or gradient that is not finite, or the first one no gradient.
+
+    is_first: of this process. A zero gradient later on may be a batch that is learned already.
+    """
+    if not math.isfinite(step.loss) or not math.isfinite(step.gradient):
+        raise TrainingError(
+            f"step {number}: the loss is {step.loss}, the gradient norm {step.gradient}: training has diverged. "
+            "Lower learning_rate, or look at the examples of this step; the last good checkpoint is saved"
+        )
+    if is_first and step.gradient == 0:
+        raise TrainingError(
+            "the gradient of the first step is zero: the trainable parameters do not affect the loss "
+            "(a frozen adapter, or target_modules that are never called?)"
+        )
+
+
+@dataclass
+class EpochSums:
+    """Sums over an epoch's steps, saved with the training state so that a resumed run reports the same averages.
+
+    untimed_seconds, untimed_tokens: of the first step of the epoch and of each resumed process. It compiles, allocates
+    and waits for the slowest worker, so that throughput leaves it out.
+    """
+
+    steps: int = 0
+    loss: float = 0.0
+    forward_seconds: float = 0.0
+    backward_seconds: float = 0.0
+    seconds: float = 0.0
+    tokens: dict[str, int] = field(default_factory=dict)
+    untimed_seconds: float = 0.0
+    untimed_tokens: dict[str, int] = field(default_factory=dict)
+    is_timed: bool = False
+
+    def add(self, step: Step) -> None:
+        """Add the next step."""
+        counts = {"trained": step.tokens, "supervised": step.supervised, "padded": step.padded}
+        self.steps += 1
+        self.loss += step.loss
+        self.forward_seconds += step.forward_seconds
+        self.backward_seconds += step.backward_seconds
+        self.seconds += step.seconds
+        self.tokens = _added(self.tokens, counts)
+        if not self.is_timed:
+            self.untimed_seconds += step.seconds
+            self.untimed_tokens = _added(self.untimed_tokens, counts)
+            self.is_timed = True
+
+    def metrics(self) -> dict[str, float]:
+        """Return the mean loss, and tokens per second: without padding (trained), supervised, and with padding."""
+        seconds, left_out = self.seconds - self.untimed_seconds, self.untimed_tokens
+        if seconds <= 0:  # the first step is all there is
+            seconds, left_out = self.seconds, {}
+        throughput = {
+            f"{kind}_tokens_throughput": (count - left_out.get(kind, 0)) / seconds
+            for kind, count in self.tokens.items()
+        }
+        return {"avg_train_loss_epoch": self.loss / self.steps, **throughput}
+
+    def totals(self) -> dict[str, float]:
+        """Return the epoch's averages and its seconds so far, as an evaluation reports them."""
+        return {
+            "avg_train_loss_epoch": self.loss / self.steps,
+            "avg_fwd_time_per_epoch": self.forward_seconds / self.steps,
+            "avg_bwd_time_per_epoch": self.backward_seconds / self.steps,
+            "train_time_per_epoch": self.seconds,
+        }
+
+    def state(self) -> dict[str, Any]:
+        """Return the sums as JSON values; `EpochSums(**state)` in another process continues them."""
+        return asdict(self) | {"is_timed": False}
+
+
+def _added(totals: dict[str, int], counts: dict[str, int]) -> dict[str, int]:
+    return {kind: totals.get(kind, 0) + count for kind, count in counts.items()}
