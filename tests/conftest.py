@@ -46,6 +46,20 @@ def chat(question: str, answer: str, system: str | None = "You are helpful.") ->
     return {"messages": [*first, {"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
+CONVERSATION = [
+    {"role": "system", "content": "Be short."},
+    {"role": "user", "content": "Where is the lamp?"},
+    {"role": "assistant", "content": "On the table."},
+    {"role": "user", "content": "And the key?"},
+    {"role": "assistant", "content": "Under the lamp."},
+]
+
+
+def supervised_text(encoded, tokenizer) -> str:
+    """Decode the tokens of an example that are in the loss."""
+    return tokenizer.decode([i for i, in_loss in zip(encoded.input_ids, encoded.loss_mask, strict=True) if in_loss])
+
+
 def uneven_rows(count: int) -> list[dict]:
     """Make rows of very different lengths, with very different shares of trained tokens."""
     words = "the lamp of Maria is on the table near the old door of the house".split()

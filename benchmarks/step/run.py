@@ -59,7 +59,7 @@ def prepare(rows_path: str, folder: Path) -> None:
 
     from forgebook.catalog import TINY_MODEL
     from forgebook.data import token_store as tokens
-    from forgebook.data.chat_template import Encoded
+    from forgebook.data.masking import Encoded
     from forgebook.models.tokenizer import load_tokenizer
 
     torch.manual_seed(0)

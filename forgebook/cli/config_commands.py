@@ -127,11 +127,13 @@ def _fitted(config, shape, hardware, data):
 
 
 def preview(arguments: list[str]) -> int:
-    """Show rows as the model will see them."""
+    """Show examples as the model will see them."""
     parser = make_config_parser(
-        "preview", "CONFIG [n=3] [--json] [key=value ...]", "Rows as the model will see them, trained tokens marked."
+        "preview",
+        "CONFIG [n=3] [--json] [key=value ...]",
+        "Examples as the model will see them, tokens in the loss highlighted.",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object per row")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per example")
     given = parser.parse_intermixed_args(arguments)
     config_path, overrides, options = split("preview", A_CONFIG, given.words, ("n",))
     count = whole("preview", "n", options.get("n", "3"))
@@ -140,17 +142,17 @@ def preview(arguments: list[str]) -> int:
         from forgebook.planning.auto_config import choose_task, first_rows
 
         config = choose_task(config, first_rows(config))
-    from forgebook.data.preview import as_json, preview, print_row
+    from forgebook.data.preview import example_as_json, preview_examples, print_example
 
-    rows = preview(config, count)
+    examples = preview_examples(config, count)
     if given.json:
-        print("\n".join(map(as_json, rows)))
+        print("\n".join(map(example_as_json, examples)))
         return 0
     from forgebook.reporting.console import make_console
 
     output = make_console()
-    for row in rows:
-        print_row(row, output)
+    for example in examples:
+        print_example(example, output)
     return 0
 
 

@@ -1,44 +1,56 @@
-"""Rows as the model will see them, trained tokens marked: before a GPU is paid for.
+"""Examples as the model will see them, tokens in the loss highlighted: before a GPU is paid for.
 
-for row in preview(config, 3): print_row(row, console)
+for example in preview_examples(config, 3): print_example(example, console)
+show(encode(messages, tokenizer), tokenizer)        the same in a notebook
 """
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.text import Text
 
 from forgebook.config.parse import FinetuneConfig
-from forgebook.data import chat_template, tokenize
+from forgebook.data import tokenize
+from forgebook.data.masking import Encoded
+from forgebook.data.special_tokens import special_ids
 from forgebook.errors import DataError
 from forgebook.models.tokenizer import tokenizer_of
 
-__all__ = ["Preview", "as_json", "preview", "print_row"]
+if TYPE_CHECKING:
+    from IPython.display import HTML
+    from transformers import PreTrainedTokenizerBase
 
-TRAINED, SPECIAL, PLAIN = "bold green", "dim cyan", "default"
+__all__ = ["PreviewedExample", "example_as_json", "pieces_of", "preview_examples", "print_example", "show"]
+
+SUPERVISED, SPECIAL, PLAIN = "bold green", "dim cyan", "default"
 
 
 @dataclass(frozen=True)
-class Preview:
-    """One encoded row. note: what happens to it beside being trained, empty if nothing."""
+class PreviewedExample:
+    """One encoded example.
+
+    pieces: its text as of `pieces_of`.
+    note:   what truncation does to it; empty if nothing.
+    """
 
     where: str
-    encoded: chat_template.Encoded
+    encoded: Encoded
     pieces: list[tuple[str, bool, bool]]
     note: str = ""
 
 
-def preview(config: FinetuneConfig, count: int = 3) -> list[Preview]:
-    """Encode the first rows of the training data exactly as training would, truncation included.
+def preview_examples(config: FinetuneConfig, count: int = 3) -> list[PreviewedExample]:
+    """Encode the first examples of the training data exactly as training would, truncation included.
 
     Raises DataError for rows that cannot be used, unless `on_bad_rows` drops them.
     """
     tokenizer = tokenizer_of(config)
     recipe = tokenize.Recipe.of(config)
-    shown = []
+    previewed = []
     rows = tokenize.read_rows(config.train_path, config.task, count, recipe.labels, config.on_bad_rows)
     for row, encoded in zip(rows, tokenize.encode_rows(rows, tokenizer, recipe), strict=True):
         if isinstance(encoded, DataError):
@@ -47,18 +59,18 @@ def preview(config: FinetuneConfig, count: int = 3) -> list[Preview]:
             raise encoded
         for one in encoded:
             one, note = _fitted(one, config)
-            shown.append(Preview(row.where, one, chat_template.pieces_of(one, tokenizer), note))
-    return shown[:count]
+            previewed.append(PreviewedExample(row.where, one, pieces_of(one, tokenizer), note))
+    return previewed[:count]
 
 
-def _fitted(encoded: chat_template.Encoded, config: FinetuneConfig) -> tuple[chat_template.Encoded, str]:
+def _fitted(encoded: Encoded, config: FinetuneConfig) -> tuple[Encoded, str]:
     """Cut a row as the truncation policy would; say so."""
     length, limit = len(encoded.input_ids), config.context_length
     if limit is None or length <= limit:
         return encoded, ""
     keep = slice(length - limit, None) if config.truncation == "left" else slice(0, limit)
-    kept = chat_template.Encoded(encoded.input_ids[keep], encoded.trained[keep])
-    lost = sum(encoded.trained[1:]) - sum(kept.trained[1:])
+    kept = Encoded(encoded.input_ids[keep], encoded.loss_mask[keep])
+    lost = sum(encoded.loss_mask[1:]) - sum(kept.loss_mask[1:])
     if config.truncation == "error" and lost:
         return encoded, f"{length} tokens: longer than context_length {limit}, so the run is refused"
     if config.truncation == "drop":
@@ -66,25 +78,51 @@ def _fitted(encoded: chat_template.Encoded, config: FinetuneConfig) -> tuple[cha
     return kept, f"cut from {length} tokens, {lost} trained ones lost (truncation: {config.truncation})"
 
 
-def print_row(row: Preview, console: Console) -> None:
-    """Print a row: trained tokens green, special tokens in a colour of their own."""
+def pieces_of(encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool, bool]]:
+    """Divide an example's text into (text, is in the loss, is special), adjacent tokens of a kind together."""
+    special = special_ids(tokenizer)
+    kinds = [(in_loss, i in special) for i, in_loss in zip(encoded.input_ids, encoded.loss_mask, strict=True)]
+    pieces, start = [], 0
+    for k in range(1, len(kinds) + 1):
+        # Special tokens stand alone; other tokens are decoded together: a character may take several of them.
+        if k == len(kinds) or kinds[k] != kinds[start] or kinds[start][1]:
+            pieces.append((tokenizer.decode(encoded.input_ids[start:k]), *kinds[start]))
+            start = k
+    return pieces
+
+
+def show(encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> HTML:
+    """Show an example in a notebook: tokens in the loss highlighted, special tokens framed."""
+    from html import escape
+
+    from IPython.display import HTML
+
+    spans = []
+    for text, in_loss, is_special in pieces_of(encoded, tokenizer):
+        style = "background:#2e7d3244;" * in_loss + "border:1px solid #8888;border-radius:3px;" * is_special
+        spans.append(f'<span style="{style}">{escape(text)}</span>' if style else escape(text))
+    legend = f"{sum(encoded.loss_mask[1:])} of {len(encoded.input_ids)} tokens are in the loss (highlighted)"
+    return HTML(f'<pre style="white-space:pre-wrap">{"".join(spans)}</pre><small>{legend}</small>')
+
+
+def print_example(example: PreviewedExample, console: Console) -> None:
+    """Print an example: tokens in the loss green, special tokens in a color of their own."""
     text = Text()
-    for piece, is_trained, is_special in row.pieces:
-        style = TRAINED if is_trained else SPECIAL if is_special else PLAIN
-        if is_trained and not console.is_terminal:
-            piece = f"⟦{piece}⟧"  # no colours in a file or a pipe
-        text.append(piece, style + (" reverse" if is_special and is_trained else ""))
-    trained = sum(row.encoded.trained[1:])
-    note = f"; {row.note}" if row.note else ""
-    console.rule(
-        f"{row.where}: {len(row.encoded.input_ids)} tokens, {trained} trained{note}", align="left", style="dim"
-    )
+    for piece, in_loss, is_special in example.pieces:
+        style = SUPERVISED if in_loss else SPECIAL if is_special else PLAIN
+        if in_loss and not console.is_terminal:
+            piece = f"⟦{piece}⟧"  # no colors in a file or a pipe
+        text.append(piece, style + (" reverse" if is_special and in_loss else ""))
+    supervised = sum(example.encoded.loss_mask[1:])
+    note = f"; {example.note}" if example.note else ""
+    title = f"{example.where}: {len(example.encoded.input_ids)} tokens, {supervised} in the loss{note}"
+    console.rule(title, align="left", style="dim")
     console.print(text)
 
 
-def as_json(row: Preview) -> str:
-    """Write a row as one line of JSON: input_ids, labels (-100 where nothing is trained) and text."""
-    ids = row.encoded.input_ids
-    labels = [token if trained else -100 for token, trained in zip(ids, row.encoded.trained, strict=True)]
-    text = "".join(piece for piece, _, _ in row.pieces)
+def example_as_json(example: PreviewedExample) -> str:
+    """Write an example as one line of JSON: input_ids, labels (-100 outside the loss) and text."""
+    ids = example.encoded.input_ids
+    labels = [token if in_loss else -100 for token, in_loss in zip(ids, example.encoded.loss_mask, strict=True)]
+    text = "".join(piece for piece, _, _ in example.pieces)
     return json.dumps({"input_ids": ids, "labels": labels, "text": text}, ensure_ascii=False)

@@ -23,7 +23,7 @@ import numpy as np
 from forgebook.errors import DataError
 
 if TYPE_CHECKING:
-    from forgebook.data.chat_template import Encoded
+    from forgebook.data.masking import Encoded
 
 __all__ = [
     "Tokens",
@@ -104,7 +104,7 @@ def write_shard(rows: Iterable[tuple[Encoded, int]], path: Path, name: str) -> N
     writer = None
     with pa.OSFile(str(path), "wb") as file:
         for batch in _batched(rows, BATCH_ROWS):
-            table = _table((one.input_ids, one.trained, line) for one, line in batch)
+            table = _table((one.input_ids, one.loss_mask, line) for one, line in batch)
             writer = writer or pa.ipc.new_file(file, table.schema.with_metadata({"name": name}))
             writer.write_table(table)
         if writer:

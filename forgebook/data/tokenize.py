@@ -29,9 +29,10 @@ from typing import TYPE_CHECKING, Any
 
 from forgebook.data import (
     chat_template,
+    masking,
     special_tokens,
     token_store,
-    tool_text,
+    tools,
 )
 from forgebook.data import (
     readers as rows,
@@ -39,6 +40,7 @@ from forgebook.data import (
 from forgebook.data import (
     row_formats as formats,
 )
+from forgebook.data.chat_template import LossOn
 from forgebook.data.readers import Piece, Source
 from forgebook.data.row_formats import Row
 from forgebook.data.token_store import Tokens
@@ -83,8 +85,8 @@ class Recipe:
         return cls(config.task, prompt_format, config.train_on, config.rewritten_turns, labels)
 
     @property
-    def trained(self) -> str:
-        """Tell which tokens of a row are trained, as prompts.encode names them."""
+    def loss_on(self) -> LossOn:
+        """Return which tokens are in the loss, as `masking.encode` names them."""
         if self.task == "causal_lm":
             return "all"
         return "last" if self.train_on == "last" or self.task in LAST_ANSWER_TASKS else "assistant"
@@ -174,7 +176,7 @@ def empty_error(path: Any) -> DataError:
 # Tokens -----------------------------------------------------------------------------------------------
 
 
-def encode_rows(batch: list[Row], tokenizer, recipe: Recipe) -> list[list[chat_template.Encoded] | DataError]:
+def encode_rows(batch: list[Row], tokenizer, recipe: Recipe) -> list[list[masking.Encoded] | DataError]:
     """Encode rows and mark what the task trains. Pure: the same rows give the same tokens in any process.
 
     Returns for each row its encodings (one; two for a preference pair, the chosen first; more if its turns are
@@ -186,9 +188,9 @@ def encode_rows(batch: list[Row], tokenizer, recipe: Recipe) -> list[list[chat_t
             if messages is not None:
                 conversations.append((messages, row.tools))
                 owners.append(k)
-    results = chat_template.encode_many(
+    results = masking.encode_many(
         conversations, tokenizer, recipe.prompt_format,
-        trained=recipe.trained, rewritten_turns=recipe.rewritten_turns,
+        loss_on=recipe.loss_on, rewritten_turns=recipe.rewritten_turns,
     )  # fmt: skip
     encoded: list[Any] = [[] for _ in batch]
     for k, result in zip(owners, results, strict=True):
@@ -200,21 +202,19 @@ def encode_rows(batch: list[Row], tokenizer, recipe: Recipe) -> list[list[chat_t
         ]
     for k, row in enumerate(batch):
         if row.text is not None:
-            encoded[k] = [chat_template.encode_text(row.text, tokenizer)]
+            encoded[k] = [masking.encode_text(row.text, tokenizer)]
         if isinstance(encoded[k], DataError):
             encoded[k] = DataError(f"{row.where}: {encoded[k]}")
-        elif not all(any(one.trained[1:]) for one in encoded[k]):
+        elif not all(any(one.loss_mask[1:]) for one in encoded[k]):
             encoded[k] = DataError(f"{row.where}: no token of this row would be trained: is its assistant turn empty?")
     return encoded
 
 
-def _labels_only(encoded: list[chat_template.Encoded], tokenizer, recipe: Recipe) -> list[chat_template.Encoded]:
+def _labels_only(encoded: list[masking.Encoded], tokenizer, recipe: Recipe) -> list[masking.Encoded]:
     """Train the label token alone, not the end of the turn after it."""
     labels = set(tokenizer.convert_tokens_to_ids(list(recipe.labels)))
     return [
-        chat_template.Encoded(
-            one.input_ids, [t and i in labels for i, t in zip(one.input_ids, one.trained, strict=True)]
-        )
+        masking.Encoded(one.input_ids, [t and i in labels for i, t in zip(one.input_ids, one.loss_mask, strict=True)])
         for one in encoded
     ]
 
@@ -265,7 +265,8 @@ def _cache_key(uri: str, tokenizer, recipe: Recipe) -> str:
     except DataError as error:
         probe = str(error)
     code = b"".join(
-        Path(m.__file__).read_bytes() for m in (formats, chat_template, rows, special_tokens, token_store, tool_text)
+        Path(m.__file__).read_bytes()
+        for m in (formats, chat_template, rows, special_tokens, token_store, tools, masking)
     )
     parts = [
         rows.content_key(uri),
@@ -310,9 +311,7 @@ def write_piece(number: int, piece: Piece, *, tokenizer, recipe: Recipe, folder:
     return notes
 
 
-def _encoded(
-    good: Iterable[Row], tokenizer, recipe: Recipe, notes: SetNotes
-) -> Iterator[tuple[chat_template.Encoded, int]]:
+def _encoded(good: Iterable[Row], tokenizer, recipe: Recipe, notes: SetNotes) -> Iterator[tuple[masking.Encoded, int]]:
     good = iter(good)
     while batch := list(itertools.islice(good, CHUNK_ROWS)):
         for row, encoded in zip(batch, encode_rows(batch, tokenizer, recipe), strict=True):

@@ -24,11 +24,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from forgebook.config.parse import FinetuneConfig, load_config
-from forgebook.data import tokenize, tool_calls
-from forgebook.data.chat_template import Encoded
+from forgebook.data import tokenize
+from forgebook.data.masking import Encoded
 from forgebook.data.row_formats import Row
+from forgebook.data.tools import calls_of_message
 from forgebook.errors import ConfigError, DataError
-from forgebook.evaluation import logprobs, statistics
+from forgebook.evaluation import logprobs, statistics, tool_accuracy
 from forgebook.evaluation.judge import Duel, Judge, judge_all
 from forgebook.evaluation.results import Comparison, Evaluation, Score, as_read, exact_match, make_evaluation, said
 from forgebook.inference import generate
@@ -195,7 +196,7 @@ def _turns(number: int, row: Row, every: bool) -> list[_Asked]:
 def _mistake(metric: str, asked: _Asked, answer: str) -> str | None:
     """Name what is wrong with an answer; None if it is right."""
     if metric == "tool_calls":
-        return tool_calls.find_mistake(answer, tool_calls.of_message(asked.reference))
+        return tool_accuracy.find_mistake(answer, calls_of_message(asked.reference))
     reference = asked.reference["content"]
     if metric == "gsm8k":
         if statistics.is_gsm8k_right(answer, reference):
@@ -334,4 +335,4 @@ def _tell(on_progress: Tell, name: str, total: int, done: int) -> None:
 
 
 def _cut(encoded: Encoded, length: int | None) -> Encoded:
-    return Encoded(encoded.input_ids[:length], encoded.trained[:length])
+    return Encoded(encoded.input_ids[:length], encoded.loss_mask[:length])

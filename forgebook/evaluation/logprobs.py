@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from forgebook.data import batching, chat_template, special_tokens
+from forgebook.data import batching, masking, special_tokens
 from forgebook.data.row_formats import Row
 from forgebook.data.token_store import Tokens
 from forgebook.errors import DataError
@@ -19,14 +19,14 @@ __all__ = ["label_probabilities", "log_probabilities"]
 def log_probabilities(
     model,
     tokenizer,
-    encoded: list[chat_template.Encoded],
+    encoded: list[masking.Encoded],
     batch_size: int = 16,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return for each encoded row the log-probability of its trained tokens, summed, and their number."""
     import torch
 
-    rows = Tokens.from_rows((one.input_ids, one.trained) for one in encoded)
+    rows = Tokens.from_rows((one.input_ids, one.loss_mask) for one in encoded)
     wrapped, found = SupervisedLM(model).eval(), np.zeros(len(rows))
     order = np.argsort(-rows.lengths, kind="stable")  # rows of like length share a batch, the longest first
     for start in range(0, len(order), batch_size):
@@ -57,7 +57,7 @@ def label_probabilities(
         for label in labels:
             messages = [*row.messages[:-1], {**row.messages[-1], "content": label}]
             try:
-                one = chat_template.encode(messages, tokenizer, prompt_format, trained="last", tools=row.tools)
+                one = masking.encode(messages, tokenizer, prompt_format, loss_on="last", tools=row.tools)
             except DataError as error:
                 raise DataError(f"{row.where}: {error}") from None
             encoded.append(_without_end(one, tokenizer))
@@ -67,8 +67,8 @@ def label_probabilities(
     return weights / weights.sum(1, keepdims=True)
 
 
-def _without_end(encoded: chat_template.Encoded, tokenizer) -> chat_template.Encoded:
+def _without_end(encoded: masking.Encoded, tokenizer) -> masking.Encoded:
     """Leave the token that ends the turn out of what is measured: a classifier is not trained on it."""
     special = special_tokens.special_ids(tokenizer)
-    kept = [t and i not in special for i, t in zip(encoded.input_ids, encoded.trained, strict=True)]
-    return dataclasses.replace(encoded, trained=kept)
+    kept = [t and i not in special for i, t in zip(encoded.input_ids, encoded.loss_mask, strict=True)]
+    return dataclasses.replace(encoded, loss_mask=kept)

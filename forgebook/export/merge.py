@@ -22,7 +22,7 @@ import torch
 import yaml
 
 from forgebook.config.parse import PromptFormat, load_config
-from forgebook.data import chat_template, tokenize
+from forgebook.data import masking, tokenize
 from forgebook.data.prompt_formats import as_chat_template
 from forgebook.errors import CheckpointError, ConfigError, DataError, ModelError, StorageError
 from forgebook.inference.generate import load_for_generation
@@ -244,21 +244,19 @@ def _compared_rows(folder: Path, tokenizer) -> tuple[list[tuple[list[int], list[
         of = "built-in prompts"
         conversations = [([{"role": "user", "content": text}], None) for text in BUILT_IN]
         encoded = [
-            chat_template.Encoded(ids, [True] * len(ids))
-            for ids in (
-                chat_template.encode_prompt(messages, tokenizer, prompt_format) for messages, _ in conversations
-            )
+            masking.Encoded(ids, [True] * len(ids))
+            for ids in (masking.encode_prompt(messages, tokenizer, prompt_format) for messages, _ in conversations)
         ]
     rows = []
     for one in encoded:
-        ids, trained = one.input_ids[:ROW_TOKENS], one.trained[:ROW_TOKENS]
+        ids, trained = one.input_ids[:ROW_TOKENS], one.loss_mask[:ROW_TOKENS]
         # The prediction of token k is made at k - 1; a row cut before its answer is compared at its prompt.
         places = [k - 1 for k in range(1, len(ids)) if trained[k]] or list(range(len(ids) - 1))
         rows.append((ids, places[-COMPARED:]))
     return rows, f"{sum(len(places) for _, places in rows)} tokens of {len(rows)} {of}"
 
 
-def _validation_rows(folder: Path, tokenizer, prompt_format: PromptFormat | None) -> list[chat_template.Encoded]:
+def _validation_rows(folder: Path, tokenizer, prompt_format: PromptFormat | None) -> list[masking.Encoded]:
     """Encode the first rows of the run's validation file; none if there is no such file any more."""
     try:
         config = load_config(run.find_run(str(folder.parent.parent)).config)
@@ -268,9 +266,9 @@ def _validation_rows(folder: Path, tokenizer, prompt_format: PromptFormat | None
         rows = tokenize.read_rows(config.valid_path, config.task, ROWS, labels, "drop")
     except (ConfigError, DataError, StorageError):
         return []
-    texts = [chat_template.encode_text(row.text, tokenizer) for row in rows if row.text is not None]
+    texts = [masking.encode_text(row.text, tokenizer) for row in rows if row.text is not None]
     chats = [(row.messages, row.tools) for row in rows if row.messages is not None]
-    encoded = chat_template.encode_many(chats, tokenizer, prompt_format, rewritten_turns="expand")
+    encoded = masking.encode_many(chats, tokenizer, prompt_format, rewritten_turns="expand")
     return texts + [pieces[-1] for pieces in encoded if not isinstance(pieces, DataError)]
 
 

@@ -130,7 +130,7 @@ def _with_vllm(source: str, sampling: Sampling):
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
-    from forgebook.data import chat_template as prompts
+    from forgebook.data import masking
 
     base, _ = generate.base_of(source)
     ends, tokenizer, prompt_format = generate.load_ends(source)
@@ -146,7 +146,7 @@ def _with_vllm(source: str, sampling: Sampling):
         for start in range(0, len(asked), VLLM_CHUNK):
             part = asked[start : start + VLLM_CHUNK]
             inputs = [
-                {"prompt_token_ids": prompts.encode_prompt(one.messages, tokenizer, prompt_format, one.tools)}
+                {"prompt_token_ids": masking.encode_prompt(one.messages, tokenizer, prompt_format, one.tools)}
                 for one in part
             ]
             wanted = [

@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 
 from forgebook.config.parse import FinetuneConfig, PromptFormat, load_config
-from forgebook.data import chat_template, special_tokens
+from forgebook.data import chat_template, masking, special_tokens
 from forgebook.errors import ConfigError, DataError, ModelError, ResourceError
 from forgebook.models import adapters, load
 from forgebook.models.tokenizer import load_tokenizer, locate
@@ -229,10 +229,10 @@ def _closing(tokenizer, prompt_format: PromptFormat | None) -> tuple[str, int | 
     """Find what closes an answer in training: a text, where a prompt format ends with one, or a special token."""
     probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     try:
-        encoded = chat_template.encode(probe, tokenizer, prompt_format)
+        encoded = masking.encode(probe, tokenizer, prompt_format)
     except DataError:  # no template; or one that refuses this conversation
         return "", None
-    trained = [token for token, is_trained in zip(encoded.input_ids, encoded.trained, strict=True) if is_trained]
+    trained = [token for token, is_trained in zip(encoded.input_ids, encoded.loss_mask, strict=True) if is_trained]
     if trained and trained[-1] in special_tokens.special_ids(tokenizer):
         return "", trained[-1]
     return (prompt_format.assistant.partition("{instruction}")[2].strip() if prompt_format else ""), None
@@ -292,7 +292,7 @@ def answer_in_batches(
 
     listed = tools or [None] * len(conversations)
     encoded = [
-        chat_template.encode_prompt(messages, tokenizer, prompt_format, one)
+        masking.encode_prompt(messages, tokenizer, prompt_format, one)
         for messages, one in zip(conversations, listed, strict=True)
     ]
     numbers = range(len(encoded)) if numbers is None else numbers

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from forgebook.data import chat_template
+from forgebook.data import masking
 from forgebook.data.row_formats import parse_row
-from forgebook.data.tool_calls import OPENINGS, read_calls
+from forgebook.data.tools import CALL_OPENINGS, read_tool_calls
 from forgebook.errors import DataError
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Refusal(Exception):
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
 
-# What opens a call in a text: what tool_calls.OPENINGS finds, to know it by its beginning too.
+# What opens a call in a text: what tools.CALL_OPENINGS finds, to know it by its beginning too.
 SIGNS = ("<tool_call>", "[TOOL_CALLS]", "<function=", "<functioncall>", "<|python_tag|>")
 
 Nothing = Annotated[float, Field(ge=0, le=0)] | None
@@ -119,7 +119,7 @@ def as_ask(request: ChatRequest, models: Mapping[str, Served]) -> Ask:
     try:
         row, _ = parse_row({"messages": request.messages, "tools": request.offered_tools}, "request", "causal_lm")
         speaker = served.speaker
-        ids = chat_template.encode_prompt(row.messages, speaker.tokenizer, speaker.prompt_format, row.tools)
+        ids = masking.encode_prompt(row.messages, speaker.tokenizer, speaker.prompt_format, row.tools)
     except (DataError, RecursionError) as error:
         raise Refusal(400, str(error), "messages", "invalid_value") from None
     room = served.context - len(ids)
@@ -218,12 +218,12 @@ def _parted(request: ChatRequest, text: str) -> tuple[str, list[dict[str, Any]]]
     if not request.offered_tools:
         return text, []
     try:
-        calls = read_calls(text)
+        calls = read_tool_calls(text)
     except DataError:
         return text, []
     if not calls:
         return text, []
-    opened = OPENINGS.search(text)
+    opened = CALL_OPENINGS.search(text)
     functions = [{"name": c.name, "arguments": json.dumps(c.arguments, ensure_ascii=False)} for c in calls]
     words = text[: opened.start()].rstrip() if opened else ""
     return words, [{"id": _id("call"), "type": "function", "function": function} for function in functions]
@@ -233,7 +233,7 @@ def _sure_words(text: str) -> int:
     """Count the characters of an unfinished answer that are words, whatever follows: no call may begin in them."""
     if text.lstrip()[:1] in ("", "{", "["):
         return 0
-    opened = OPENINGS.search(text)
+    opened = CALL_OPENINGS.search(text)
     end = opened.start() if opened else len(text)
     if not opened:
         begun = (n for n in range(1, len(max(SIGNS, key=len))) if any(sign.startswith(text[-n:]) for sign in SIGNS))

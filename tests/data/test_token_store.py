@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from conftest import make_tokens, uneven_rows
-from forgebook.data import chat_template, token_store
+from forgebook.data import masking, token_store
 from forgebook.errors import DataError
 
 
@@ -17,7 +17,7 @@ def test_statistics():
 
 
 def test_rows_survive_shards_and_views(tmp_path, tokenizer):
-    encoded = [chat_template.encode(row["messages"], tokenizer) for row in uneven_rows(7)]
+    encoded = [masking.encode(row["messages"], tokenizer) for row in uneven_rows(7)]
     for k, part in enumerate((encoded[:4], encoded[4:])):
         token_store.write_shard(
             [(one, line) for line, one in enumerate(part, 1)], tmp_path / f"{k}.arrow", f"{k}.jsonl"
@@ -28,8 +28,8 @@ def test_rows_survive_shards_and_views(tmp_path, tokenizer):
     assert len(mapped) == 7 and len(loaded) == 3
     for k, source in enumerate((6, 0, 0)):
         ids, trained = loaded.row(k)
-        assert ids.tolist() == encoded[source].input_ids and trained.tolist() == encoded[source].trained
-        assert loaded.supervised[k] == sum(encoded[source].trained)
+        assert ids.tolist() == encoded[source].input_ids and trained.tolist() == encoded[source].loss_mask
+        assert loaded.supervised[k] == sum(encoded[source].loss_mask)
     assert [loaded.where(k) for k in range(3)] == ["1.jsonl:3", "0.jsonl:1", "0.jsonl:1"]
     assert not loaded.row(0)[0].flags.owndata  # mapped, not copied
 

@@ -88,7 +88,7 @@ def test_text_rows_are_for_causal_lm_only(tmp_path):
 
 def test_an_empty_answer_still_trains_its_end_token(tokenizer):
     [[encoded]] = tokenize.encode_rows([Row("f:1", messages=chat("q", "")["messages"])], tokenizer, tokenize.Recipe())
-    assert sum(encoded.trained) == 1 and encoded.trained[-1]
+    assert sum(encoded.loss_mask) == 1 and encoded.loss_mask[-1]
 
 
 def test_a_row_without_a_trained_token_is_refused(tokenizer):

@@ -9,7 +9,7 @@ import torch
 
 from conftest import LORA, TINY_MODEL, uneven_rows
 from forgebook.config.parse import PromptFormat
-from forgebook.data.chat_template import encode_prompt
+from forgebook.data.masking import encode_prompt
 from forgebook.data.prompt_formats import as_chat_template, render_prompt_format
 from forgebook.errors import CheckpointError, ModelError, StorageError
 from forgebook.export.merge import mean_kl, merge_run, tell

@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from conftest import LORA, TINY_MODEL, uneven_rows
-from forgebook.data.chat_template import encode_prompt
+from forgebook.data.masking import encode_prompt
 from forgebook.errors import ConfigError, ModelError, StorageError
 from forgebook.inference.generate import Sampling, complete, find_model, load_for_generation, load_together
 from forgebook.launch.ray_train import fine_tune

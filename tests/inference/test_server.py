@@ -15,8 +15,8 @@ import openai
 import pytest
 
 from conftest import LORA, REPOSITORY, TINY_MODEL, chat, uneven_rows
-from forgebook.data.chat_template import encode_prompt
-from forgebook.data.tool_calls import OPENINGS
+from forgebook.data.masking import encode_prompt
+from forgebook.data.tools import CALL_OPENINGS
 from forgebook.errors import ConfigError, StorageError
 from forgebook.export.merge import merge_run
 from forgebook.inference.engine import Engine
@@ -348,7 +348,8 @@ def test_the_words_before_a_call_are_streamed_and_the_call_is_held(served):
         for chunk in writer.add(piece)
     ]
     assert told == ["I look", " <tool_candy>"]
-    assert all(OPENINGS.fullmatch(sign) for sign in SIGNS) and OPENINGS.pattern.count("|") - 2 == len(SIGNS) - 1
+    assert all(CALL_OPENINGS.fullmatch(sign) for sign in SIGNS)
+    assert CALL_OPENINGS.pattern.count("|") - 2 == len(SIGNS) - 1
     assert writer.add("<tool_call>{") == []
     assert Pieces(asked).add("[1, 2]") == [] and Pieces(asked).add(" {") == []
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from conftest import TINY_MODEL
 from forgebook.config.parse import PromptFormat
-from forgebook.data.chat_template import Encoded, encode, encode_many, encode_prompt
+from forgebook.data.masking import Encoded, encode, encode_many, encode_prompt
 from forgebook.data.special_tokens import special_ids
 
 
@@ -32,7 +32,7 @@ def answers(messages: list[dict]) -> list[int]:
 
 
 def trained_ids(encoded: Encoded) -> list[int]:
-    return [i for i, trained in zip(encoded.input_ids, encoded.trained, strict=True) if trained]
+    return [i for i, trained in zip(encoded.input_ids, encoded.loss_mask, strict=True) if trained]
 
 
 def text_of(ids: list[int], tokenizer) -> str:
@@ -84,7 +84,7 @@ def check_against(oracle: Oracle, messages: list[dict], prompt_format: PromptFor
     ours = encode(messages, oracle.tokenizer, prompt_format)
     expected = oracle.encoded(messages)
     assert ours.input_ids == expected.input_ids
-    assert ours.trained == expected.trained
+    assert ours.loss_mask == expected.loss_mask
     for k in answers(messages):
         assert encode_prompt(messages[:k], oracle.tokenizer, prompt_format) == oracle.prompt(messages[:k])
     return ours
@@ -547,7 +547,7 @@ def test_each_prompt_is_a_prefix_and_its_answer_is_trained_from_there(tiny_as, n
     for k in answers(messages):
         prompt = encode_prompt(messages[:k], tokenizer)
         assert ours.input_ids[: len(prompt)] == prompt
-        assert not ours.trained[len(prompt) - 1] and ours.trained[len(prompt)]
+        assert not ours.loss_mask[len(prompt) - 1] and ours.loss_mask[len(prompt)]
 
 
 @generated

@@ -6,7 +6,7 @@ import torch
 from sklearn import metrics as sk
 
 from conftest import LORA, TINY_MODEL, chat, losses_of
-from forgebook.data import chat_template, tokenize
+from forgebook.data import masking, tokenize
 from forgebook.data.row_formats import Row
 from forgebook.inference.generate import load_for_generation
 from forgebook.launch.ray_train import fine_tune
@@ -53,8 +53,8 @@ def test_only_the_last_label_is_trained(classifier):
     tokenizer = tokenizer_of(config)
     messages = [*chat("[[odd]] or [[even]]?", "[[odd]]")["messages"], *chat("and now?", "[[even]]", None)["messages"]]
     [[encoded]] = tokenize.encode_rows([Row("f:1", messages=messages)], tokenizer, tokenize.Recipe.of(config))
-    trained = [i for i, t in zip(encoded.input_ids, encoded.trained, strict=True) if t]
-    assert trained == classification.label_ids(tokenizer, ["[[even]]"]) and encoded.trained.index(True) > 20
+    trained = [i for i, t in zip(encoded.input_ids, encoded.loss_mask, strict=True) if t]
+    assert trained == classification.label_ids(tokenizer, ["[[even]]"]) and encoded.loss_mask.index(True) > 20
 
 
 @pytest.mark.parametrize("method", [None, LORA], ids=["full", "lora"])
@@ -65,7 +65,7 @@ def test_the_loss_is_that_of_a_hand_computation(classifier, method):
     model = model.float() if method else load.load_model(str(run.checkpoints / "epoch-2"), dtype="float32")
     losses = []
     for row in rows(20)[16:]:
-        prompt = torch.tensor([chat_template.encode_prompt(row["messages"][:-1], tokenizer)])
+        prompt = torch.tensor([masking.encode_prompt(row["messages"][:-1], tokenizer)])
         with torch.no_grad():
             logp = torch.log_softmax(model(prompt).logits[0, -1], -1)
         losses.append(-float(logp[tokenizer.convert_tokens_to_ids(row["messages"][-1]["content"])]))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from conftest import LORA, TINY_MODEL, losses_of
-from forgebook.data import chat_template
+from forgebook.data import masking
 from forgebook.launch.ray_train import fine_tune
 from forgebook.models.tokenizer import load_tokenizer
 from forgebook.runs.metrics import read_metrics
@@ -40,11 +40,11 @@ def preferences(make_config, tmp_path):
 
 def logps_of(model, tokenizer, messages) -> tuple[float, int]:
     """Sum the answer's log-probabilities with plain transformers."""
-    encoded = chat_template.encode(messages, tokenizer, trained="last")
+    encoded = masking.encode(messages, tokenizer, loss_on="last")
     ids = torch.tensor([encoded.input_ids])
     with torch.no_grad():
         logp = torch.log_softmax(model(ids).logits[0, :-1].float(), -1).gather(1, ids[0, 1:, None])[:, 0]
-    mask = torch.tensor(encoded.trained[1:])
+    mask = torch.tensor(encoded.loss_mask[1:])
     return float(logp[mask].sum()), int(mask.sum())
 
 

@@ -1,0 +1,281 @@
+"""Texts -> token ids and the loss mask: the only place that decides which tokens are targets of the loss.
+
+Training, evaluation, generation and serving call the same functions, so a prompt at inference is, token for
+token, the prefix of the example that the model was trained on:
+
+    encode(messages, tokenizer)          -> Encoded(input_ids, loss_mask)   a training example
+    encode_prompt(messages, tokenizer)   -> [int, ...]                      the same example up to the answer
+    encode_many(examples, tokenizer)     -> [[Encoded, ...] | DataError]    many examples, one call of the tokenizer
+
+`chat_template.py` finds the characters of each assistant turn; here they become tokens. A pad token equal to the
+end-of-turn token masks nothing, since no mask is read off token ids. Only the template writes special tokens: a
+message that contains `<|eot_id|>` contains these characters, and ends no turn.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from forgebook.data.chat_template import (
+    LossOn,
+    Message,
+    RenderedText,
+    RewrittenTurns,
+    Span,
+    render_for_training,
+    render_prompt,
+)
+from forgebook.data.special_tokens import has_marks, in_literal_form, literal_tokenizer, mark, special_ids
+from forgebook.errors import DataError
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding, Tokenizer
+    from transformers import PreTrainedTokenizerBase
+
+    from forgebook.config.parse import PromptFormat
+
+__all__ = ["Encoded", "encode", "encode_many", "encode_prompt", "encode_text"]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One example as the model sees it.
+
+    input_ids: [tokens] ids.
+    loss_mask: [tokens] True where the token is a target of the loss.
+    """
+
+    input_ids: list[int]
+    loss_mask: list[bool]
+
+
+def encode_prompt(
+    messages: list[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_format: PromptFormat | None = None,
+    tools: list[dict] | None = None,
+) -> list[int]:
+    """Encode the conversation so far, up to where the assistant's answer begins."""
+    [tokenized] = _tokenize([render_prompt(messages, tokenizer, prompt_format, tools)], tokenizer)
+    return tokenized.tokens.ids
+
+
+def encode(
+    messages: list[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_format: PromptFormat | None = None,
+    *,
+    loss_on: LossOn = "assistant",
+    tools: list[dict] | None = None,
+) -> Encoded:
+    """Encode a conversation, with its loss mask.
+
+    loss_on: "assistant": each assistant turn, except those of weight 0, from its first content token to its
+             end-of-turn token; "last": only the last of them; "all": every token (causal language modeling).
+
+    Raises DataError if the template rewrites earlier turns, so that no prefix of the text can be masked.
+    """
+    [encoded] = encode_many([(messages, tools)], tokenizer, prompt_format, loss_on=loss_on)
+    if isinstance(encoded, DataError):
+        raise encoded
+    return encoded[0]
+
+
+def encode_many(
+    examples: Sequence[tuple[list[Message], list[dict] | None]],
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_format: PromptFormat | None = None,
+    *,
+    loss_on: LossOn = "assistant",
+    rewritten_turns: RewrittenTurns = "refuse",
+) -> list[list[Encoded] | DataError]:
+    """Encode examples of (messages, tools) with one call of the tokenizer.
+
+    rewritten_turns: for an example whose template renders an earlier answer differently once later turns follow:
+                     "refuse" makes it an error, "expand" encodes it once per answer, each ending with it.
+
+    Returns for each example a list of one Encoded (more, if expanded), or the DataError that says what is wrong.
+    """
+    rendered: list[list[RenderedText] | DataError] = []
+    for messages, tools in examples:
+        try:
+            rendered.append(
+                render_for_training(
+                    messages, tokenizer, prompt_format, tools, loss_on=loss_on, rewritten_turns=rewritten_turns
+                )
+            )
+        except DataError as error:
+            rendered.append(error)
+    # One call for the texts of all examples: the tokenizer spreads a batch over all cores.
+    valid = [text for texts in rendered if not isinstance(texts, DataError) for text in texts]
+    tokenized = iter(_tokenize(valid, tokenizer))
+    return [
+        texts if isinstance(texts, DataError) else [_mask(text, next(tokenized), tokenizer) for text in texts]
+        for texts in rendered
+    ]
+
+
+def encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> Encoded:
+    """Encode plain text for causal language modeling: at most one BOS before it, EOS after it, all in the loss."""
+    marked = mark(text, tokenizer)
+    if has_marks(marked):
+        ids = literal_tokenizer(tokenizer).encode(in_literal_form(marked, tokenizer), add_special_tokens=False).ids
+    else:
+        ids = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+    # Written here rather than by the tokenizer's post-processor, which in half of the families adds no EOS and in
+    # some a second BOS.
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    ids = [*([] if bos is None else [bos]), *ids, *([] if eos is None else [eos])]
+    return Encoded(ids, [True] * len(ids))
+
+
+# Tokenizing -------------------------------------------------------------------------------------------
+
+
+class _Tokens:
+    """The tokens of a text. Where they start is looked up, not listed: an example asks for a few of thousands."""
+
+    def __init__(self, ids: list[int], encoding: Encoding | None = None, starts: list[int] | None = None):
+        self.ids, self._encoding, self._starts = ids, encoding, starts
+
+    @classmethod
+    def of(cls, texts: list[str], backend: Tokenizer) -> list[_Tokens]:
+        """Tokenize texts in one call."""
+        return [cls(one.ids, encoding=one) for one in backend.encode_batch(texts, add_special_tokens=False)]
+
+    @property
+    def starts(self) -> list[int]:
+        """[tokens] the character where each starts."""
+        if self._starts is None:
+            assert self._encoding is not None
+            self._starts = [start for start, _ in self._encoding.offsets]
+        return self._starts
+
+    def start(self, k: int) -> int:
+        """Find the character where token k starts."""
+        if self._starts is None and self._encoding is not None:
+            span = self._encoding.token_to_chars(k)
+            if span is not None:
+                return span[0]
+        return self.starts[k]
+
+    def first_from(self, character: int) -> int:
+        """Find the first token that starts at a character or after it."""
+        k = self._encoding.char_to_token(character) if self._starts is None and self._encoding is not None else None
+        if k is None:  # the end of the text, or a character that no token covers
+            return bisect_left(self.starts, character)
+        # A token that covers the character but starts before it belongs to what precedes.
+        return k if self.start(k) == character else k + 1
+
+
+@dataclass(frozen=True)
+class _TokenizedText:
+    """A text as it was tokenized (in literal form, if it has special tokens as text), its tokens and its spans."""
+
+    text: str
+    tokens: _Tokens
+    spans: list[Span]
+
+
+def _tokenize(rendered: list[RenderedText], tokenizer: PreTrainedTokenizerBase) -> list[_TokenizedText]:
+    """Tokenize texts so that what precedes each assistant turn is tokenized as if nothing followed.
+
+    At inference a prompt is tokenized alone. If its last token depended on the answer, the model would be trained
+    on a prompt that it never sees; such an example is tokenized turn by turn.
+    """
+    usual = tokenizer.backend_tokenizer
+    plain = iter(_Tokens.of([one.text for one in rendered if not has_marks(one.text)], usual))
+    tokenized = []
+    for one in rendered:
+        if has_marks(one.text):
+            text, spans = _literal_form(one, tokenizer)
+            backend = literal_tokenizer(tokenizer)
+            [tokens] = _Tokens.of([text], backend)
+        else:
+            text, spans, backend, tokens = one.text, one.spans, usual, next(plain)
+        cuts = [start for start, _ in spans]
+        if not all(_is_clean_cut(text, cut, tokens, tokenizer, backend) for cut in cuts):
+            tokens = _turn_by_turn(text, cuts, backend)
+        tokenized.append(_TokenizedText(text, tokens, spans))
+    return tokenized
+
+
+def _is_clean_cut(text: str, cut: int, tokens: _Tokens, tokenizer: PreTrainedTokenizerBase, backend: Tokenizer) -> bool:
+    """Return whether the tokens before character `cut` equal those of the text before it alone."""
+    end = tokens.first_from(cut)
+    special = special_ids(tokenizer)
+    # Special tokens divide a text: what follows the last one before the cut is tokenized independently, so only
+    # these few characters need a second look, not the whole prompt.
+    last = next((k for k in range(end - 1, -1, -1) if tokens.ids[k] in special), None)
+    if last is None:
+        return tokens.ids[:end] == _Tokens.of([text[:cut]], backend)[0].ids
+    return tuple(tokens.ids[last:end]) == _tail_ids(text[tokens.start(last) : cut], backend)
+
+
+# Cached, because most examples of a set share a few such tails (`<|start_header_id|>assistant...`).
+@functools.lru_cache(maxsize=4096)
+def _tail_ids(tail: str, backend: Tokenizer) -> tuple[int, ...]:
+    """Tokenize the end of a prompt from its last special token on."""
+    return tuple(backend.encode(tail, add_special_tokens=False).ids)
+
+
+def _turn_by_turn(text: str, cuts: list[int], backend: Tokenizer) -> _Tokens:
+    ids: list[int] = []
+    starts: list[int] = []
+    for begin, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
+        [tokens] = _Tokens.of([text[begin:end]], backend)
+        ids += tokens.ids
+        starts += [begin + start for start in tokens.starts]
+    return _Tokens(ids, starts=starts)
+
+
+def _literal_form(rendered: RenderedText, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[Span]]:
+    """Write a text for the literal tokenizer, with its spans moved along."""
+    # Special tokens change their length in literal form, so the text is converted between the borders of spans.
+    borders = sorted({0, len(rendered.text), *(border for span in rendered.spans for border in span)})
+    text, moved = "", {0: 0}
+    for begin, end in itertools.pairwise(borders):
+        text += in_literal_form(rendered.text[begin:end], tokenizer)
+        moved[end] = len(text)
+    return text, [(moved[start], moved[end]) for start, end in rendered.spans]
+
+
+# The loss mask ----------------------------------------------------------------------------------------
+
+
+def _mask(rendered: RenderedText, tokenized: _TokenizedText, tokenizer: PreTrainedTokenizerBase) -> Encoded:
+    """Set the mask on the tokens of the turns in the loss."""
+    ids = tokenized.tokens.ids
+    if rendered.all_in_loss:
+        return Encoded(ids, [True] * len(ids))
+    ends = special_ids(tokenizer)
+    # A BOS after a turn begins the next text. Where one token is both (GPT-2's <|endoftext|>), it ends the turn.
+    if tokenizer.bos_token_id != tokenizer.eos_token_id:
+        ends -= {tokenizer.bos_token_id}
+    mask = [False] * len(ids)
+    for (start, end), in_loss in zip(tokenized.spans, rendered.in_loss, strict=True):
+        if not in_loss:
+            continue
+        first, stop = tokenized.tokens.first_from(start), tokenized.tokens.first_from(end)
+        # The end-of-turn token is in the loss, or the model would never learn to stop. What a template prints after
+        # it (a newline, the next BOS) is never generated, so it is not. A turn with no end-of-turn token of its own
+        # (a prompt format that ends with "###") is in the loss as a whole.
+        last = next((k for k in range(stop - 1, first - 1, -1) if ids[k] in ends), None)
+        if last is not None and not _has_text_after(tokenized, last, stop, end, tokenizer):
+            stop = last + 1
+        mask[first:stop] = [True] * (stop - first)
+    return Encoded(ids, mask)
+
+
+def _has_text_after(
+    tokenized: _TokenizedText, last: int, stop: int, end: int, tokenizer: PreTrainedTokenizerBase
+) -> bool:
+    """Return whether anything but white space and a BOS is between token `last` and the end of the turn."""
+    tokens = tokenized.tokens
+    after = [k for k in range(last + 1, stop) if tokens.ids[k] != tokenizer.bos_token_id]
+    return any(tokenized.text[tokens.start(k) : tokens.start(k + 1) if k + 1 < stop else end].strip() for k in after)

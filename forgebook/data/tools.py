@@ -1,0 +1,176 @@
+"""Tools as plain text: written for templates and prompt formats without tools, and calls read from answers.
+
+Written in LLMForge's convention: the list of tools in the system message, calls in the assistant's content, results
+in a user turn, each between its tags.
+
+    system     You are helpful.[TOOL_LIST] [{"type": "function", ...}] [/TOOL_LIST]
+    assistant  [TOOL_CALLS] [{"function": {"name": "...", "arguments": "{...}"}, "type": "function"}] [/TOOL_CALLS]
+    user       [TOOL_RESULT] {"name": "...", "content": "...", "tool_call_id": "..."} [/TOOL_RESULT]
+
+Read in every form that open models write:
+
+    <tool_call>{"name": ..., "arguments": {...}}</tool_call>        Qwen, Hermes, the tiny model
+    [TOOL_CALLS] [{"name": ..., "arguments": {...}}] [/TOOL_CALLS]  Mistral; LLMForge's prompt formats
+    [TOOL_CALLS]name[ARGS]{...}                                     Mistral since 2025
+    <function=name>{...}</function>                                 Llama 3, and Qwen3-Coder with <parameter=...>
+    <|python_tag|>{"name": ..., "parameters": {...}}                Llama 3.1 and later, also without the tag
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from forgebook.errors import DataError
+
+__all__ = ["CALL_OPENINGS", "ToolCall", "calls_of_message", "read_tool_calls", "tools_as_text", "uses_tools"]
+
+Message = dict[str, Any]
+
+THINKING = re.compile(r"^.*?</think>", re.DOTALL)
+# What opens a call, up to its body. A call ends with its closing tag, the next call, or the end of the text.
+CALL_OPENINGS = re.compile(r"<tool_call>|\[TOOL_CALLS\]|<function=|<functioncall>|<\|python_tag\|>")
+BARE_CALL = re.compile(r'[\[{\s]*"(name|type|function)"\s*:')
+FUNCTION = re.compile(r"<function=([^>\s]+)>(.*?)</function>", re.DOTALL)
+PARAMETER = re.compile(r"<parameter=([^>\s]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
+NAME_AND_ARGS = re.compile(r"([\w.\-]+)(?:\[CALL_ID\]\w*)?\[ARGS\](.*)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """One call: a function's name and its arguments."""
+
+    name: str
+    arguments: dict[str, Any]
+
+
+# Writing ----------------------------------------------------------------------------------------------
+
+
+def uses_tools(messages: list[Message], tools: list[dict] | None) -> bool:
+    """Return whether a conversation lists tools, calls one, or contains a result."""
+    return bool(tools) or any(message["role"] == "tool" or message.get("tool_calls") for message in messages)
+
+
+def tools_as_text(messages: list[Message], tools: list[dict] | None) -> list[Message]:
+    """Write the tools, calls and results of a conversation into the contents of its messages."""
+    written: list[Message] = []
+    if tools:
+        has_system = bool(messages) and messages[0]["role"] == "system"
+        system = messages[0]["content"] if has_system else ""
+        written.append({"role": "system", "content": f"{system}[TOOL_LIST] {_to_json(tools)} [/TOOL_LIST]"})
+        messages = messages[has_system:]
+    names = {call.get("id"): call["function"]["name"] for m in messages for call in m.get("tool_calls", [])}
+    for message in messages:
+        if message["role"] == "tool":
+            text = _result_as_text(message, names)
+            # Results of parallel calls are one turn: many formats want user and assistant to alternate.
+            if written and written[-1].get("holds_results"):
+                written[-1]["content"] += text
+            else:
+                written.append({"role": "user", "content": text, "holds_results": True})
+        elif message.get("tool_calls"):
+            calls = [
+                {
+                    "function": {"name": call["function"]["name"], "arguments": _arguments_text(call["function"])},
+                    "type": "function",
+                }
+                for call in message["tool_calls"]
+            ]
+            others = {key: value for key, value in message.items() if key != "tool_calls"}
+            written.append({**others, "content": f"{message['content']}[TOOL_CALLS] {_to_json(calls)} [/TOOL_CALLS]"})
+        else:
+            written.append(message)
+    return [{key: value for key, value in message.items() if key != "holds_results"} for message in written]
+
+
+def _result_as_text(message: Message, names: dict[str | None, str]) -> str:
+    name = message.get("name") or names.get(message.get("tool_call_id"))
+    result = {"name": name, "content": message["content"], "tool_call_id": message.get("tool_call_id")}
+    return (
+        f"[TOOL_RESULT] {_to_json({key: value for key, value in result.items() if value is not None})} [/TOOL_RESULT]"
+    )
+
+
+def _arguments_text(function: dict) -> str:
+    return function["arguments"] if isinstance(function["arguments"], str) else _to_json(function["arguments"])
+
+
+def _to_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+# Reading ----------------------------------------------------------------------------------------------
+
+
+def calls_of_message(message: Message) -> list[ToolCall]:
+    """List the calls of a checked assistant message (`row_formats.py`)."""
+    functions = [call["function"] for call in message.get("tool_calls") or []]
+    return [_call({"name": function["name"], "arguments": function["arguments"]}) for function in functions]
+
+
+def read_tool_calls(text: str) -> list[ToolCall]:
+    """Read the calls that an answer makes; an empty list if it makes none.
+
+    Raises DataError for an answer that opens a call in a form that cannot be read.
+    """
+    text = THINKING.sub("", text).strip()
+    if not CALL_OPENINGS.search(text):
+        is_bare = text.startswith(("{", "[{")) and BARE_CALL.match(text)
+        return _json_calls(text) if is_bare else []
+    if "<function=" in text:
+        return [_tagged_call(name, body) for name, body in _not_empty(FUNCTION.findall(text), text)]
+    calls: list[ToolCall] = []
+    for body in CALL_OPENINGS.split(text)[1:]:
+        named = NAME_AND_ARGS.fullmatch(body.strip())
+        calls += [_call({"name": named[1], "arguments": _from_json(named[2])})] if named else _json_calls(body)
+    return _not_empty(calls, text)
+
+
+def _json_calls(body: str) -> list[ToolCall]:
+    """Read a JSON call, or a list of them; what follows it (a closing tag, more text) is not part of it."""
+    value = _from_json(body)
+    return [_call(item) for item in (value if isinstance(value, list) else [value])]
+
+
+def _from_json(body: str) -> Any:
+    try:
+        return json.JSONDecoder().raw_decode(body.lstrip())[0]
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"not valid JSON ({error})") from None
+
+
+def _call(value: Any) -> ToolCall:
+    """Read {"name", "arguments"} in any of its spellings; arguments may be an object or its JSON text."""
+    function = value.get("function", value) if isinstance(value, dict) else value
+    if isinstance(function, str):  # {"type": "function", "function": name, "parameters": ...}
+        function = {**value, "name": function}
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise DataError('a call needs {"name": ..., "arguments": {...}}')
+    arguments = function.get("arguments", function.get("parameters", {}))
+    arguments = _from_json(arguments) if isinstance(arguments, str) and arguments.strip() else arguments or {}
+    if not isinstance(arguments, dict):
+        raise DataError("the arguments of a call must be a JSON object")
+    return ToolCall(function["name"], arguments)
+
+
+def _tagged_call(name: str, body: str) -> ToolCall:
+    """Read the body of <function=name>: a JSON object, or <parameter=key> tags whose values may be JSON."""
+    if "<parameter=" not in body:
+        return _call({"name": name, "arguments": body.strip() or {}})
+    arguments = {}
+    for key, value in PARAMETER.findall(body):
+        try:
+            arguments[key] = json.loads(value)
+        except ValueError:
+            arguments[key] = value
+    return ToolCall(name, arguments)
+
+
+def _not_empty(calls: list, text: str) -> list:
+    """Return calls; raise DataError if there are none although the text opens one."""
+    if not calls:
+        raise DataError(f"a call is opened that cannot be read: {text[:60]!r}")
+    return calls

@@ -1,0 +1,65 @@
+"""Tools written as text, and every form of call that is read."""
+
+import json
+
+import pytest
+
+from conftest import chat
+from forgebook.data.chat_template import render
+from forgebook.data.row_formats import parse_row
+from forgebook.data.tools import ToolCall, calls_of_message, read_tool_calls, tools_as_text
+from forgebook.errors import DataError
+
+WEATHER = ToolCall("weather", {"city": "Paris", "days": 2})
+
+
+def written(*calls: ToolCall) -> str:
+    return "".join(f"<tool_call>\n{json.dumps(vars(call))}\n</tool_call>" for call in calls)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris", "days": 2}}\n</tool_call>',
+        '<tool_call>{"name": "weather", "arguments": {"city": "Paris", "days": 2}}',
+        '[TOOL_CALLS] [{"name": "weather", "arguments": {"city": "Paris", "days": 2}}]',
+        '[TOOL_CALLS]weather[ARGS]{"city": "Paris", "days": 2}',
+        '[TOOL_CALLS]weather[CALL_ID]a1b2c3d4e[ARGS]{"city": "Paris", "days": 2}',
+        '<function=weather>{"city": "Paris", "days": 2}</function>',
+        "<tool_call>\n<function=weather>\n<parameter=city>\nParis\n</parameter>\n<parameter=days>\n2\n</parameter>\n"
+        "</function>\n</tool_call>",
+        '{"name": "weather", "parameters": {"city": "Paris", "days": 2}}',
+        '<|python_tag|>{"type": "function", "function": "weather", "parameters": {"city": "Paris", "days": 2}}',
+        '[{"name": "weather", "arguments": "{\\"city\\": \\"Paris\\", \\"days\\": 2}"}]',
+    ],
+    ids="qwen unclosed mistral mistral-args mistral-id llama-tag qwen-coder llama-bare llama-tagged text".split(),
+)
+def test_every_form_is_read(text):
+    assert read_tool_calls(text) == [WEATHER]
+
+
+def test_apostrophes_survive():
+    """LLMForge's own parser took every single quote out of a call."""
+    call = ToolCall("book", {"what": "Doctor's appointment"})
+    assert read_tool_calls(written(call)) == [call]
+
+
+@pytest.mark.parametrize("text", ["<tool_call>{", "[TOOL_CALLS] 7", '{"name": "f", "arguments": [1]}', "<function=f>"])
+def test_what_cannot_be_read_is_an_error_and_not_a_value(text):
+    with pytest.raises(DataError):
+        read_tool_calls(text)
+
+
+def test_what_templates_write_is_read_back(tokenizer):
+    """The answer as a training row holds it: by the chat template, and as text for a prompt format."""
+    row = chat("Weather?", "")
+    row["messages"][-1] = {
+        "role": "assistant", "content": "I look.",
+        "tool_calls": [{"id": "1", "function": {"name": "weather", "arguments": '{"city": "Paris", "days": 2}'}}],
+    }  # fmt: skip
+    row["tools"] = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
+    parsed, _ = parse_row(row, "rows:1", "instruction_tuning")
+    assert calls_of_message(parsed.messages[-1]) == [WEATHER]
+    rendered = render(parsed.messages, tokenizer, tools=parsed.tools).split("<|assistant|>")[1]
+    as_text = tools_as_text(parsed.messages, parsed.tools)[-1]["content"]
+    assert read_tool_calls(rendered) == read_tool_calls(as_text) == [WEATHER]
