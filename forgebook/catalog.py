@@ -18,27 +18,26 @@ import yaml
 
 from forgebook.errors import ConfigError, ModelError, near_miss
 
-__all__ = ["TINY_MODEL", "Catalog", "Gpu", "Linear", "Shape", "hardware_of", "model_folder", "read_catalog", "shape_of"]
+__all__ = [
+    "TINY_MODEL",
+    "Catalog",
+    "Family",
+    "Gpu",
+    "Linear",
+    "Shape",
+    "hardware_of",
+    "model_folder",
+    "read_catalog",
+    "shape_of",
+]
 
 _HERE = Path(__file__).resolve().parent
+_OWN = _HERE / "catalog.yaml"
 # The model in this repository: what `model_id: tiny` means.
 TINY_MODEL = _HERE.parent / "tiny_model"
-# What sets an architecture apart from Llama's: norms per layer, norms of queries and keys, biases of q, k and v,
-# and products that are made as one layer.
-_QK_NORM = ("qwen3", "gemma3_text")
-_FOUR_NORMS = ("gemma2", "gemma3_text")
-_KNOWN = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "mixtral", "phi3")
 _NEEDED = {
     "num_hidden_layers": "layers", "hidden_size": "hidden", "intermediate_size": "intermediate",
     "num_attention_heads": "heads", "vocab_size": "vocab",
-}  # fmt: skip
-
-# What Gemma 3's config.json leaves to transformers' defaults (Gemma3TextConfig).
-_LEFT_OUT = {
-    "gemma3_text": {
-        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 262208,
-        "max_position_embeddings": 131072,
-    },
 }  # fmt: skip
 
 
@@ -55,6 +54,30 @@ class Gpu:
     price: float | None
     note: str = ""
     bfloat16: bool = True
+
+
+@dataclass(frozen=True)
+class Family:
+    """What sets the decoders of one model_type apart from Llama's: a row of catalog.yaml's `families`.
+
+    architecture: the class name in config.json. norms: RMS norms per layer. qk_norm: norms of queries and keys, too.
+    qkv_bias: biases of q, k and v. fused: q, k and v are one linear layer, gate and up another. experts: a mixture.
+    softcap: the logits pass through a tanh. tied: one embedding table where config.json does not say. defaults: values
+    that config.json may leave out. counted: whether the parameters follow from config.json by the rules of `Shape`.
+    vllm: whether vLLM runs it with code of its own.
+    """
+
+    architecture: str
+    norms: int = 2
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    fused: bool = False
+    experts: bool = False
+    softcap: bool = False
+    tied: bool = False
+    defaults: tuple[tuple[str, int], ...] = ()
+    counted: bool = True
+    vllm: bool = True
 
 
 @dataclass(frozen=True)
@@ -86,22 +109,28 @@ class Shape:
     mlp_bias: bool = False
 
     @property
+    def family(self) -> Family:
+        """Look up what sets the model_type apart; one that the catalog does not list counts as Llama-like."""
+        return read_catalog().families.get(self.model_type, Family(architecture=""))
+
+    @property
     def linears(self) -> dict[str, Linear]:
         """Name the linear layers of one decoder layer, as transformers does; experts are not among them."""
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        if self.model_type == "phi3":
-            found = {"qkv_proj": Linear(self.hidden, q + 2 * kv, "attention")}
+        is_fused = self.family.fused
+        if is_fused:
+            layers = {"qkv_proj": Linear(self.hidden, q + 2 * kv, "attention")}
         else:
-            found = {"q_proj": Linear(self.hidden, q, "attention")}
-            found |= {name: Linear(self.hidden, kv, "attention") for name in ("k_proj", "v_proj")}
-        found["o_proj"] = Linear(q, self.hidden, "attention")
-        if self.model_type == "phi3":
-            found["gate_up_proj"] = Linear(self.hidden, 2 * self.intermediate, "mlp")
+            layers = {"q_proj": Linear(self.hidden, q, "attention")}
+            layers |= {name: Linear(self.hidden, kv, "attention") for name in ("k_proj", "v_proj")}
+        layers["o_proj"] = Linear(q, self.hidden, "attention")
+        if is_fused:
+            layers["gate_up_proj"] = Linear(self.hidden, 2 * self.intermediate, "mlp")
         elif self.experts == 1:
-            found |= {name: Linear(self.hidden, self.intermediate, "mlp") for name in ("gate_proj", "up_proj")}
+            layers |= {name: Linear(self.hidden, self.intermediate, "mlp") for name in ("gate_proj", "up_proj")}
         if self.experts == 1:
-            found["down_proj"] = Linear(self.intermediate, self.hidden, "mlp")
-        return found
+            layers["down_proj"] = Linear(self.intermediate, self.hidden, "mlp")
+        return layers
 
     @property
     def expert_parameters(self) -> int:
@@ -113,12 +142,11 @@ class Shape:
         """Count the parameters of one decoder layer."""
         products = sum(one.inputs * one.outputs for one in self.linears.values()) + self.expert_parameters
         router = self.hidden * self.experts if self.experts > 1 else 0
-        norms = self.hidden * (4 if self.model_type in _FOUR_NORMS else 2)
-        norms += 2 * self.head_dim if self.model_type in _QK_NORM else 0
+        norms = self.hidden * self.family.norms + (2 * self.head_dim if self.family.qk_norm else 0)
         biases = 0
-        if self.model_type == "qwen2" or self.attention_bias:
+        if self.family.qkv_bias or self.attention_bias:
             biases += (self.heads + 2 * self.kv_heads) * self.head_dim
-            biases += self.hidden if self.model_type != "qwen2" else 0
+            biases += 0 if self.family.qkv_bias else self.hidden  # attention_bias covers the output layer, too
         biases += (2 * self.intermediate + self.hidden) if self.mlp_bias else 0
         return products + router + norms + biases
 
@@ -146,6 +174,7 @@ class Catalog:
 
     rates: peak learning rates of `lora` and `full` training, of models that want others than most.
     formats: prompt formats, as generation_config takes them, of models without a chat template.
+    families: by the model_type of config.json.
     """
 
     gpus: dict[str, Gpu]
@@ -153,6 +182,7 @@ class Catalog:
     priced: str
     rates: dict[str, dict[str, float]]
     formats: dict[str, dict[str, Any]]
+    families: dict[str, Family]
 
 
 def read_catalog(path: str | Path | None = None) -> Catalog:
@@ -160,7 +190,7 @@ def read_catalog(path: str | Path | None = None) -> Catalog:
 
     Raises ConfigError if that is no catalog.
     """
-    return _read(Path(path or os.environ.get("FORGEBOOK_CATALOG") or _HERE / "catalog.yaml"))
+    return _read(Path(path or os.environ.get("FORGEBOOK_CATALOG") or _OWN))
 
 
 @functools.cache
@@ -185,11 +215,20 @@ def _read(path: Path) -> Catalog:
         }
         rates = {model.lower(): rates for model, rates in facts.get("learning_rates", {}).items()}
         formats = {model.lower(): one["format"] for one in facts.get("prompt_formats", []) for model in one["ids"]}
-        return Catalog(gpus, shapes, f"{facts['prices']['source']} ({facts['prices']['date']})", rates, formats)
+        families = _families(facts["families"]) if "families" in facts else _read(_OWN).families
+        priced = f"{facts['prices']['source']} ({facts['prices']['date']})"
+        return Catalog(gpus, shapes, priced, rates, formats, families)
     except OSError as error:
         raise ConfigError(f"the catalog {path} cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path} is no catalog, must be like forgebook/catalog.yaml: {error}") from None
+
+
+def _families(rows: dict[str, dict[str, Any]]) -> dict[str, Family]:
+    return {
+        model_type: Family(**{**row, "defaults": tuple(row.get("defaults", {}).items())})
+        for model_type, row in rows.items()
+    }
 
 
 def shape_of(model_id: str, catalog: Catalog | None = None) -> Shape:
@@ -199,7 +238,7 @@ def shape_of(model_id: str, catalog: Catalog | None = None) -> Shape:
     """
     folder = model_folder(model_id)
     if (folder / "config.json").is_file():
-        return _shape_in(folder / "config.json")
+        return _shape_in(folder / "config.json", catalog)
     shapes = (catalog or read_catalog()).shapes
     if model_id.lower() in shapes:
         return shapes[model_id.lower()]
@@ -214,19 +253,22 @@ def model_folder(model_id: str) -> Path:
     return TINY_MODEL if model_id == "tiny" else Path(model_id).expanduser()
 
 
-def _shape_in(path: Path) -> Shape:
+def _shape_in(path: Path, catalog: Catalog | None) -> Shape:
     """Read a shape from a model's config.json."""
     try:
         facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} cannot be read: {error}") from None
     facts = facts.get("text_config", facts)  # models that read images wrap their text decoder
-    kind = facts.get("model_type")
-    facts = _LEFT_OUT.get(kind, {}) | facts
+    kind, families = facts.get("model_type"), (catalog or read_catalog()).families
+    family = families.get(kind)
+    facts = (dict(family.defaults) if family else {}) | facts
     missing = [key for key in _NEEDED if not isinstance(facts.get(key), int)]
-    if kind not in _KNOWN or missing:
-        what = f"lacks {', '.join(missing)}" if kind in _KNOWN else f"has model_type {kind!r}"
-        raise ModelError(f"{path} {what}: its shape can be told of {', '.join(_KNOWN)}")
+    if family is None or not family.counted or missing:
+        is_counted = family is not None and family.counted
+        problem = f"lacks {', '.join(missing)}" if is_counted else f"has model_type {kind!r}"
+        counted = ", ".join(name for name, one in families.items() if one.counted)
+        raise ModelError(f"{path} {problem}: the shape is known for {counted}")
     heads = facts["num_attention_heads"]
     return Shape(
         model_type=kind,
@@ -234,10 +276,9 @@ def _shape_in(path: Path) -> Shape:
         kv_heads=facts.get("num_key_value_heads") or heads,
         head_dim=facts.get("head_dim") or facts["hidden_size"] // heads,
         context=facts.get("max_position_embeddings"),
-        # Gemma's file leaves it out: it is true unless said otherwise.
-        tied=facts.get("tie_word_embeddings", kind.startswith("gemma")),
-        experts=facts.get("num_local_experts", 1) if kind == "mixtral" else 1,
-        active_experts=facts.get("num_experts_per_tok", 1) if kind == "mixtral" else 1,
+        tied=facts.get("tie_word_embeddings", family.tied),
+        experts=facts.get("num_local_experts", 1) if family.experts else 1,
+        active_experts=facts.get("num_experts_per_tok", 1) if family.experts else 1,
         attention_bias=bool(facts.get("attention_bias", False)),
         mlp_bias=bool(facts.get("mlp_bias", False)),
     )

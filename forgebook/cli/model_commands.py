@@ -111,8 +111,8 @@ def export(arguments: list[str]) -> int:
     from pathlib import Path
 
     from forgebook.errors import ConfigError
-    from forgebook.export.hub import best_checkpoint, export_gguf
-    from forgebook.runs.run import find_run
+    from forgebook.export.hub import export_gguf
+    from forgebook.runs.run import best_checkpoint, find_run
 
     if not rest or "=" in rest[0]:
         raise ConfigError("export needs a file to write after the MODEL, such as model.gguf")

@@ -20,9 +20,9 @@ from forgebook.config.parse import load_config
 from forgebook.errors import ConfigError, ModelError, StorageError
 from forgebook.models.tokenizer import locate
 from forgebook.runs import atomic, object_store, registry
-from forgebook.runs.run import Run
+from forgebook.runs.run import Run, best_checkpoint
 
-__all__ = ["GGUF_TYPES", "best_checkpoint", "export_gguf", "model_card", "push"]
+__all__ = ["GGUF_TYPES", "export_gguf", "model_card", "push"]
 
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "tq1_0", "tq2_0", "auto")
 CONVERTER = "convert_hf_to_gguf.py"
@@ -69,13 +69,6 @@ def push(run: Run, repo_id: str, private: bool = False, base: str | None = None)
         except OSError as error:
             raise StorageError(f"{repo_id} could not be written on the hub: {_first_line(error)}") from None
     return str(address)
-
-
-def best_checkpoint(run: Run) -> Path:
-    """Name the folder of a complete run's best checkpoint."""
-    if not run.is_complete:
-        raise StorageError(f"the run {run.name} has not ended well yet: its command continues it")
-    return run.folder / atomic.read_json(run.summary)["best_checkpoint"]
 
 
 def _base_of(run: Run, checkpoint: Path) -> str:

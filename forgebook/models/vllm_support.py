@@ -5,26 +5,19 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from forgebook.catalog import read_catalog
+
 __all__ = ["VLLM_RANK", "vllm_loads", "vllm_serves"]
 
 # The largest rank that vLLM's max_lora_rank takes.
 VLLM_RANK = 512
 
-# Architectures that vLLM runs with code of its own (its registry has more); most others run on transformers' code.
-VLLM_NATIVE = frozenset(
-    f"{name}ForCausalLM"
-    for name in (
-        "Cohere", "Cohere2", "DeepseekV2", "DeepseekV3", "Falcon", "Gemma", "Gemma2", "Gemma3", "Glm", "Glm4", "GptOss",
-        "Granite", "Llama", "Mamba", "Mamba2", "Mistral", "Mixtral", "Olmo", "Olmo2", "Olmo3", "OPT", "Phi", "Phi3",
-        "Qwen2", "Qwen2Moe", "Qwen3", "Qwen3Moe", "Starcoder2",
-    )
-)  # fmt: skip
-
 
 def vllm_loads(model_config: dict[str, Any]) -> str:
     """Say whether vLLM can load a whole model with this config.json: "yes" or "perhaps: why"."""
     names = model_config.get("architectures") or ["an architecture without a name"]
-    if any(name in VLLM_NATIVE for name in names):
+    native = {family.architecture for family in read_catalog().families.values() if family.vllm}
+    if native.intersection(names):
         return "yes"
     return f"perhaps: {names[0]} is not among those known here to run natively; vLLM tries transformers' own code"
 

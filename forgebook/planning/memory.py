@@ -360,7 +360,7 @@ def _kept_per_token(run: _Run) -> int:
     config, shape, width = run.config, run.shape, run.width
     hidden, inner = shape.hidden, _active_width(shape)
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    norms = 4 if shape.model_type in ("gemma2", "gemma3_text") else 2
+    norms = shape.family.norms
     # A norm keeps its input in float32, and what its own weight is multiplied with if that is trained.
     kept = norms * hidden * (4 if config.is_lora else 4 + width)
     kept += width * (2 * q + 2 * kv)  # queries, keys, values and what attention made of them
@@ -382,5 +382,5 @@ def _kept_per_token(run: _Run) -> int:
 
 def _chunk(run: _Run) -> int:
     """Tell the bytes of a chunk of logits: in the weights' type and in float32."""
-    is_plain = run.shape.model_type != "gemma2"  # a softcap goes by autograd, which keeps more of a chunk
+    is_plain = not run.shape.family.softcap  # a softcap goes by autograd, which keeps more of a chunk
     return min(LOSS_CHUNK, run.tokens) * run.shape.vocab * (run.width + (4 if is_plain else 16))

@@ -10,7 +10,9 @@ A run in a bucket has a local folder below the cache, which `forgebook.runs.uplo
 from __future__ import annotations
 
 import hashlib
+import math
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,11 +28,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Run",
+    "best_checkpoint",
     "candidate_runs",
     "display_path",
     "find_checkpoint",
     "find_run",
     "open_run",
+    "rank_checkpoints",
     "remove_run",
     "run_at",
     "save_json",
@@ -166,24 +170,45 @@ def candidate_runs(name: str, storage_path: str) -> list[Run]:
     return [Run(Path(name).expanduser().resolve()), run_at(storage_path, name)]
 
 
-def find_checkpoint(name: str, checkpoint: str | None = None) -> Path:
-    """Find the checkpoint folder that a name means: a run's best one or the named one, or a model folder itself.
+def rank_checkpoints(losses: Mapping[str, float | None]) -> list[str]:
+    """Order a run's checkpoints, the best first: by evaluation loss, the newest first where it is equal or missing.
 
-    Raises StorageError if there is none, or the run is not complete and no checkpoint is named.
+    losses: checkpoint name -> evaluation loss, oldest first. NaN and infinity count as missing: a checkpoint that
+    diverged is never better than one that can be measured.
+    """
+    names = list(losses)
+
+    def rank(name: str) -> tuple[float, int]:
+        loss = losses[name]
+        is_measured = loss is not None and math.isfinite(loss)
+        return (loss if is_measured else math.inf, -names.index(name))
+
+    return sorted(names, key=rank)
+
+
+def best_checkpoint(run: Run) -> Path:
+    """Name the folder of a complete run's best checkpoint. Raises StorageError if the run has not finished."""
+    if not run.is_complete:
+        raise StorageError(f"the run {run.name} has not finished; run its command again to resume it")
+    return run.folder / read_json(run.summary)["best_checkpoint"]
+
+
+def find_checkpoint(name: str, checkpoint: str | None = None) -> Path:
+    """Find a checkpoint folder: the best one of a run, its named one, or a model folder itself.
+
+    Raises StorageError if there is none, or the run has not finished and no checkpoint is named.
     """
     folder = Path(name).expanduser()
     if checkpoint is None and any((folder / file).exists() for file in ("adapter_config.json", "config.json")):
         return folder.resolve()
     run = find_run(name)
     if checkpoint is None:
-        if not run.is_complete:
-            raise StorageError(f"the run {run.name} has not ended well yet: its command continues it")
-        return run.folder / read_json(run.summary)["best_checkpoint"]
-    found = run.checkpoints / checkpoint
-    if not found.is_dir() or checkpoint != Path(checkpoint).name:
-        kept = ", ".join(sorted(path.name for path in run.checkpoints.glob("[!.]*"))) or "none"
-        raise StorageError(f"the run {run.name} has no checkpoint {checkpoint!r}: it keeps {kept}")
-    return found
+        return best_checkpoint(run)
+    path = run.checkpoints / checkpoint
+    if not path.is_dir() or checkpoint != Path(checkpoint).name:
+        names = ", ".join(sorted(path.name for path in run.checkpoints.glob("[!.]*"))) or "none"
+        raise StorageError(f"the run {run.name} has no checkpoint {checkpoint!r}; it has {names}")
+    return path
 
 
 def save_json(run: Run, name: str, value: Any) -> None:

@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from forgebook.errors import CheckpointError, ForgebookError
 from forgebook.models import adapters
 from forgebook.runs import atomic
+from forgebook.runs.run import rank_checkpoints
 from forgebook.training import distributed, remote_run
 from forgebook.training.remote_run import Home
 
@@ -197,16 +198,11 @@ def keep_best(folder: Path, losses: dict[str, float | None], keep: int) -> str:
 
     losses: checkpoint name -> evaluation loss, oldest first. Returns the best one's name.
     """
-    order = list(losses)
-    ranked = sorted(order, key=lambda name: (_or_infinite(losses[name]), -order.index(name)))
+    ranked = rank_checkpoints(losses)
     if distributed.is_main():
         for name in ranked[keep:]:
             atomic.delete_folder(folder / name)
     return ranked[0]
-
-
-def _or_infinite(loss: float | None) -> float:
-    return float("inf") if loss is None else loss
 
 
 def keep_start(model, path: Path, is_continued: bool) -> dict[str, torch.Tensor] | None:

@@ -198,5 +198,5 @@ def test_a_row_without_an_answer_is_named(by_heart, write_rows):
 
 def test_a_run_that_has_not_ended_is_refused(by_heart, tmp_path):
     (tmp_path / "config.yaml").write_text(by_heart.config.read_text())
-    with pytest.raises(StorageError, match="has not ended well"):
+    with pytest.raises(StorageError, match="has not finished"):
         evaluate(Run(tmp_path))

@@ -152,7 +152,7 @@ def test_a_name_means_its_best_or_named_checkpoint(two_runs, monkeypatch):
     assert find_model(str(run.folder), "epoch-1").endswith("one/checkpoints/epoch-1")
     assert find_model(str(best)) == str(best)
     assert find_model("tiny") == str(TINY_MODEL) and find_model("owner/name") == "owner/name"
-    with pytest.raises(StorageError, match="it keeps epoch-1, epoch-2"):
+    with pytest.raises(StorageError, match="it has epoch-1, epoch-2"):
         find_model(str(run.folder), "epoch-9")
     with pytest.raises(StorageError, match="no run 'none'"):
         find_model("none")
