@@ -74,7 +74,7 @@ def plan(arguments: list[str]) -> int:
 
     output = make_console()
     if choices:
-        from forgebook.planning.choices import choice_rows
+        from forgebook.planning.auto_config import choice_rows
 
         output.print(table("Chosen (--default)", ["key", "value", "reason"], choice_rows(choices)))
     output.print(table(f"Plan of {config.run_name}: {told.model_id}", ["", "", ""], plan_rows(told)))

@@ -12,13 +12,16 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from forgebook.catalog import Catalog, Gpu, Shape, read_catalog, shape_of
+from forgebook.config.schema import auto_keys
 from forgebook.data import readers
 from forgebook.data.row_formats import parse_row
 from forgebook.errors import DataError, ModelError, ResourceError
-from forgebook.planning.choices import KEYS, Choice, choices_of, is_open, take
+from forgebook.planning import schedule
 from forgebook.planning.feasibility import capacity, cheapest_change, fit, work_of
 from forgebook.planning.memory import memory_of
 from forgebook.planning.token_count import Statistics
@@ -26,7 +29,11 @@ from forgebook.planning.token_count import Statistics
 if TYPE_CHECKING:
     from forgebook.config.parse import FinetuneConfig
 
-__all__ = ["choose", "choose_task", "core_shape", "first_rows"]
+__all__ = ["KEYS", "Choice", "choice_rows", "choices_of", "choose", "choose_task", "core_shape", "first_rows"]
+
+KEYS = auto_keys()
+# A null of these was chosen by who wrote it.
+_NULL_IS_AN_ANSWER = ("lora_config", "quantization", "deepspeed")
 
 LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": "all-linear"}
 SHORTEST_CONTEXT = 512
@@ -192,8 +199,7 @@ def _padding_share(lengths: tuple[int, ...]) -> float:
 def _choose_machines(config, hardware: tuple[int, Gpu] | None, catalog: Catalog) -> FinetuneConfig:
     if hardware is None:
         config = take(config, "num_devices", 0, "no GPU: in this process, which starts at once")
-        config = take(config, "dtype", "float32", "exact, and on most processors the fastest")
-        return config
+        return take(config, "dtype", "float32", "exact, and on most processors the fastest")
     count, gpu = hardware
     if gpu.name in catalog.gpus:
         config = take(config, "hardware", f"{count}x{gpu.name}", "found on this machine")
@@ -239,12 +245,9 @@ def _portions(config: FinetuneConfig, data: Statistics | None) -> tuple[int, int
         reason = f"{seen:,} rows in all give {math.ceil(seen / target):,} updates"
     each = max(1, round(target / max(1, config.num_devices)))
     micro, accumulation = config.train_batch_size_per_device, config.gradient_accumulation_steps
-    is_micro_open, is_accumulation_open = (
-        is_open(config, key) for key in ("train_batch_size_per_device", "gradient_accumulation_steps")
-    )
-    if is_micro_open:
+    if is_open(config, "train_batch_size_per_device"):
         micro = max(1, each // accumulation)
-    elif is_accumulation_open:
+    elif is_open(config, "gradient_accumulation_steps"):
         accumulation = max(1, round(each / micro))
     return micro, accumulation, reason
 
@@ -316,15 +319,80 @@ def _choose_course(config: FinetuneConfig, data: Statistics | None, catalog: Cat
     if data is None:
         return take(config, "num_epochs", 1, "the data is not counted here")
     sequences = _sequences(config, data)
-    each = math.ceil(sequences / config.global_batch_size)
-    usual, least = _epochs(config, sequences), math.ceil(config.min_update_steps / each)
+    each = schedule.steps_per_epoch(sequences, config.global_batch_size)
+    usual, least = _epochs(config, sequences), schedule.epochs_for(config.min_update_steps, each)
     reason = f"{sequences:,} rows" if usual >= least else f"min_update_steps asks for {config.min_update_steps}"
     config = take(config, "num_epochs", max(usual, least), f"{reason}; {each:,} updates each")
-    updates = min(each * config.num_epochs, config.max_steps or each * config.num_epochs)
-    warmup = min(updates // 10, max(10, min(100, round(0.03 * updates))))
-    config = take(config, "num_warmup_steps", warmup, f"3 % of {updates:,} updates, from 10 to 100; a tenth at most")
+    steps = schedule.total_steps(config.num_epochs, each, config.max_steps)
+    reason = f"3% of {steps:,} steps, from 10 to 100; a tenth at most"
+    config = take(config, "num_warmup_steps", schedule.warmup_steps(steps), reason)
     key = "checkpoint_and_evaluation_frequency"
-    if config.num_epochs == 1 and config.valid_path is not None and updates >= 10 * EVALUATIONS_IN_ONE_EPOCH:
-        every = {"unit": "steps", "frequency": math.ceil(updates / EVALUATIONS_IN_ONE_EPOCH)}
+    interval = schedule.evaluation_interval(steps, EVALUATIONS_IN_ONE_EPOCH)
+    if config.num_epochs == 1 and config.valid_path is not None and interval is not None:
+        every = {"unit": "steps", "frequency": interval}
         return take(config, key, every, f"{EVALUATIONS_IN_ONE_EPOCH} times in the one epoch")
     return take(config, key, None, "after every epoch")
+
+
+# The choices, with their reasons -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One key of the config, its value, and why it has it."""
+
+    key: str
+    value: Any
+    reason: str
+
+
+def is_open(config: FinetuneConfig, key: str) -> bool:
+    """Tell whether the config leaves a key to the program."""
+    return key not in config.given or (getattr(config, key) is None and key not in _NULL_IS_AN_ANSWER)
+
+
+def take(config: FinetuneConfig, key: str, value: Any, reason: str) -> FinetuneConfig:
+    """Set a key that is open, and note the reason."""
+    return config.resolve(**{key: value}).explained({key: reason}) if is_open(config, key) else config
+
+
+def choices_of(config: FinetuneConfig) -> list[Choice]:
+    """List what was chosen and what was given of the keys that --default looks at, in the order of the table."""
+    told = []
+    for key in KEYS:
+        value: Any = config
+        for part in key.split("."):
+            value = getattr(value, part)
+        origins = [one for name, one in config.origins.items() if name == key or name.startswith(f"{key}.")]
+        reason = next((one.removeprefix("auto: ") for one in origins if one.startswith("auto: ")), None)
+        if reason is None and {"file", "override"} & set(origins):
+            reason = "given"
+        if reason is not None:
+            told.append(Choice(key, _plain(value), reason))
+    return told
+
+
+def _plain(value: Any) -> Any:
+    return value.model_dump(mode="json") if hasattr(value, "model_dump") else value
+
+
+def choice_rows(choices: list[Choice]) -> list[list[str]]:
+    """Lay choices out as lines of a table: key, value, reason."""
+    return [[choice.key, _shown(choice), choice.reason] for choice in choices]
+
+
+def _shown(choice: Choice) -> str:
+    value = choice.value
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if choice.key == "deepspeed":
+        return Path(value["config_path"]).stem
+    if choice.key == "lora_config":
+        return ", ".join(f"{name} {one}" for name, one in value.items())
+    if choice.key == "generation_config.prompt_format":
+        return value["user"].replace("\n", "\\n")
+    if choice.key == "checkpoint_and_evaluation_frequency":
+        return f"{value['frequency']} {value['unit']}"
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from forgebook.errors import ConfigError
+from forgebook.planning import schedule
 from forgebook.planning.hardware import Cpu
 from forgebook.planning.memory import Memory, memory_of, sharding_of
 from forgebook.planning.token_count import Statistics
@@ -60,10 +61,10 @@ def work_of(config: FinetuneConfig, data: Statistics) -> Work:
     else:
         batches = [lengths[k : k + micro * pairs] for k in range(0, len(lengths), micro * pairs)]
         sequences, positions, longest = len(lengths) / pairs, sum(max(b) * len(b) for b in batches), max(lengths)
-    steps = math.ceil(sequences * data.scale / config.global_batch_size)
-    epochs = config.num_epochs or math.ceil(config.min_update_steps / steps)
-    total = min(steps * epochs, config.max_steps or steps * epochs)
-    share = data.scale * total / steps
+    epoch_steps = schedule.steps_per_epoch(sequences * data.scale, config.global_batch_size)
+    epochs = config.num_epochs or schedule.epochs_for(config.min_update_steps, epoch_steps)
+    total = schedule.total_steps(epochs, epoch_steps, config.max_steps)
+    share = data.scale * total / epoch_steps
     mean = sum(length * length for length in lengths) / tokens
     return Work(total, round(tokens * share), round(positions * share), longest, mean)
 

@@ -8,7 +8,6 @@ note = keep(told, config, result, figures)                  the pace, for the ne
 
 from __future__ import annotations
 
-import math
 import shutil
 import time
 from pathlib import Path
@@ -18,6 +17,7 @@ from forgebook.catalog import Shape, read_catalog, shape_of
 from forgebook.config.parse import FinetuneConfig
 from forgebook.errors import ModelError, ResourceError
 from forgebook.models.tokenizer import locate
+from forgebook.planning import schedule
 from forgebook.planning.feasibility import Work
 from forgebook.planning.hardware import cpu_share, hardware_for
 from forgebook.planning.history import Pace, keep_pace, method_of, past_paces
@@ -85,9 +85,9 @@ def _shape(config: FinetuneConfig) -> Shape:
 def _work(prepared: Prepared) -> Work:
     """Count what the run goes through, from its own rows."""
     config, lengths, told = prepared.config, prepared.train.lengths, prepared.report["train"]
-    epoch = math.ceil(told["sequences"] / config.global_batch_size)
-    steps = min(config.num_epochs * epoch, config.max_steps or config.num_epochs * epoch)
-    tokens = int(lengths.sum()) * steps / epoch
+    epoch_steps = schedule.steps_per_epoch(told["sequences"], config.global_batch_size)
+    steps = schedule.total_steps(config.num_epochs, epoch_steps, config.max_steps)
+    tokens = int(lengths.sum()) * steps / epoch_steps
     longest = int(lengths.max()) if config.padding == "longest" else config.context_length
     mean = float((lengths.astype(float) ** 2).sum() / lengths.sum())
     return Work(steps, round(tokens), round(tokens / (1 - told["padding_share"])), longest, mean)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -20,8 +19,8 @@ from forgebook.data.token_store import Tokens
 from forgebook.errors import DataError
 from forgebook.models import families
 from forgebook.models.tokenizer import locate, tokenizer_of, tokenizer_source
-from forgebook.planning import auto_config
-from forgebook.planning.choices import Choice
+from forgebook.planning import auto_config, schedule
+from forgebook.planning.auto_config import Choice
 from forgebook.planning.feasibility import micro_batch_for
 from forgebook.planning.hardware import found_hardware, hardware_in
 from forgebook.planning.token_count import Statistics
@@ -29,7 +28,7 @@ from forgebook.runs import atomic
 from forgebook.runs import run as storage
 from forgebook.runs.run import Run
 
-__all__ = ["Prepared", "prepare", "report_rows", "steps_per_epoch"]
+__all__ = ["Prepared", "prepare", "report_rows"]
 
 SHOWN_PLACES = 5
 
@@ -88,12 +87,6 @@ def prepare(
     report["train"] |= _padding(config, sets["train"])
     report |= {"choices": [dataclasses.asdict(choice) for choice in choices]} if choices else {}
     return Prepared(config, sets["train"], sets.get("valid"), report)
-
-
-def steps_per_epoch(config: FinetuneConfig, train: Tokens) -> int:
-    """Count the optimizer steps of an epoch."""
-    sequences = batching.make_sequences(train, config)
-    return math.ceil(len(sequences) / config.global_batch_size)
 
 
 def shown_path(path: Any) -> str:
@@ -174,7 +167,9 @@ def _fill_gaps(config: FinetuneConfig, sets: dict[str, Tokens]) -> FinetuneConfi
     if config.num_epochs is None:
         policy = "drop" if config.truncation == "error" else config.truncation
         fitted, _ = token_store.fit_context(sets["train"], context, policy, together=_together(config))
-        config = config.resolve(num_epochs=math.ceil(config.min_update_steps / steps_per_epoch(config, fitted)))
+        sequences = batching.make_sequences(fitted, config)
+        epoch_steps = schedule.steps_per_epoch(len(sequences), config.global_batch_size)
+        config = config.resolve(num_epochs=schedule.epochs_for(config.min_update_steps, epoch_steps))
     return config
 
 

@@ -14,10 +14,10 @@ from rich.markup import escape
 from forgebook.models.families import context_limit
 from forgebook.models.tokenizer import locate
 from forgebook.models.vllm_support import vllm_serves
-from forgebook.planning import preflight
-from forgebook.planning.choices import choice_rows, choices_of
+from forgebook.planning import preflight, schedule
+from forgebook.planning.auto_config import choice_rows, choices_of
 from forgebook.planning.plan_report import comparison, in_short
-from forgebook.planning.prepare import Prepared, report_rows, steps_per_epoch
+from forgebook.planning.prepare import Prepared, report_rows
 from forgebook.reporting.console import table
 from forgebook.reporting.plots import plot_losses
 from forgebook.runs.atomic import read_json, write_json
@@ -46,7 +46,7 @@ def print_run(output: Console, run: Run, prepared: Prepared) -> None:
     """Say in a few lines what is about to happen."""
     config, report = prepared.config, prepared.report
     method = f"LoRA r={config.lora_config.get('r', 8)}" if config.is_lora else "full parameter"
-    steps = steps_per_epoch(config, prepared.train)
+    steps = schedule.steps_per_epoch(report["train"]["sequences"], config.global_batch_size)
     sharding = Path(config.deepspeed.config_path).stem if config.deepspeed else "no DeepSpeed"
     workers = f"{config.num_devices} worker{'s' * (config.num_devices > 1)}" if config.num_devices else "this process"
     unit = "packed sequences" if config.padding == "packed" else "rows"

@@ -22,7 +22,7 @@ from forgebook.config.parse import FinetuneConfig
 from forgebook.data import batching as batches
 from forgebook.data import token_store as tokens
 from forgebook.errors import StoppedError
-from forgebook.planning import hardware
+from forgebook.planning import hardware, schedule
 from forgebook.planning.plan import running_figures
 from forgebook.runs import atomic
 from forgebook.runs.metrics import Progress
@@ -40,7 +40,7 @@ from forgebook.training.reference import ExampleSet, with_reference
 from forgebook.training.setup import Worker, base_overrides, make_accelerator, make_worker, prompt_format_text
 from forgebook.training.step_metrics import EpochSums, Step, check_step
 
-__all__ = ["evaluation_steps", "total_steps", "train_loop"]
+__all__ = ["train_loop"]
 
 
 def train_loop(config: FinetuneConfig, run: Run) -> dict[str, Any]:
@@ -67,8 +67,8 @@ def train_loop(config: FinetuneConfig, run: Run) -> dict[str, Any]:
     train = tokens.load_view(run.tokens / "train.npz")
     valid = tokens.load_view(run.tokens / "valid.npz") if config.valid_path else None
     sequences = batches.make_sequences(train, config)
-    steps_per_epoch = math.ceil(len(sequences) / config.global_batch_size)
-    last_step = total_steps(config, steps_per_epoch)
+    steps_per_epoch = schedule.steps_per_epoch(len(sequences), config.global_batch_size)
+    last_step = schedule.total_steps(config.num_epochs, steps_per_epoch, config.max_steps)
 
     # (3) Model, optimizer, and the learning rate of every step.
     compiles = config.deepspeed is not None and not saved
@@ -109,7 +109,8 @@ def train_loop(config: FinetuneConfig, run: Run) -> dict[str, Any]:
     )  # fmt: skip
 
     # (5) Steps, counted from 1 over the whole run. Their rows depend on the seed and the epoch alone.
-    events = evaluation_steps(config, steps_per_epoch, last_step)
+    every = config.checkpoint_and_evaluation_frequency
+    events = schedule.evaluation_steps(steps_per_epoch, last_step, *((every.unit, every.frequency) if every else ()))
     flops_of_token = atomic.read_json(run.plan)["flops_per_token"] if run.plan.exists() else None
     sums, epoch_order, saved_at = EpochSums(**place.get("epoch_sums", {})), None, time.perf_counter()
     while step < last_step:

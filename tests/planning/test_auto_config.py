@@ -10,8 +10,7 @@ from forgebook.catalog import hardware_of, read_catalog, shape_of
 from forgebook.cli.main import main
 from forgebook.config.parse import config_differences, dump_config, load_config
 from forgebook.errors import ConfigError, ModelError, ResourceError
-from forgebook.planning.auto_config import choose, choose_task, core_shape
-from forgebook.planning.choices import KEYS
+from forgebook.planning.auto_config import KEYS, choose, choose_task, core_shape
 from forgebook.planning.feasibility import fits, work_of
 from forgebook.planning.hardware import gpu_called
 from forgebook.planning.memory import memory_of
