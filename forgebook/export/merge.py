@@ -165,7 +165,8 @@ def _load_unquantised(folder: Path, overrides: dict[str, Any]):
             f"model's name into base_model_name_or_path of {folder / 'adapter_config.json'}"
         )
     dtype = str(config.get_text_config().dtype or config.dtype or "bfloat16").removeprefix("torch.")
-    model = load.load_model(source, dtype=dtype, rope_scaling=overrides.get("rope_scaling"))
+    # On the CPU, where the whole model fits for sure; its attention runs there and on a GPU.
+    model = load.load_model(source, dtype=dtype, rope_scaling=overrides.get("rope_scaling"), on_gpu=False)
     tokenizer = load_tokenizer(str(folder))
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from forgebook.errors import ModelError
 from forgebook.models.adapters import continue_lora
+from forgebook.models.attention import attention_facts, choose_attention
 from forgebook.models.tokenizer import locate, readable_model_errors
 
 if TYPE_CHECKING:
@@ -49,14 +50,16 @@ def load_model(
     quantization: str | None = None,
     gradient_checkpointing: bool = False,
     device_map: str | None = None,
+    on_gpu: bool | None = None,
 ) -> PreTrainedModel:
     """Load a causal language model for training, on the CPU (ZeRO-3: in partitions, as DeepSpeed has arranged).
 
     device_map: "auto" loads it for use instead: on the GPU, or over several if one cannot hold it.
     quantization: "nf4" or "int8": the linear layers but the output layer, for training an adapter on them; such
     a model is loaded where it stays, on this process's GPU if there is one.
+    on_gpu: False if the model stays on the CPU; None: it runs on this process's GPU if there is one.
 
-    Raises ModelError if there is none at `source`, or it cannot run as asked.
+    Raises ModelError if there is none at `source`, ResourceError if `attention` cannot run here.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -69,7 +72,7 @@ def load_model(
             source,
             config=model_config,
             dtype=getattr(torch, dtype),
-            attn_implementation=_attention(attention),
+            attn_implementation=choose_attention(attention, attention_facts(dtype, on_gpu)),
             **{"device_map": device_map, **_quantized(quantization, dtype)},
         )
     for module in model.modules():
@@ -104,19 +107,6 @@ def _quantized(kind: str | None, dtype: str) -> dict[str, Any]:
         settings = BitsAndBytesConfig(load_in_8bit=True)
     place = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
     return {"quantization_config": settings, "device_map": {"": place}}
-
-
-def _attention(kind: str) -> str:
-    """Name the attention that transformers is to use; "auto" is flash attention where it can run, else SDPA."""
-    from transformers.utils import is_flash_attn_2_available
-
-    if kind == "auto":
-        return "flash_attention_2" if is_flash_attn_2_available() else "sdpa"
-    if kind == "flash_attention_2" and not is_flash_attn_2_available():
-        raise ModelError(
-            "attention: flash_attention_2 needs a GPU and the package flash-attn; auto takes what is there"
-        )
-    return "flex_attention" if kind == "flex" else kind
 
 
 def load_start(config: FinetuneConfig, tokenizer) -> PreTrainedModel:

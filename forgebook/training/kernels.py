@@ -12,6 +12,7 @@ import shutil
 from typing import TYPE_CHECKING, Any
 
 from forgebook.errors import ConfigError, ModelError, ResourceError
+from forgebook.models.attention import attention_facts, choose_attention
 
 if TYPE_CHECKING:
     from forgebook.config.parse import FinetuneConfig
@@ -45,6 +46,7 @@ def refuse_missing(config: FinetuneConfig) -> None:
         raise ResourceError(
             "attention: flex has no backward pass on a CPU, and this machine has no GPU: choose attention: sdpa"
         )
+    choose_attention(config.attention, attention_facts(config.dtype))
     if config.torch_compile and not has_gpu and not shutil.which("g++"):
         raise ResourceError("torch_compile on a CPU needs a C++ compiler: install g++, or set torch_compile: false")
 

@@ -1,0 +1,77 @@
+"""Which attention kernel a model runs with: chosen from facts about its device, or refused with the fix.
+
+facts  = attention_facts("bfloat16")                  of this process; `on_gpu=False` for a model that stays on the CPU
+kernel = choose_attention("auto", facts)              "flash_attention_2" where it runs, else "sdpa"
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from forgebook.errors import ResourceError
+
+__all__ = ["AttentionFacts", "attention_facts", "choose_attention"]
+
+# Flash attention: the package that holds it, and the oldest compute capability that it is compiled for.
+FLASH = {"flash_attention_2": ("flash-attn", (8, 0)), "flash_attention_3": ("flash-attn-3", (9, 0))}
+HALF = ("bfloat16", "float16")
+# What configs call a kernel -> what transformers calls it, where the two differ.
+NAMES = {"flex": "flex_attention"}
+
+
+@dataclass(frozen=True)
+class AttentionFacts:
+    """What decides which kernels run. dtype: of the weights.
+
+    capability: compute capability of the GPU that holds the model, such as (8, 0); None on a CPU.
+    installed: which of `FLASH` can be imported.
+    """
+
+    dtype: str
+    capability: tuple[int, int] | None
+    installed: frozenset[str] = frozenset()
+
+
+def attention_facts(dtype: str, on_gpu: bool | None = None) -> AttentionFacts:
+    """Collect the facts of this process. on_gpu: whether the model is held by its GPU; None: if there is one."""
+    import torch
+    from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
+
+    has_gpu = torch.cuda.is_available() if on_gpu is None else on_gpu and torch.cuda.is_available()
+    available = {
+        "flash_attention_2": is_flash_attn_2_available(),
+        "flash_attention_3": is_flash_attn_3_available(),
+    }
+    capability = torch.cuda.get_device_capability() if has_gpu else None
+    return AttentionFacts(dtype, capability, frozenset(name for name, is_there in available.items() if is_there))
+
+
+def choose_attention(kind: str, facts: AttentionFacts) -> str:
+    """Name the kernel for transformers; `auto` is flash attention 2 where it runs, else SDPA.
+
+    Raises ResourceError if the kernel is named in the config and cannot run: it needs a GPU of compute capability 8.0
+    (flash_attention_2) or 9.0 (flash_attention_3), bfloat16 or float16, and its package.
+    """
+    if kind == "auto":
+        return "flash_attention_2" if _obstacle("flash_attention_2", facts) is None else "sdpa"
+    obstacle = _obstacle(kind, facts)
+    if obstacle is not None:
+        raise ResourceError(f"attention: {kind} {obstacle}; set attention: auto for the fastest that runs here")
+    return NAMES.get(kind, kind)
+
+
+def _obstacle(kind: str, facts: AttentionFacts) -> str | None:
+    """Say what keeps a kernel from running; None if nothing does."""
+    if kind not in FLASH:
+        return None
+    package, oldest = FLASH[kind]
+    if facts.capability is None:
+        return "needs a GPU"
+    if facts.capability < oldest:
+        needed, present = ("{}.{}".format(*pair) for pair in (oldest, facts.capability))
+        return f"needs a GPU of compute capability {needed} or newer, this one has {present}"
+    if facts.dtype not in HALF:
+        return f"computes in bfloat16 or float16, dtype is {facts.dtype}"
+    if kind not in facts.installed:
+        return f"needs the package {package} (requirements-gpu.txt)"
+    return None

@@ -1,0 +1,70 @@
+"""The attention kernel follows from the device's facts; one that cannot run is refused with the fix."""
+
+import pytest
+
+from conftest import TINY_MODEL
+from forgebook.errors import ResourceError
+from forgebook.models.attention import AttentionFacts, attention_facts, choose_attention
+from forgebook.models.load import load_model
+
+INSTALLED = frozenset({"flash_attention_2", "flash_attention_3"})
+
+
+@pytest.mark.parametrize(
+    ("facts", "kernel"),
+    [
+        (AttentionFacts("bfloat16", (8, 0), INSTALLED), "flash_attention_2"),
+        (AttentionFacts("float16", (9, 0), INSTALLED), "flash_attention_2"),
+        (AttentionFacts("bfloat16", (8, 0)), "sdpa"),  # not installed
+        (AttentionFacts("float32", (8, 0), INSTALLED), "sdpa"),
+        (AttentionFacts("bfloat16", (7, 5), INSTALLED), "sdpa"),  # a T4
+        (AttentionFacts("bfloat16", None, INSTALLED), "sdpa"),  # on the CPU
+    ],
+)
+def test_auto_takes_flash_attention_only_where_it_runs(facts, kernel):
+    assert choose_attention("auto", facts) == kernel
+
+
+@pytest.mark.parametrize(
+    ("kind", "facts", "message"),
+    [
+        ("flash_attention_2", AttentionFacts("bfloat16", None, INSTALLED), "needs a GPU;"),
+        (
+            "flash_attention_2",
+            AttentionFacts("bfloat16", (7, 5), INSTALLED),
+            "capability 8.0 or newer, this one has 7.5",
+        ),
+        (
+            "flash_attention_3",
+            AttentionFacts("bfloat16", (8, 9), INSTALLED),
+            "capability 9.0 or newer, this one has 8.9",
+        ),
+        ("flash_attention_2", AttentionFacts("float32", (8, 0), INSTALLED), "bfloat16 or float16, dtype is float32"),
+        ("flash_attention_2", AttentionFacts("bfloat16", (8, 0)), "needs the package flash-attn "),
+    ],
+)
+def test_a_kernel_that_cannot_run_is_refused_with_the_fix(kind, facts, message):
+    with pytest.raises(ResourceError, match=f"attention: {kind} .*{message}.*set attention: auto"):
+        choose_attention(kind, facts)
+
+
+@pytest.mark.parametrize(
+    ("kind", "kernel"), [("sdpa", "sdpa"), ("eager", "eager"), ("flex", "flex_attention"), ("flash_attention_3",) * 2]
+)
+def test_a_kernel_that_runs_is_taken_as_named(kind, kernel):
+    assert choose_attention(kind, AttentionFacts("bfloat16", (9, 0), INSTALLED)) == kernel
+
+
+def test_a_model_that_stays_on_the_cpu_has_no_gpu_among_its_facts(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
+    assert attention_facts("bfloat16", on_gpu=False).capability is None
+    assert attention_facts("bfloat16").capability == (9, 0)
+
+
+def test_an_installed_package_alone_changes_nothing_on_a_cpu(monkeypatch):
+    """As on a machine where flash-attn is installed: transformers only warned, and failed in the first step."""
+    monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: True)
+    assert load_model(str(TINY_MODEL), dtype="float32").config._attn_implementation == "sdpa"
+    with pytest.raises(ResourceError, match="flash_attention_2 needs a GPU"):
+        load_model(str(TINY_MODEL), attention="flash_attention_2")
