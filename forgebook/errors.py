@@ -14,6 +14,7 @@ __all__ = [
     "StoppedError",
     "StorageError",
     "TrainingError",
+    "first_line",
     "near_miss",
 ]
 
@@ -70,3 +71,9 @@ def near_miss(key: object, known: Iterable[str]) -> str:
     """Suggest the known key that was probably meant; empty when none is close."""
     close = difflib.get_close_matches(str(key), sorted(known), n=1)
     return f": did you mean {close[0]!r}?" if close else ""
+
+
+def first_line(error: object) -> str:
+    """Return the first line of an error, or of a text, that is not blank; the error's class if there is none."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next(filter(None, lines), type(error).__name__)

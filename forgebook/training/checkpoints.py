@@ -70,8 +70,8 @@ def save_checkpoint(
     with distributed.raised_everywhere(), contextlib.ExitStack() as stack:
         if not distributed.is_main():
             return
+        stack.enter_context(_write_errors(folder.parent))
         aside = stack.enter_context(atomic.atomic_folder(folder))
-        stack.enter_context(_told_if_full(aside))
         if start is not None:
             weights = adapters.fit_original_base(weights, start, trained)
         _write_model(model, weights, aside)
@@ -127,19 +127,22 @@ def _write_model(model, weights: dict[str, torch.Tensor], folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _told_if_full(folder: Path) -> Iterator[None]:
-    """Name a full disk, for which each library has words of its own: raise CheckpointError."""
+def _write_errors(folder: Path) -> Iterator[None]:
+    """Raise CheckpointError if `folder` cannot be written; for a full disk each library has its own words."""
     try:
         yield
     except ForgebookError:
         raise
     except Exception as error:
-        if "No space left" not in str(error) and shutil.disk_usage(folder.parent).free >= SPARE:
-            raise
-        raise CheckpointError(
-            f"the disk of {folder.parent} is full: make room there; the same command continues from the last complete "
-            "state"
-        ) from None
+        existing = next(path for path in (folder, *folder.parents) if path.exists())
+        if "No space left" in str(error) or shutil.disk_usage(existing).free < SPARE:
+            raise CheckpointError(
+                f"the disk of {folder} is full: make room there; the same command continues from the last complete "
+                "state"
+            ) from None
+        if isinstance(error, OSError):
+            raise CheckpointError(f"the checkpoint could not be written: {error}") from None
+        raise
 
 
 def verify_checkpoint(folder: Path, expected: int, trained: bool = True) -> None:
@@ -238,7 +241,7 @@ def save_resume(folder: Path, place: dict[str, Any], model, optimizer, engine=No
         if distributed.is_main():
             remote_run.at_home(home, _begin_resume, aside)
     try:
-        with distributed.raised_everywhere(), _told_if_full(aside):
+        with distributed.raised_everywhere(), _write_errors(folder):
             aside.mkdir(parents=True, exist_ok=True)
             torch.save(_random_state(), aside / f"random-{distributed.rank()}.pt")
             if engine is not None:

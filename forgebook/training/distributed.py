@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from forgebook.errors import CheckpointError, ForgebookError
+from forgebook.errors import ForgebookError, TrainingError, first_line
 
 __all__ = [
     "handle_sigterm",
@@ -31,7 +31,7 @@ STOP_FILE = ".stop"
 
 
 def rank() -> int:
-    """Return this process's number, 0 without a process group."""
+    """Return this process's number among the workers, 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -41,34 +41,60 @@ def world_size() -> int:
 
 
 def is_main() -> bool:
-    """Tell whether this is rank 0, the one that writes files."""
+    """Return whether this is rank 0, the one that writes the files of all."""
     return rank() == 0
 
 
 def is_first_here() -> bool:
-    """Tell whether this is the first worker of its machine."""
+    """Return whether this is the first worker of its machine, the one that writes the files of its machine."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 @contextlib.contextmanager
 def raised_everywhere() -> Iterator[None]:
-    """Raise on every rank what is raised on any within the block; otherwise the others would wait forever.
+    """Raise on every rank what any rank raises within the block; otherwise the others would wait for it forever.
 
-    Collective. An error of the operating system (no space, no permission) becomes a CheckpointError.
+    A ForgebookError is raised as it is: what went wrong is the same on all ranks. Any other error of one rank, a GPU
+    out of memory or a file that cannot be read, becomes a TrainingError that names the rank, its cause the original;
+    a single process raises the original. An interrupted rank stays interrupted and the others raise a TrainingError.
+
+    Collective. All ranks must leave the block before any error is raised, so no rank may wait for another inside it
+    in a collective that the other can miss.
     """
-    error: ForgebookError | None = None
+    error: BaseException | None = None
     try:
         yield
-    except ForgebookError as raised:
+    except (Exception, KeyboardInterrupt, SystemExit) as raised:
         error = raised
-    except OSError as raised:
-        error = CheckpointError(f"a file could not be written: {raised}")
     if world_size() > 1:
-        errors: list[ForgebookError | None] = [None] * world_size()
-        dist.all_gather_object(errors, error)
-        error = next((one for one in errors if one is not None), None)
+        error = _shared(error)
     if error is not None:
         raise error
+
+
+def _shared(error: BaseException | None) -> BaseException | None:
+    """Exchange the ranks' errors; return what this rank raises: its own interrupt, or the error of the first rank."""
+    # Other errors travel as text: not all of them can be pickled, and their tracebacks hold on to GPU memory.
+    own = error if error is None or isinstance(error, ForgebookError) else _describe(error)
+    errors: list[ForgebookError | str | None] = [None] * world_size()
+    try:
+        dist.all_gather_object(errors, own)
+    except Exception as lost:  # another worker has died: whoever started the workers restarts all of them
+        return error or lost
+    first = next((each for each in errors if each is not None), None)
+    if isinstance(error, (KeyboardInterrupt, SystemExit)):
+        return error
+    if first is None or isinstance(first, ForgebookError):
+        return first
+    shared = TrainingError(first)
+    shared.__cause__ = error
+    return shared
+
+
+def _describe(error: BaseException) -> str:
+    """Write an error as one line that names its rank; many errors of libraries have no message of their own."""
+    name, line = type(error).__name__, first_line(error)
+    return f"worker {rank()}: {name}: {line}" if line != name else f"worker {rank()}: {name}"
 
 
 @contextlib.contextmanager

@@ -182,23 +182,6 @@ def train_loop(config: FinetuneConfig, run: Run) -> dict[str, Any]:
     }
 
 
-def total_steps(config: FinetuneConfig, steps_per_epoch: int) -> int:
-    """Count the optimizer steps of a run."""
-    steps = config.num_epochs * steps_per_epoch
-    return min(steps, config.max_steps) if config.max_steps else steps
-
-
-def evaluation_steps(config: FinetuneConfig, steps_per_epoch: int, last_step: int) -> dict[int, str]:
-    """Map each step after which to evaluate and save to its checkpoint's name; the last step always is one."""
-    frequency = config.checkpoint_and_evaluation_frequency
-    by_steps = frequency is not None and frequency.unit == "steps"
-    every = (frequency.frequency if frequency else 1) * (1 if by_steps else steps_per_epoch)
-    steps = [*range(every, last_step, every), last_step]
-    if by_steps or last_step % steps_per_epoch:
-        return {step: f"step-{step}" for step in steps}
-    return {step: f"epoch-{step // steps_per_epoch}" for step in steps}
-
-
 # One step ---------------------------------------------------------------------------------------------
 
 

@@ -107,6 +107,8 @@ def test_an_unwritable_place_is_a_checkpoint_error(adapter, tokenizer, tmp_path)
         ({"a": 3.0, "b": 1.0, "c": 2.0}, 2, ["b", "c"]),
         ({"a": None, "b": None, "c": None}, 1, ["c"]),
         ({"a": 1.0, "b": 1.0}, 1, ["b"]),
+        ({"a": 3.0, "b": float("nan"), "c": 2.0}, 1, ["c"]),
+        ({"a": float("nan"), "b": 2.0, "c": None, "d": float("inf")}, 2, ["b", "d"]),
     ],
 )
 def test_the_best_are_kept(tmp_path, losses, keep, kept):
