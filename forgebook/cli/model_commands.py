@@ -85,7 +85,7 @@ def push(arguments: list[str]) -> int:
     given = parser.parse_intermixed_args(arguments)
     name, rest, options = split("push", A_RUN, given.words, known)
     from forgebook.errors import ConfigError
-    from forgebook.export.hub import push
+    from forgebook.export.hub import push_to_hub
     from forgebook.runs.run import find_run
 
     if not rest or "=" in rest[0]:
@@ -93,7 +93,7 @@ def push(arguments: list[str]) -> int:
     only("push", rest[1:], known)
     if options.get("private", "false") not in ("true", "false"):
         raise ConfigError(f"push: private must be true or false, got {options['private']!r}")
-    print(f"pushed to {push(find_run(name), rest[0], options.get('private') == 'true', options.get('base'))}")
+    print(f"pushed to {push_to_hub(find_run(name), rest[0], options.get('private') == 'true', options.get('base'))}")
     return 0
 
 
@@ -111,7 +111,7 @@ def export(arguments: list[str]) -> int:
     from pathlib import Path
 
     from forgebook.errors import ConfigError
-    from forgebook.export.hub import export_gguf
+    from forgebook.export.gguf import export_gguf
     from forgebook.runs.run import best_checkpoint, find_run
 
     if not rest or "=" in rest[0]:

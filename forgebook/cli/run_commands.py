@@ -38,11 +38,11 @@ def generate(arguments: list[str]) -> int:
     from forgebook.reporting.console import make_console, progress_bar
 
     source = find_model(name, options.get("checkpoint"))
-    from forgebook.inference.batch import Prompt, answer, choose_engine, read_prompts, write_answers
+    from forgebook.inference.batch import Prompt, answer, engine_for, read_prompts, write_answers
 
     alone = [Prompt(k, [{"role": "user", "content": text}]) for k, text in enumerate(given.prompt)]
     asked = alone or read_prompts(options["data"], numbers.get("rows"))
-    engine = choose_engine(options.get("engine", "auto"), source, len(asked))
+    engine = engine_for(options.get("engine", "auto"), source, len(asked))
     using = {"engine": engine, "num_devices": numbers.get("num_devices", 0)}
     with _quiet(source, "generate") as output, progress_bar(output, "answering") as tell:
         if "out" in options:
@@ -83,17 +83,17 @@ def chat(arguments: list[str]) -> int:
 
     source = find_model(name, options.get("checkpoint"))
     with _quiet(source, "chat"):
-        [speaker] = load_together([source])
+        [loaded] = load_together([source])
     from forgebook.inference.chat import chat
 
-    chat(speaker, sampling, options.get("system"))
+    chat(loaded, sampling, options.get("system"))
     return 0
 
 
 def _sampling(verb: str, options: dict[str, str]):
     """Read sampling options."""
     from forgebook.errors import ConfigError
-    from forgebook.inference.generate import Sampling
+    from forgebook.inference.sampling import Sampling
 
     kinds = {"temperature": float, "top_p": float}
     try:

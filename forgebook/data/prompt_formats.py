@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import json
 import re
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
+import yaml
+
+from forgebook.config.parse import PromptFormat
 from forgebook.errors import DataError
 
-if TYPE_CHECKING:
-    from forgebook.config.parse import PromptFormat
-
-__all__ = ["as_chat_template", "render_prompt_format"]
+__all__ = ["as_chat_template", "read_prompt_format", "render_prompt_format"]
 
 Message = dict[str, Any]
+
+
+def read_prompt_format(folder: str | Path) -> PromptFormat | None:
+    """Read the prompt format that a checkpoint or model was trained with; None if it uses its chat template."""
+    path = Path(folder) / "prompt_format.yaml"
+    return PromptFormat(**yaml.safe_load(path.read_text())) if path.exists() else None
 
 
 def render_prompt_format(messages: list[Message], fmt: PromptFormat, for_generation: bool) -> str:

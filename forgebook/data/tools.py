@@ -25,13 +25,14 @@ from typing import Any
 
 from forgebook.errors import DataError
 
-__all__ = ["CALL_OPENINGS", "ToolCall", "calls_of_message", "read_tool_calls", "tools_as_text", "uses_tools"]
+__all__ = ["CALL_MARKS", "ToolCall", "calls_of_message", "read_tool_calls", "tools_as_text", "uses_tools"]
 
 Message = dict[str, Any]
 
 THINKING = re.compile(r"^.*?</think>", re.DOTALL)
 # What opens a call, up to its body. A call ends with its closing tag, the next call, or the end of the text.
-CALL_OPENINGS = re.compile(r"<tool_call>|\[TOOL_CALLS\]|<function=|<functioncall>|<\|python_tag\|>")
+CALL_MARKS = ("<tool_call>", "[TOOL_CALLS]", "<function=", "<functioncall>", "<|python_tag|>")
+CALL_MARK = re.compile("|".join(map(re.escape, CALL_MARKS)))
 BARE_CALL = re.compile(r'[\[{\s]*"(name|type|function)"\s*:')
 FUNCTION = re.compile(r"<function=([^>\s]+)>(.*?)</function>", re.DOTALL)
 PARAMETER = re.compile(r"<parameter=([^>\s]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
@@ -117,13 +118,13 @@ def read_tool_calls(text: str) -> list[ToolCall]:
     Raises DataError for an answer that opens a call in a form that cannot be read.
     """
     text = THINKING.sub("", text).strip()
-    if not CALL_OPENINGS.search(text):
+    if not CALL_MARK.search(text):
         is_bare = text.startswith(("{", "[{")) and BARE_CALL.match(text)
         return _json_calls(text) if is_bare else []
     if "<function=" in text:
         return [_tagged_call(name, body) for name, body in _not_empty(FUNCTION.findall(text), text)]
     calls: list[ToolCall] = []
-    for body in CALL_OPENINGS.split(text)[1:]:
+    for body in CALL_MARK.split(text)[1:]:
         named = NAME_AND_ARGS.fullmatch(body.strip())
         calls += [_call({"name": named[1], "arguments": _from_json(named[2])})] if named else _json_calls(body)
     return _not_empty(calls, text)

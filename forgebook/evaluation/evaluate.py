@@ -30,10 +30,10 @@ from forgebook.data.row_formats import Row
 from forgebook.data.tools import calls_of_message
 from forgebook.errors import ConfigError, DataError
 from forgebook.evaluation import logprobs, statistics, tool_accuracy
-from forgebook.evaluation.judge import Duel, Judge, judge_all
+from forgebook.evaluation.judge import AnswerPair, Judge, judge_all
 from forgebook.evaluation.results import Comparison, Evaluation, Score, as_read, exact_match, make_evaluation, said
 from forgebook.inference import generate
-from forgebook.inference.generate import Speaker
+from forgebook.inference.generate import LoadedModel
 from forgebook.models.tokenizer import locate
 from forgebook.runs import run as storage
 from forgebook.runs.run import Run
@@ -49,7 +49,7 @@ METRICS = {
 # Resamples for metrics of scikit-learn, which take a thousand times as long as a mean.
 CLASSIFIER_RESAMPLES = 999
 Tell = Callable[[str, int, int], None]
-Told = Iterator[tuple[str, Speaker]]
+Told = Iterator[tuple[str, LoadedModel]]
 
 
 def compare_with_base(run: Run, path: str | None = None, rows: int | None = None) -> Comparison:
@@ -122,10 +122,10 @@ def both_models(run: Run, checkpoint: str | None = None) -> Told:
     config = load_config(run.config)
     tuned = storage.find_checkpoint(str(run.folder), None if checkpoint == "best" else checkpoint)
     began = config.initial_adapter_model_ckpt_path or config.initial_base_model_ckpt_path or config.model_id
-    return zip(("base", "tuned"), _speakers([locate(began), str(tuned)], config), strict=True)
+    return zip(("base", "tuned"), _load_models([locate(began), str(tuned)], config), strict=True)
 
 
-def _speakers(sources: list[str], config: FinetuneConfig) -> Iterator[Speaker]:
+def _load_models(sources: list[str], config: FinetuneConfig) -> Iterator[LoadedModel]:
     """Load each model: with a base's weights held once where they share it, else one after the other."""
     has_own_tokens = config.classifier_config is not None
     if generate.base_of(sources[0]) == generate.base_of(sources[1]) and not has_own_tokens:
@@ -157,17 +157,17 @@ def _answers(
         raise DataError("no turn of the assistant follows a prompt in these rows, so there is nothing to ask")
     references = [said(one.reference) for one in asked]
     given = []
-    for name, speaker in told:
-        with speaker.active() as model:
+    for name, loaded in told:
+        with loaded.active() as model:
             given.append(
                 generate.complete(
-                    model, speaker.tokenizer, [one.messages for one in asked], prompt_format=speaker.prompt_format,
+                    model, loaded.tokenizer, [one.messages for one in asked], prompt_format=loaded.prompt_format,
                     tools=[one.tools for one in asked], keep_special=metric == "tool_calls",
-                    max_new_tokens=limit or _room(speaker.tokenizer, references),
+                    max_new_tokens=limit or _room(loaded.tokenizer, references),
                     on_progress=functools.partial(_tell, on_progress, name, len(asked)),
                 )
             )  # fmt: skip
-        del speaker, model
+        del loaded, model
     compared = Comparison([as_read(one.messages) for one in asked], references, *given)
     if metric == "judge":
         return _judged(asked, compared, judge, on_progress)
@@ -223,11 +223,11 @@ def _first_of_each(asked: list[_Asked], kinds: list[str | None], rows: int) -> l
 
 def _judged(asked: list[_Asked], compared: Comparison, judge: Judge, on_progress: Tell) -> Evaluation:
     answers = zip(compared.base, compared.tuned, compared.references, strict=True)
-    duels = [Duel(one.messages, *texts) for one, texts in zip(asked, answers, strict=True)]
-    won = judge_all(judge, duels, lambda done: on_progress("judge", done, len(duels)))
+    pairs = [AnswerPair(one.messages, *texts) for one, texts in zip(asked, answers, strict=True)]
+    won = judge_all(judge, pairs, lambda done: on_progress("judge", done, len(pairs)))
     counted = [points for points in won if points is not None]
     if not counted:
-        raise ConfigError(f"the judge {judge.model} gave no verdict on any of {len(duels)} pairs: take another model")
+        raise ConfigError(f"the judge {judge.model} gave no verdict on any of {len(pairs)} pairs: take another model")
     wins, losses = ([points > 0.5 for points in counted], [points < 0.5 for points in counted])
     rate = statistics.share(counted)
     # McNemar's test on wins and losses is the sign test; ties say nothing.
@@ -245,15 +245,15 @@ def _classification(held_out: list[Row], config: FinetuneConfig, told: Told, on_
     labels = list(config.classifier_config.label_tokens)
     truth = np.array([labels.index(row.messages[-1]["content"]) for row in held_out])
     found = []
-    for name, speaker in told:
-        with speaker.active() as model:
+    for name, loaded in told:
+        with loaded.active() as model:
             found.append(
                 logprobs.label_probabilities(
-                    model, speaker.tokenizer, held_out, labels, speaker.prompt_format,
+                    model, loaded.tokenizer, held_out, labels, loaded.prompt_format,
                     functools.partial(_tell, on_progress, name, len(held_out)),
                 )
             )  # fmt: skip
-        del speaker, model
+        del loaded, model
     picked = [probabilities.argmax(1) for probabilities in found]
     right = [one == truth for one in picked]
     made = [Score("accuracy", *map(statistics.share, right), statistics.compare_shares(*right))]
@@ -306,23 +306,23 @@ def _measured(held_out: list[Row], config: FinetuneConfig, told: Told, on_progre
     task = config.task if held_out[0].rejected is not None or held_out[0].text is not None else "instruction_tuning"
     task = "causal_lm" if config.task == "causal_lm" else task
     found = []
-    for name, speaker in told:
+    for name, loaded in told:
         recipe = dataclasses.replace(
-            tokenize.Recipe.of(config), task=task, prompt_format=speaker.prompt_format, labels=()
+            tokenize.Recipe.of(config), task=task, prompt_format=loaded.prompt_format, labels=()
         )
-        encoded = tokenize.encode_rows(held_out, speaker.tokenizer, recipe)
+        encoded = tokenize.encode_rows(held_out, loaded.tokenizer, recipe)
         if wrong := [str(one) for one in encoded if isinstance(one, DataError)]:
             raise DataError("\n".join(wrong[:10]))
         flat = [_cut(one, config.context_length) for row in encoded for one in row]
         owners = np.repeat(np.arange(len(encoded)), [len(row) for row in encoded])
-        with speaker.active() as model:
+        with loaded.active() as model:
             logs, tokens = logprobs.log_probabilities(
                 model,
-                speaker.tokenizer,
+                loaded.tokenizer,
                 flat,
                 on_progress=functools.partial(_tell, on_progress, name, len(flat)),
             )
-        del speaker, model
+        del loaded, model
         if task != "preference_tuning":
             # Several encodings of one row (expanded turns) are one row: they are resampled together.
             logs, tokens = (np.bincount(owners, column) for column in (logs, tokens))

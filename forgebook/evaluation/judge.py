@@ -1,7 +1,7 @@
 """A language model as judge: which of two answers is better, asked of any OpenAI-compatible endpoint.
 
     judge = Judge("gpt-5-mini")                                  or base_url="http://localhost:8000/v1"
-    verdicts = judge_all(judge, [Duel(conversation, base_answer, tuned_answer, reference), ...])
+    verdicts = judge_all(judge, [AnswerPair(conversation, base_answer, tuned_answer, reference), ...])
 
 Judges favour the answer they read first, so each pair is judged twice, once in each order; what one order says and
 the other does not is half a win.
@@ -18,7 +18,7 @@ from typing import Any
 
 from forgebook.errors import ConfigError, ResourceError
 
-__all__ = ["Duel", "Judge", "judge_all"]
+__all__ = ["AnswerPair", "Judge", "judge_all"]
 
 INSTRUCTIONS = """\
 You compare two answers to the last message of a conversation. Judge what they say: whether it is right, whether it
@@ -43,7 +43,7 @@ class Judge:
 
 
 @dataclass(frozen=True)
-class Duel:
+class AnswerPair:
     """Two answers to one conversation; reference: a right answer, if there is one."""
 
     messages: list[dict[str, Any]]
@@ -53,9 +53,9 @@ class Duel:
 
 
 def judge_all(
-    judge: Judge, duels: list[Duel], on_progress: Callable[[int], None] = lambda done: None
+    judge: Judge, pairs: list[AnswerPair], on_progress: Callable[[int], None] = lambda done: None
 ) -> list[float | None]:
-    """Judge each duel in both orders, several at once.
+    """Judge each pair in both orders, several at once.
 
     Returns for each what the tuned answer won: 1, 0, or between them for ties and verdicts that depend on the
     order; None where the judge gave no verdict in either order.
@@ -71,7 +71,7 @@ def judge_all(
             "metric=judge needs a key in OPENAI_API_KEY (any text will do for an endpoint that asks for none)"
         )
     client = openai.OpenAI(base_url=judge.base_url, max_retries=5)  # it waits longer before each retry
-    asked = [(duel, is_swapped) for duel in duels for is_swapped in (False, True)]
+    asked = [(pair, is_swapped) for pair in pairs for is_swapped in (False, True)]
     won = []
     try:
         with ThreadPoolExecutor(AT_ONCE) as pool:
@@ -87,7 +87,7 @@ def judge_all(
     return [sum(pair) / len(pair) if pair else None for pair in pairs]
 
 
-def _points(client, model: str, duel: Duel, is_swapped: bool) -> float | None:
+def _points(client, model: str, pair: AnswerPair, is_swapped: bool) -> float | None:
     """Ask once; return what the tuned answer won, None without a verdict. A is the base's answer unless swapped."""
     import openai
 
@@ -95,7 +95,7 @@ def _points(client, model: str, duel: Duel, is_swapped: bool) -> float | None:
         "model": model,
         "messages": [
             {"role": "system", "content": INSTRUCTIONS},
-            {"role": "user", "content": _question(duel, is_swapped)},
+            {"role": "user", "content": _question(pair, is_swapped)},
         ],
     }
     try:
@@ -111,8 +111,8 @@ def _points(client, model: str, duel: Duel, is_swapped: bool) -> float | None:
     return 0.5 if verdict == "TIE" else float(verdict == ("A" if is_swapped else "B"))
 
 
-def _question(duel: Duel, is_swapped: bool) -> str:
-    first, second = (duel.tuned, duel.base) if is_swapped else (duel.base, duel.tuned)
-    spoken = "\n\n".join(f"[{message['role']}]\n{message['content']}" for message in duel.messages)
-    right = f"\n\n# A right answer, for comparison\n{duel.reference}" if duel.reference else ""
+def _question(pair: AnswerPair, is_swapped: bool) -> str:
+    first, second = (pair.tuned, pair.base) if is_swapped else (pair.base, pair.tuned)
+    spoken = "\n\n".join(f"[{message['role']}]\n{message['content']}" for message in pair.messages)
+    right = f"\n\n# A right answer, for comparison\n{pair.reference}" if pair.reference else ""
     return f"# Conversation\n{spoken}{right}\n\n# Answer A\n{first}\n\n# Answer B\n{second}"

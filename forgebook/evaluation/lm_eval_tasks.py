@@ -14,13 +14,13 @@ import numpy as np
 from forgebook.errors import ConfigError
 from forgebook.evaluation import statistics
 from forgebook.evaluation.results import Score
-from forgebook.inference.generate import Speaker
+from forgebook.inference.generate import LoadedModel
 
 __all__ = ["run_tasks"]
 
 
 def run_tasks(
-    told: Iterator[tuple[str, Speaker]], tasks: list[str], folder: str | None = None, rows: int | None = None
+    told: Iterator[tuple[str, LoadedModel]], tasks: list[str], folder: str | None = None, rows: int | None = None
 ) -> list[Score]:
     """Run tasks on the base and the tuned model.
 
@@ -40,16 +40,16 @@ def run_tasks(
     if unknown := [task for task in tasks if not manager.match_tasks([task])]:
         raise ConfigError(f"lm_eval: no task {', '.join(unknown)}: `lm-eval ls tasks` lists them")
     found = []
-    for _, speaker in told:
-        if speaker.prompt_format is not None:
+    for _, loaded in told:
+        if loaded.prompt_format is not None:
             raise ConfigError("lm_eval= prompts by chat templates, and this model was trained with a prompt_format")
-        with speaker.active() as model:
+        with loaded.active() as model:
             result = lm_eval.simple_evaluate(
-                model=HFLM(pretrained=model, tokenizer=speaker.tokenizer, batch_size=8), tasks=tasks, limit=rows,
+                model=HFLM(pretrained=model, tokenizer=loaded.tokenizer, batch_size=8), tasks=tasks, limit=rows,
                 task_manager=manager, apply_chat_template=True, log_samples=True, bootstrap_iters=0,
             )  # fmt: skip
         found.append(result["samples"])
-        del speaker, model
+        del loaded, model
     before, after = (_by_filter(samples) for samples in found)
     return [
         _score(f"{name} {metric}", metric, before[name], after[name])

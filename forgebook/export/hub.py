@@ -1,37 +1,27 @@
-"""A run's model for others: on the Hugging Face hub with a card that says what it is, or as a GGUF file.
+"""A run's best checkpoint on the Hugging Face hub, with a model card.
 
-push(run, "owner/name")             the best checkpoint, as one commit
+push_to_hub(run, "owner/name")      as one commit
 model_card(run, ...)                its README.md
-export_gguf(source, out, kind)      through llama.cpp's converter
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from forgebook.config.parse import load_config
-from forgebook.errors import ConfigError, ModelError, StorageError
+from forgebook.errors import ConfigError, StorageError
 from forgebook.models.tokenizer import locate
 from forgebook.runs import atomic, object_store, registry
 from forgebook.runs.run import Run, best_checkpoint
 
-__all__ = ["GGUF_TYPES", "export_gguf", "model_card", "push"]
-
-GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "tq1_0", "tq2_0", "auto")
-CONVERTER = "convert_hf_to_gguf.py"
+__all__ = ["model_card", "push_to_hub"]
 
 
-# The hub ----------------------------------------------------------------------------------------------
-
-
-def push(run: Run, repo_id: str, private: bool = False, base: str | None = None) -> str:
+def push_to_hub(run: Run, repo_id: str, private: bool = False, base: str | None = None) -> str:
     """Upload a run's best checkpoint and a model card to the hub of HF_ENDPOINT; return its address.
 
     base: the hub id of the base model, for an adapter that was trained on a local copy of it. The token is HF_TOKEN, or
@@ -165,45 +155,3 @@ def _replace(path: Path, text: str) -> None:
 
 def _first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-# GGUF -------------------------------------------------------------------------------------------------
-
-
-def export_gguf(source: Path, out: Path, kind: str = "q8_0") -> Path:
-    """Convert a folder of full weights to one GGUF file with llama.cpp's own converter.
-
-    source: a merged model, or a checkpoint of a full-parameter run. kind: the type of its tensors, of GGUF_TYPES.
-
-    Raises ModelError for an adapter, ConfigError if llama.cpp is not here; the file is complete or absent.
-    """
-    if kind not in GGUF_TYPES:
-        raise ConfigError(f"export: type must be one of {', '.join(GGUF_TYPES)}, got {kind!r}")
-    if (source / "adapter_config.json").exists():
-        raise ModelError(
-            f"{source} is an adapter, and a GGUF file holds a whole model: merge it first "
-            "(python main.py merge RUN FOLDER), then export FOLDER"
-        )
-    if not (source / "config.json").exists():
-        raise ModelError(f"{source} holds no model (no config.json)")
-    converter = _find_converter()
-    with atomic.atomic_file(out.expanduser().resolve()) as temporary:
-        command = [sys.executable, str(converter), str(source), "--outfile", str(temporary), "--outtype", kind]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode or not temporary.exists():
-            said = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
-            raise ModelError(f"{converter} could not convert {source}: {said[-1] if said else 'it wrote no file'}")
-    return out
-
-
-def _find_converter() -> Path:
-    """Find llama.cpp's converter in $LLAMA_CPP or on the PATH."""
-    folder = os.environ.get("LLAMA_CPP")
-    if folder and (Path(folder).expanduser() / CONVERTER).is_file():
-        return Path(folder).expanduser() / CONVERTER
-    if found := shutil.which(CONVERTER):
-        return Path(found)
-    raise ConfigError(
-        f"export needs llama.cpp's {CONVERTER}, which is not {f'in {folder}' if folder else 'on the PATH'}: git clone "
-        "https://github.com/ggml-org/llama.cpp, pip install gguf, and set LLAMA_CPP to the folder"
-    )

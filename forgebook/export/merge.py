@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from forgebook.config.parse import PromptFormat, load_config
 from forgebook.data import masking, tokenize
-from forgebook.data.prompt_formats import as_chat_template
+from forgebook.data.prompt_formats import as_chat_template, read_prompt_format
 from forgebook.errors import CheckpointError, ConfigError, DataError, ModelError, StorageError
 from forgebook.inference.generate import load_for_generation
 from forgebook.models import adapters, load
@@ -227,9 +226,8 @@ def _write(model, folder: Path, out: Path) -> None:
 
 def _write_template(out: Path) -> None:
     """Write the prompt format that a model was trained with as its chat template, for all who know no other thing."""
-    saved = out / "prompt_format.yaml"
-    if saved.exists():
-        prompt_format = PromptFormat(**yaml.safe_load(saved.read_text()))
+    prompt_format = read_prompt_format(out)
+    if prompt_format is not None:
         (out / "chat_template.jinja").write_text(as_chat_template(prompt_format))
 
 
@@ -238,8 +236,7 @@ def _write_template(out: Path) -> None:
 
 def _compared_rows(folder: Path, tokenizer) -> tuple[list[tuple[list[int], list[int]]], str]:
     """Choose rows and the tokens in them whose predictions are compared; say where they come from."""
-    saved = folder / "prompt_format.yaml"
-    prompt_format = PromptFormat(**yaml.safe_load(saved.read_text())) if saved.exists() else None
+    prompt_format = read_prompt_format(folder)
     encoded, of = _validation_rows(folder, tokenizer, prompt_format), "rows of the run's validation file"
     if not encoded:
         of = "built-in prompts"

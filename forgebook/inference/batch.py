@@ -10,7 +10,6 @@ the prompt's number, "reference" the answer that its file gave, "by" the model a
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -19,17 +18,17 @@ from pathlib import Path
 from typing import Any
 
 from forgebook.data import tokenize
-from forgebook.errors import ConfigError, DataError, ModelError, ResourceError, StorageError
+from forgebook.errors import DataError, ResourceError, StorageError
 from forgebook.inference import generate
-from forgebook.inference.generate import Sampling
-from forgebook.models.vllm_support import VLLM_RANK, vllm_serves
+from forgebook.inference.sampling import Sampling, prompt_seed
+from forgebook.models import adapters
+from forgebook.models.vllm_support import choose_engine, vllm_max_rank, vllm_serves
 from forgebook.runs import atomic
 
-__all__ = ["ENGINES", "Prompt", "answer", "choose_engine", "read_prompts", "write_answers"]
+__all__ = ["Prompt", "answer", "engine_for", "read_prompts", "write_answers"]
 
-ENGINES = ("auto", "transformers", "vllm")
-# vLLM takes about a minute to start: it is chosen by itself only for more prompts than this.
-WORTH_VLLM = 100
+# vLLM takes about a minute to start: engine=auto chooses it only for more prompts than this.
+MIN_PROMPTS_FOR_VLLM = 100
 # vLLM batches by itself; so many prompts are handed to it at once, then written.
 VLLM_CHUNK = 1_000
 # Batches per task of a Ray worker: enough to sort by length, few enough to lose little with a worker.
@@ -58,36 +57,30 @@ def read_prompts(path: str, rows: int | None = None) -> list[Prompt]:
     return asked
 
 
-def choose_engine(engine: str, source: str, count: int) -> str:
+def engine_for(requested: str, source: str, count: int) -> str:
     """Choose what answers `count` prompts: vLLM where it is installed, can load the model and is worth its start.
 
-    Raises ConfigError for an engine that is not there.
+    Raises ConfigError for an unknown engine, and for engine=vllm where vLLM is missing or cannot.
     """
-    if engine not in ENGINES:
-        raise ConfigError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}")
-    is_there = importlib.util.find_spec("vllm") is not None
-    if engine == "vllm" and not is_there:
-        raise ConfigError("engine=vllm: vllm is not installed: pip install vllm (its version: requirements-gpu.txt), "
-                          "or take engine=transformers")  # fmt: skip
-    if engine == "vllm" and (reason := _refused_by_vllm(source)):
-        raise ModelError(f"engine=vllm cannot load {source}: {reason}: take engine=transformers")
-    if engine != "auto":
-        return engine
+    is_worth_it = count > MIN_PROMPTS_FOR_VLLM and _has_gpu()
+    return choose_engine(requested, lambda: _obstacle_for_vllm(source), is_worth_it)
+
+
+def _has_gpu() -> bool:
     import torch
 
-    is_worth_it = is_there and torch.cuda.is_available() and count > WORTH_VLLM and not _refused_by_vllm(source)
-    return "vllm" if is_worth_it else "transformers"
+    return torch.cuda.is_available()
 
 
-def _refused_by_vllm(source: str) -> str:
-    settings = Path(source) / "adapter_config.json"
-    if not settings.exists():
-        return ""
-    overrides = generate.base_of(source)[1]
+def _obstacle_for_vllm(source: str) -> str | None:
+    lora_config = adapters.read_lora_config(source)
+    if lora_config is None:
+        return None
+    overrides = adapters.read_overrides(source)
     if overrides:
-        return f"its base was made with {', '.join(overrides)}"
-    verdict = vllm_serves(json.loads(settings.read_text()))
-    return "" if verdict == "yes" else verdict.removeprefix("no: ")
+        return f"its base was loaded with {', '.join(overrides)} in training"
+    verdict = vllm_serves(lora_config)
+    return None if verdict == "yes" else verdict.removeprefix("no: ")
 
 
 # Answering --------------------------------------------------------------------------------------------
@@ -100,7 +93,7 @@ def answer(
 
     num_devices: 0 answers in this process; else as many Ray workers, each with a GPU if the cluster has any.
     """
-    engine = choose_engine(engine, source, len(asked))
+    engine = engine_for(engine, source, len(asked))
     if num_devices:
         yield from _with_ray(source, asked, sampling, engine, num_devices)
     else:
@@ -111,13 +104,13 @@ def _answerer(source: str, sampling: Sampling, engine: str) -> Callable[[list[Pr
     """Load a model; return what answers prompts with it."""
     if engine == "vllm":
         return _with_vllm(source, sampling)
-    [speaker] = generate.load_together([source])
+    [loaded] = generate.load_together([source])
 
     def answered(asked: list[Prompt]) -> Iterator[tuple[int, str]]:
-        with speaker.active() as model:
+        with loaded.active() as model:
             for k, text in generate.answer_in_batches(
-                model, speaker.tokenizer, [one.messages for one in asked], sampling,
-                prompt_format=speaker.prompt_format, tools=[one.tools for one in asked],
+                model, loaded.tokenizer, [one.messages for one in asked], sampling,
+                prompt_format=loaded.prompt_format, tools=[one.tools for one in asked],
                 numbers=[one.number for one in asked],
             ):  # fmt: skip
                 yield asked[k].number, text
@@ -134,12 +127,10 @@ def _with_vllm(source: str, sampling: Sampling):
 
     base, _ = generate.base_of(source)
     ends, tokenizer, prompt_format = generate.load_ends(source)
-    settings = Path(source) / "adapter_config.json"
     adapter, options = None, {}
-    if settings.exists():
-        rank = json.loads(settings.read_text())["r"]
-        ranks = [allowed for allowed in (8, 16, 32, 64, 128, 256, 320, VLLM_RANK) if allowed >= rank]
-        adapter, options = LoRARequest("adapter", 1, source), {"enable_lora": True, "max_lora_rank": ranks[0]}
+    if lora_config := adapters.read_lora_config(source):
+        adapter = LoRARequest("adapter", 1, source)
+        options = {"enable_lora": True, "max_lora_rank": vllm_max_rank([lora_config])}
     engine = LLM(model=base, tokenizer=source, **options)
 
     def answered(asked: list[Prompt]) -> Iterator[tuple[int, str]]:
@@ -152,7 +143,7 @@ def _with_vllm(source: str, sampling: Sampling):
             wanted = [
                 SamplingParams(
                     temperature=sampling.temperature, top_p=sampling.top_p, max_tokens=sampling.max_new_tokens,
-                    seed=generate.seed_of(sampling, one.number), stop=ends.stop_strings,
+                    seed=prompt_seed(sampling.seed, one.number), stop=ends.stop_strings,
                     stop_token_ids=ends.eos_token_id,
                 )
                 for one in part

@@ -1,4 +1,4 @@
-"""A conversation in the terminal: answers appear as they are written, and the model sees all that was said.
+"""A conversation in the terminal: answers appear as they are generated, and the model sees the whole conversation.
 
 /reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C cuts an answer off.
 """
@@ -10,66 +10,63 @@ import sys
 
 from forgebook.errors import DataError
 from forgebook.inference import generate
-from forgebook.inference.generate import Sampling, Speaker
+from forgebook.inference.generate import LoadedModel
+from forgebook.inference.sampling import Sampling, StopStrings
 
 __all__ = ["chat"]
 
 
-def chat(speaker: Speaker, sampling: Sampling, system: str | None = None) -> None:
-    """Talk with a model on the standard streams until the person ends it."""
-    is_person = sys.stdin.isatty()
-    if is_person:
+def chat(loaded: LoadedModel, sampling: Sampling, system: str | None = None) -> None:
+    """Hold a conversation with a model on the standard streams until the user ends it."""
+    is_terminal = sys.stdin.isatty()
+    if is_terminal:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (arrow keys and history for input())
         print("/reset forgets the conversation, /exit ends it")
     start = [{"role": "system", "content": system}] if system else []
     messages = list(start)
-    with speaker.active() as model:
+    with loaded.active() as model:
         while True:
             try:
-                said = input("> " if is_person else "").strip()
+                line = input("> " if is_terminal else "").strip()
             except (EOFError, KeyboardInterrupt):
                 print()
                 return
-            if said == "/exit":
+            if line == "/exit":
                 return
-            if said == "/reset":
+            if line == "/reset":
                 messages = list(start)
-                print("(forgotten)")
-            elif said:
-                messages.append({"role": "user", "content": said})
-                answer = _answer(model, speaker, messages, sampling)
-                # What was not answered was not said.
-                messages = (
-                    [*messages, {"role": "assistant", "content": answer}] if answer is not None else messages[:-1]
-                )
+                print("(conversation forgotten)")
+            elif line:
+                messages.append({"role": "user", "content": line})
+                answer = _answer(model, loaded, messages, sampling)
+                if answer is None:  # a turn without an answer is no part of the conversation
+                    messages.pop()
+                else:
+                    messages.append({"role": "assistant", "content": answer})
 
 
-def _answer(model, speaker: Speaker, messages: list[dict], sampling: Sampling) -> str | None:
-    """Write one answer to the terminal and return it; None if it was cut off or could not be asked."""
+def _answer(model, loaded: LoadedModel, messages: list[dict], sampling: Sampling) -> str | None:
+    """Write one answer to the terminal and return it; None if it was cut off or the prompt was rejected."""
     from transformers import TextStreamer
 
     class Screen(TextStreamer):
-        """Print text as it comes, but what may be the begin of a stop string, until it is clear that it is not."""
+        """Print text as it comes, except what is or may be beginning a stop string."""
 
-        held = ""
+        text, printed = "", 0
 
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            self.held += text
-            keep = 0 if stream_end else _begun(self.held, stops)
-            shown = self.held[: len(self.held) - keep]
-            for stop in stops:
-                shown = shown.partition(stop)[0]
-            print(shown, end="\n" if stream_end else "", flush=True)
-            self.held = self.held[len(self.held) - keep :] if keep else ""
+            self.text += text
+            shown = stops.cut(self.text) if stream_end else self.text[: stops.settled(self.text)]
+            print(shown[self.printed :], end="\n" if stream_end else "", flush=True)
+            self.printed = len(shown)
 
-    stops = speaker.generation_config.stop_strings or []
-    screen = Screen(speaker.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    stops = StopStrings(loaded.generation_config.stop_strings or ())
+    screen = Screen(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
     try:
         [(_, answer)] = generate.answer_in_batches(
-            model, speaker.tokenizer, [messages], sampling,
-            prompt_format=speaker.prompt_format, numbers=[len(messages)], streamer=screen,
-        )  # fmt: skip
+            model, loaded.tokenizer, [messages], sampling, prompt_format=loaded.prompt_format, streamer=screen
+        )
     except KeyboardInterrupt:
         print(" (cut off)")
         return None
@@ -77,10 +74,3 @@ def _answer(model, speaker: Speaker, messages: list[dict], sampling: Sampling) -
         print(f"({error})")
         return None
     return answer
-
-
-def _begun(text: str, stops: list[str]) -> int:
-    """Count the characters at the end of a text that may be the begin of a stop string."""
-    longest = max(map(len, stops), default=0)
-    ends = (count for count in range(min(longest, len(text)), 0, -1))
-    return next((count for count in ends if any(stop.startswith(text[-count:]) for stop in stops)), 0)

@@ -12,24 +12,22 @@ closes a turn in the template, and the `stopping_sequences` of the run's config.
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from forgebook.config.parse import FinetuneConfig, PromptFormat, load_config
 from forgebook.data import chat_template, masking, special_tokens
-from forgebook.errors import ConfigError, DataError, ModelError, ResourceError
+from forgebook.data.prompt_formats import read_prompt_format
+from forgebook.errors import DataError, ModelError, ResourceError
+from forgebook.inference.sampling import Sampler, Sampling, StopStrings, TokenSampling, prompt_seed
 from forgebook.models import adapters, load
 from forgebook.models.tokenizer import load_tokenizer, locate
 from forgebook.runs import download, object_store, run
 
 __all__ = [
-    "Sampling",
-    "Speaker",
+    "LoadedModel",
     "answer_in_batches",
     "base_of",
     "complete",
@@ -37,38 +35,12 @@ __all__ = [
     "load_ends",
     "load_for_generation",
     "load_together",
-    "seed_of",
 ]
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How answers are written: the most likely token each time, or drawn.
-
-    temperature: 0 is greedy; top_p: draw among the likeliest tokens that hold this share of the probability.
-    seed: the same seed gives a prompt the same answer, whatever prompts are beside it.
-    batch_size: prompts at a time; it changes no answer, only memory and speed.
-    """
-
-    max_new_tokens: int = 128
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-    batch_size: int = 32
-
-    def __post_init__(self):
-        if self.temperature < 0:
-            raise ConfigError(f"temperature must be 0 (greedy) or more, got {self.temperature:g}")
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p must be above 0 and at most 1, got {self.top_p:g}")
-        for name in ("max_new_tokens", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be 1 or more, got {getattr(self, name)}")
-
-
-@dataclass(frozen=True)
-class Speaker:
-    """One of several models that share the weights of a base; `active()` lends the model while it speaks as this one.
+class LoadedModel:
+    """One of several models that share the weights of a base; `active()` switches the shared weights to it.
 
     adapter: the name of its adapter on the model; None is the base itself. generation_config: what ends its answers.
     """
@@ -81,7 +53,7 @@ class Speaker:
 
     @contextlib.contextmanager
     def active(self) -> Iterator[Any]:
-        """Switch the shared model to this speaker for the length of a block."""
+        """Yield the shared model, switched to this one for the length of a block."""
         has_adapters = hasattr(self.model, "peft_config")
         inner = self.model.get_base_model() if has_adapters else self.model
         inner.generation_config = self.generation_config
@@ -110,10 +82,10 @@ def find_model(name: str, checkpoint: str | None = None) -> str:
 
 def base_of(source: str | Path) -> tuple[str, dict[str, Any]]:
     """Tell on which base a checkpoint stands, and how that was made for it (RoPE scaling, quantization)."""
-    settings = Path(source) / "adapter_config.json"
-    if not settings.exists():
+    lora_config = adapters.read_lora_config(source)
+    if lora_config is None:
         return str(source), {}
-    return json.loads(settings.read_text())["base_model_name_or_path"], adapters.read_overrides(source)
+    return lora_config["base_model_name_or_path"], adapters.read_overrides(source)
 
 
 def load_for_generation(source: str | Path, dtype: str | None = None):
@@ -130,7 +102,7 @@ def load_for_generation(source: str | Path, dtype: str | None = None):
 
 def load_together(
     sources: Sequence[str | Path], dtype: str | None = None, config: FinetuneConfig | None = None
-) -> list[Speaker]:
+) -> list[LoadedModel]:
     """Load several adapters of one base, and the base itself if it is among them, with its weights held once.
 
     config: whose dtype, prompt format and stopping sequences hold for sources that lie in no run.
@@ -152,19 +124,19 @@ def load_together(
         model.resize_token_embeddings(sizes.pop())  # a classifier's labels; their rows are in the adapter
     names = []
     for source in sources:
-        is_adapter = (Path(source) / "adapter_config.json").exists()
+        is_adapter = adapters.read_lora_config(source) is not None
         names.append(("default" if not any(names) else f"adapter-{len(names)}") if is_adapter else None)
         if is_adapter:
             model = _with_adapter(model, str(source), names[-1])
     model.eval()
-    speakers = []
+    models = []
     for source, name, tokenizer in zip(sources, names, tokenizers, strict=True):
         tokenizer.padding_side = "left"
         of_run = _run_config(source) or config
-        prompt_format = _prompt_format(Path(source)) or (of_run and of_run.generation_config.prompt_format)
+        prompt_format = read_prompt_format(source) or (of_run and of_run.generation_config.prompt_format)
         ends = _generation_config(source, model.generation_config, tokenizer, prompt_format, of_run)
-        speakers.append(Speaker(model, tokenizer, prompt_format, name, ends))
-    return speakers
+        models.append(LoadedModel(model, tokenizer, prompt_format, name, ends))
+    return models
 
 
 def _with_adapter(model, folder: str, name: str):
@@ -188,18 +160,13 @@ def _dtype_of(sources: Sequence[str | Path], config: FinetuneConfig | None) -> s
     return next((config.dtype for config in configs if config is not None), "bfloat16")
 
 
-def _prompt_format(folder: Path) -> PromptFormat | None:
-    saved = folder / "prompt_format.yaml"
-    return PromptFormat(**yaml.safe_load(saved.read_text())) if saved.exists() else None
-
-
 # What ends an answer ----------------------------------------------------------------------------------
 
 
 def load_ends(source: str):
     """Load what prompts and ends a model's answers, without the model: generation config, tokenizer, prompt format."""
     tokenizer, config = load_tokenizer(source), _run_config(source)
-    prompt_format = _prompt_format(Path(source)) or (config and config.generation_config.prompt_format)
+    prompt_format = read_prompt_format(source) or (config and config.generation_config.prompt_format)
     return _generation_config(source, None, tokenizer, prompt_format, config), tokenizer, prompt_format
 
 
@@ -303,13 +270,23 @@ def answer_in_batches(
     for start in range(0, len(order), sampling.batch_size):
         part = order[start : start + sampling.batch_size]
         batch = tokenizer.pad({"input_ids": [encoded[k] for k in part]}, return_tensors="pt").to(model.device)
-        drawn = [_Drawn(sampling, [numbers[k] for k in part], model.device)] if sampling.temperature else []
+        seeds = [prompt_seed(sampling.seed, numbers[k]) for k in part]
+        sampler = Sampler(
+            [TokenSampling(sampling.temperature, sampling.top_p, seed=seed) for seed in seeds], model.device
+        )
         try:
             with torch.inference_mode():
                 output = model.generate(
-                    **batch, max_new_tokens=sampling.max_new_tokens, do_sample=False, logits_processor=drawn,
-                    streamer=streamer, temperature=None, top_p=None, top_k=None, **reads_text,
-                )  # fmt: skip
+                    **batch,
+                    max_new_tokens=sampling.max_new_tokens,
+                    do_sample=False,
+                    temperature=None,
+                    top_p=None,
+                    top_k=None,
+                    logits_processor=[sampler],
+                    streamer=streamer,
+                    **reads_text,
+                )
         except torch.OutOfMemoryError:
             raise ResourceError(
                 f"the GPU has too little memory for {len(part)} prompts of {batch['input_ids'].shape[1]} tokens: "
@@ -323,36 +300,4 @@ def _text(ids: list[int], ends, tokenizer, keep_special: bool) -> str:
     """Decode an answer up to what ends it."""
     closing = {*ends.eos_token_id, tokenizer.pad_token_id} if isinstance(ends.eos_token_id, list) else set()
     stop = next((k for k, token in enumerate(ids) if token in closing), len(ids))
-    text = tokenizer.decode(ids[:stop], skip_special_tokens=not keep_special)
-    places = [text.find(stop) for stop in ends.stop_strings or [] if stop in text]
-    return text[: min(places)] if places else text
-
-
-def seed_of(sampling: Sampling, number: int) -> int:
-    """Make the seed of one prompt of a set, another for each."""
-    return hash((sampling.seed, number)) % 2**63  # of whole numbers Python's hash is the same everywhere
-
-
-class _Drawn:
-    """Make a greedy choice a draw: each row from random numbers of its own, so that no other row changes it.
-
-    The largest of p / e, with e drawn from the exponential distribution, is token k with probability p[k].
-    """
-
-    def __init__(self, sampling: Sampling, numbers: list[int], device):
-        import torch
-
-        self.sampling = sampling
-        self.generators = [torch.Generator(device).manual_seed(seed_of(sampling, number)) for number in numbers]
-
-    def __call__(self, input_ids, scores):
-        import torch
-
-        chances = torch.softmax(scores.float() / self.sampling.temperature, dim=-1)
-        if self.sampling.top_p < 1:
-            ranked, places = chances.sort(dim=-1, descending=True)
-            before = ranked.cumsum(-1) - ranked
-            ranked[before >= self.sampling.top_p] = 0
-            chances = torch.zeros_like(chances).scatter(-1, places, ranked)
-        noise = torch.stack([torch.empty_like(chances[0]).exponential_(generator=one) for one in self.generators])
-        return (chances / noise).log()
+    return StopStrings(ends.stop_strings or ()).cut(tokenizer.decode(ids[:stop], skip_special_tokens=not keep_special))

@@ -1,7 +1,7 @@
-"""OpenAI's chat completions: a request's body checked and encoded as in training; an answer in OpenAI's form.
+"""OpenAI's chat completions: request bodies checked and encoded as in training, answers in OpenAI's format.
 
-What would change the answer and is not done here (n above 1, log-probabilities, penalties, JSON schemas) is refused
-rather than ignored; what changes nothing (user, metadata) is accepted.
+A parameter that would change the answer and is not supported (n above 1, log-probabilities, penalties, JSON schemas)
+is rejected rather than ignored; one that changes nothing (user, metadata) is accepted.
 """
 
 from __future__ import annotations
@@ -15,19 +15,28 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from forgebook.data import masking
 from forgebook.data.row_formats import parse_row
-from forgebook.data.tools import CALL_OPENINGS, read_tool_calls
+from forgebook.data.tools import CALL_MARKS, read_tool_calls
 from forgebook.errors import DataError
+from forgebook.inference.sampling import StopStrings, TokenSampling, prompt_seed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from forgebook.inference.engine import Ask, Job, Served
+    from forgebook.inference.engine import GenerationRequest, Job, ServedModel
 
-__all__ = ["SIGNS", "ChatRequest", "Pieces", "Refusal", "as_ask", "completion", "list_models", "read_request"]
+__all__ = [
+    "ApiError",
+    "ChatRequest",
+    "ChunkWriter",
+    "completion_object",
+    "engine_request",
+    "model_objects",
+    "read_request",
+]
 
 
-class Refusal(Exception):
-    """Answer a request with an error: its status, sentence, the parameter at fault and a code."""
+class ApiError(Exception):
+    """Answer a request with an error: HTTP status, message, the parameter at fault and OpenAI's code."""
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
         super().__init__(message)
@@ -39,10 +48,9 @@ class Refusal(Exception):
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
 
-# What opens a call in a text: what tools.CALL_OPENINGS finds, to know it by its beginning too.
-SIGNS = ("<tool_call>", "[TOOL_CALLS]", "<function=", "<functioncall>", "<|python_tag|>")
+CALL_STARTS = StopStrings(CALL_MARKS)
 
-Nothing = Annotated[float, Field(ge=0, le=0)] | None
+Zero = Annotated[float, Field(ge=0, le=0)] | None
 
 
 class ChatRequest(BaseModel):
@@ -63,16 +71,16 @@ class ChatRequest(BaseModel):
     stop: str | Annotated[list[str], Field(max_length=16)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
 
-    # Only as they are by default.
+    # Accepted with their default values only.
     n: Annotated[int, Field(ge=1, le=1)] | None = None
-    presence_penalty: Nothing = None
-    frequency_penalty: Nothing = None
+    presence_penalty: Zero = None
+    frequency_penalty: Zero = None
     logprobs: Literal[False] | None = None
-    top_logprobs: Nothing = None
+    top_logprobs: Zero = None
     logit_bias: Annotated[dict, Field(max_length=0)] | None = None
     response_format: dict[Literal["type"], Literal["text"]] | None = None
 
-    # Change no answer.
+    # These change no answer.
     user: Any = None
     metadata: Any = None
     store: Any = None
@@ -83,71 +91,79 @@ class ChatRequest(BaseModel):
 
     @property
     def offered_tools(self) -> list[Any] | None:
-        """Name the tools that the prompt lists."""
+        """The tools that the prompt lists."""
         return None if self.tool_choice == "none" else self.tools or None
 
 
 def read_request(body: bytes) -> ChatRequest:
-    """Check a body; raise Refusal (400) with the field that is wrong."""
+    """Check a request's body. Raises ApiError (400) that names the parameter at fault."""
     try:
         raw = json.loads(body)
         # Half a surrogate pair is valid JSON and no text.
         json.dumps(raw, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
-        raise Refusal(400, f"the body is not valid JSON in UTF-8: {type(error).__name__}: {error}") from None
+        raise ApiError(400, f"the body is not valid JSON in UTF-8: {type(error).__name__}: {error}") from None
     if not isinstance(raw, dict):
-        raise Refusal(400, f"the body must be a JSON object, got {type(raw).__name__}")
+        raise ApiError(400, f"the body must be a JSON object, got {type(raw).__name__}")
     try:
         return ChatRequest.model_validate(raw)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         param = str(first["loc"][0]) if first["loc"] else None
         if first["type"] == "extra_forbidden":
-            raise Refusal(400, f"unrecognized request argument: {param}", param, "unknown_parameter") from None
-        raise Refusal(400, f"{'.'.join(map(str, first['loc']))}: {first['msg']}", param, "invalid_value") from None
+            raise ApiError(400, f"unrecognized request argument: {param}", param, "unknown_parameter") from None
+        raise ApiError(400, f"{'.'.join(map(str, first['loc']))}: {first['msg']}", param, "invalid_value") from None
 
 
-def as_ask(request: ChatRequest, models: Mapping[str, Served]) -> Ask:
-    """Encode a request's conversation exactly as a training row's; raise Refusal (404, 400)."""
-    from forgebook.inference.engine import Ask
+def engine_request(request: ChatRequest, models: Mapping[str, ServedModel]) -> GenerationRequest:
+    """Encode a request's conversation exactly as a training example's. Raises ApiError (404, 400)."""
+    from forgebook.inference.engine import GenerationRequest
 
     if request.model not in models:
-        raise Refusal(
+        raise ApiError(
             404, f"the model {request.model!r} is not served here: {', '.join(models)}", "model", "model_not_found"
         )
     served = models[request.model]
+    loaded = served.loaded
     try:
         row, _ = parse_row({"messages": request.messages, "tools": request.offered_tools}, "request", "causal_lm")
-        speaker = served.speaker
-        ids = masking.encode_prompt(row.messages, speaker.tokenizer, speaker.prompt_format, row.tools)
+        ids = masking.encode_prompt(row.messages, loaded.tokenizer, loaded.prompt_format, row.tools)
     except (DataError, RecursionError) as error:
-        raise Refusal(400, str(error), "messages", "invalid_value") from None
+        raise ApiError(400, str(error), "messages", "invalid_value") from None
     room = served.context - len(ids)
-    wanted = request.max_completion_tokens or request.max_tokens
-    if room < (wanted or 1):
-        asked = f" and max_tokens asks for {wanted}" if wanted else ""
-        raise Refusal(
-            400, f"the context of {served.name} is {served.context} tokens: the prompt has {len(ids)}{asked}",
-            "messages" if room < 1 else "max_tokens", "context_length_exceeded",
-        )  # fmt: skip
-    defaults = speaker.generation_config
-    samples = bool(defaults.do_sample)
-    default_temperature = (1.0 if defaults.temperature is None else defaults.temperature) if samples else 0.0
+    requested = request.max_completion_tokens or request.max_tokens
+    if room < (requested or 1):
+        limit = f" and max_tokens is {requested}" if requested else ""
+        raise ApiError(
+            400,
+            f"the context of {served.name} is {served.context} tokens: the prompt has {len(ids)}{limit}",
+            "messages" if room < 1 else "max_tokens",
+            "context_length_exceeded",
+        )
     stop = request.stop or ()
-    return Ask(
+    return GenerationRequest(
         model=served.name,
         input_ids=ids,
-        max_new_tokens=wanted or min(room, defaults.max_new_tokens or room),
-        temperature=default_temperature if request.temperature is None else request.temperature,
-        top_p=request.top_p or (samples and defaults.top_p) or 1.0,
-        top_k=(samples and defaults.top_k) or 0,
-        seed=request.seed,
-        stop=tuple(text for text in ((stop,) if isinstance(stop, str) else stop) if text),
+        max_new_tokens=requested or min(room, loaded.generation_config.max_new_tokens or room),
+        sampling=_token_sampling(request, loaded.generation_config),
+        stop=(stop,) if isinstance(stop, str) else tuple(stop),
         keep_special=request.offered_tools is not None,
     )
 
 
-def list_models(models: Mapping[str, Served]) -> list[dict[str, Any]]:
+def _token_sampling(request: ChatRequest, defaults: Any) -> TokenSampling:
+    """Take a request's sampling, and what it leaves out from the model's generation config."""
+    samples = bool(defaults.do_sample)
+    temperature = (1.0 if defaults.temperature is None else defaults.temperature) if samples else 0.0
+    return TokenSampling(
+        temperature=temperature if request.temperature is None else request.temperature,
+        top_p=request.top_p or (samples and defaults.top_p) or 1.0,
+        top_k=(samples and defaults.top_k) or 0,
+        seed=None if request.seed is None else prompt_seed(request.seed),
+    )
+
+
+def model_objects(models: Mapping[str, ServedModel]) -> list[dict[str, Any]]:
     """List what is served, as GET /v1/models does."""
     return [
         {"id": name, "object": "model", "created": int(served.folder.stat().st_mtime), "owned_by": "forgebook"}
@@ -158,29 +174,37 @@ def list_models(models: Mapping[str, Served]) -> list[dict[str, Any]]:
 # Answers ----------------------------------------------------------------------------------------------
 
 
-def completion(request: ChatRequest, job: Job) -> dict[str, Any]:
-    """Write a whole answer as a chat.completion object."""
-    text, calls = _parted(request, job.text)
-    message = {"role": "assistant", "content": text or (None if calls else ""), "refusal": None}
+def completion_object(request: ChatRequest, job: Job) -> dict[str, Any]:
+    """Write a complete answer as a chat.completion object."""
+    text, calls = _split_calls(request, job.text)
+    message: dict[str, Any] = {"role": "assistant", "content": text or (None if calls else ""), "refusal": None}
     if calls:
         message["tool_calls"] = calls
     choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": _reason(job, calls)}
     return {
-        "id": _id("chatcmpl"), "object": "chat.completion", "created": int(time.time()), "model": request.model,
-        "choices": [choice], "usage": _usage(job),
-    }  # fmt: skip
+        "id": _new_id("chatcmpl"),
+        "object": "chat.completion",
+        "created": int(time.time()),
+        "model": request.model,
+        "choices": [choice],
+        "usage": _usage(job),
+    }
 
 
-class Pieces:
-    """Writes an answer as chat.completion.chunk objects while it comes.
+class ChunkWriter:
+    """Write an answer as chat.completion.chunk objects while it is generated.
 
-    With tools, words that may turn out to be a call wait until it is clear.
+    With tools, text that may turn out to be a call is held back until that is clear.
     """
 
     def __init__(self, request: ChatRequest):
         self._request = request
-        self._same = {"id": _id("chatcmpl"), "object": "chat.completion.chunk", "created": int(time.time()),
-                      "model": request.model}  # fmt: skip
+        self._common = {
+            "id": _new_id("chatcmpl"),
+            "object": "chat.completion.chunk",
+            "created": int(time.time()),
+            "model": request.model,
+        }
         self._text, self._sent = "", 0
 
     def first(self) -> dict[str, Any]:
@@ -188,33 +212,34 @@ class Pieces:
         return self._chunk({"role": "assistant", "content": ""})
 
     def add(self, piece: str) -> list[dict[str, Any]]:
-        """Return the chunks that a new piece of text makes."""
+        """Return the chunks for a new piece of text."""
         self._text += piece
-        sure = _sure_words(self._text) if self._request.offered_tools else len(self._text)
-        return self._words(self._text[:sure])
+        end = _settled_without_calls(self._text) if self._request.offered_tools else len(self._text)
+        return self._content(self._text[:end])
 
     def last(self, job: Job) -> list[dict[str, Any]]:
-        """Return the chunks that close the answer: what was held back, the calls, the reason, the usage."""
-        text, calls = _parted(self._request, job.text)
-        chunks = self._words(text)
+        """Return the chunks that close the answer: text held back, calls, finish reason, usage."""
+        text, calls = _split_calls(self._request, job.text)
+        chunks = self._content(text)
         if calls:
             deltas = [{"index": k, **call} for k, call in enumerate(calls)]
             chunks.append(self._chunk({"tool_calls": deltas}))
         chunks.append(self._chunk({}, _reason(job, calls)))
         if (self._request.stream_options or {}).get("include_usage"):
-            chunks.append({**self._same, "choices": [], "usage": _usage(job)})
+            chunks.append({**self._common, "choices": [], "usage": _usage(job)})
         return chunks
 
-    def _words(self, upto: str) -> list[dict[str, Any]]:
-        new, self._sent = upto[self._sent :], max(self._sent, len(upto))
+    def _content(self, text: str) -> list[dict[str, Any]]:
+        """Return a chunk with what is new in the answer's text, if anything."""
+        new, self._sent = text[self._sent :], max(self._sent, len(text))
         return [self._chunk({"content": new})] if new else []
 
     def _chunk(self, delta: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
-        return {**self._same, "choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}]}
+        return {**self._common, "choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}]}
 
 
-def _parted(request: ChatRequest, text: str) -> tuple[str, list[dict[str, Any]]]:
-    """Part an answer into its words and its calls; where a call cannot be read, all of it is words."""
+def _split_calls(request: ChatRequest, text: str) -> tuple[str, list[dict[str, Any]]]:
+    """Split an answer into its text and its tool calls; where a call cannot be read, all of it is text."""
     if not request.offered_tools:
         return text, []
     try:
@@ -223,32 +248,27 @@ def _parted(request: ChatRequest, text: str) -> tuple[str, list[dict[str, Any]]]
         return text, []
     if not calls:
         return text, []
-    opened = CALL_OPENINGS.search(text)
+    start = CALL_STARTS.find(text)
     functions = [{"name": c.name, "arguments": json.dumps(c.arguments, ensure_ascii=False)} for c in calls]
-    words = text[: opened.start()].rstrip() if opened else ""
-    return words, [{"id": _id("call"), "type": "function", "function": function} for function in functions]
+    content = "" if start is None else text[:start].rstrip()
+    return content, [{"id": _new_id("call"), "type": "function", "function": function} for function in functions]
 
 
-def _sure_words(text: str) -> int:
-    """Count the characters of an unfinished answer that are words, whatever follows: no call may begin in them."""
-    if text.lstrip()[:1] in ("", "{", "["):
+def _settled_without_calls(text: str) -> int:
+    """Count the characters of an unfinished answer that are plain text whatever follows."""
+    if text.lstrip()[:1] in ("", "{", "["):  # may become a call without a mark
         return 0
-    opened = CALL_OPENINGS.search(text)
-    end = opened.start() if opened else len(text)
-    if not opened:
-        begun = (n for n in range(1, len(max(SIGNS, key=len))) if any(sign.startswith(text[-n:]) for sign in SIGNS))
-        end -= max(begun, default=0)
-    return len(text[:end].rstrip())  # white space before a call is dropped
+    return len(text[: CALL_STARTS.settled(text)].rstrip())  # white space before a call is dropped
 
 
-def _reason(job: Job, calls: list) -> str:
+def _reason(job: Job, calls: list) -> str | None:
     return "tool_calls" if calls and job.finish == "stop" else job.finish
 
 
 def _usage(job: Job) -> dict[str, int]:
-    asked, answered = len(job.ask.input_ids), len(job.ids)
-    return {"prompt_tokens": asked, "completion_tokens": answered, "total_tokens": asked + answered}
+    prompt, answer = len(job.request.input_ids), len(job.ids)
+    return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
 
 
-def _id(kind: str) -> str:
+def _new_id(kind: str) -> str:
     return f"{kind}-{uuid.uuid4().hex}"

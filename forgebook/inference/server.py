@@ -1,10 +1,10 @@
-"""An OpenAI-compatible endpoint over one or more runs: POST /v1/chat/completions, GET /v1/models, GET /health.
+"""An OpenAI-compatible endpoint for one or more runs: POST /v1/chat/completions, GET /v1/models, GET /health.
 
     python main.py serve quickstart        then any OpenAI client with base_url http://127.0.0.1:8000/v1
 
-`transformers serve` renders requests with the chat template alone: special tokens in a message become special, a
-prompt format is not known, a call's arguments stay a text. A model asked otherwise than it was trained answers worse,
-so the requests are checked and encoded here, by the functions that encoded the training rows.
+`transformers serve` renders requests with the chat template alone: special tokens in a message become special, prompt
+formats are not known, a call's arguments stay text. A model answers worse when it is prompted otherwise than it was
+trained, so requests are checked and encoded here, by the functions that encoded the training examples.
 """
 
 from __future__ import annotations
@@ -31,19 +31,20 @@ from starlette.routing import Route
 
 from forgebook.errors import ConfigError, StorageError
 from forgebook.inference import openai_api
-from forgebook.inference.openai_api import Refusal
-from forgebook.inference.vllm_command import choose_engine, vllm_command
+from forgebook.inference.openai_api import ApiError
+from forgebook.inference.vllm_command import obstacle_for_vllm, vllm_command
+from forgebook.models.vllm_support import choose_engine
 from forgebook.runs import run
 
 if TYPE_CHECKING:
-    from forgebook.inference.engine import Engine, Job
+    from forgebook.inference.engine import Engine, GenerationRequest, Job
 
 __all__ = ["is_loopback", "make_app", "name_models", "serve"]
 
 LOCAL_NAMES = ["127.0.0.1", "localhost", "::1", "[::1]"]
-LARGEST_BODY = 16 * 2**20
-# How often a request that waits looks whether its client is still there, in seconds.
-LOOK = 0.2
+MAX_BODY = 16 * 2**20
+# Seconds between checks whether the client of a waiting request is still connected.
+CHECK_CLIENT_EVERY = 0.2
 
 
 def serve(
@@ -60,43 +61,43 @@ def serve(
     names: runs or checkpoint folders. port: 0 takes a free one. key: what clients send as `Authorization: Bearer`.
     engine: transformers, vllm, or auto: vLLM where it is installed and can load all of them. dtype: None is the run's.
 
-    Raises ConfigError for an address that others can reach without a key, StorageError for a port in use.
+    Raises ConfigError for an address that other machines can reach without a key, StorageError for a port in use.
     """
     if not is_loopback(host) and not key:
         raise ConfigError(
-            f"serve: host={host} can be reached from other machines: give a key with key=... or FORGEBOOK_API_KEY, or "
+            f"serve: host={host} can be reached from other machines: set a key with key=... or FORGEBOOK_API_KEY, or "
             "leave host out"
         )
     folders = name_models(names)
-    if choose_engine(engine, folders) == "vllm":
+    if choose_engine(engine, lambda: obstacle_for_vllm(folders)) == "vllm":
         command = vllm_command(folders, host=host, port=port)
         print("starting " + " ".join(command), flush=True)
-        # The key is not among the arguments, which every user of the machine can read.
+        # In the environment, not among the arguments, which every user of the machine can read.
         os.execvpe(command[0], command, {**os.environ, **({"VLLM_API_KEY": key} if key else {})})
     with _listening(host, port) as listener:
         import uvicorn
 
         from forgebook.inference.engine import Engine
 
-        engine_ = Engine(folders, dtype=dtype).start()
+        running = Engine(folders, dtype=dtype).start()
         address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}/v1"
         print(f"serving {', '.join(folders)} at {address} (Ctrl-C ends it)", flush=True)
-        app = make_app(engine_, key=key, only_local=is_loopback(host))
+        app = make_app(running, key=key, only_local=is_loopback(host))
         server = uvicorn.Server(
             uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=5, lifespan="off")
         )
-        # uvicorn ends well and then raises the signal again, for whoever was there before.
+        # uvicorn shuts down on SIGTERM and then raises the signal again, for the handler that was there before.
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             with contextlib.suppress(KeyboardInterrupt):
                 server.run(sockets=[listener])
         finally:
             signal.signal(signal.SIGTERM, before)
-            engine_.stop()
+            running.stop()
 
 
 def is_loopback(host: str) -> bool:
-    """Tell whether an address can be reached from this machine alone."""
+    """Return whether an address can be reached from this machine alone."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -104,28 +105,31 @@ def is_loopback(host: str) -> bool:
 
 
 def name_models(names: Sequence[str]) -> dict[str, Path]:
-    """Find the checkpoint of each run; it is asked for by its run's name."""
+    """Find the checkpoint of each run, by the name under which clients request it: the run's or the folder's.
+
+    Raises ConfigError if two have the same name, StorageError if there is no such run.
+    """
     folders: dict[str, Path] = {}
     for name in names:
         folder = run.find_checkpoint(name)
         in_run = folder.parent.name == "checkpoints"
-        known = folder.parent.parent.name if in_run else folder.name
-        if known in folders:
-            raise ConfigError(f"serve: two models are called {known}: {folders[known]} and {folder}")
-        folders[known] = folder
+        model = folder.parent.parent.name if in_run else folder.name
+        if model in folders:
+            raise ConfigError(f"serve: two models are called {model}: {folders[model]} and {folder}")
+        folders[model] = folder
     return folders
 
 
 @contextlib.contextmanager
 def _listening(host: str, port: int):
-    """Bind the port before a model is loaded."""
+    """Bind the port before a model is loaded; yield the socket."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((host, port))
         except (OSError, OverflowError) as error:
-            raise StorageError(f"serve: {host}:{port} cannot be listened on ({error}): try another port=") from None
+            raise StorageError(f"serve: cannot listen on {host}:{port} ({error}): try another port=") from None
         yield listener
 
 
@@ -133,36 +137,36 @@ def _listening(host: str, port: int):
 
 
 def make_app(engine: Engine, *, key: str | None = None, only_local: bool = True) -> Starlette:
-    """Make the web application over an engine that runs.
+    """Make the web application for a running engine.
 
     only_local: answer only requests addressed to this machine by a local name, so that no web page reaches the
-    endpoint through a name that it lets point here (DNS rebinding).
+    endpoint through a host name that resolves to this machine (DNS rebinding).
     """
 
     async def chat(request: Request) -> Response:
         _check_key(request, key)
-        asked = openai_api.read_request(await _body(request))
-        ask = await asyncio.to_thread(openai_api.as_ask, asked, engine.models)
-        answer = _Answer(engine, ask, request)
-        if not asked.stream:
-            async for _ in answer.pieces():
-                pass
-            if answer.job.finish == "error":
-                raise Refusal(500, "the answer failed: see what the server printed")
-            return JSONResponse(openai_api.completion(asked, answer.job))
-        return StreamingResponse(_events(asked, answer), media_type="text/event-stream")
+        body = openai_api.read_request(await _body(request))
+        generation = await asyncio.to_thread(openai_api.engine_request, body, engine.models)
+        answer = _Answer(engine, generation, request)
+        if body.stream:
+            return StreamingResponse(_events(body, answer), media_type="text/event-stream")
+        async for _ in answer.pieces():
+            pass
+        if answer.job.finish == "error":
+            raise _generation_failed()
+        return JSONResponse(openai_api.completion_object(body, answer.job))
 
     async def list_models(request: Request) -> Response:
         _check_key(request, key)
-        return JSONResponse({"object": "list", "data": openai_api.list_models(engine.models)})
+        return JSONResponse({"object": "list", "data": openai_api.model_objects(engine.models)})
 
     async def one_model(request: Request) -> Response:
         _check_key(request, key)
         name = request.path_params["name"]
-        found = [model for model in openai_api.list_models(engine.models) if model["id"] == name]
-        if not found:
-            raise Refusal(404, f"the model {name!r} is not served here", "model", "model_not_found")
-        return JSONResponse(found[0])
+        model = next((one for one in openai_api.model_objects(engine.models) if one["id"] == name), None)
+        if model is None:
+            raise ApiError(404, f"the model {name!r} is not served here", "model", "model_not_found")
+        return JSONResponse(model)
 
     async def health(request: Request) -> Response:
         return JSONResponse({"status": "ok"})
@@ -175,35 +179,35 @@ def make_app(engine: Engine, *, key: str | None = None, only_local: bool = True)
             Route("/health", health),
         ],
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=LOCAL_NAMES)] * only_local,
-        exception_handlers={Refusal: _refused, HTTPException: _not_found, Exception: _failed},
+        exception_handlers={ApiError: _api_error, HTTPException: _http_error, Exception: _unexpected_error},
     )
 
 
 class _Answer:
-    """One answer, from the engine's thread to this request; a client that goes away ends it."""
+    """One answer, from the engine's thread to this request; a client that disconnects cancels it."""
 
-    def __init__(self, engine: Engine, ask, request: Request):
-        from forgebook.inference.engine import Busy
+    def __init__(self, engine: Engine, generation: GenerationRequest, request: Request):
+        from forgebook.inference.engine import QueueFull
 
         self._request = request
         self._pieces: asyncio.Queue[str | None] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
         def deliver(piece: str | None) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: the server ends
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the server is shutting down
                 loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
 
         try:
-            self.job: Job = engine.submit(ask, deliver)
-        except Busy:
-            raise Refusal(503, "too many requests wait: try again later", code="overloaded") from None
+            self.job: Job = engine.submit(generation, deliver)
+        except QueueFull:
+            raise ApiError(503, "too many requests are waiting: try again later", code="overloaded") from None
 
     async def pieces(self) -> AsyncIterator[str]:
-        """Yield the answer's text as it comes."""
+        """Yield the answer's text as it is generated."""
         try:
             while True:
                 try:
-                    piece = await asyncio.wait_for(self._pieces.get(), LOOK)
+                    piece = await asyncio.wait_for(self._pieces.get(), CHECK_CLIENT_EVERY)
                 except TimeoutError:
                     if await self._request.is_disconnected():
                         return
@@ -216,9 +220,9 @@ class _Answer:
                 self.job.cancel()
 
 
-async def _events(asked: openai_api.ChatRequest, answer: _Answer) -> AsyncIterator[str]:
+async def _events(body: openai_api.ChatRequest, answer: _Answer) -> AsyncIterator[str]:
     """Write an answer as server-sent events."""
-    writer = openai_api.Pieces(asked)
+    writer = openai_api.ChunkWriter(body)
     yield _event(writer.first())
     async for piece in answer.pieces():
         for chunk in writer.add(piece):
@@ -228,7 +232,11 @@ async def _events(asked: openai_api.ChatRequest, answer: _Answer) -> AsyncIterat
             yield _event(chunk)
         yield "data: [DONE]\n\n"
     else:
-        yield _event(Refusal(500, "the answer failed: see what the server printed").body())
+        yield _event(_generation_failed().body())
+
+
+def _generation_failed() -> ApiError:
+    return ApiError(500, "generating the answer failed: the server's output has the reason")
 
 
 def _event(value: dict) -> str:
@@ -238,37 +246,42 @@ def _event(value: dict) -> str:
 def _check_key(request: Request, key: str | None) -> None:
     if key is None:
         return
-    scheme, _, given = request.headers.get("authorization", "").partition(" ")
-    # Compared in constant time: how long it takes tells nothing about the key.
-    if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), key.encode()):
-        raise Refusal(401, "the key in 'Authorization: Bearer KEY' is missing or wrong", code="invalid_api_key")
+    scheme, _, sent = request.headers.get("authorization", "").partition(" ")
+    # Compared in constant time, so that the duration reveals nothing about the key.
+    if scheme.lower() != "bearer" or not hmac.compare_digest(sent.strip().encode(), key.encode()):
+        raise ApiError(401, "the key in 'Authorization: Bearer KEY' is missing or wrong", code="invalid_api_key")
 
 
 async def _body(request: Request) -> bytes:
-    """Read a request's body; raise Refusal (413) if it is too large."""
+    """Read a request's body. Raises ApiError: 415 if it is not JSON, 413 if it is too large."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise Refusal(415, "the content type must be application/json")
+        raise ApiError(415, "the content type must be application/json")
     parts, size = [], 0
     async for part in request.stream():
         size += len(part)
-        if size > 8 * LARGEST_BODY:
-            break  # an answer while the client still sends would be lost to most: up to here it is heard
-        if size <= LARGEST_BODY:
+        if size > 8 * MAX_BODY:
+            break  # most clients read no answer while they still send, so the rest is read up to here
+        if size <= MAX_BODY:
             parts.append(part)
-    if size > LARGEST_BODY:
-        raise Refusal(413, f"the body has {size} bytes or more, {LARGEST_BODY} are allowed")
+    if size > MAX_BODY:
+        raise ApiError(413, f"the body has {size} bytes or more, {MAX_BODY} are allowed")
     return b"".join(parts)
 
 
-async def _refused(request: Request, error: Exception) -> Response:
+# Starlette declares handlers with Exception and calls each with the class that it is registered for.
+
+
+async def _api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
     headers = {"www-authenticate": "Bearer"} if error.status == 401 else None
     return JSONResponse(error.body(), error.status, headers=headers)
 
 
-async def _not_found(request: Request, error: Exception) -> Response:
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
     message = f"{request.method} {request.url.path}: {error.detail}"
-    return JSONResponse(Refusal(error.status_code, message).body(), error.status_code, headers=error.headers)
+    return JSONResponse(ApiError(error.status_code, message).body(), error.status_code, headers=error.headers)
 
 
-async def _failed(request: Request, error: Exception) -> Response:
-    return JSONResponse(Refusal(500, "the server failed on this request").body(), 500)
+async def _unexpected_error(request: Request, error: Exception) -> Response:
+    return JSONResponse(ApiError(500, "the server failed on this request").body(), 500)

@@ -32,6 +32,7 @@ __all__ = [
     "continue_lora",
     "double_rank",
     "fit_original_base",
+    "read_lora_config",
     "read_overrides",
     "start_of",
 ]
@@ -106,6 +107,12 @@ def read_overrides(folder: str | Path) -> dict[str, Any]:
     """Read how an adapter's base was made: rope_scaling, quantization; empty where it was taken as it is."""
     path = Path(folder) / OVERRIDES
     return json.loads(path.read_text()) if path.exists() else {}
+
+
+def read_lora_config(folder: str | Path) -> dict[str, Any] | None:
+    """Read the adapter_config.json of a checkpoint folder; None of a full model's folder or a hub id."""
+    path = Path(folder) / "adapter_config.json"
+    return json.loads(path.read_text()) if path.exists() else None
 
 
 def changes_base(model) -> bool:

@@ -1,16 +1,19 @@
-"""What vLLM can load: told from a config, without vLLM or torch."""
+"""What vLLM can load, judged from a config without vLLM or torch; which inference engine answers."""
 
 from __future__ import annotations
 
+import importlib.util
 import re
+from collections.abc import Callable
 from typing import Any
 
 from forgebook.catalog import read_catalog
+from forgebook.errors import ConfigError
 
-__all__ = ["VLLM_RANK", "vllm_loads", "vllm_serves"]
+__all__ = ["choose_engine", "vllm_loads", "vllm_max_rank", "vllm_serves"]
 
-# The largest rank that vLLM's max_lora_rank takes.
-VLLM_RANK = 512
+# The values that vLLM's max_lora_rank takes.
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def vllm_loads(model_config: dict[str, Any]) -> str:
@@ -38,7 +41,35 @@ def vllm_serves(lora_config: dict[str, Any]) -> str:
     if lora_config.get("bias", "none") != "none":
         reasons.append(f"bias is {lora_config['bias']}")
     starts_from_base = str(lora_config.get("init_lora_weights")).startswith("pissa")
-    rank = max([lora_config.get("r", 8), *(lora_config.get("rank_pattern") or {}).values()]) * (1 + starts_from_base)
-    if rank > VLLM_RANK:
-        reasons.append(f"its rank is {rank}, above {VLLM_RANK}")
+    rank = _largest_rank(lora_config) * (1 + starts_from_base)
+    if rank > VLLM_RANKS[-1]:
+        reasons.append(f"its rank is {rank}, above {VLLM_RANKS[-1]}")
     return f"no: {'; '.join(reasons)}" if reasons else "yes"
+
+
+def vllm_max_rank(lora_configs: list[dict[str, Any]]) -> int:
+    """Return the smallest max_lora_rank with which vLLM takes all these adapters."""
+    rank = max(map(_largest_rank, lora_configs))
+    return next(allowed for allowed in VLLM_RANKS if allowed >= rank)
+
+
+def _largest_rank(lora_config: dict[str, Any]) -> int:
+    return max([lora_config.get("r", 8), *(lora_config.get("rank_pattern") or {}).values()])
+
+
+def choose_engine(requested: str, find_obstacle: Callable[[], str | None], is_worth_it: bool = True) -> str:
+    """Choose what generates, "transformers" or "vllm"; auto takes vLLM where it is worth starting and can load it all.
+
+    find_obstacle: called if vLLM is installed and a candidate; why it cannot load the model, None if it can.
+
+    Raises ConfigError for an unknown engine, and for engine=vllm where vLLM is missing or cannot.
+    """
+    if requested not in ("auto", "transformers", "vllm"):
+        raise ConfigError(f"engine must be auto, transformers or vllm, got {requested!r}")
+    if requested == "transformers" or (requested == "auto" and not is_worth_it):
+        return "transformers"
+    is_installed = importlib.util.find_spec("vllm") is not None
+    obstacle = find_obstacle() if is_installed else "it is not installed (pip install vllm; requirements-gpu.txt)"
+    if obstacle and requested == "vllm":
+        raise ConfigError(f"engine=vllm: vLLM cannot load this: {obstacle}; use engine=transformers")
+    return "transformers" if obstacle else "vllm"

@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from forgebook.errors import ConfigError, ResourceError
-from forgebook.evaluation.judge import Duel, Judge, judge_all
+from forgebook.evaluation.judge import AnswerPair, Judge, judge_all
 
 
 @contextlib.contextmanager
@@ -49,9 +49,9 @@ def key(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
 
 
-def duels(count=3):
+def answer_pairs(count=3):
     asked = [{"role": "user", "content": "2 + 2?"}]
-    return [Duel(asked, f"good {k}" if k == 0 else f"bad {k}", "good" if k else "bad", "4") for k in range(count)]
+    return [AnswerPair(asked, f"good {k}" if k == 0 else f"bad {k}", "good" if k else "bad", "4") for k in range(count)]
 
 
 def better(question):
@@ -62,7 +62,7 @@ def better(question):
 
 def test_an_honest_judge_is_heard():
     with endpoint(better) as (url, requests):
-        assert judge_all(Judge("some-model", url), duels()) == [0.0, 1.0, 1.0]
+        assert judge_all(Judge("some-model", url), answer_pairs()) == [0.0, 1.0, 1.0]
     assert len(requests) == 6
     first = requests[0]
     assert first["path"] == "/v1/chat/completions" and first["key"] == "Bearer secret"
@@ -73,24 +73,24 @@ def test_an_honest_judge_is_heard():
 @pytest.mark.parametrize("said", ["Verdict: A", "**Verdict:** B", "verdict: tie", "Verdict: A? No.\nVerdict: B"])
 def test_a_judge_that_goes_by_the_order_decides_nothing(said):
     with endpoint(lambda question: said) as (url, _):
-        assert judge_all(Judge("m", url), duels()) == [0.5, 0.5, 0.5]
+        assert judge_all(Judge("m", url), answer_pairs()) == [0.5, 0.5, 0.5]
 
 
 def test_no_verdict_is_none():
     with endpoint(lambda question: "I cannot say.") as (url, _):
-        assert judge_all(Judge("m", url), duels(1)) == [None]
+        assert judge_all(Judge("m", url), answer_pairs(1)) == [None]
 
 
 def test_a_busy_endpoint_is_asked_again():
     told = iter([503, 429])
     with endpoint(lambda question: next(told, "Verdict: TIE")) as (url, requests):
-        assert judge_all(Judge("m", url), duels(1)) == [0.5]
+        assert judge_all(Judge("m", url), answer_pairs(1)) == [0.5]
     assert len(requests) == 4
 
 
 def test_what_cannot_be_asked_is_told(monkeypatch):
     with endpoint(lambda question: 401) as (url, _), pytest.raises(ResourceError, match="OPENAI_API_KEY right"):
-        judge_all(Judge("m", url), duels(1))
+        judge_all(Judge("m", url), answer_pairs(1))
     monkeypatch.delenv("OPENAI_API_KEY")
     with pytest.raises(ConfigError, match="OPENAI_API_KEY"):
-        judge_all(Judge("m", "http://127.0.0.1:1/v1"), duels(1))
+        judge_all(Judge("m", "http://127.0.0.1:1/v1"), answer_pairs(1))

@@ -35,16 +35,16 @@ def tasks(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_task_is_scored_on_both_models_with_the_chat_template(tasks, monkeypatch):
-    [speaker] = load_together([TINY_MODEL])
+    [loaded] = load_together([TINY_MODEL])
     seen = []
-    usual = speaker.tokenizer.apply_chat_template
+    usual = loaded.tokenizer.apply_chat_template
 
     def listen(messages, *arguments, **options):
         seen.append(messages)
         return usual(messages, *arguments, **options)
 
-    monkeypatch.setattr(speaker.tokenizer, "apply_chat_template", listen)
-    [score] = run_tasks(iter([("base", speaker), ("tuned", speaker)]), ["toy"], tasks)
+    monkeypatch.setattr(loaded.tokenizer, "apply_chat_template", listen)
+    [score] = run_tasks(iter([("base", loaded), ("tuned", loaded)]), ["toy"], tasks)
     assert score.name == "toy acc" and score.before == score.after and score.difference.p == 1
     # The tiny model would never write the second choice, which is right in half of the rows.
     assert score.after.value == 0.5

@@ -1,4 +1,4 @@
-"""A model for others: pushed to a stand-in of the hub over HTTP, exported through a converter."""
+"""A run's model pushed to a stand-in of the hub over HTTP, and its card."""
 
 import base64
 import http.server
@@ -13,10 +13,9 @@ import pytest
 import yaml
 
 from conftest import LORA, REPOSITORY, TINY_MODEL
-from forgebook.cli.main import main
 from forgebook.config.parse import dump_config
-from forgebook.errors import ConfigError, ModelError
-from forgebook.export import hub as publish
+from forgebook.errors import ConfigError
+from forgebook.export.hub import model_card, push_to_hub
 from forgebook.models.adapters import add_lora
 from forgebook.models.load import load_model
 from forgebook.runs import atomic
@@ -136,55 +135,14 @@ def test_an_adapter_is_pushed_with_a_card_and_the_base_that_others_find(hub, mak
 
 def test_an_adapter_on_a_local_base_is_not_pushed_without_its_name(make_run):
     with pytest.raises(ConfigError, match="where nobody else finds it: name its hub id with base="):
-        publish.push(make_run("local", LORA), "someone/tuned")
+        push_to_hub(make_run("local", LORA), "someone/tuned")
 
 
 def test_the_card_of_full_weights(make_run):
     run = make_run("full")
-    card = publish.model_card(run, "someone/tuned", str(TINY_MODEL))
+    card = model_card(run, "someone/tuned", str(TINY_MODEL))
     facts = yaml.safe_load(card.split("---")[1])
     assert facts["library_name"] == "transformers" and "base_model" not in facts
     assert "| method | instruction_tuning, full |" in card and str(TINY_MODEL) not in card
     code = card.split("```python\n")[1].split("```")[0]
     compile(code, "card", "exec")
-
-
-@pytest.fixture
-def converter(tmp_path, monkeypatch):
-    """A stand-in of llama.cpp's script that takes its arguments and writes what it was told."""
-    folder = tmp_path / "llama.cpp"
-    folder.mkdir()
-    (folder / "convert_hf_to_gguf.py").write_text(
-        "import argparse, pathlib, sys\n"
-        "p = argparse.ArgumentParser()\n"
-        "p.add_argument('model'); p.add_argument('--outfile'); p.add_argument('--outtype')\n"
-        "a = p.parse_args()\n"
-        "pathlib.Path(a.outfile).write_text('half')\n"
-        "if a.outtype == 'f32': sys.exit('ValueError: no such architecture')\n"
-        "pathlib.Path(a.outfile).write_text(f'GGUF {a.outtype} {pathlib.Path(a.model).name}')\n"
-    )
-    monkeypatch.setenv("LLAMA_CPP", str(folder))
-
-
-def test_full_weights_are_exported_through_the_converter(converter, make_run, tmp_path, capsys):
-    run = make_run("full")
-    out = tmp_path / "model.gguf"
-    assert main(["export", str(run.folder), str(out), "type=f16"]) == 0
-    assert out.read_text() == "GGUF f16 epoch-1" and f"wrote {out}" in capsys.readouterr().out
-    assert main(["export", str(TINY_MODEL), str(out)]) == 0
-    assert out.read_text() == "GGUF q8_0 tiny_model"
-
-
-def test_what_cannot_be_exported_is_told_and_leaves_nothing(converter, make_run, tmp_path, monkeypatch):
-    out = tmp_path / "model.gguf"
-    adapter = make_run("adapter", LORA).checkpoints / "epoch-1"
-    with pytest.raises(ModelError, match=r"is an adapter.*merge it first"):
-        publish.export_gguf(adapter, out)
-    with pytest.raises(ModelError, match="no such architecture"):
-        publish.export_gguf(TINY_MODEL, out, "f32")
-    with pytest.raises(ConfigError, match="type must be one of"):
-        publish.export_gguf(TINY_MODEL, out, "q3")
-    monkeypatch.delenv("LLAMA_CPP")
-    with pytest.raises(ConfigError, match=r"git clone .*llama\.cpp"):
-        publish.export_gguf(TINY_MODEL, out)
-    assert not out.exists() and not list(tmp_path.glob(".model.gguf*"))

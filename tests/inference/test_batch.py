@@ -7,8 +7,9 @@ import pytest
 
 from conftest import TINY_MODEL, uneven_rows
 from forgebook.errors import ConfigError, DataError, ResourceError, StorageError
-from forgebook.inference.batch import Prompt, answer, choose_engine, read_prompts, write_answers
-from forgebook.inference.generate import Sampling, complete, load_for_generation
+from forgebook.inference.batch import Prompt, answer, engine_for, read_prompts, write_answers
+from forgebook.inference.generate import complete, load_for_generation
+from forgebook.inference.sampling import Sampling
 
 SHORT = Sampling(max_new_tokens=6, batch_size=2)
 
@@ -55,13 +56,24 @@ def test_a_file_of_answers_is_continued_where_it_stopped(asked, tmp_path):
     assert path.read_text() == "notes\n"
 
 
-def test_an_engine_that_is_not_there_is_told():
-    with pytest.raises(ConfigError, match="auto, transformers, vllm, got 'llama'"):
-        choose_engine("llama", str(TINY_MODEL), 1)
-    assert choose_engine("auto", str(TINY_MODEL), 1) == "transformers"
-    if importlib.util.find_spec("vllm") is None:
-        with pytest.raises(ConfigError, match="pip install vllm"):
-            choose_engine("vllm", str(TINY_MODEL), 1)
+def test_vllm_is_chosen_where_it_is_worth_its_start(monkeypatch, tmp_path):
+    import torch
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(
+        '{"r": 8, "target_modules": ["q_proj"], "base_model_name_or_path": "b"}'
+    )
+    assert engine_for("auto", str(TINY_MODEL), 1_000) == "transformers"  # no GPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert engine_for("auto", str(TINY_MODEL), 1_000) == engine_for("auto", str(adapter), 1_000) == "vllm"
+    assert engine_for("auto", str(TINY_MODEL), 10) == "transformers"
+    assert engine_for("vllm", str(TINY_MODEL), 10) == "vllm"
+    (adapter / "config_overrides.json").write_text('{"quantization": "nf4"}')
+    assert engine_for("auto", str(adapter), 1_000) == "transformers"
+    with pytest.raises(ConfigError, match="its base was loaded with quantization in training"):
+        engine_for("vllm", str(adapter), 10)
 
 
 @pytest.mark.slow

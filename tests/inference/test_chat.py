@@ -11,51 +11,52 @@ import pytest
 
 from conftest import REPOSITORY, TINY_MODEL
 from forgebook.inference.chat import chat
-from forgebook.inference.generate import Sampling, complete, load_together
+from forgebook.inference.generate import complete, load_together
+from forgebook.inference.sampling import Sampling
 
 
 @pytest.fixture(scope="module")
-def speaker():
+def loaded():
     return load_together([TINY_MODEL], "float32")[0]
 
 
-def talk(speaker, lines, monkeypatch, capsys, system=None):
+def talk(loaded, lines, monkeypatch, capsys, system=None):
     monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
-    chat(speaker, Sampling(max_new_tokens=8), system)
+    chat(loaded, Sampling(max_new_tokens=8), system)
     return capsys.readouterr().out
 
 
-def expected(speaker, turns, system=None):
+def expected(loaded, turns, system=None):
     """Answer turn after turn, the whole conversation each time."""
     messages, answers = [{"role": "system", "content": system}] if system else [], []
     for turn in turns:
         messages.append({"role": "user", "content": turn})
-        answers += complete(speaker.model, speaker.tokenizer, [messages], max_new_tokens=8)
+        answers += complete(loaded.model, loaded.tokenizer, [messages], max_new_tokens=8)
         messages.append({"role": "assistant", "content": answers[-1]})
     return answers
 
 
-def test_what_was_said_is_kept_until_it_is_reset(speaker, monkeypatch, capsys):
+def test_what_was_said_is_kept_until_it_is_reset(loaded, monkeypatch, capsys):
     said = talk(
-        speaker, ["Where is the lamp?", "", "And now?", "/reset", "And now?", "/exit", "no"], monkeypatch, capsys
+        loaded, ["Where is the lamp?", "", "And now?", "/reset", "And now?", "/exit", "no"], monkeypatch, capsys
     )
-    first, second = expected(speaker, ["Where is the lamp?", "And now?"])
-    [anew] = expected(speaker, ["And now?"])
-    assert said == f"{first}\n{second}\n(forgotten)\n{anew}\n"
+    first, second = expected(loaded, ["Where is the lamp?", "And now?"])
+    [anew] = expected(loaded, ["And now?"])
+    assert said == f"{first}\n{second}\n(conversation forgotten)\n{anew}\n"
 
 
-def test_a_system_message_stays(speaker, monkeypatch, capsys):
-    said = talk(speaker, ["Where is the lamp?", "/reset", "Where is the lamp?"], monkeypatch, capsys, "Be brief.")
-    [answer] = expected(speaker, ["Where is the lamp?"], "Be brief.")
-    assert said == f"{answer}\n(forgotten)\n{answer}\n\n"  # the end of the pipe is Ctrl-D
+def test_a_system_message_stays(loaded, monkeypatch, capsys):
+    said = talk(loaded, ["Where is the lamp?", "/reset", "Where is the lamp?"], monkeypatch, capsys, "Be brief.")
+    [answer] = expected(loaded, ["Where is the lamp?"], "Be brief.")
+    assert said == f"{answer}\n(conversation forgotten)\n{answer}\n\n"  # the end of the pipe is Ctrl-D
 
 
-def test_a_stop_string_is_never_seen(speaker, monkeypatch, capsys):
-    [whole] = expected(speaker, ["Where is the lamp?"])
+def test_a_stop_string_is_never_seen(loaded, monkeypatch, capsys):
+    [whole] = expected(loaded, ["Where is the lamp?"])
     stop = whole[5:9]
     with monkeypatch.context() as patched:
-        patched.setattr(speaker.generation_config, "stop_strings", [stop])
-        said = talk(speaker, ["Where is the lamp?", "/exit"], monkeypatch, capsys)
+        patched.setattr(loaded.generation_config, "stop_strings", [stop])
+        said = talk(loaded, ["Where is the lamp?", "/exit"], monkeypatch, capsys)
     assert said.strip() == whole[: whole.index(stop)].strip()
 
 

@@ -9,7 +9,8 @@ import pytest
 from conftest import LORA, TINY_MODEL, uneven_rows
 from forgebook.data.masking import encode_prompt
 from forgebook.errors import ConfigError, ModelError, StorageError
-from forgebook.inference.generate import Sampling, complete, find_model, load_for_generation, load_together
+from forgebook.inference.generate import complete, find_model, load_for_generation, load_together
+from forgebook.inference.sampling import Sampling
 from forgebook.launch.ray_train import fine_tune
 
 

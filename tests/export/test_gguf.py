@@ -1,0 +1,85 @@
+"""GGUF files, through a stand-in of llama.cpp's converter."""
+
+import json
+
+import pytest
+
+from conftest import TINY_MODEL
+from forgebook.cli.main import main
+from forgebook.errors import ConfigError, ModelError
+from forgebook.export.gguf import export_gguf
+from forgebook.runs import atomic
+
+
+@pytest.fixture
+def converter(tmp_path, monkeypatch):
+    """A stand-in of llama.cpp's script: it takes the same arguments and writes what they were."""
+    folder = tmp_path / "llama.cpp"
+    folder.mkdir()
+    (folder / "convert_hf_to_gguf.py").write_text(
+        "import argparse, pathlib, sys\n"
+        "p = argparse.ArgumentParser()\n"
+        "p.add_argument('model'); p.add_argument('--outfile'); p.add_argument('--outtype')\n"
+        "a = p.parse_args()\n"
+        "pathlib.Path(a.outfile).write_text('half')\n"
+        "if a.outtype == 'f32': sys.exit('ValueError: no such architecture')\n"
+        "pathlib.Path(a.outfile).write_text(f'GGUF {a.outtype} {pathlib.Path(a.model).name}')\n"
+    )
+    monkeypatch.setenv("LLAMA_CPP", str(folder))
+    return folder
+
+
+@pytest.fixture
+def full_model(tmp_path):
+    """A folder that looks like a full model; the stand-in does not read it."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def test_a_full_model_is_converted_with_the_requested_type(converter, full_model, tmp_path):
+    out = tmp_path / "model.gguf"
+    assert export_gguf(full_model, out, "f16") == out and out.read_text() == "GGUF f16 model"
+    export_gguf(full_model, out)
+    assert out.read_text() == "GGUF q8_0 model"
+
+
+def test_the_converter_is_found_on_the_path_too(converter, full_model, tmp_path, monkeypatch):
+    (converter / "convert_hf_to_gguf.py").chmod(0o755)
+    monkeypatch.delenv("LLAMA_CPP")
+    monkeypatch.setenv("PATH", str(converter))
+    assert export_gguf(full_model, tmp_path / "model.gguf").read_text() == "GGUF q8_0 model"
+
+
+def test_the_command_exports_a_folder_or_a_complete_runs_best_checkpoint(converter, tmp_path, make_config, capsys):
+    from forgebook.config.parse import dump_config
+
+    out, folder = tmp_path / "model.gguf", tmp_path / "runs" / "full"
+    best = folder / "checkpoints" / "epoch-1"
+    best.mkdir(parents=True)
+    (best / "config.json").write_text("{}")
+    (folder / "config.yaml").write_text(dump_config(make_config(run_name="full")))
+    atomic.write_json(folder / "summary.json", {"best_checkpoint": "checkpoints/epoch-1"})
+    assert main(["export", str(folder), str(out), "type=f16"]) == 0
+    assert out.read_text() == "GGUF f16 epoch-1" and f"wrote {out}" in capsys.readouterr().out
+    assert main(["export", str(TINY_MODEL), str(out)]) == 0
+    assert out.read_text() == "GGUF q8_0 tiny_model"
+
+
+def test_what_cannot_be_exported_is_rejected_and_leaves_nothing(converter, full_model, tmp_path, monkeypatch):
+    out, adapter = tmp_path / "model.gguf", tmp_path / "adapter"
+    adapter.mkdir()
+    with pytest.raises(ModelError, match="holds no model"):
+        export_gguf(adapter, out)
+    (adapter / "adapter_config.json").write_text(json.dumps({"r": 8}))
+    with pytest.raises(ModelError, match=r"is an adapter.*merge it first"):
+        export_gguf(adapter, out)
+    with pytest.raises(ModelError, match="no such architecture"):
+        export_gguf(full_model, out, "f32")
+    with pytest.raises(ConfigError, match="type must be one of"):
+        export_gguf(full_model, out, "q3")
+    monkeypatch.delenv("LLAMA_CPP")
+    with pytest.raises(ConfigError, match=r"git clone .*llama\.cpp"):
+        export_gguf(full_model, out)
+    assert not out.exists() and not list(tmp_path.glob(".model.gguf*"))
