@@ -1,49 +1,112 @@
-"""What the notebooks call. The engine behind `main.py` is `forgebook/`; nothing else here is code.
+"""What notebooks call, in one flat list. The engine behind it and behind `main.py` is `forgebook/`.
 
-from helpers import encode, load_tokenizer, show
+A run is its name under `runs/`, or its folder. A name is loaded when it is first used: `import helpers` costs nothing.
 """
 
+from __future__ import annotations
+
 import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-_FROM = {
-    "forgebook.catalog": "TINY_MODEL hardware_of read_catalog shape_of",
-    "forgebook.errors": "DataError",
-    "forgebook.config.parse": "load_config",
-    "forgebook.runs.atomic": "read_json",
-    "forgebook.runs.run": "find_run open_run",
-    "forgebook.runs.metrics": "read_metrics",
-    "forgebook.models.load": "load_model",
-    "forgebook.models.tokenizer": "load_tokenizer tokenizer_of",
-    "forgebook.data.readers": "find_sources",
-    "forgebook.data.row_formats": "parse_row",
-    "forgebook.data.chat_template": "render",
-    "forgebook.data.masking": "encode encode_prompt",
-    "forgebook.data.preview": "show",
-    "forgebook.data.tokenize": "Recipe read_rows tokenize",
-    "forgebook.data.token_store": "Tokens truncation_losses",
-    "forgebook.data.batching": "collate make_sequences padding_share",
-    "forgebook.data.tools": "calls_of_message",
-    "forgebook.planning.plan": "cost_per_million_tokens plan",
-    "forgebook.planning.feasibility": "fit",
-    "forgebook.planning.prepare": "prepare",
-    "forgebook.training.optimizers": "learning_rates",
-    "forgebook.training.classification": "label_ids scores",
-    "forgebook.inference.generate": "complete find_model load_for_generation load_together",
-    "forgebook.inference.vllm_command": "vllm_command",
-    "forgebook.evaluation.tool_accuracy": "KINDS find_mistake",
-    "forgebook.evaluation.statistics": "bootstrap compare_shares gsm8k_number is_gsm8k_right share",
-    "forgebook.reporting.plots": "COLORS new_figure plot_bars plot_lines plot_losses",
-    "forgebook.launch.ray_jobs": "status",
+if TYPE_CHECKING:  # for editors and mypy; at run time _ENGINE says the same
+    from forgebook.catalog import read_catalog
+    from forgebook.config.parse import FinetuneConfig, load_config
+    from forgebook.data.batching import make_batch
+    from forgebook.data.chat_template import render
+    from forgebook.data.masking import encode, encode_prompt
+    from forgebook.data.preview import show_example
+    from forgebook.data.tokenize import read_rows
+    from forgebook.data.tools import calls_of_message
+    from forgebook.errors import DataError
+    from forgebook.evaluation.statistics import compare_shares, estimate, gsm8k_number
+    from forgebook.evaluation.tool_accuracy import KINDS, find_mistake
+    from forgebook.inference.generate import Speaker
+    from forgebook.inference.vllm_command import vllm_command
+    from forgebook.models.load import load_model
+    from forgebook.models.tokenizer import load_tokenizer
+    from forgebook.planning.plan import Plan, cost_per_million_tokens
+    from forgebook.planning.prepare import Prepared
+    from forgebook.reporting.plots import plot_bars, plot_histogram, plot_lines
+    from forgebook.runs.metrics import read_curve
+    from forgebook.runs.run import find_checkpoint
+    from forgebook.training.optimizers import learning_rates
+
+# The engine's own names: the module, and what the name is for.
+_ENGINE = {
+    "DataError": ("errors", "raised for training data that cannot be used; its message names file:line"),
+    "KINDS": ("evaluation.tool_accuracy", "the kinds of mistakes that find_mistake names"),
+    "calls_of_message": ("data.tools", "the tool calls of a message"),
+    "compare_shares": ("evaluation.statistics", "whether two models differ in right answers: McNemar's exact test"),
+    "cost_per_million_tokens": ("planning.plan", "USD per million tokens, from USD per hour and tokens/s"),
+    "encode": ("data.masking", "a conversation as token ids and loss mask"),
+    "encode_prompt": ("data.masking", "a conversation as token ids, up to where the answer begins"),
+    "estimate": ("evaluation.statistics", "a mean with its 95% confidence interval"),
+    "find_checkpoint": ("runs.run", "the folder of a run's best checkpoint, or of the one named"),
+    "find_mistake": ("evaluation.tool_accuracy", "what is wrong with an answer's tool calls; None if nothing is"),
+    "gsm8k_number": ("evaluation.statistics", "the final number of a GSM8K answer, by its authors' rule"),
+    "learning_rates": ("training.optimizers", "the learning rate of every step of a schedule"),
+    "load_config": ("config.parse", "a config file with `key=value` overrides, checked"),
+    "load_model": ("models.load", "a model's weights, as a transformers model"),
+    "load_tokenizer": ("models.tokenizer", "the tokenizer of a model or checkpoint folder"),
+    "make_batch": ("data.batching", "encoded examples as tensors, labels shifted"),
+    "plot_bars": ("reporting.plots", "one bar, or one group of bars, per name"),
+    "plot_histogram": ("reporting.plots", "how often values occur, some of them marked"),
+    "plot_lines": ("reporting.plots", "one curve per name"),
+    "read_catalog": ("catalog", "GPUs with memory, peak and price; shapes of known models"),
+    "read_curve": ("runs.metrics", "a metric of a run: (steps, values)"),
+    "read_rows": ("data.tokenize", "the examples of a file, pattern, bucket or hub data set, checked"),
+    "render": ("data.chat_template", "a conversation as text, by the chat template or a prompt format"),
+    "show_example": (
+        "data.preview",
+        "a conversation as a model or a config file has it: tokens, those in the loss highlighted",
+    ),
+    "vllm_command": ("inference.vllm_command", "the command that serves models with vLLM"),
 }
-_MODULE_OF = {name: module for module, names in _FROM.items() for name in names.split()}
-__all__ = sorted(_MODULE_OF)
 
 
-def __getattr__(name):
-    if name not in _MODULE_OF:
+def prepare_data(config: FinetuneConfig) -> Prepared:
+    """Tokenize a config's data as its run does before the first step: tokens (.train, .valid) and .report."""
+    from forgebook.planning.prepare import prepare
+    from forgebook.runs.run import open_run
+
+    return prepare(config, open_run(config))
+
+
+def plan(config: FinetuneConfig, hardware: str | None = None) -> Plan:
+    """Plan memory, time and cost on hardware such as "8xA100-80G", else on what the config names; reads no data."""
+    from forgebook import catalog
+    from forgebook.planning.hardware import hardware_in
+    from forgebook.planning.plan import plan
+
+    gpus = catalog.hardware_of(hardware) if hardware else hardware_in(config)
+    return plan(config, catalog.shape_of(config.model_id), gpus)
+
+
+def fit(config: FinetuneConfig, hardware: str) -> FinetuneConfig | None:
+    """Find the fastest settings with which a config fits hardware such as "4xA10G"; None if none do."""
+    from forgebook import catalog
+    from forgebook.planning.feasibility import fit
+
+    return fit(config, catalog.shape_of(config.model_id), catalog.hardware_of(hardware))
+
+
+def load_for_generation(name: str | Path) -> Speaker:
+    """Load a run's best checkpoint, or a model: .model, .tokenizer, .answer(conversations, max_new_tokens=64)."""
+    from forgebook.inference.generate import find_model, load_together
+
+    return load_together([find_model(str(name))])[0]
+
+
+__all__ = sorted([*_ENGINE, *(name for name, one in globals().items() if getattr(one, "__module__", "") == __name__)])
+__doc__ = f"{__doc__}\n" + "\n".join(f"    {name:<25}{purpose}" for name, (_, purpose) in _ENGINE.items())
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ENGINE:
         raise AttributeError(f"helpers has no {name}")
-    return getattr(importlib.import_module(_MODULE_OF[name]), name)
+    return getattr(importlib.import_module(f"forgebook.{_ENGINE[name][0]}"), name)
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return __all__

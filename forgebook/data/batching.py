@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, insort
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,11 +25,13 @@ if TYPE_CHECKING:
     import torch
 
     from forgebook.config.parse import FinetuneConfig
+    from forgebook.data.masking import Encoded
 
 __all__ = [
     "Sequence",
     "collate",
     "epoch_batches",
+    "make_batch",
     "make_sequences",
     "pack",
     "padding_share",
@@ -185,6 +188,12 @@ def collate(
         positions[k] = np.concatenate([places, np.arange(width - len(ids))])
     batch = {"input_ids": input_ids, "labels": labels} | ({"position_ids": positions} if packed else {})
     return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+
+def make_batch(encoded: Iterable[Encoded], pad_id: int) -> dict[str, torch.Tensor]:
+    """Stack encoded examples, one per line: input_ids and labels, [examples, length] each, as `collate` has them."""
+    tokens = Tokens.from_rows((one.input_ids, one.loss_mask) for one in encoded)
+    return collate(tokens, list(np.arange(len(tokens))[:, None]), pad_id)
 
 
 def _line(tokens: Tokens, rows: Sequence) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -8,23 +8,34 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.text import Text
 
-from forgebook.config.parse import FinetuneConfig
+from forgebook.config.parse import FinetuneConfig, load_config
 from forgebook.data import tokenize
-from forgebook.data.masking import Encoded
+from forgebook.data.masking import Encoded, encode
 from forgebook.data.special_tokens import special_ids
 from forgebook.errors import DataError
-from forgebook.models.tokenizer import tokenizer_of
+from forgebook.models.tokenizer import load_tokenizer, locate, tokenizer_of
 
 if TYPE_CHECKING:
     from IPython.display import HTML
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["PreviewedExample", "example_as_json", "pieces_of", "preview_examples", "print_example", "show"]
+    from forgebook.data.chat_template import Message
+
+__all__ = [
+    "PreviewedExample",
+    "example_as_json",
+    "pieces_of",
+    "preview_examples",
+    "print_example",
+    "show",
+    "show_example",
+]
 
 SUPERVISED, SPECIAL, PLAIN = "bold green", "dim cyan", "default"
 
@@ -103,6 +114,16 @@ def show(encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> HTML:
         spans.append(f'<span style="{style}">{escape(text)}</span>' if style else escape(text))
     legend = f"{sum(encoded.loss_mask[1:])} of {len(encoded.input_ids)} tokens are in the loss (highlighted)"
     return HTML(f'<pre style="white-space:pre-wrap">{"".join(spans)}</pre><small>{legend}</small>')
+
+
+def show_example(messages: list[Message], source: str | Path, tools: list[dict] | None = None) -> HTML:
+    """Show a conversation in a notebook as a config file (`*.yaml`) or a model (a folder, a hub id, `tiny`) has it."""
+    if str(source).endswith(".yaml"):
+        config = load_config(source)
+        tokenizer, prompt_format = tokenizer_of(config), config.generation_config.prompt_format
+    else:
+        tokenizer, prompt_format = load_tokenizer(locate(str(source))), None
+    return show(encode(messages, tokenizer, prompt_format, tools=tools), tokenizer)
 
 
 def print_example(example: PreviewedExample, console: Console) -> None:

@@ -18,6 +18,7 @@ __all__ = [
     "bootstrap",
     "compare_shares",
     "compare_statistics",
+    "estimate",
     "gsm8k_number",
     "is_exact",
     "is_gsm8k_right",
@@ -79,6 +80,11 @@ def share(points: Sequence[float]) -> Figure:
     centre = (value + z2 / 2) / (1 + z2)
     half = Z / (1 + z2) * np.sqrt(value * (1 - value) / rows + z2 / (4 * rows))
     return Figure(value, max(0.0, float(centre - half)), min(1.0, float(centre + half)))
+
+
+def estimate(values: Sequence[float]) -> Figure:
+    """Return the mean with its 95% interval: Wilson's for right or wrong (1, 0; a tie is 0.5), else the bootstrap's."""
+    return share(values) if set(values) <= {0, 0.5, 1} else bootstrap(np.mean, values)
 
 
 def compare_shares(before: Sequence[bool], after: Sequence[bool]) -> Difference:

@@ -62,6 +62,17 @@ class LoadedModel:
         with self.model.disable_adapter() if has_adapters and self.adapter is None else contextlib.nullcontext():
             yield self.model
 
+    def answer(
+        self,
+        conversations: list[list[chat_template.Message]],
+        prompt_format: PromptFormat | None = None,
+        **sampling: Any,
+    ) -> list[str]:
+        """Answer conversations, in the speaker's own prompt format unless another is named; see `complete`."""
+        prompt_format = prompt_format or self.prompt_format
+        with self.active() as model:
+            return complete(model, self.tokenizer, conversations, prompt_format=prompt_format, **sampling)
+
 
 # Loading ----------------------------------------------------------------------------------------------
 

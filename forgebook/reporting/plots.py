@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import io
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["COLORS", "new_figure", "plot_bars", "plot_lines", "plot_losses"]
+__all__ = ["COLORS", "new_figure", "plot_bars", "plot_histogram", "plot_lines", "plot_losses"]
 
 # Distinguishable with color-blind eyes, on white and on black; after Okabe and Ito (2008).
 COLORS = ("#4c8fd0", "#e0703c", "#3aa17e", "#c86fa8", "#c9a227", "#7c7cd0", "#8a8f98")
@@ -114,6 +115,19 @@ def plot_bars(
     if len(kinds) > 1:
         axes.legend(frameon=False, labelcolor=GRAY)
     return _saved(figure, path)
+
+
+def plot_histogram(
+    values: Sequence[float], xlabel: str, ylabel: str, *, marks: Mapping[str, float] | None = None, bins: int = 30
+) -> Figure:
+    """Draw how often values occur. marks: values under their names, each a line across the figure."""
+    figure, (axes,) = new_figure(height=2.8)
+    axes.hist(values, bins=bins, color=COLORS[0])
+    for (name, value), color in zip((marks or {}).items(), itertools.cycle(COLORS[1:])):
+        axes.axvline(value, color=color, linewidth=2, linestyle="--")
+        axes.annotate(f" {name} {value:,}", (value, 0.93), xycoords=("data", "axes fraction"), color=color)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    return figure
 
 
 def plot_losses(metrics: list[dict[str, Any]], path: Path | None = None) -> Figure:

@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from forgebook.runs.run import Run
+from forgebook.runs.run import Run, find_run
 
-__all__ = ["Progress", "read_metrics", "read_new_lines", "watch_lines"]
+__all__ = ["Progress", "read_curve", "read_metrics", "read_new_lines", "watch_lines"]
 
 
 class Progress:
@@ -63,6 +63,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     with open(path) as file:
         # A process that was killed while writing leaves half a line, which the continued run replaces.
         return [json.loads(line) for line in file if line.endswith("\n")]
+
+
+def read_curve(run: str, key: str) -> tuple[list[int], list[float]]:
+    """Read one metric of a run, by its name or folder: the steps at which it was recorded, and its values there."""
+    records = [record for record in read_metrics(find_run(run).metrics) if key in record]
+    return [record["step"] for record in records], [record[key] for record in records]
 
 
 def read_new_lines(log: Path, place: int, ended: threading.Event, every: float) -> Iterator[list[dict[str, Any]]]:
