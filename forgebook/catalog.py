@@ -260,7 +260,7 @@ def _shape_in(path: Path, catalog: Catalog | None) -> Shape:
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} cannot be read: {error}") from None
     facts = facts.get("text_config", facts)  # models that read images wrap their text decoder
-    kind, families = facts.get("model_type"), (catalog or read_catalog()).families
+    kind, families = str(facts.get("model_type")), (catalog or read_catalog()).families
     family = families.get(kind)
     facts = (dict(family.defaults) if family else {}) | facts
     missing = [key for key in _NEEDED if not isinstance(facts.get(key), int)]
@@ -293,7 +293,7 @@ def hardware_of(text: str, catalog: Catalog | None = None) -> tuple[int, Gpu]:
     by_name = {name.lower(): gpu for name, gpu in gpus.items()}
     match = re.fullmatch(r"(?:([1-9]\d*)\s*x\s*)?(\S+)", text.strip(), flags=re.IGNORECASE)
     name = match[2].lower() if match else ""
-    if name not in by_name:
+    if match is None or name not in by_name:
         raise ConfigError(
             f"hardware: got {text!r}{near_miss(name, by_name)}, must be like 8xA100-80G, with one of {', '.join(gpus)}"
         )

@@ -1,4 +1,4 @@
-"""Local copies of what lies elsewhere: s3://, gs://, https://; a local path stands for itself.
+"""Local copies of remote files: s3://, gs://, https://; a local path stands for itself.
 
 find_files(glob)    -> [uri]    the files that a path or a glob names
 fetch_file(uri)     -> Path     a local copy of one file
@@ -26,7 +26,7 @@ __all__ = ["cache_folder", "fetch_file", "fetch_folder", "find_files"]
 
 
 def cache_folder() -> Path:
-    """Name the folder of local copies: $FORGEBOOK_CACHE, or ~/.cache/forgebook."""
+    """Return the folder of local copies: $FORGEBOOK_CACHE, or ~/.cache/forgebook."""
     return Path(os.environ.get("FORGEBOOK_CACHE", "~/.cache/forgebook")).expanduser()
 
 
@@ -35,7 +35,7 @@ def fetch_file(uri: str) -> Path:
     if not is_remote(uri):
         path = Path(uri).expanduser()
         if path.is_dir():
-            raise StorageError(f"{uri} is a folder, need a file")
+            raise StorageError(f"{uri} is a folder; name a file in it")
         if not path.exists():
             raise StorageError(f"{uri} does not exist (looked from {Path.cwd()})")
         return path
@@ -47,9 +47,9 @@ def fetch_file(uri: str) -> Path:
 
 
 def fetch_folder(uri: str) -> Path:
-    """Return a local folder holding what lies under `uri` (local, s3:// or gs://).
+    """Return a local folder with the contents of `uri` (local, s3:// or gs://).
 
-    Raises StorageError if nothing is there, or a folder whose upload has not ended.
+    Raises StorageError if it is empty, or its upload has not finished.
     """
     if not is_remote(uri):
         path = Path(uri).expanduser()
@@ -69,26 +69,26 @@ def fetch_folder(uri: str) -> Path:
             temporary.mkdir()
             object_store.download_files(uri, temporary, names)
     elif not object_store.download_folder(uri, target):
-        raise StorageError(f"{uri} is not complete: its upload was interrupted or still goes on")
+        raise StorageError(f"{uri} is not complete: its upload was interrupted or is still running")
     return target
 
 
 def find_files(pattern: str) -> list[str]:
-    """List the files that a path or a glob (`*`, `?`, `[...]`) names, sorted; local, s3:// or gs://.
+    """List the files that a glob (`*`, `?`, `[...]`) matches, sorted; local, s3:// or gs://.
 
-    Raises StorageError if a glob finds none; a plain path is returned unseen.
+    A plain path is returned unchecked. Raises StorageError if a glob matches nothing.
     """
     if not any(sign in pattern for sign in "*?[") or pattern.startswith("https://"):
         return [pattern]
     if not is_remote(pattern):
-        found = glob.glob(str(Path(pattern).expanduser()), recursive=True)
-        found = [path for path in found if not Path(path).is_dir()]
+        matches = glob.glob(str(Path(pattern).expanduser()), recursive=True)
+        matches = [path for path in matches if not Path(path).is_dir()]
     else:
         folder = re.split(r"[*?\[]", pattern)[0].rpartition("/")[0]
-        found = fnmatch.filter([f"{folder}/{name}" for name in object_store.list_files(folder)], pattern)
-    if not found:
-        raise StorageError(f"{pattern}: no file there has such a name")
-    return sorted(found)
+        matches = fnmatch.filter([f"{folder}/{name}" for name in object_store.list_files(folder)], pattern)
+    if not matches:
+        raise StorageError(f"{pattern} matches no file")
+    return sorted(matches)
 
 
 def _cached(uri: str) -> Path:

@@ -1,21 +1,21 @@
-"""What a run says of itself while it trains: files that rank 0 writes and anyone may read.
+"""A run's metrics and progress: files that rank 0 writes and anyone may read.
 
     <run>/metrics.jsonl          one line per optimizer step and per evaluation, under LLMForge's names
-    <run>/logs/progress.jsonl    the same and the stages between, as they happen; the console follows it
+    <run>/logs/progress.jsonl    the same and the stages between them, as they happen; console and trackers read it
 
-A run that continues from step k takes back the metrics after k: they will be written again.
+A run that resumes from step k drops the metrics after k: they will be written again.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from forgebook.runs.atomic import atomic_file
 from forgebook.runs.run import Run, find_run
 
 __all__ = ["Progress", "read_curve", "read_metrics", "read_new_lines", "watch_lines"]
@@ -25,12 +25,12 @@ class Progress:
     """Append to the run's metrics and progress files."""
 
     def __init__(self, run: Run, resume_step: int = 0, silent: bool = False):
-        """Open the files; resume_step: the step continued from. silent: write nothing (every rank but 0)."""
+        """Open the files. resume_step: the step resumed from. silent: write nothing (every rank but 0)."""
         self._silent = silent
         if silent:
             return
         run.logs.mkdir(parents=True, exist_ok=True)
-        _take_back(run.metrics, resume_step)
+        _drop_after(run.metrics, resume_step)
         self._metrics = open(run.metrics, "a")  # noqa: SIM115  (open for the length of the run)
         self._progress = open(run.logs / "progress.jsonl", "a")  # noqa: SIM115
 
@@ -43,7 +43,7 @@ class Progress:
         self._record("evaluation", metrics)
 
     def stage(self, text: str, **facts: Any) -> None:
-        """Say what is being done now; for the console only."""
+        """Record the stage that begins, for the console; `facts` go with it."""
         if not self._silent:
             _append(self._progress, {"kind": "stage", "text": text, **facts})
 
@@ -61,7 +61,7 @@ def _append(file, record: dict[str, Any]) -> None:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Read a run's metrics; evaluations are the lines with `eval_loss`."""
     with open(path) as file:
-        # A process that was killed while writing leaves half a line, which the continued run replaces.
+        # A process that was killed while writing leaves half a line, which the resumed run replaces.
         return [json.loads(line) for line in file if line.endswith("\n")]
 
 
@@ -71,34 +71,34 @@ def read_curve(run: str, key: str) -> tuple[list[int], list[float]]:
     return [record["step"] for record in records], [record[key] for record in records]
 
 
-def read_new_lines(log: Path, place: int, ended: threading.Event, every: float) -> Iterator[list[dict[str, Any]]]:
-    """Yield the whole lines that were added to `log` after byte `place`, every so many seconds, maybe none.
+def read_new_lines(log: Path, offset: int, ended: threading.Event, every: float) -> Iterator[list[dict[str, Any]]]:
+    """Yield the complete lines added to `log` after byte `offset`, a list every so many seconds, possibly empty.
 
-    Once `ended` is set, what is left comes at once, and the iteration ends.
+    Once `ended` is set, the rest comes at once and the iteration ends.
     """
     while True:
         is_last_look = ended.wait(every)
         events = []
         if log.exists():
             with open(log) as file:
-                file.seek(place)
+                file.seek(offset)
                 while (line := file.readline()).endswith("\n"):
                     events.append(json.loads(line))
-                    place = file.tell()
+                    offset = file.tell()
         yield events
         if is_last_look:
             return
 
 
 @contextlib.contextmanager
-def watch_lines(log: Path, place: int, every: float, hand: Callable[[dict[str, Any]], None]) -> Iterator[None]:
-    """Hand each line added to `log` after byte `place` to a function, in a thread, for the length of a block."""
+def watch_lines(log: Path, offset: int, every: float, handle: Callable[[dict[str, Any]], None]) -> Iterator[None]:
+    """Call a function, in a thread, with each line added to `log` after byte `offset` while the block runs."""
     ended = threading.Event()
 
     def watch() -> None:
-        for events in read_new_lines(log, place, ended, every):
+        for events in read_new_lines(log, offset, ended, every):
             for event in events:
-                hand(event)
+                handle(event)
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -109,11 +109,10 @@ def watch_lines(log: Path, place: int, every: float, hand: Callable[[dict[str, A
         thread.join()
 
 
-def _take_back(path: Path, step: int) -> None:
-    """Drop the lines after a step."""
+def _drop_after(path: Path, step: int) -> None:
+    """Drop the lines of metrics.jsonl after a step."""
     if not path.exists():
         return
-    kept = [record for record in read_metrics(path) if record["step"] <= step]
-    aside = path.with_name(f".{path.name}")
-    aside.write_text("".join(json.dumps(record) + "\n" for record in kept))
-    os.replace(aside, path)
+    records = [record for record in read_metrics(path) if record["step"] <= step]
+    with atomic_file(path) as temporary:
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in records))

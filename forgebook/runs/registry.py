@@ -25,11 +25,11 @@ __all__ = ["Model", "delete_model", "get_model", "list_models"]
 
 @dataclass(frozen=True)
 class Model:
-    """What is on record of a run's model: LLMForge's fields, and what it was found to be worth.
+    """The record of a run's model: LLMForge's fields, and its figures.
 
-    id: custom_model_tag, else the run's name. ft_type: the task and how it was trained. storage_uri: the run. figures:
-    evaluation loss and perplexity of the best checkpoint, with what `evaluate` found. starts_from: paths that the run
-    began with.
+    id: custom_model_tag, else the run's name. ft_type: the task and the method. storage_uri: the run. figures:
+    evaluation loss and perplexity of the best checkpoint, and the results of `evaluate`. starts_from: paths and hub ids
+    of the weights that the run started from.
     """
 
     id: str
@@ -46,18 +46,18 @@ class Model:
 
 
 def list_models(storage_path: str = "runs") -> list[Model]:
-    """List the models under a storage path (a folder, s3:// or gs://), the oldest first; runs going on are included."""
+    """List the models under a storage path (a folder, s3:// or gs://), oldest first, unfinished runs included."""
     if object_store.is_bucket(storage_path):
         runs = [run_at(storage_path, name) for name in object_store.list_folders(storage_path)]
     else:
         folder = Path(storage_path).expanduser()
         runs = [Run(path.resolve()) for path in folder.iterdir()] if folder.is_dir() else []
-    found = [_model_of(run) for run in runs if not run.name.startswith(".")]
-    return sorted((model for model in found if model), key=lambda model: model.created_at)
+    models = [_model_of(run) for run in runs if not run.name.startswith(".")]
+    return sorted((model for model in models if model), key=lambda model: model.created_at)
 
 
 def get_model(name: str, storage_path: str = "runs") -> Model:
-    """Read what is on record of a model, by its run's folder, address or name, or by its id."""
+    """Read the record of a model, by its run's folder, URI or name, or by its id. Raises StorageError if none or several."""
     for run in candidate_runs(name, storage_path):
         if model := _model_of(run):
             return model
@@ -70,7 +70,7 @@ def get_model(name: str, storage_path: str = "runs") -> Model:
 
 
 def delete_model(name: str, storage_path: str = "runs") -> Model:
-    """Delete a model's run, here and in its bucket; return what was on record of it.
+    """Delete a model's run, here and in its bucket; return its record.
 
     Raises StorageError, and deletes nothing, if another run beside it or under storage_path starts from it.
     """
@@ -81,18 +81,16 @@ def delete_model(name: str, storage_path: str = "runs") -> Model:
         other.storage_uri
         for other in others.values()
         if other.storage_uri != model.storage_uri
-        and any(_lies_in(path, model.storage_uri) for path in other.starts_from)
+        and any(_is_within(path, model.storage_uri) for path in other.starts_from)
     ]
     if users:
-        raise StorageError(
-            f"{model.storage_uri} is what other runs start from: {', '.join(users)}. Delete these first, or keep it"
-        )
+        raise StorageError(f"{model.storage_uri} is what other runs start from: {', '.join(users)}. Delete those first")
     remove_run(run_at(parent, model.storage_uri.rpartition("/")[2]))
     return model
 
 
 def _model_of(run: Run) -> Model | None:
-    """Put together what a run's files say, in its bucket if it has one; None if it is no run."""
+    """Put a model's record together from its run's files, in the bucket if it has one; None if there is no run."""
     config = yaml.safe_load(_text_of(run, run.config) or "null")
     if config is None:
         return None
@@ -103,8 +101,8 @@ def _model_of(run: Run) -> Model | None:
     figures = {name: summary[name] for name in ("eval_loss", "perplexity") if summary.get(name) is not None}
     created = summary.get("created_at")
     if created is None:
-        known = run.summary if run.summary.exists() else run.config
-        created = _utc(known.stat().st_mtime) if known.exists() else ""
+        path = run.summary if run.summary.exists() else run.config
+        created = _utc(path.stat().st_mtime) if path.exists() else ""
     starts = [config["model_id"]] + [config.get(f"initial_{kind}_model_ckpt_path") for kind in ("base", "adapter")]
     return Model(
         id=config.get("custom_model_tag") or run.name,
@@ -122,7 +120,7 @@ def _model_of(run: Run) -> Model | None:
 
 
 def _text_of(run: Run, path: Path) -> str | None:
-    """Read a small file of a run where the run is kept; None if it is not there."""
+    """Read a small file of a run from where the run is stored; None if it is not there."""
     if run.uri is None:
         return path.read_text() if path.is_file() else None
     uri = f"{run.uri}/{path.relative_to(run.folder).as_posix()}"
@@ -133,8 +131,8 @@ def _utc(seconds: float) -> str:
     return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(timespec="seconds")
 
 
-def _lies_in(path: str, folder: str) -> bool:
-    """Tell whether a path of a config is a folder or lies below it."""
+def _is_within(path: str, folder: str) -> bool:
+    """Check whether a config's path is a folder or below it."""
     if is_remote(path) or is_remote(folder):
         return f"{path.rstrip('/')}/".startswith(f"{folder}/")
     # A relative path may have been written from any folder above.

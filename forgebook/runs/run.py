@@ -42,13 +42,13 @@ __all__ = [
 
 
 def display_path(path: Path) -> str:
-    """Write a path as a person would: from the working directory, if it lies below."""
+    """Write a path for a person to read: relative to the working directory if it is below it."""
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 @dataclass(frozen=True)
 class Run:
-    """The paths of a run folder; `uri`: where in a bucket it is kept, None for a run of this machine alone.
+    """The paths of a run folder. uri: where in a bucket it is stored, None for a run on this machine alone.
 
     home: in a worker that has a folder of its own because it does not see the run's: how it reaches that one.
     """
@@ -63,19 +63,19 @@ class Run:
 
     @property
     def place(self) -> str:
-        return self.uri or display_path(self.folder)  # as a person would write it
+        return self.uri or display_path(self.folder)  # for a person to read
 
     @property
     def config(self) -> Path:
-        return self.folder / "config.yaml"  # every value, and where it came from
+        return self.folder / "config.yaml"  # every value and its origin
 
     @property
     def data_report(self) -> Path:
-        return self.folder / "data_report.json"  # rows, tokens, what was cut
+        return self.folder / "data_report.json"  # examples, tokens, what was cut
 
     @property
     def plan(self) -> Path:
-        return self.folder / "plan.json"  # memory, time and cost, told before the run
+        return self.folder / "plan.json"  # memory, time and cost, estimated before the run
 
     @property
     def metrics(self) -> Path:
@@ -95,15 +95,15 @@ class Run:
 
     @property
     def resume(self) -> Path:
-        return self.folder / "resume"  # the training state, for continuing
+        return self.folder / "resume"  # the training state, for resuming
 
     @property
     def adapter_start(self) -> Path:
-        return self.folder / "adapter_start.safetensors"  # of an adapter that changed its base (PiSSA)
+        return self.folder / "adapter_start.safetensors"  # for an adapter that changed its base (PiSSA)
 
     @property
     def tokens(self) -> Path:
-        return self.folder / "tokens"  # tokenised rows, mapped by workers
+        return self.folder / "tokens"  # tokenized examples, memory-mapped by workers
 
     @property
     def logs(self) -> Path:
@@ -115,29 +115,31 @@ class Run:
 
 
 def run_at(storage_path: str, name: str) -> Run:
-    """Name the run of that name under a storage path; one in a bucket has a local folder of its own."""
+    """Return the run of that name under a storage path; one in a bucket has a local folder below the cache."""
     if not is_remote(storage_path):
         return Run(Path(storage_path).expanduser().resolve() / name)
     if not object_store.is_bucket(storage_path):
-        raise StorageError(f"storage_path {storage_path}: runs are kept in a local folder, s3:// or gs://")
+        raise StorageError(f"storage_path {storage_path}: runs are stored in a local folder, s3:// or gs://")
     parent = storage_path.rstrip("/")
     digest = hashlib.sha256(parent.encode()).hexdigest()[:16]
     return Run(cache_folder().resolve() / "runs" / digest / name, f"{parent}/{name}")
 
 
 def open_run(config: FinetuneConfig) -> Run:
-    """Open the run folder that a config names; what is there already is treated as `on_existing` says.
+    """Open the run folder that a config names. Creates nothing: the caller does, once the data is known to be good.
 
-    A run in a bucket is brought to this machine. Raises StorageError if the folder exists and `on_existing` is fail,
-    or is not a run's. Creates nothing: the caller does, once the data is known to be good.
+    A run in a bucket is downloaded, unless it is to be overwritten. Raises StorageError if the folder exists and
+    `on_existing` is fail, or if it is not a run folder.
     """
+    if config.run_name is None:
+        raise StorageError("run_name: the run needs a name, since its config was not read from a file")
     run = run_at(config.storage_path, config.run_name)
     if run.uri:
         names = list(object_store.list_files(run.uri))
     else:
         names = [path.name for path in run.folder.iterdir()] if run.folder.is_dir() else []
     exists = run.config.name in names
-    # A data report alone is what a run leaves whose data was refused.
+    # A run whose data was rejected leaves its data report, and nothing else.
     if not exists and set(names) - {run.data_report.name}:
         raise StorageError(f"{run.place} exists and is not a run folder (no config.yaml): choose another run_name")
     if exists and config.on_existing == "fail":
@@ -148,9 +150,9 @@ def open_run(config: FinetuneConfig) -> Run:
 
 
 def find_run(name: str, storage_path: str = "runs") -> Run:
-    """Find a run by its folder or address, or by its name under storage_path (a folder, s3:// or gs://).
+    """Find a run by its folder or URI, or by its name under storage_path (a folder, s3:// or gs://).
 
-    A run in a bucket is brought to this machine, without its training state.
+    A run in a bucket is downloaded, without its training state. Raises StorageError if there is none.
     """
     for run in candidate_runs(name, storage_path):
         if run.uri:
@@ -163,7 +165,7 @@ def find_run(name: str, storage_path: str = "runs") -> Run:
 
 
 def candidate_runs(name: str, storage_path: str) -> list[Run]:
-    """List the runs that a user may mean."""
+    """List the runs that a name may mean: a folder or URI, and a name under storage_path."""
     if is_remote(name):
         parent, _, last = name.rstrip("/").rpartition("/")
         return [run_at(parent, last)]
@@ -180,8 +182,7 @@ def rank_checkpoints(losses: Mapping[str, float | None]) -> list[str]:
 
     def rank(name: str) -> tuple[float, int]:
         loss = losses[name]
-        is_measured = loss is not None and math.isfinite(loss)
-        return (loss if is_measured else math.inf, -names.index(name))
+        return (loss if loss is not None and math.isfinite(loss) else math.inf, -names.index(name))
 
     return sorted(names, key=rank)
 

@@ -105,7 +105,7 @@ def test_globs_and_mixes(tmp_path):
     assert [(source.uri.rsplit("/", 1)[1], source.weight) for source in found] == [
         ("a.jsonl", 1), ("b.jsonl", 1), ("other.txt", 0.5),
     ]  # fmt: skip
-    with pytest.raises(StorageError, match="no file there has such a name"):
+    with pytest.raises(StorageError, match="matches no file"):
         readers.find_sources(str(tmp_path / "*.parquet"))
 
 
