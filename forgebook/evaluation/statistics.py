@@ -1,7 +1,7 @@
-"""Answers -> figures: which are right, how sure the share is, and whether two models differ.
+"""Answers -> figures: which answers are right, how certain a share is, and whether two models differ.
 
-An interval holds the true figure in 95 of 100 such samples: Wilson's for a share, the bootstrap's for anything
-else. A test is paired: both models answered the same rows, so only the rows on which they differ say anything.
+An interval contains the true figure in 95 of 100 such samples: Wilson's for a share, the bootstrap's for anything
+else. Tests are paired: both models answered the same examples, so only those on which they differ count.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -26,15 +27,18 @@ __all__ = [
 ]
 
 CONFIDENCE = 0.95
-Z = 1.959963984540054  # the normal distribution holds 95 % within so many standard deviations
+Z = 1.959963984540054  # the normal distribution holds 95% within so many standard deviations
 RESAMPLES = 9_999
 # The rule of the data set's authors, github.com/openai/grade-school-math.
 GSM8K_NUMBER = re.compile(r"#### (\-?[0-9\.\,]+)")
 
+# One value per example: numbers or truth values [examples], or probabilities [examples, labels].
+Column = Any
+
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure with the ends of its 95 % interval."""
+    """A figure with the ends of its 95% interval."""
 
     value: float
     low: float
@@ -43,7 +47,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Difference:
-    """How far two models differ on the same rows. p: how likely so large a difference is if they do not."""
+    """How far two models differ on the same examples. p: how likely so large a difference is by chance."""
 
     value: float
     p: float
@@ -51,96 +55,115 @@ class Difference:
 
 
 def is_exact(answer: str, reference: str) -> bool:
-    """Tell whether an answer is its reference, outer white space aside."""
+    """Return whether an answer is its reference, outer white space aside."""
     return answer.strip() == reference.strip()
 
 
 def gsm8k_number(text: str) -> str | None:
-    """Take the final number out of a GSM8K answer, without commas; None if it gives none.
+    """Extract the final number of a GSM8K answer, without commas; None if there is none.
 
-    The first number after "#### ", matched by `\\-?[0-9.,]+`, as grade-school-math's own extract_answer does.
+    The first number after "#### ", matched by `\\-?[0-9.,]+`, as in grade-school-math's own extract_answer.
     """
-    found = GSM8K_NUMBER.search(text)
-    return found[1].strip().replace(",", "") if found else None
+    match = GSM8K_NUMBER.search(text)
+    return match[1].strip().replace(",", "") if match else None
 
 
 def is_gsm8k_right(answer: str, reference: str) -> bool:
-    """Tell whether an answer gives its reference's final number, by the published rule: the texts are compared."""
+    """Return whether an answer has its reference's final number, by the published rule: the texts are compared."""
     number = gsm8k_number(answer)
     return number is not None and number == gsm8k_number(reference)
 
 
-def share(points: Sequence[float]) -> Figure:
+def share(points: Sequence[float] | np.ndarray) -> Figure:
     """Return the mean of points from 0 to 1, right answers or wins, with Wilson's interval.
 
-    Of ties and half wins the interval is wider than it need be, never narrower.
+    With ties and half wins the interval is wider than necessary, never narrower.
     """
-    rows, value = len(points), float(np.mean(points))
-    z2 = Z * Z / rows
-    centre = (value + z2 / 2) / (1 + z2)
-    half = Z / (1 + z2) * np.sqrt(value * (1 - value) / rows + z2 / (4 * rows))
-    return Figure(value, max(0.0, float(centre - half)), min(1.0, float(centre + half)))
+    count, value = len(points), float(np.mean(points))
+    z2 = Z * Z / count
+    center = (value + z2 / 2) / (1 + z2)
+    half = Z / (1 + z2) * np.sqrt(value * (1 - value) / count + z2 / (4 * count))
+    return Figure(value, max(0.0, float(center - half)), min(1.0, float(center + half)))
 
 
-def estimate(values: Sequence[float]) -> Figure:
+def estimate(values: Sequence[float] | np.ndarray) -> Figure:
     """Return the mean with its 95% interval: Wilson's for right or wrong (1, 0; a tie is 0.5), else the bootstrap's."""
     return share(values) if set(values) <= {0, 0.5, 1} else bootstrap(np.mean, values)
 
 
-def compare_shares(before: Sequence[bool], after: Sequence[bool]) -> Difference:
-    """Compare right answers row by row: McNemar's exact test.
+def compare_shares(before: Sequence[bool] | np.ndarray, after: Sequence[bool] | np.ndarray) -> Difference:
+    """Compare right answers example by example: McNemar's exact test.
 
-    Of the rows that only one model got right, each is as likely to be either's if the models do not differ.
+    If the models do not differ, an example that only one of them got right is equally likely to be either's.
     """
     from scipy.stats import binomtest
 
-    before, after = np.asarray(before, bool), np.asarray(after, bool)
-    won, lost = int((after & ~before).sum()), int((before & ~after).sum())
+    first, second = np.asarray(before, bool), np.asarray(after, bool)
+    won, lost = int((second & ~first).sum()), int((first & ~second).sum())
     p = binomtest(won, won + lost).pvalue if won + lost else 1.0
-    return Difference(float(after.mean() - before.mean()), float(p), "McNemar, exact")
+    return Difference(float(second.mean() - first.mean()), float(p), "McNemar, exact")
 
 
-def bootstrap(statistic: Callable[..., float], *columns: Sequence[float], resamples: int = RESAMPLES) -> Figure:
-    """Return a statistic of rows with the percentile interval of resamples of the rows.
+def bootstrap(statistic: Callable[..., float], *columns: Column, resamples: int = RESAMPLES) -> Figure:
+    """Return a statistic of examples with the percentile interval of the bootstrap (scipy.stats.bootstrap).
 
-    columns: [rows, ...] each, resampled together; statistic: of the columns, one number.
+    columns: [examples, ...] each, resampled together; statistic: of the columns, one number.
     """
-    return _figure(statistic, _arrays(columns), _resampled(statistic, _arrays(columns), resamples))
+    from scipy.stats import bootstrap as scipy_bootstrap
+
+    arrays = [np.asarray(column) for column in columns]
+    value, count = float(statistic(*arrays)), len(arrays[0])
+    if count < 2:  # nothing to resample, which scipy rejects
+        return Figure(value, value, value)
+    # What is resampled is the examples' numbers: columns may have several values per example.
+    result = scipy_bootstrap(
+        (np.arange(count),),
+        lambda chosen: statistic(*(array[chosen] for array in arrays)),
+        n_resamples=resamples,
+        batch=100,  # bounds memory
+        vectorized=False,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    )
+    # Not scipy's own interval: a resample may lack the examples that a statistic needs, which makes it NaN.
+    low, high = np.nanquantile(result.bootstrap_distribution, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return Figure(value, float(low), float(high))
 
 
 def compare_statistics(
     statistic: Callable[..., float],
-    before: Sequence[Sequence[float]],
-    after: Sequence[Sequence[float]],
+    before: Sequence[Column],
+    after: Sequence[Column],
     resamples: int = RESAMPLES,
 ) -> tuple[Figure, Figure, Difference]:
-    """Compare a statistic of two models on the same rows: the paired bootstrap, two-sided.
+    """Compare a statistic of two models on the same examples: the paired permutation test, two-sided.
 
-    before, after: the columns of each model, [rows, ...] each; a resample takes the same rows of both.
+    If the models do not differ, swapping their values on any examples gives equally likely differences
+    (scipy.stats.permutation_test; exact for few examples).
 
-    Returns each model's figure, and the difference.
+    before, after: the columns of each model, [examples, ...] each. Returns each model's figure, and the difference.
     """
-    both = [_arrays(before), _arrays(after)]
-    drawn = [_resampled(statistic, columns, resamples) for columns in both]
-    first, second = (_figure(statistic, *of) for of in zip(both, drawn, strict=True))
-    apart = drawn[1] - drawn[0]
-    # One is added: resamples of which none crosses zero only say that p is below one in so many.
-    crossed = 1 + min((apart <= 0).sum(), (apart >= 0).sum())
-    p = min(1.0, 2 * crossed / (resamples + 1))
-    return first, second, Difference(second.value - first.value, float(p), "paired bootstrap")
+    from scipy.stats import permutation_test
 
+    pairs = [(np.asarray(one), np.asarray(other)) for one, other in zip(before, after, strict=True)]
+    count = len(pairs[0][0])
 
-def _arrays(columns: Sequence[Sequence[float]]) -> list[np.ndarray]:
-    return [np.asarray(column) for column in columns]
+    def value(is_after: np.ndarray) -> float:
+        """Compute the statistic of a mixture: which model's values each example has."""
+        wide = (is_after.reshape(-1, *[1] * (one.ndim - 1)) for one, _ in pairs)
+        return statistic(*(np.where(chosen, other, one) for chosen, (one, other) in zip(wide, pairs, strict=True)))
 
-
-def _figure(statistic: Callable[..., float], columns: list[np.ndarray], drawn: np.ndarray) -> Figure:
-    low, high = np.nanquantile(drawn, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return Figure(float(statistic(*columns)), float(low), float(high))
-
-
-def _resampled(statistic: Callable[..., float], columns: list[np.ndarray], resamples: int) -> np.ndarray:
-    """Compute a statistic on resamples of the rows: the same rows for the same number of rows, each time."""
-    random, rows = np.random.default_rng(0), len(columns[0])
-    draws = (random.integers(rows, size=rows) for _ in range(resamples))
-    return np.array([statistic(*(column[draw] for column in columns)) for draw in draws])
+    first, second = (bootstrap(statistic, *columns, resamples=resamples) for columns in (before, after))
+    p = 1.0
+    # Of one example nothing can be said, and NaN is no difference.
+    if count > 1 and np.isfinite(second.value - first.value):
+        p = permutation_test(
+            (np.zeros(count, bool), np.ones(count, bool)),
+            lambda swapped, rest: value(rest) - value(swapped),
+            permutation_type="samples",
+            n_resamples=resamples,
+            batch=100,
+            vectorized=False,
+            rng=np.random.default_rng(0),
+        ).pvalue
+    return first, second, Difference(second.value - first.value, float(p), "paired permutation test")

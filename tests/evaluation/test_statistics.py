@@ -1,10 +1,13 @@
 """Figures of answers: against published rules and against other implementations of the same statistics."""
 
+import warnings
+
 import numpy as np
 import pytest
 
 from conftest import REPOSITORY
 from forgebook.evaluation.statistics import (
+    Figure,
     bootstrap,
     compare_shares,
     compare_statistics,
@@ -75,21 +78,55 @@ def test_the_bootstrap_of_a_mean_is_near_the_normal_interval():
     assert bootstrap(np.mean, values) == found
 
 
-def test_the_bootstrap_is_near_scipys():
-    from scipy.stats import bootstrap as scipys
+def test_columns_are_resampled_together():
+    """A ratio of sums: its interval is that of whole examples, not of two independent columns."""
+    random = np.random.default_rng(2)
+    tokens = random.integers(1, 100, size=50)
+    exact = bootstrap(lambda logs, counts: logs.sum() / counts.sum(), 2.0 * tokens, tokens)
+    assert exact.low == exact.value == exact.high == 2.0
+    probabilities = random.dirichlet([1, 1, 1], size=50)
+    wide = bootstrap(lambda shares, counts: shares[:, 0].mean(), probabilities, tokens)
+    assert wide == bootstrap(np.mean, probabilities[:, 0])
 
-    values = np.random.default_rng(2).exponential(size=80)
-    theirs = scipys((values,), np.mean, method="percentile", rng=0).confidence_interval
-    found = bootstrap(np.mean, values)
-    assert [found.low, found.high] == pytest.approx([theirs.low, theirs.high], rel=0.02)
+
+def test_resamples_without_a_value_are_left_out_of_the_interval():
+    values = [0.0] * 5 + [1.0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # scipy's own interval is NaN
+        figure = bootstrap(lambda column: np.mean(column) if column.max() > 0 else float("nan"), values)
+    assert 0 < figure.low <= figure.value <= figure.high
+    assert bootstrap(np.mean, [0.25]) == Figure(0.25, 0.25, 0.25)
 
 
 def test_pairs_show_what_single_samples_hide():
     random = np.random.default_rng(3)
-    hard = random.normal(0, 5, size=60)  # rows differ far more than models
+    hard = random.normal(0, 5, size=60)  # examples differ far more than models
     better = hard + 0.3 + random.normal(0, 0.2, size=60)
-    before, after, found = compare_statistics(np.mean, [hard], [better])
-    assert found.value == pytest.approx(0.3, abs=0.1) and found.p < 0.001
-    assert before.high > after.low and before == bootstrap(np.mean, hard)
-    assert compare_statistics(np.mean, [hard], [hard])[2].p == 1.0
-    assert compare_statistics(np.mean, [hard], [random.permutation(hard) + 0.01])[2].p > 0.3
+    before, after, difference = compare_statistics(np.mean, [hard], [better], 1_999)
+    assert difference.value == pytest.approx(0.3, abs=0.1) and difference.p <= 0.001
+    assert before.high > after.low and before == bootstrap(np.mean, hard, resamples=1_999)
+    assert compare_statistics(np.mean, [hard], [hard], 999)[2].p == 1.0
+    assert compare_statistics(np.mean, [hard], [random.permutation(hard) + 0.01], 999)[2].p > 0.3
+
+
+def test_the_permutation_test_of_few_examples_is_exact():
+    # Four of four better: 2 of the 16 ways to swap give so large a difference. Fewer cannot be significant.
+    before, after = np.array([1.0, 2.0, 3.0, 4.0]), np.array([2.0, 3.5, 4.2, 6.0])
+    _, _, difference = compare_statistics(np.mean, [before], [after])
+    assert difference.p == 2 / 16 and difference.test == "paired permutation test"
+    assert compare_statistics(np.mean, [[1.0]], [[2.0]])[2].p == 1.0
+    # The sign test's own case: the permutation test of right and wrong is McNemar's.
+    right, wrong = np.ones(8), np.zeros(8)
+    assert compare_statistics(np.mean, [wrong], [right])[2].p == compare_shares(wrong, right).p
+
+
+def test_labels_and_truth_are_swapped_example_by_example():
+    """[examples, labels] and [examples] in one statistic; the truth is the same for both models."""
+    truth = np.array([0, 1] * 10)
+    good, coin = np.eye(2)[truth], np.full((20, 2), 0.5)
+
+    def accuracy(probabilities, labels):
+        return float((probabilities[:, 1] > 0.5).astype(int)[labels == 1].mean()) if (labels == 1).any() else 0.0
+
+    before, after, difference = compare_statistics(accuracy, [coin, truth], [good, truth], 999)
+    assert (before.value, after.value) == (0, 1) and difference.p < 0.01
