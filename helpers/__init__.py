@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # for editors and mypy; at run time _ENGINE says the same
     from forgebook.errors import DataError
     from forgebook.evaluation.statistics import compare_shares, estimate, gsm8k_number
     from forgebook.evaluation.tool_accuracy import KINDS, find_mistake
-    from forgebook.inference.generate import Speaker
+    from forgebook.inference.generate import LoadedModel
     from forgebook.inference.vllm_command import vllm_command
     from forgebook.models.load import load_model
     from forgebook.models.tokenizer import load_tokenizer
@@ -91,7 +91,7 @@ def fit(config: FinetuneConfig, hardware: str) -> FinetuneConfig | None:
     return fit(config, catalog.shape_of(config.model_id), catalog.hardware_of(hardware))
 
 
-def load_for_generation(name: str | Path) -> Speaker:
+def load_for_generation(name: str | Path) -> LoadedModel:
     """Load a run's best checkpoint, or a model: .model, .tokenizer, .answer(conversations, max_new_tokens=64)."""
     from forgebook.inference.generate import find_model, load_together
 
