@@ -1,38 +1,40 @@
-"""The command: its verbs, help and exit codes. What a verb does is in `train_verbs`, `model_verbs`, `keep_verbs`."""
+"""The command: its help, dispatch and exit codes. What each command does is in the `*_commands` files beside."""
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from forgebook.cli import config_commands, model_commands, run_commands
-from forgebook.cli.options import make_parser
+from forgebook.errors import ConfigError, ForgebookError, near_miss
 
 __all__ = ["main"]
 
 HELP = """\
-Fine-tune a language model as CONFIG says, and look at what came of it.
+Fine-tune a language model as CONFIG says; evaluate, serve and share the result.
 
 before and during a run
-  python main.py CONFIG [--default] [key=value ...]     fine-tune; CONFIG is a YAML file or an https:// address
-  python main.py plan CONFIG [hardware=8xA100-80G]      memory, time and cost before the run; trains nothing
-  python main.py preview CONFIG [n=3]                   rows as the model will see them, trained tokens marked
+  python main.py CONFIG [--default] [key=value ...]     fine-tune; CONFIG is a YAML file or an https:// URL
+  python main.py plan CONFIG [hardware=8xA100-80G]      memory, time and cost; trains nothing
+  python main.py preview CONFIG [n=3]                   examples as the model will see them, the loss highlighted
   python main.py tune CONFIG 'KEY=[A,B]' [samples=N]    a sweep: which values give the lowest evaluation loss
   python main.py submit CONFIG [address=URL]            the same run as a job on a Ray cluster (CLUSTERS.md)
-  python main.py status JOB  ·  stop JOB                a job that was submitted
+  python main.py status JOB  ·  stop JOB                a submitted job
 
-after it
-  python main.py evaluate RUN [data=FILE] [metric=...]  held-out rows before and after: how much better, how surely
+after a run
+  python main.py evaluate RUN [data=FILE] [metric=...]  better than the base model? by how much, and how surely
   python main.py generate RUN -p TEXT | data=FILE       answers, to the terminal or out=FILE
   python main.py chat RUN                               a conversation in the terminal
-  python main.py merge RUN OUT [checkpoint=NAME]        the adapter in its base, as a model that transformers loads
+  python main.py merge RUN OUT [checkpoint=NAME]        the adapter merged into its base, for transformers
   python main.py serve RUN ... [port=8000]              an OpenAI-compatible endpoint
-  python main.py models [show RUN | delete RUN]         what was fine-tuned, here or in a bucket
+  python main.py models [show RUN | delete RUN]         the fine-tuned models, here or in a bucket
   python main.py push RUN OWNER/NAME [private=true]     the best checkpoint to the Hugging Face hub, with a card
-  python main.py export MODEL OUT.gguf [type=q8_0]      full weights as a GGUF file, through llama.cpp
+  python main.py export MODEL OUT.gguf [type=q8_0]      full weights as a GGUF file, with llama.cpp
 
-RUN is a run's folder or s3:// address, or its name under runs/. `python main.py VERB --help` tells a verb's options;
-the keys of a config and their meaning: forgebook/config/schema.py.
+RUN is a run's folder or s3:// URI, or its name under runs/. `python main.py COMMAND --help` lists a command's options;
+forgebook/config/schema.py describes the keys of a config.
 
 examples:
   python main.py training_configs/tiny/quickstart.yaml
@@ -43,41 +45,59 @@ examples:
   python main.py evaluate quickstart rows=5
 """
 
-VERBS: dict[str, Callable[[list[str]], int]] = {
-    "plan": config_commands.plan,
-    "preview": config_commands.preview,
-    "tune": config_commands.tune,
-    "submit": config_commands.submit,
-    "status": config_commands.status,
-    "stop": config_commands.stop,
-    "evaluate": run_commands.evaluate,
-    "generate": run_commands.generate,
-    "chat": run_commands.chat,
-    "merge": run_commands.merge,
-    "serve": run_commands.serve,
-    "models": model_commands.models,
-    "push": model_commands.push,
-    "export": model_commands.export,
+RUNNERS: dict[str, Callable[[list[str]], int]] = {
+    "plan": config_commands.plan_command,
+    "preview": config_commands.preview_command,
+    "tune": config_commands.tune_command,
+    "submit": config_commands.submit_command,
+    "status": config_commands.status_command,
+    "stop": config_commands.stop_command,
+    "evaluate": run_commands.evaluate_command,
+    "generate": run_commands.generate_command,
+    "chat": run_commands.chat_command,
+    "merge": run_commands.merge_command,
+    "serve": run_commands.serve_command,
+    "models": model_commands.models_command,
+    "push": model_commands.push_command,
+    "export": model_commands.export_command,
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code: 0 for a result worth having, 2 for a user's mistake."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    named = next((argument for argument in arguments if not argument.startswith("-")), None)
-    if named is None:
-        make_parser("", "[VERB] TARGET [key=value ...]", HELP).parse_args(arguments)  # --help, or a mistake
-        print("usage: python main.py CONFIG, or a verb: python main.py --help", file=sys.stderr)
+    name = next((argument for argument in arguments if not argument.startswith("-")), None)
+    if name is None:
+        _print_help(arguments)
         return 2
-    if named in VERBS:
-        arguments.remove(named)
-    from forgebook.errors import ForgebookError
-
+    run = RUNNERS.get(name, config_commands.fine_tune_command)
+    if name in RUNNERS:
+        arguments.remove(name)
     try:
-        return VERBS.get(named, config_commands.fine_tune)(arguments)
+        if name not in RUNNERS:
+            _refuse_typo(name)
+        return run(arguments)
     except ForgebookError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("stopped; the same command continues from the last complete state", file=sys.stderr)
+        print("stopped; the same command resumes from the last complete state", file=sys.stderr)
         return 130
+
+
+def _print_help(arguments: Sequence[str]) -> None:
+    """Print the help and exit if --help is among the words; reject other flags; else point to the help."""
+    argparse.ArgumentParser(
+        prog="main.py",
+        usage="python main.py [COMMAND] TARGET [key=value ...]",
+        description=HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args(arguments)
+    print("usage: python main.py CONFIG; all commands: python main.py --help", file=sys.stderr)
+
+
+def _refuse_typo(name: str) -> None:
+    """Raise ConfigError for a word that is neither a command nor a file but is spelled almost like a command."""
+    suggestion = near_miss(name, RUNNERS)
+    if suggestion and not Path(name).exists():
+        raise ConfigError(f"{name!r} is neither a command nor a config file{suggestion}")

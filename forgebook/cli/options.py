@@ -1,71 +1,380 @@
-"""What the verbs of `main.py` share: their parsers, and words parted into a target, overrides and options."""
+"""The commands and their options as one table, from which words are parsed and --help is printed."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["A_CONFIG", "A_MODEL", "A_RUN", "load", "make_config_parser", "make_parser", "only", "split", "whole"]
+from forgebook.errors import ConfigError, near_miss
 
-A_CONFIG = "CONFIG: a YAML file or an https:// address"
-A_RUN = "RUN: a run's folder or s3:// address, or its name under runs/"
+if TYPE_CHECKING:
+    from forgebook.config.schema import FinetuneConfig
+
+__all__ = ["COMMANDS", "Command", "Flag", "Option", "Words", "load_noting_retired", "parse_words"]
+
+A_CONFIG = "CONFIG: a YAML file or an https:// URL"
+A_RUN = "RUN: a run's folder, its s3:// or gs:// URI, or its name under runs/"
 A_MODEL = "RUN: a run's folder or name, a checkpoint or model folder, or a hub id"
+A_JOB = "JOB: the id that submit printed"
 
 
-def make_parser(verb: str, usage: str, description: str) -> argparse.ArgumentParser:
-    """Make the parser of a verb, whose --help prints its usage and description."""
-    return argparse.ArgumentParser(
-        prog="main.py", usage=" ".join(f"python main.py {verb} {usage}".split()), description=description,
+# Each reader turns an option's text into its value, or raises ValueError with what the value must be.
+
+
+def number(text: str) -> float:
+    """Read a number."""
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError("a number") from None
+
+
+def share(text: str) -> float:
+    """Read a share: above 0, at most 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise ValueError("a share, above 0 and at most 1")
+    return value
+
+
+def at_least(least: int, most: int | None = None) -> Callable[[str], int]:
+    """Make a reader of whole numbers."""
+
+    def read(text: str) -> int:
+        if not text.isdigit() or int(text) < least or (most is not None and int(text) > most):
+            raise ValueError(f"a whole number, {least} or more" + (f", up to {most}" if most is not None else ""))
+        return int(text)
+
+    return read
+
+
+def integer(text: str) -> int:
+    """Read a whole number of either sign."""
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError("a whole number") from None
+
+
+def switch(text: str) -> bool:
+    """Read true or false."""
+    if text not in ("true", "false"):
+        raise ValueError("true or false")
+    return text == "true"
+
+
+def one_of(*names: str) -> Callable[[str], str]:
+    """Make a reader of one of some names."""
+
+    def read(text: str) -> str:
+        if text not in names:
+            raise ValueError(f"one of {', '.join(names)}")
+        return text
+
+    return read
+
+
+@dataclass(frozen=True)
+class Option:
+    """One `key=value` word of a command. default: the text to read where the word is left out; None: no value."""
+
+    name: str
+    help: str
+    read: Callable[[str], Any] = str
+    default: str | None = None
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One `--flag` of a command; `settings` go to argparse's add_argument, which takes it for a switch if empty."""
+
+    names: tuple[str, ...]
+    help: str
+    settings: tuple[tuple[str, Any], ...] = (("action", "store_true"),)
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command of main.py. target: what its first word is.
+
+    takes_config_keys: `key=value` words that are none of its options are overrides of CONFIG.
+    """
+
+    name: str
+    usage: str
+    summary: str
+    target: str
+    options: tuple[Option, ...] = ()
+    flags: tuple[Flag, ...] = ()
+    takes_config_keys: bool = False
+
+
+@dataclass(frozen=True)
+class Words:
+    """A command's words. rest: after the target, without its own options. options: by name, read; flags: argparse's."""
+
+    target: str
+    rest: list[str]
+    options: dict[str, Any]
+    flags: argparse.Namespace
+
+    def get(self, *names: str) -> dict[str, Any]:
+        """Pick those of some options that have a value."""
+        return {name: self.options[name] for name in names if name in self.options}
+
+
+DEFAULT = Flag(("--default",), "choose everything that CONFIG leaves out, and print the reasons")
+JSON = Flag(("--json",), "print JSON")
+CHECKPOINT = Option("checkpoint", "one of the run's checkpoints, such as epoch-2; default: the best")
+ADDRESS = Option("address", "the cluster's job server; default: RAY_API_SERVER_ADDRESS, else this machine's")
+SAMPLING = (
+    Option("temperature", "0 (the default) is greedy", number),
+    Option("top_p", "sample among the most likely tokens with this share of the probability; default 1", number),
+    Option("seed", "the same seed gives the same answers; default 0", integer),
+)
+
+_TABLE = (
+    Command(
+        "",
+        "CONFIG [--default] [key=value ...]",
+        "Fine-tune as CONFIG says, or resume the run of that name. The other commands: python main.py --help",
+        A_CONFIG,
+        flags=(DEFAULT,),
+        takes_config_keys=True,
+    ),
+    Command(
+        "plan",
+        "CONFIG [hardware=8xA100-80G] [mfu=0.4] [fit=true] [--default] [--json] [key=value ...]",
+        "Memory, time and cost of a run; trains nothing. hardware: how many of which GPU.",
+        A_CONFIG,
+        (
+            Option("mfu", "model FLOPs utilization to assume; default: from earlier runs on this machine", share),
+            Option("fit", "true: write the fastest settings that fit as RUN_NAME-fit.yaml", switch, "false"),
+        ),
+        (DEFAULT, JSON),
+        takes_config_keys=True,
+    ),
+    Command(
+        "preview",
+        "CONFIG [n=3] [--json] [--default] [key=value ...]",
+        "Examples as the model will see them, tokens in the loss highlighted.",
+        A_CONFIG,
+        (Option("n", "number of examples; default 3", at_least(1), "3"),),
+        (DEFAULT, JSON),
+        takes_config_keys=True,
+    ),
+    Command(
+        "tune",
+        "CONFIG 'KEY=[A,B]' 'KEY=loguniform(LOW,HIGH)' [samples=N] [--default] [--json] [key=value ...]",
+        "A sweep with Ray Tune: one run for each combination of the values in lists. Runs with a worse evaluation loss "
+        "than half of the others are stopped early (ASHA). 'KEY=[A,B]': each of these; 'KEY=uniform(LOW,HIGH)', "
+        "'KEY=loguniform(LOW,HIGH)': sampled. A list as one value: 'KEY=[[a,b]]'. The same command resumes the sweep.",
+        A_CONFIG,
+        (Option("samples", "how many times to sample from uniform and loguniform", at_least(1)),),
+        (DEFAULT, JSON),
+        takes_config_keys=True,
+    ),
+    Command(
+        "submit",
+        "CONFIG [address=http://HEAD:8265] [--no-follow] [--format kuberay|anyscale] [--default] [key=value ...]",
+        "The same run as a job on a Ray cluster: uploads this repository, then prints the log (CLUSTERS.md).",
+        A_CONFIG,
+        (
+            ADDRESS,
+            Option("image", "with --format: a container image with requirements.txt installed"),
+            Option("working_dir", "with --format: a zip of this repository, or its folder in the image"),
+            Option("max_retries", "with --format: how often the job is restarted; default 1", at_least(0)),
+            Option("gpus_per_node", "with --format kuberay; default 1", at_least(1)),
+            Option("secret", "with --format kuberay: name of the Kubernetes secret; default forgebook"),
+        ),
+        (
+            DEFAULT,
+            Flag(("--no-follow",), "return as soon as the job is accepted"),
+            Flag(("--format",), "print a job file; submit nothing", (("choices", ("kuberay", "anyscale")),)),
+        ),
+        takes_config_keys=True,
+    ),
+    Command("status", "JOB [address=http://HEAD:8265]", "The state of a job.", A_JOB, (ADDRESS,)),
+    Command(
+        "stop", "JOB [address=http://HEAD:8265]", "Stop a job; its checkpoints and state remain.", A_JOB, (ADDRESS,)
+    ),
+    Command(
+        "evaluate",
+        "RUN [data=FILE] [metric=NAME] [rows=N] [checkpoint=epoch-2]",
+        "Compare a run with its base model on held-out examples: figures with 95% intervals, a paired test, and the "
+        "mistakes in a file to read.",
+        A_RUN,
+        (
+            Option("data", "held-out examples; default: the run's validation file"),
+            Option(
+                "metric",
+                "exact_match, gsm8k, tool_calls, classification, preference, perplexity or judge; default: by task",
+            ),
+            Option("rows", "only the first N examples", at_least(1)),
+            CHECKPOINT,
+            Option("max_new_tokens", "longest answer, in tokens", at_least(1)),
+            Option("judge", "for metric=judge: the name of the judging model"),
+            Option("base_url", "for metric=judge: URL of its OpenAI-compatible endpoint"),
+            Option("lm_eval", "tasks of lm-eval instead, such as gsm8k,arc_easy"),
+            Option("lm_eval_folder", "folder of your own lm-eval tasks"),
+        ),
+    ),
+    Command(
+        "generate",
+        "RUN [data=FILE | -p TEXT ...] [out=FILE] [key=value ...]",
+        "Answer prompts, to the terminal or to a file.",
+        A_MODEL,
+        (
+            Option("data", "a file of prompts: examples with messages"),
+            Option("out", "write JSON lines to this file; an interrupted command resumes"),
+            Option("rows", "only the first N prompts", at_least(1)),
+            CHECKPOINT,
+            Option("max_new_tokens", "longest answer, in tokens; default 128", at_least(1)),
+            *SAMPLING,
+            Option("batch_size", "prompts at a time; default 32", at_least(1)),
+            Option("engine", "auto (the default), transformers or vllm"),
+            Option("num_devices", "number of Ray workers; default: this process", at_least(1)),
+        ),
+        (Flag(("-p", "--prompt"), "a prompt; may be repeated", (("action", "append"), ("default", []))),),
+    ),
+    Command(
+        "chat",
+        "RUN [checkpoint=epoch-2] [system=TEXT] [temperature=0.7] [top_p=0.9] [key=value ...]",
+        "Chat with a model in the terminal. /reset clears the conversation, /exit or Ctrl-D ends it, Ctrl-C ends an "
+        "answer.",
+        A_MODEL,
+        (
+            CHECKPOINT,
+            Option("system", "the system message"),
+            Option("max_new_tokens", "longest answer, in tokens; default 1024", at_least(1), "1024"),
+            *SAMPLING,
+        ),
+    ),
+    Command(
+        "merge",
+        "RUN OUT [checkpoint=NAME]",
+        "Merge a run's adapter into its 16-bit base, write the model to the folder OUT, and compare it with adapter "
+        "and base. RUN may also be a checkpoint folder.",
+        A_RUN,
+        (CHECKPOINT,),
+    ),
+    Command(
+        "serve",
+        "RUN [RUN ...] [port=8000] [host=127.0.0.1] [key=...] [engine=auto] [dtype=float32]",
+        "Serve one or more runs at an OpenAI-compatible endpoint; a request's model is a run's name.",
+        A_RUN,
+        (
+            Option("port", "0 takes a free one; default 8000", at_least(0, 65535), "8000"),
+            Option("host", "default 127.0.0.1; any other host needs a key", default="127.0.0.1"),
+            Option("key", "what clients must send; better set in the environment, as FORGEBOOK_API_KEY"),
+            Option("engine", "transformers, vllm, or auto: vLLM where it is installed and can", default="auto"),
+            Option("dtype", "default: the run's own", one_of("float32", "bfloat16", "float16")),
+        ),
+    ),
+    Command(
+        "models",
+        "[STORAGE_PATH] [--json]  |  models show RUN [--json]  |  models delete RUN [--yes]",
+        "List the models fine-tuned under STORAGE_PATH (runs/, another folder, s3:// or gs://), show or delete one. "
+        "delete asks first, and refuses if other runs start from the model.",
+        A_RUN,
+        flags=(JSON, Flag(("--yes",), "delete without asking")),
+    ),
+    Command(
+        "push",
+        "RUN OWNER/NAME [private=true] [base=OWNER/NAME]",
+        "Upload a run's best checkpoint to the Hugging Face hub (HF_ENDPOINT, HF_TOKEN), with a model card.",
+        A_RUN,
+        (
+            Option("private", "true: a private repository", switch, "false"),
+            Option("base", "hub id of the base model, where the run read it from a folder"),
+        ),
+    ),
+    Command(
+        "export",
+        "MODEL OUT.gguf [type=q8_0]",
+        "Write full weights as a GGUF file with llama.cpp's converter, from $LLAMA_CPP or the PATH.",
+        "MODEL: a folder written by merge, or a full fine-tuning RUN",
+        (Option("type", "f32, f16, bf16, q8_0 (the default), ...", default="q8_0"),),
+    ),
+)
+COMMANDS = {command.name: command for command in _TABLE}
+
+
+def parse_words(name: str, arguments: Sequence[str], *, extra: Sequence[str] = ()) -> Words:
+    """Read a command's words: its target, its options and flags, and the rest.
+
+    extra: what the words after the target are, one each; () where any number may follow. Raises ConfigError for a
+    missing word, an unknown option or a value that an option cannot have.
+    """
+    command = COMMANDS[name]
+    flags = make_parser(command).parse_intermixed_args(arguments)
+    own = {option.name: option for option in command.options}
+    options = {key: option.read(option.default) for key, option in own.items() if option.default is not None}
+    words: list[str] = []
+    for word in flags.words:
+        key, sign, text = word.partition("=")
+        if not sign or key not in own:
+            words.append(word)
+            continue
+        try:
+            options[key] = own[key].read(text)
+        except ValueError as error:
+            raise ConfigError(f"{name}: {key} must be {error}, got {text!r}") from None
+    plain = [word for word in words if command.takes_config_keys or "=" not in word]
+    unknown = [word.partition("=")[0] for word in words if word not in plain]
+    if not plain or "=" in plain[0]:
+        raise ConfigError(f"{name or 'main.py'} needs a {command.target}")
+    if unknown:
+        choices = ", ".join(f"{key}=" for key in own) or "none"
+        raise ConfigError(f"{name}: unknown option {unknown[0]}{near_miss(unknown[0], own)} (options: {choices})")
+    target, *rest = plain
+    if len(rest) < len(extra):
+        raise ConfigError(f"{name} needs {extra[len(rest)]}")
+    if extra and len(rest) > len(extra):
+        raise ConfigError(f"{name}: {rest[len(extra)]!r} is one word too many; usage: {name} {command.usage}")
+    return Words(target, rest, options, flags)
+
+
+def make_parser(command: Command) -> argparse.ArgumentParser:
+    """Make the argparse parser of a command; its --help lists the options of the table."""
+    width = max((len(option.name) for option in command.options), default=0) + 3
+    rows = [
+        textwrap.fill(
+            f"{option.name + '=':<{width}}{option.help}",
+            width=100,
+            initial_indent="  ",
+            subsequent_indent=" " * (width + 2),
+        )
+        for option in command.options
+    ]
+    parser = argparse.ArgumentParser(
+        prog="main.py",
+        usage=" ".join(f"python main.py {command.name} {command.usage}".split()),
+        description=textwrap.fill(command.summary, 100) + f"\n{command.target}",
+        epilog="key=value options:\n" + "\n".join(rows) if rows else None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-
-
-def make_config_parser(verb: str, usage: str, description: str) -> argparse.ArgumentParser:
-    """Make the parser of a verb that takes a CONFIG and `key=value` overrides."""
-    parser = make_parser(verb, usage, description)
-    parser.add_argument("words", metavar="CONFIG [key=value ...]", nargs="*", help="a YAML file or https:// address")
-    parser.add_argument("--default", action="store_true", help="choose all that CONFIG leaves out, and say why")
+    )
+    parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
+    for flag in command.flags:
+        parser.add_argument(*flag.names, help=flag.help, **dict(flag.settings))
     return parser
 
 
-def split(verb: str, what: str, words: Sequence[str], known: Sequence[str]) -> tuple[str, list[str], dict[str, str]]:
-    """Part a verb's words into its target, the overrides, and the verb's own `key=value` options."""
-    from forgebook.errors import ConfigError
-
-    own = [word for word in words if word.partition("=")[0] in known and "=" in word]
-    target, *overrides = [word for word in words if word not in own] or [None]
-    if target is None or "=" in target:
-        raise ConfigError(f"{verb} needs a {what}")
-    return target, overrides, dict(word.split("=", 1) for word in own)
-
-
-def only(verb: str, overrides: Sequence[str], known: Sequence[str]) -> None:
-    """Refuse words that a verb without a config cannot use."""
-    from forgebook.errors import ConfigError
-
-    if overrides:
-        unknown = ", ".join(sorted(word.partition("=")[0] for word in overrides))
-        raise ConfigError(f"{verb}: unknown option {unknown}: it takes {', '.join(f'{name}=' for name in known)}")
-
-
-def whole(verb: str, name: str, value: str) -> int:
-    """Read a number of things, one or more."""
-    from forgebook.errors import ConfigError
-
-    if not value.isdigit() or int(value) == 0:
-        raise ConfigError(f"{verb}: {name} must be a whole number, 1 or more, got {value!r}")
-    return int(value)
-
-
-def load(config_path: str, overrides: list[str], default: bool):
-    """Load a config; tell of retired names on the error stream."""
+def load_noting_retired(config_path: str, overrides: Sequence[str], default: bool) -> FinetuneConfig:
+    """Load a config; note its retired keys on the error stream."""
     from forgebook.config.parse import load_config
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        config = load_config(config_path, overrides, default)
+        config = load_config(config_path, list(overrides), default)
     for warning in caught:
         print(f"note: {warning.message}", file=sys.stderr)
     return config

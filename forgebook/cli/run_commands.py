@@ -1,238 +1,190 @@
-"""The verbs that take a RUN: ask it, measure it, merge and serve it.
+"""The commands that use a fine-tuned model: evaluate, generate, chat, merge, serve.
 
-Each takes its command-line words and returns an exit code; each imports what it needs when it is called.
+Each takes its words and returns an exit code; each imports what it needs when it is called.
 """
 
 from __future__ import annotations
 
-from forgebook.cli.options import A_MODEL, A_RUN, make_parser, only, split, whole
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["chat", "evaluate", "generate", "merge", "serve"]
+from forgebook.cli.options import Words, parse_words
+from forgebook.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from forgebook.evaluation.results import Evaluation
+    from forgebook.inference.sampling import Sampling
+    from forgebook.runs.run import Run
+
+__all__ = ["chat_command", "evaluate_command", "generate_command", "merge_command", "serve_command"]
 
 
-def generate(arguments: list[str]) -> int:
+def generate_command(arguments: list[str]) -> int:
     """Answer prompts, to the terminal or to a file."""
-    sampled = ("max_new_tokens", "temperature", "top_p", "seed", "batch_size")
-    known = ("data", "out", "rows", "checkpoint", "engine", "num_devices", *sampled)
-    parser = make_parser(
-        "generate", "RUN [data=FILE | -p TEXT ...] [out=FILE] [key=value ...]",
-        "Answer prompts. RUN is a run (its best checkpoint, or checkpoint=epoch-2), a checkpoint or model folder, or\n"
-        "a hub id. data: rows of messages; out: JSON lines, continued where they stopped; rows=N: the first N.\n"
-        "temperature=0 (greedy) top_p=1 seed=0 max_new_tokens=128 batch_size=32\n"
-        "engine=auto|transformers|vllm; num_devices=N: as many Ray workers.",
-    )  # fmt: skip
-    parser.add_argument("words", metavar="RUN [key=value ...]", nargs="*", help="what answers")
-    parser.add_argument("-p", "--prompt", action="append", default=[], help="a prompt; may be repeated")
-    given = parser.parse_intermixed_args(arguments)
-    name, overrides, options = split("generate", A_MODEL, given.words, known)
-    only("generate", overrides, known)
-    from forgebook.errors import ConfigError
-
-    if bool(given.prompt) == ("data" in options):
-        raise ConfigError("generate needs prompts: data=FILE, or -p TEXT, not both")
-    numbers = {key: whole("generate", key, options[key]) for key in ("rows", "num_devices") if key in options}
-    sampling = _sampling("generate", {key: options[key] for key in sampled if key in options})
+    words = parse_words("generate", arguments)
+    options, texts = words.options, words.flags.prompt
+    if bool(texts) == ("data" in options):
+        raise ConfigError("generate needs prompts: data=FILE or -p TEXT, one of the two")
+    _refuse_rest("generate", words)
+    sampling = _sampling(words)
     from pathlib import Path
 
     from forgebook.inference.generate import find_model
-    from forgebook.reporting.console import make_console, progress_bar
+    from forgebook.reporting.console import make_console, make_table, progress_bar
 
-    source = find_model(name, options.get("checkpoint"))
+    source = find_model(words.target, options.get("checkpoint"))
     from forgebook.inference.batch import Prompt, answer, engine_for, read_prompts, write_answers
 
-    alone = [Prompt(k, [{"role": "user", "content": text}]) for k, text in enumerate(given.prompt)]
-    asked = alone or read_prompts(options["data"], numbers.get("rows"))
-    engine = engine_for(options.get("engine", "auto"), source, len(asked))
-    using = {"engine": engine, "num_devices": numbers.get("num_devices", 0)}
-    with _quiet(source, "generate") as output, progress_bar(output, "answering") as tell:
+    prompts = [Prompt(k, [{"role": "user", "content": text}]) for k, text in enumerate(texts)]
+    prompts = prompts or read_prompts(options["data"], options.get("rows"))
+    engine, workers = engine_for(options.get("engine", "auto"), source, len(prompts)), options.get("num_devices", 0)
+    answers: dict[int, str] = {}
+    with _quiet(source, "generate") as output, progress_bar(output, "answering") as show:
         if "out" in options:
-            tell_file = lambda done, total: tell("rows", done, total)  # noqa: E731
-            new = write_answers(Path(options["out"]), source, asked, sampling, **using, on_progress=tell_file)
+            count = write_answers(
+                Path(options["out"]), source, prompts, sampling, engine=engine, num_devices=workers,
+                on_progress=lambda done, total: show("prompts", done, total),
+            )  # fmt: skip
         else:
-            answers = {}
-            for number, text in answer(source, asked, sampling, **using):
+            for number, text in answer(source, prompts, sampling, engine=engine, num_devices=workers):
                 answers[number] = text
-                tell("rows", len(answers), len(asked))
-    output = make_console()
+                show("prompts", len(answers), len(prompts))
     if "out" in options:
-        print(f"{new} of {len(asked)} prompts answered, {len(asked) - new} were there: {options['out']}")
-    elif len(asked) == 1:
+        print(f"{count} of {len(prompts)} prompts answered, {len(prompts) - count} were there: {options['out']}")
+    elif len(prompts) == 1:
         print(answers[0])
     else:
         from forgebook.evaluation.results import as_read
-        from forgebook.reporting.console import table
 
-        output.print(table("", ["prompt", "answer"], [(as_read(one.messages), answers[one.number]) for one in asked]))
+        rows = [(as_read(prompt.messages), answers[prompt.number]) for prompt in prompts]
+        make_console().print(make_table("", ["prompt", "answer"], rows))
     return 0
 
 
-def chat(arguments: list[str]) -> int:
+def chat_command(arguments: list[str]) -> int:
     """Hold a conversation in the terminal."""
-    sampled = ("max_new_tokens", "temperature", "top_p", "seed")
-    known = ("checkpoint", "system", *sampled)
-    parser = make_parser(
-        "chat", "RUN [checkpoint=epoch-2] [system=TEXT] [temperature=0.7] [top_p=0.9] [key=value ...]",
-        "Talk with a model in the terminal. /reset forgets, /exit or Ctrl-D ends, Ctrl-C cuts an answer off.",
-    )  # fmt: skip
-    parser.add_argument("words", metavar="RUN [key=value ...]", nargs="*", help="a run, a folder or a hub id")
-    name, overrides, options = split("chat", A_MODEL, parser.parse_intermixed_args(arguments).words, known)
-    only("chat", overrides, known)
-    chosen = {key: options[key] for key in sampled if key in options}
-    sampling = _sampling("chat", {"max_new_tokens": "1024", **chosen})
+    words = parse_words("chat", arguments)
+    _refuse_rest("chat", words)
+    sampling = _sampling(words)
     from forgebook.inference.generate import find_model, load_together
 
-    source = find_model(name, options.get("checkpoint"))
+    source = find_model(words.target, words.options.get("checkpoint"))
     with _quiet(source, "chat"):
         [loaded] = load_together([source])
     from forgebook.inference.chat import chat
 
-    chat(loaded, sampling, options.get("system"))
+    chat(loaded, sampling, words.options.get("system"))
     return 0
 
 
-def _sampling(verb: str, options: dict[str, str]):
-    """Read sampling options."""
-    from forgebook.errors import ConfigError
+def _sampling(words: Words) -> Sampling:
+    """Make the sampling settings from a command's options."""
     from forgebook.inference.sampling import Sampling
 
-    kinds = {"temperature": float, "top_p": float}
-    try:
-        return Sampling(**{key: kinds.get(key, int)(value) for key, value in options.items()})
-    except ValueError as error:
-        raise ConfigError(f"{verb}: not a number among {options}: {error}") from None
+    return Sampling(**words.get("max_new_tokens", "temperature", "top_p", "seed", "batch_size"))
 
 
-def _quiet(source: str, verb: str):
-    """Send what libraries print to a log: of the run that a checkpoint lies in, else of the cache."""
+def _refuse_rest(name: str, words: Words) -> None:
+    """Raise ConfigError if a command with one target got more words."""
+    if words.rest:
+        raise ConfigError(f"{name} takes one RUN: {words.rest[0]!r} is one word too many")
+
+
+def _quiet(source: str, name: str) -> AbstractContextManager[Console]:
+    """Send what libraries print to a log: of the run that a checkpoint belongs to, else of the cache."""
     from pathlib import Path
 
     from forgebook.reporting.console import quiet_descriptors
     from forgebook.runs.download import cache_folder
 
     run = Path(source).parent.parent
-    return quiet_descriptors((run if (run / "config.yaml").exists() else cache_folder()) / "logs" / f"{verb}.log")
+    return quiet_descriptors((run if (run / "config.yaml").exists() else cache_folder()) / "logs" / f"{name}.log")
 
 
-def evaluate(arguments: list[str]) -> int:
-    """Compare a run with what it began from, on held-out rows."""
-    known = (
-        "data", "rows", "metric", "checkpoint", "max_new_tokens", "judge", "base_url", "lm_eval", "lm_eval_folder",
-    )  # fmt: skip
-    parser = make_parser(
-        "evaluate", "RUN [data=FILE] [metric=NAME] [rows=N] [checkpoint=epoch-2]",
-        "Held-out rows before and after: figures with 95 % intervals, a paired test, the mistakes in a file to read.\n"
-        "metric: exact_match, gsm8k, tool_calls, classification, preference, perplexity; or judge, with judge=MODEL\n"
-        "and base_url=URL of an OpenAI-compatible endpoint. lm_eval=gsm8k,...: tasks of lm-eval instead;\n"
-        "lm_eval_folder: holds tasks of your own.",
-    )  # fmt: skip
-    parser.add_argument("words", metavar="RUN [key=value ...]", nargs="*", help="a run's folder or name")
-    name, overrides, options = split("evaluate", A_RUN, parser.parse_intermixed_args(arguments).words, known)
-    only("evaluate", overrides, known)
-    rows, longest = (
-        whole("evaluate", key, options[key]) if key in options else None for key in ("rows", "max_new_tokens")
-    )
-    from forgebook.reporting.console import make_console, progress_bar, quiet_descriptors, table
-    from forgebook.runs.run import display_path, find_run
+def evaluate_command(arguments: list[str]) -> int:
+    """Compare a run with its base model on held-out examples."""
+    words = parse_words("evaluate", arguments)
+    options = words.options
+    _refuse_rest("evaluate", words)
+    from forgebook.reporting.console import progress_bar, quiet_descriptors
+    from forgebook.runs.run import find_run
 
-    run = find_run(name)
-    with quiet_descriptors(run.logs / "evaluate.log") as output, progress_bar(output, "asking") as tell:
+    run = find_run(words.target)
+    with quiet_descriptors(run.logs / "evaluate.log") as output, progress_bar(output, "evaluating") as show:
         output.print(f"loading the base model and the {options.get('checkpoint', 'best')} checkpoint")
         if "lm_eval" in options:
-            return _lm_eval(run, options, rows, output)
+            _run_lm_eval(run, options, output)
+            return 0
         from forgebook.evaluation.evaluate import evaluate
         from forgebook.evaluation.judge import Judge
 
-        found = evaluate(
-            run, path=options.get("data"), metric=options.get("metric"), rows=rows, max_new_tokens=longest,
-            checkpoint=options.get("checkpoint"), on_progress=tell,
+        evaluation = evaluate(
+            run, path=options.get("data"), on_progress=show,
             judge=Judge(options["judge"], options.get("base_url")) if "judge" in options else None,
+            **words.get("metric", "rows", "max_new_tokens", "checkpoint"),
         )  # fmt: skip
-    from forgebook.evaluation.results import figure_lines, save
-
-    output, compared = make_console(), found.comparison
-    answers = zip(compared.prompts, compared.base, compared.tuned, compared.references, strict=True)
-    output.print(table("Held-out prompts", ["prompt", "base model", "tuned model", "reference"], list(answers)[:3]))
-    if found.kinds:
-        kinds = [(kind, str(before), str(after)) for kind, (before, after) in found.kinds.items()]
-        output.print(table("Mistakes", ["kind", "base model", "tuned model"], kinds))
-    output.print("\n".join(figure_lines(found)))
-    save(found, run)
-    output.print(f"mistakes    {display_path(run.folder / 'evaluation' / 'mistakes.jsonl')}")
-    output.print(f"run folder  {display_path(run.folder)}\nloss curve  {display_path(run.loss_curve)}")
+    _print_evaluation(run, evaluation)
     return 0
 
 
-def _lm_eval(run, options: dict[str, str], rows: int | None, output) -> int:
+def _print_evaluation(run: Run, evaluation: Evaluation) -> None:
+    """Save an evaluation; print some answers, the figures and where everything is."""
+    from forgebook.evaluation.results import figure_lines, save
+    from forgebook.reporting.console import make_console, make_table
+    from forgebook.runs.run import display_path
+
+    output, compared = make_console(), evaluation.comparison
+    answers = zip(compared.prompts, compared.base, compared.tuned, compared.references, strict=True)
+    columns = ["prompt", "base model", "tuned model", "reference"]
+    output.print(make_table("Held-out prompts", columns, list(answers)[:3]))
+    if evaluation.kinds:
+        kinds = [(kind, str(before), str(after)) for kind, (before, after) in evaluation.kinds.items()]
+        output.print(make_table("Mistakes", ["kind", "base model", "tuned model"], kinds))
+    output.print("\n".join(figure_lines(evaluation)))
+    save(evaluation, run)
+    output.print(f"mistakes    {display_path(run.folder / 'evaluation' / 'mistakes.jsonl')}")
+    output.print(f"run folder  {display_path(run.folder)}\nloss curve  {display_path(run.loss_curve)}")
+
+
+def _run_lm_eval(run: Run, options: dict[str, Any], output: Console) -> None:
+    """Run tasks of lm-eval on both models; print and save their scores."""
+    from dataclasses import asdict
+
     from forgebook.evaluation.evaluate import both_models
     from forgebook.evaluation.lm_eval_tasks import run_tasks
     from forgebook.evaluation.results import score_lines
     from forgebook.runs.run import save_json
 
-    told = both_models(run, options.get("checkpoint"))
-    made = run_tasks(told, options["lm_eval"].split(","), options.get("lm_eval_folder"), rows)
-    output.print("\n".join(line for score in made for line in score_lines(score, "lm-eval's rows")))
-    from dataclasses import asdict
-
-    save_json(run, "evaluation/lm_eval.json", [asdict(score) for score in made])
-    return 0
+    models = both_models(run, options.get("checkpoint"))
+    scores = run_tasks(models, options["lm_eval"].split(","), options.get("lm_eval_folder"), options.get("rows"))
+    output.print("\n".join(line for score in scores for line in score_lines(score, "lm-eval's examples")))
+    save_json(run, "evaluation/lm_eval.json", [asdict(score) for score in scores])
 
 
-def merge(arguments: list[str]) -> int:
+def merge_command(arguments: list[str]) -> int:
     """Merge an adapter into its base."""
-    parser = make_parser(
-        "merge", "RUN OUT [checkpoint=NAME]",
-        "Merge a run's adapter into its 16-bit base, write the model to the folder OUT, and compare it there with\n"
-        "adapter and base. checkpoint: one of the run's, not its best. RUN may also be a checkpoint's folder.",
-    )  # fmt: skip
-    parser.add_argument("words", metavar="RUN OUT [checkpoint=NAME]", nargs="*", help="a run, and a folder to make")
-    given = parser.parse_intermixed_args(arguments)
-    from forgebook.errors import ConfigError
-
-    name, rest, options = split("merge", A_RUN, given.words, ("checkpoint",))
-    if not rest or "=" in rest[0]:
-        raise ConfigError("merge needs OUT: a folder that does not exist yet")
-    out, *overrides = rest
-    only("merge", overrides, ("checkpoint",))
+    words = parse_words("merge", arguments, extra=["OUT: a folder that does not exist yet"])
     from forgebook.reporting.console import make_console, quiet_descriptors
     from forgebook.runs.download import cache_folder
 
     with quiet_descriptors(cache_folder() / "merge.log") as output:
-        output.print("merging, and loading what was merged for the comparison")
+        output.print("merging, then loading the merged model for the comparison")
         from forgebook.export.merge import merge_run, tell
 
-        merged = merge_run(name, out, options.get("checkpoint"))
+        merged = merge_run(words.target, words.rest[0], words.options.get("checkpoint"))
     make_console().print("\n".join(tell(merged)))
     return 0
 
 
-def serve(arguments: list[str]) -> int:
+def serve_command(arguments: list[str]) -> int:
     """Serve runs at an OpenAI-compatible endpoint."""
-    known = ("port", "host", "key", "engine", "dtype")
-    parser = make_parser(
-        "serve", "RUN [RUN ...] [port=8000] [host=127.0.0.1] [key=...] [engine=auto] [dtype=float32]",
-        "An OpenAI-compatible endpoint over one or more runs; a request's model is a run's name.\n"
-        "key: what clients must send; better kept in the environment, as FORGEBOOK_API_KEY. Needed for any host but\n"
-        "this machine. engine: transformers, vllm, or auto: vLLM where it is installed and can.\n"
-        "dtype: float32, bfloat16 or float16; the run's own if left out.",
-    )  # fmt: skip
-    parser.add_argument("words", metavar="RUN [key=value ...]", nargs="*", help="runs' folders or names")
-    given = parser.parse_intermixed_args(arguments)
+    words = parse_words("serve", arguments)
     import os
 
-    from forgebook.errors import ConfigError
-
-    first, rest, options = split("serve", A_RUN, given.words, known)
-    only("serve", [word for word in rest if "=" in word], known)
-    port = options.get("port", "8000")
-    if not port.isdigit() or int(port) > 65535:
-        raise ConfigError(f"serve: port must be a number up to 65535, got {port!r}")
-    if options.get("dtype", "float32") not in ("float32", "bfloat16", "float16"):
-        raise ConfigError(f"serve: dtype must be float32, bfloat16 or float16, got {options['dtype']!r}")
     from forgebook.inference.server import serve
 
-    serve(
-        [first, *rest], port=int(port), host=options.get("host", "127.0.0.1"), engine=options.get("engine", "auto"),
-        key=options.get("key") or os.environ.get("FORGEBOOK_API_KEY") or None,
-        dtype=options.get("dtype"),
-    )  # fmt: skip
+    key = words.options.get("key") or os.environ.get("FORGEBOOK_API_KEY") or None
+    serve([words.target, *words.rest], key=key, **words.get("port", "host", "engine", "dtype"))
     return 0

@@ -31,7 +31,7 @@ from forgebook.config.parse import FinetuneConfig, load_config
 from forgebook.errors import ConfigError, ForgebookError, StorageError, TrainingError
 from forgebook.launch.ray_train import fine_tune
 from forgebook.reporting import plots
-from forgebook.reporting.console import make_console, quiet_descriptors, table
+from forgebook.reporting.console import make_console, make_table, quiet_descriptors
 from forgebook.runs.atomic import read_json
 from forgebook.runs.metrics import read_metrics, watch_lines
 from forgebook.runs.object_store import is_remote
@@ -305,7 +305,7 @@ def print_sweep(sweep: Sweep) -> None:
         ]
         for trial in sweep.trials
     ]
-    output.print(table("Trials, the best first", [*keys, "evaluation loss", "steps", "state"], rows))
+    output.print(make_table("Trials, the best first", [*keys, "evaluation loss", "steps", "state"], rows))
     best = sweep.trials[0]
     if best.state == "complete":
         output.print(

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from forgebook.runs import metrics
 
-__all__ = ["last_lines", "make_console", "progress_bar", "quiet_descriptors", "show_progress", "table"]
+__all__ = ["last_lines", "make_console", "make_table", "progress_bar", "quiet_descriptors", "show_progress"]
 
 POLL_SECONDS = 0.2
 # Without a terminal a run is told in about this many lines, a long one in a line every so many seconds.
@@ -201,7 +201,7 @@ def progress_bar(console: Console, what: str) -> Iterator[Callable[[str, int, in
         yield tell
 
 
-def table(title: str, columns: list[str], rows: Iterable[Iterable[str]]) -> Table:
+def make_table(title: str, columns: list[str], rows: Iterable[Iterable[str]]) -> Table:
     """Make a table for the console."""
     made = Table(title=title or None, title_justify="left", title_style="bold", expand=False)
     for column in columns:

@@ -18,7 +18,7 @@ from forgebook.planning import preflight, schedule
 from forgebook.planning.auto_config import choice_rows, choices_of
 from forgebook.planning.plan_report import comparison, in_short
 from forgebook.planning.prepare import Prepared, report_rows
-from forgebook.reporting.console import table
+from forgebook.reporting.console import make_table
 from forgebook.reporting.plots import plot_losses
 from forgebook.runs.atomic import read_json, write_json
 from forgebook.runs.metrics import read_metrics
@@ -39,7 +39,7 @@ PACKAGES = ("torch", "ray", "transformers", "peft", "accelerate", "deepspeed")
 def print_choices(output: Console, prepared: Prepared) -> None:
     """Say what --default chose, and why."""
     choices = choice_rows(choices_of(prepared.config))
-    output.print(table("Chosen (--default)", ["key", "value", "reason"], choices))
+    output.print(make_table("Chosen (--default)", ["key", "value", "reason"], choices))
 
 
 def print_run(output: Console, run: Run, prepared: Prepared) -> None:
@@ -52,7 +52,7 @@ def print_run(output: Console, run: Run, prepared: Prepared) -> None:
     unit = "packed sequences" if config.padding == "packed" else "rows"
     capped = f", at most {config.max_steps}" if config.max_steps else ""
     output.print(f"[bold]{run.name}[/bold]  {config.model_id}, {method}, {config.task}, {config.dtype}")
-    output.print(table("", ["", "training", "validation"][: len(report_rows(report)[0])], report_rows(report)))
+    output.print(make_table("", ["", "training", "validation"][: len(report_rows(report)[0])], report_rows(report)))
     lost = sum(report[name]["answer_tokens_cut"] for name in ("train", "valid") if name in report)
     if lost:
         output.print(f"  [yellow]{lost:,} trained tokens are lost (truncation: {config.truncation})[/yellow]")

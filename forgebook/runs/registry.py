@@ -57,7 +57,10 @@ def list_models(storage_path: str = "runs") -> list[Model]:
 
 
 def get_model(name: str, storage_path: str = "runs") -> Model:
-    """Read the record of a model, by its run's folder, URI or name, or by its id. Raises StorageError if none or several."""
+    """Read the record of a model, by its run's folder, URI or name, or by its id.
+
+    Raises StorageError if there is none, or several have that id.
+    """
     for run in candidate_runs(name, storage_path):
         if model := _model_of(run):
             return model

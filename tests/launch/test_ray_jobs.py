@@ -97,7 +97,7 @@ def test_a_job_runs_and_is_told(head, tmp_path, capfd):
     asked = capfd.readouterr().out
     assert "SUCCEEDED" in asked and "max_steps=3" in asked
     assert main(["stop", job, f"address={head}"]) == 0
-    assert "had succeeded already" in capfd.readouterr().out
+    assert "had already succeeded" in capfd.readouterr().out
     for text in (told.out, told.err, asked):
         assert TOKEN not in text
     assert not any(TOKEN.encode() in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
@@ -147,7 +147,7 @@ def test_a_wrong_token(head, capsys, monkeypatch):
         (["status", "x", "address=http://127.0.0.1:9"], "no job server answers at http://127.0.0.1:9"),
         (["submit", CONFIG, "storage_path=/x", "address=http://127.0.0.1:9"], "RAY_API_SERVER_ADDRESS"),
         (["submit", CONFIG], "storage_path: got 'runs', which in a job"),
-        (["submit", CONFIG, "storage_path=/x", "image=a"], "image means nothing for a job on a running cluster"),
+        (["submit", CONFIG, "storage_path=/x", "image=a"], "image has no effect on a job on a running cluster"),
         (["submit", CONFIG, "storage_path=/x", "--format", "kuberay"], "needs image="),
         (["submit", CONFIG, "storage_path=/x", "--format", "kuberay", "image=a"], "folder inside the image"),
         (["submit", CONFIG, "learning_rat=1"], "did you mean 'learning_rate'?"),
