@@ -6,14 +6,25 @@ function that each worker process runs first, never by an argument, a file, a lo
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from forgebook.errors import ConfigError, ResourceError
 
-__all__ = ["EXCLUDED", "REPOSITORY", "SECRETS", "SETTINGS", "WITH_PASSWORD", "is_joined", "name_address", "start_ray"]
+__all__ = [
+    "EXCLUDED",
+    "REPOSITORY",
+    "SECRETS",
+    "SETTINGS",
+    "WITH_PASSWORD",
+    "is_joined",
+    "machines_without",
+    "name_address",
+    "start_ray",
+]
 
 SECRETS = ("HF_TOKEN", "WANDB_API_KEY", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 # Not secret, and workers need the same ones. MLFLOW_TRACKING_URI may hold a password: it travels with the secrets.
@@ -21,6 +32,8 @@ SETTINGS = ("AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL", "AWS_ENDPOIN
 WITH_PASSWORD = ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_TOKEN")
 # How libraries behave; Ray's workers on this machine get them by themselves, those on others do not.
 _BEHAVIOUR = ("TOKENIZERS_PARALLELISM", "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "HF_HUB_OFFLINE", "AWS_MAX_ATTEMPTS")
+
+ANSWER_SECONDS = 60  # for a machine of the cluster to answer a question
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # Beside what .gitignore names, which Ray leaves out by itself.
@@ -44,8 +57,10 @@ def is_joined() -> bool:
     return os.environ.get("RAY_ADDRESS", "local") not in ("", "local")
 
 
-def start_ray() -> None:
+def start_ray(cores: int | None = None) -> None:
     """Join the cluster of RAY_ADDRESS, or start one on this machine; do nothing if that was done before.
+
+    cores: of a cluster that is started here; None for all.
 
     Raises ResourceError if no cluster answers there.
     """
@@ -57,7 +72,7 @@ def start_ray() -> None:
         return
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     if not is_joined():
-        _start_here(quiet)
+        _start_here(quiet, cores)
         return
     address = os.environ["RAY_ADDRESS"]
     try:
@@ -69,7 +84,38 @@ def start_ray() -> None:
         ) from None
 
 
-def _start_here(quiet: dict[str, Any]) -> None:
+def machines_without(is_there: Callable[[], bool], needed: dict[str, float]) -> list[str]:
+    """List the addresses of the cluster's other machines on which `is_there()` is False.
+
+    needed: resources; machines that have fewer are not asked, and one that does not answer within a minute is left
+    out: no worker will start on it.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = ray.get_runtime_context().get_node_id()
+    others = [
+        node
+        for node in ray.nodes()
+        if node["Alive"]
+        and node["NodeID"] != here
+        and all(node["Resources"].get(name, 0) >= amount for name, amount in needed.items())
+    ]
+    ask = ray.remote(num_cpus=0, max_retries=0)(is_there)
+    answers = {
+        ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(): node
+        for node in others
+    }
+    ready, _ = ray.wait(list(answers), num_returns=len(answers), timeout=ANSWER_SECONDS) if answers else ([], [])
+    without = []
+    for answer in ready:
+        with contextlib.suppress(ray.exceptions.RayError):  # the machine has gone
+            if not ray.get(answer):
+                without.append(answers[answer]["NodeManagerAddress"])
+    return without
+
+
+def _start_here(quiet: dict[str, Any], cores: int | None) -> None:
     """Start a cluster on this machine: without a dashboard, on loopback; Ray asks for a token by itself.
 
     Ray gives its own processes half a minute to answer, which on a busy machine is not always enough.
@@ -78,7 +124,8 @@ def _start_here(quiet: dict[str, Any]) -> None:
 
     for attempts_left in (2, 1, 0):
         try:
-            ray.init(address="local", include_dashboard=False, **quiet)
+            with _without_dashboard():
+                ray.init(address="local", include_dashboard=False, num_cpus=cores, **quiet)
             return
         except Exception as error:  # that is the class which Ray raises
             if "timed out during startup" not in str(error):
@@ -86,6 +133,25 @@ def _start_here(quiet: dict[str, Any]) -> None:
             if not attempts_left:
                 raise ResourceError(f"Ray could not be started here, three times: {_last_line(error)}") from None
             ray.shutdown()
+
+
+@contextlib.contextmanager
+def _without_dashboard() -> Iterator[None]:
+    """Let the processes of a cluster that starts in a block know that it has no dashboard.
+
+    Ray Train looks for one at the end of each run, and gives up after ten seconds; an address at which nothing
+    listens ends that at once. Its watcher of preempted machines needs one, too.
+    """
+    os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
+    name = "RAY_API_SERVER_ADDRESS"
+    before = os.environ.get(name)
+    os.environ[name] = "http://127.0.0.1:9"  # the port of the discard service
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
 
 
 def _runtime_env() -> dict[str, Any]:

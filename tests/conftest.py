@@ -157,8 +157,9 @@ def ray_session():
     """One Ray cluster of two cores for all tests that need one."""
     import ray
 
-    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    from forgebook import ray_cluster
+
+    ray_cluster.start_ray(cores=2)
     yield
     ray.shutdown()
 

@@ -13,6 +13,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
+import os
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,19 +23,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from forgebook.errors import DataError
+from forgebook.runs.atomic import atomic_file
 
 if TYPE_CHECKING:
     from forgebook.data.masking import Encoded
 
 __all__ = [
     "Tokens",
+    "collect_shards",
     "fit_context",
     "load_view",
     "map_shards",
     "relocate_view",
     "repetitions",
     "save_view",
-    "shards_of",
     "token_statistics",
     "truncation_losses",
     "write_shard",
@@ -205,10 +208,22 @@ def load_view(path: Path) -> Tokens:
     return Tokens(parts, names=names, files=files, **columns)
 
 
-def shards_of(path: Path) -> list[str]:
-    """List the shards that a saved view shows."""
-    with np.load(path) as saved:
-        return sorted(set(saved["shards"].tolist()))
+def collect_shards(path: Path, folder: Path) -> None:
+    """Give a saved view shards of its own in `folder`, linked where the disk allows it, else copied."""
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def collect(shard: str) -> str:
+        source = Path(shard)
+        target = folder / (source.name if source.parent == folder else f"{source.parent.name}-{source.name}")
+        if not target.exists():
+            with atomic_file(target) as temporary:
+                try:
+                    os.link(source, temporary)
+                except OSError:
+                    shutil.copyfile(source, temporary)
+        return str(target)
+
+    relocate_view(path, collect)
 
 
 def relocate_view(path: Path, moved: Callable[[str], str]) -> None:

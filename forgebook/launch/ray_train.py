@@ -8,9 +8,13 @@ Workers run `forgebook.training.loop.train_loop`. num_devices: 0 runs it in this
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import functools
 import os
 import shutil
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,14 +34,17 @@ from forgebook.planning.prepare import Prepared, prepare
 from forgebook.reporting import console as consoles
 from forgebook.reporting import trackers
 from forgebook.reporting.run_text import print_choices, print_forecast, print_run, print_summary, write_summary
-from forgebook.runs import atomic, upload
+from forgebook.runs import atomic, upload, worker_upload
 from forgebook.runs import run as storage
 from forgebook.runs.run import Run
-from forgebook.training import distributed, kernels, reference, remote_run
+from forgebook.training import distributed, kernels, reference
 from forgebook.training.preference import needs_reference
 
 if TYPE_CHECKING:
+    from pyarrow.fs import FileSystem
     from rich.console import Console
+
+    from forgebook.launch.ray_worker import Job
 
 __all__ = ["fine_tune"]
 
@@ -67,7 +74,7 @@ def fine_tune(config: FinetuneConfig) -> Run:
         _check_same(run, prepared)
         if run.is_complete:
             if run.uri:  # its last upload may have failed
-                upload.push(run.folder, run.uri, _teller(output))
+                upload.upload_run(run.folder, run.uri, _warner(output))
             output.print(f"{run.place} is complete already (on_existing=overwrite runs it again)")
             print_summary(output, run)
             return run
@@ -80,12 +87,16 @@ def fine_tune(config: FinetuneConfig) -> Run:
     print_forecast(output, told, [*worries, *filter(None, [note])])
     with (
         consoles.quiet_descriptors(run.logs / "driver.log") as live,
-        upload.beside(run.folder, run.uri, _teller(live)),
+        contextlib.ExitStack() as uploads,
         trackers.tracking(config, run, live.print),
     ):
         try:
             with consoles.show_progress(run.logs / "progress.jsonl", live):
-                result = _run_here(config, run) if config.num_devices == 0 else _run_on_ray(config, run, live)
+                if config.num_devices == 0:
+                    uploads.enter_context(upload.uploading(run.folder, run.uri, _warner(live)))
+                    result = _run_here(config, run)
+                else:
+                    result = _run_on_ray(config, run, live, uploads)
         except ForgebookError:
             raise
         except Exception as error:
@@ -176,7 +187,7 @@ def _check_same(run: Run, prepared: Prepared) -> None:
 
 def _check_devices(config: FinetuneConfig) -> None:
     """Refuse what this machine cannot do, before a local Ray cluster is started for nothing."""
-    if os.environ.get("RAY_ADDRESS"):
+    if cluster.is_joined():
         return
     import torch
 
@@ -221,17 +232,19 @@ def _run_here(config: FinetuneConfig, run: Run) -> dict[str, Any]:
     from forgebook.training.loop import train_loop
 
     with distributed.handle_sigterm(run.folder):
-        return train_loop(config, run)
+        return train_loop(config, Run(run.folder))
 
 
-def _run_on_ray(config: FinetuneConfig, run: Run, output: Console) -> dict[str, Any]:
-    """Run the loop in one Ray Train worker per device; failed workers are restarted and continue."""
-    # Tokenising is over before workers start.
+def _run_on_ray(config: FinetuneConfig, run: Run, output: Console, uploads: contextlib.ExitStack) -> dict[str, Any]:
+    """Run the loop in one Ray Train worker per device; failed workers are restarted and continue.
+
+    uploads: where the upload of the run's folder to its bucket is entered, to end when the summary is written.
+    """
+    # Tokenization is over before workers start.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # oneDNN keeps a kernel for each of the last 1,024 shapes it met, some megabytes each: keep fewer.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
     import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
 
     if not ray.is_initialized():
         output.print("[dim]starting Ray[/dim]")
@@ -240,12 +253,69 @@ def _run_on_ray(config: FinetuneConfig, run: Run, output: Console) -> dict[str, 
     per_worker = _resources_per_worker(config, use_gpu, ray.cluster_resources())
     fewest = config.min_devices or config.num_devices
     _check_cluster(fewest, per_worker, ray.cluster_resources(), ray.available_resources())
-    asked = f"{config.min_devices} to {config.num_devices}" if config.min_devices else str(config.num_devices)
-    output.print(f"[dim]starting {asked} workers[/dim]")
-    home = remote_run.make_home(run) if cluster.is_joined() else None
-    trainer = _trainer_class()(
-        _worker,
-        train_loop_config={"config": config, "run": run, "home": home, "folder": str(Path.cwd())},
+    job = _make_job(config, run, per_worker)
+    count = f"{config.min_devices} to {config.num_devices}" if config.min_devices else str(config.num_devices)
+    output.print(f"[dim]starting {count} worker{'s' * (config.num_devices > 1)}[/dim]")
+    if not job.through_bucket:
+        uploads.enter_context(upload.uploading(run.folder, run.uri, _warner(output)))
+        return _fit(job, use_gpu, per_worker, output)
+    assert run.uri is not None
+    worker_upload.send_inputs(run.folder, run.uri, _warner(output))
+    try:
+        with worker_upload.passing_stop(run.folder / distributed.STOP_FILE, run.uri):
+            result = _fit(job, use_gpu, per_worker, output)
+    finally:
+        worker_upload.fetch_logs(run.uri, run.folder)
+    worker_upload.remove_inputs(run.uri)
+    upload.download_run(run.uri, run.folder)
+    uploads.enter_context(upload.uploading(run.folder, run.uri, _warner(output)))
+    return result
+
+
+def _make_job(config: FinetuneConfig, run: Run, per_worker: dict[str, float]) -> Job:
+    """Decide where the workers save: in the run's folder if all machines see it, else in its bucket.
+
+    Raises StorageError if some machine does not see the folder and there is no bucket.
+    """
+    from forgebook.launch import ray_worker
+
+    job = ray_worker.Job(config, run, uuid.uuid4().hex, str(Path.cwd()))
+    if not cluster.is_joined():
+        job.write_mark()
+        return job
+    # Shards in this machine's cache are in no other's.
+    for view in run.tokens.glob("*.npz"):
+        token_store.collect_shards(view, run.tokens / "shards")
+    job.write_mark()
+    see = functools.partial(ray_worker.sees_folder, run.folder, job.mark)
+    blind = cluster.machines_without(see, per_worker)
+    if blind and run.uri is None:
+        raise ray_worker.storage_refusal(run, ", ".join(blind))
+    # Machines that come later, to a run that may grow, are not known yet.
+    through_bucket = run.uri is not None and (bool(blind) or config.min_devices is not None)
+    if through_bucket and _scorers(config):
+        raise ResourceError(
+            "logprob_processor_scaling_config needs a disk that all machines share, and not all of them see "
+            f"{run.folder}: set storage_path to such a disk, or leave the block out"
+        )
+    return dataclasses.replace(job, through_bucket=through_bucket)
+
+
+def _fit(job: Job, use_gpu: bool, per_worker: dict[str, float], output: Console) -> dict[str, Any]:
+    """Run Ray Train, whose storage is the run's own, and return what the workers do.
+
+    Raises the ForgebookError that they end with.
+    """
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    from forgebook.launch import ray_worker
+
+    config, run = job.config, job.run
+    file_system, path = job.storage()
+    trainer = TorchTrainer(
+        ray_worker.train_worker,
+        train_loop_config={"job": job},
         scaling_config=ScalingConfig(
             num_workers=(config.min_devices, config.num_devices) if config.min_devices else config.num_devices,
             elastic_resize_monitor_interval_s=RESIZE_SECONDS,
@@ -253,66 +323,32 @@ def _run_on_ray(config: FinetuneConfig, run: Run, output: Console) -> dict[str, 
             resources_per_worker=per_worker,
         ),
         run_config=RunConfig(
-            name=f"{run.name}-{time.strftime('%Y%m%d-%H%M%S')}",
-            storage_path=str(run.logs / "ray"),
+            name=run.name,
+            storage_path=path.rpartition("/")[0],
+            storage_filesystem=file_system,
             failure_config=FailureConfig(max_failures=config.max_failures),
+            callbacks=[ray_worker.ReportReceiver(run.logs / "progress.jsonl")],
         ),
     )
     if _scorers(config):
         output.print("[dim]starting the workers that score the reference[/dim]")
         reference.start_stage(config, run)
-    with distributed.handle_sigterm(run.folder):  # Ray has a handler of its own, set when it started
-        outcome = trainer.fit().return_value
+    _forget_earlier(file_system, path)
+    try:
+        with distributed.handle_sigterm(run.folder):  # Ray has a handler of its own, set when it started
+            outcome = trainer.fit().return_value
+    finally:
+        _forget_earlier(file_system, path)
     if isinstance(outcome, ForgebookError):
         raise outcome
     return outcome
 
 
-def _trainer_class():
-    """Make Ray's trainer fit for a cluster of this process's own, which ends with it and has no dashboard.
-
-    Ray's cleaner of placement groups, for controllers that die alone, asks the dashboard and would hold up the end of
-    every run for ten seconds; its watcher for preempted nodes has none to watch.
-    """
-    from ray.train.torch import TorchTrainer
-
-    if cluster.is_joined():
-        return TorchTrainer
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-
-    class _LocalTrainer(TorchTrainer):
-        def _create_default_callbacks(self) -> list[Any]:
-            callbacks = super()._create_default_callbacks()
-            return [each for each in callbacks if type(each).__name__ != "PlacementGroupCleanerCallback"]
-
-    return _LocalTrainer
-
-
-def _worker(job: dict[str, Any]) -> dict[str, Any] | ForgebookError:
-    """Run the loop in a Ray worker.
-
-    A user's mistake is returned, not raised: Ray would take it for a failed worker and try it again. It is
-    the same on every rank, so that none is left waiting.
-    """
-    import ray.train
-
-    rank = ray.train.get_context().get_world_rank()
-    run = remote_run.settle(job["run"], job["home"], rank)
-    if os.path.isdir(job["folder"]):
-        os.chdir(job["folder"])
-    log = os.open(run.logs / f"worker-{rank}.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-    os.write(log, f"worker {rank}: process {os.getpid()}\n".encode())
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-
-    from forgebook.training.loop import train_loop
-
-    try:
-        return train_loop(job["config"], run)
-    except ForgebookError as error:
-        return error
-    finally:
-        remote_run.leave(run.home)
+def _forget_earlier(file_system: FileSystem, path: str) -> None:
+    """Delete Ray's list of a run's checkpoints: of an earlier start it may name some that are deleted by now."""
+    for name in (upload.RAY_LIST, ".validate_storage_marker"):
+        with contextlib.suppress(OSError):
+            file_system.delete_file(f"{path}/{name}")
 
 
 def _resources_per_worker(config: FinetuneConfig, use_gpu: bool, cluster: dict[str, float]) -> dict[str, float]:
@@ -343,8 +379,8 @@ def _check_cluster(workers: int, each: dict[str, float], total: dict[str, float]
         )
 
 
-def _teller(output: Console) -> Callable[[str], None]:
-    """Make a function that tells what the user should know while the run goes on."""
+def _warner(output: Console) -> Callable[[str], None]:
+    """Return a function that prints a warning while the run trains."""
     return lambda text: output.print(f"[yellow]{escape(text)}[/yellow]")
 
 

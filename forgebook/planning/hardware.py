@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from forgebook import ray_cluster
 from forgebook.catalog import Gpu, hardware_of, read_catalog
 from forgebook.errors import ConfigError
 
@@ -68,7 +69,7 @@ def hardware_for(config: FinetuneConfig) -> tuple[int, Gpu | Cpu] | None:
     None for a cluster (RAY_ADDRESS) whose GPUs the config does not name: they show when the run has joined it.
     """
     named = hardware_in(config)
-    if named is not None or os.environ.get("RAY_ADDRESS"):
+    if named is not None or ray_cluster.is_joined():
         return named
     workers = max(1, config.num_devices)
     return workers, this_gpu() or cpu_share(workers)
@@ -79,7 +80,7 @@ def found_hardware() -> tuple[int, Gpu] | None:
 
     Torch is imported only where there is a GPU. Raises ConfigError for a cluster, whose GPUs are not here.
     """
-    if os.environ.get("RAY_ADDRESS"):
+    if ray_cluster.is_joined():
         raise ConfigError("hardware: the run goes to a Ray cluster (RAY_ADDRESS): say what it has, such as 8xA100-80G")
     return _gpus()
 

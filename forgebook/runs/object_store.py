@@ -37,11 +37,14 @@ __all__ = [
     "list_files",
     "list_folders",
     "make_manifest",
+    "open_bucket",
     "read_file",
     "read_manifest",
     "remove_folder",
+    "upload_files",
     "upload_folder",
     "write_file",
+    "write_manifest",
 ]
 
 SCHEMES = ("s3://", "gs://")
@@ -87,21 +90,21 @@ def is_bucket(path: str) -> bool:
 
 def download_file(uri: str, target: Path) -> None:
     """Download one file to a local path."""
-    bucket, path = _opened(uri)
+    bucket, path = open_bucket(uri)
     with _readable_errors(uri), bucket.open_input_stream(path) as source, open(target, "wb") as file:
         shutil.copyfileobj(source, file, CHUNK)
 
 
 def _upload(path: Path, uri: str) -> None:
     # Not pyarrow's copy_files: it drops the errors that come when a stream is closed.
-    bucket, name = _opened(uri)
+    bucket, name = open_bucket(uri)
     with _readable_errors(uri, "written"), open(path, "rb") as file, bucket.open_output_stream(name) as target:
         shutil.copyfileobj(file, target, CHUNK)
 
 
 def list_files(uri: str) -> dict[str, int]:
     """Map the names of all files below a URI to their sizes in bytes; empty if there are none."""
-    start = len(_opened(uri)[1]) + 1
+    start = len(open_bucket(uri)[1]) + 1
     return {info.path[start:]: info.size for info in _listing(uri, recursive=True) if info.is_file}
 
 
@@ -115,7 +118,7 @@ def list_folders(uri: str) -> list[str]:
 def _listing(uri: str, recursive: bool) -> list[Any]:
     from pyarrow import fs
 
-    bucket, path = _opened(uri)
+    bucket, path = open_bucket(uri)
     with _readable_errors(uri):
         try:
             return bucket.get_file_info(fs.FileSelector(path, recursive=recursive))
@@ -131,33 +134,33 @@ def has_file(uri: str) -> bool:
     """Check whether there is a file at a URI."""
     from pyarrow import fs
 
-    bucket, path = _opened(uri)
+    bucket, path = open_bucket(uri)
     with _readable_errors(uri):
         return bucket.get_file_info(path).type == fs.FileType.File
 
 
 def read_file(uri: str) -> bytes:
     """Read a small file into memory."""
-    bucket, path = _opened(uri)
+    bucket, path = open_bucket(uri)
     with _readable_errors(uri), bucket.open_input_stream(path) as source:
         return source.read()
 
 
 def write_file(uri: str, content: bytes) -> None:
     """Write a small file; readers see the old one or the new one, never half."""
-    bucket, path = _opened(uri)
+    bucket, path = open_bucket(uri)
     with _readable_errors(uri, "written"), bucket.open_output_stream(path) as target:
         target.write(content)
 
 
 def remove_folder(uri: str) -> None:
     """Delete all files below a URI."""
-    bucket, path = _opened(uri)
+    bucket, path = open_bucket(uri)
     names = list_files(uri)
     with _readable_errors(uri, "deleted"):
         if names:
             if MANIFEST in names:  # a half-deleted folder must not look complete
-                write_file(f"{uri}/{MANIFEST}", _manifest_text(False, {}))
+                write_manifest(uri, {}, is_complete=False)
             with contextlib.suppress(FileNotFoundError):  # Google's, for a folder without a marker
                 bucket.delete_dir(path)
 
@@ -182,14 +185,27 @@ def upload_folder(folder: Path, uri: str) -> None:
 
     Raises BucketBusyError if a file did not arrive whole.
     """
+    write_manifest(uri, {}, is_complete=False)
+    write_manifest(uri, upload_files(folder, uri), is_complete=True)
+
+
+def upload_files(folder: Path, uri: str) -> Manifest:
+    """Upload a folder's files without a manifest and return what was sent; several machines may fill one `uri`.
+
+    Raises BucketBusyError if a file did not arrive whole.
+    """
     files = make_manifest(folder)
-    write_file(f"{uri}/{MANIFEST}", _manifest_text(False, files))
     _each(lambda name: _upload(folder / name, f"{uri}/{name}"), files)
     sizes = list_files(uri)
     for name, (size, _) in files.items():
         if sizes.get(name) != size:
             raise BucketBusyError(f"{uri}/{name} could not be written: {size} bytes sent, {sizes.get(name)} arrived")
-    write_file(f"{uri}/{MANIFEST}", _manifest_text(True, files))
+    return files
+
+
+def write_manifest(uri: str, files: Manifest, is_complete: bool) -> None:
+    """Write which files a folder of a bucket holds, and whether all of them are there."""
+    write_file(f"{uri}/{MANIFEST}", json.dumps({"complete": is_complete, "files": files}, indent=1).encode())
 
 
 def download_folder(uri: str, folder: Path) -> bool:
@@ -212,10 +228,6 @@ def download_folder(uri: str, folder: Path) -> bool:
     return True
 
 
-def _manifest_text(is_complete: bool, files: Manifest) -> bytes:
-    return json.dumps({"complete": is_complete, "files": files}, indent=1).encode()
-
-
 def download_files(uri: str, folder: Path, names: Iterable[str]) -> None:
     """Download the named files below a URI into a local folder."""
 
@@ -235,7 +247,7 @@ def _each(transfer: Callable[[str], None], names: Iterable[str]) -> None:
 # Opening ----------------------------------------------------------------------------------------------
 
 
-def _opened(uri: str) -> tuple[Any, str]:
+def open_bucket(uri: str) -> tuple[Any, str]:
     """Open the file system of an s3:// or gs:// URI; return it and the path in it, which begins with the bucket."""
     scheme, path = uri.split("://", 1)
     bucket = path.split("/", 1)[0]
@@ -303,7 +315,7 @@ def _cause(uri: str, error: OSError) -> str:
     reason = first_line(error)
     if not uri.startswith("s3://") or _BUSY.search(reason) or not re.search("No response body|not exist", reason):
         return reason
-    bucket, path = _opened(uri)
+    bucket, path = open_bucket(uri)
     from pyarrow import fs
 
     try:

@@ -50,12 +50,12 @@ def display_path(path: Path) -> str:
 class Run:
     """The paths of a run folder. uri: where in a bucket it is stored, None for a run on this machine alone.
 
-    home: in a worker that has a folder of its own because it does not see the run's: how it reaches that one.
+    In a worker, `uri` means that the workers upload what they write themselves, because not all of their machines see
+    the run's folder; otherwise the process that started the run uploads it, and a worker's `uri` is None.
     """
 
     folder: Path
     uri: str | None = None
-    home: Any = None
 
     @property
     def name(self) -> str:
@@ -145,7 +145,7 @@ def open_run(config: FinetuneConfig) -> Run:
     if exists and config.on_existing == "fail":
         raise StorageError(f"the run {run.place} exists: choose another run_name, or on_existing=resume or overwrite")
     if run.uri and config.on_existing != "overwrite":
-        upload.pull(run.uri, run.folder)
+        upload.download_run(run.uri, run.folder)
     return run
 
 
@@ -156,7 +156,7 @@ def find_run(name: str, storage_path: str = "runs") -> Run:
     """
     for run in candidate_runs(name, storage_path):
         if run.uri:
-            upload.pull(run.uri, run.folder, with_state=False)
+            upload.download_run(run.uri, run.folder, with_state=False)
         if run.config.exists():
             return run
     if is_remote(name):

@@ -1,8 +1,10 @@
 """A run folder and its copy in a bucket.
 
-pull(uri, folder)               before a run, or to look at one: bring what the bucket has
-beside(folder, uri, tell)       while a run goes on: upload what it writes, in a thread of its own
-push(folder, uri, tell)         bring the bucket up to date, or fail
+download_run(uri, folder)            before a run, or to look at one: fetch what the bucket has
+uploading(folder, uri, warn)         while a run trains: upload what it writes, in a thread of its own
+upload_run(folder, uri, warn)        bring the bucket up to date, or fail
+
+Workers on machines that do not see the run folder upload it themselves: `forgebook.runs.worker_upload`.
 
 The bucket's folder looks like the local one. Checkpoints and training states are complete or absent there, too
 (a manifest, written last); an old one goes when what replaces it is complete. A slow or failing bucket never stops
@@ -16,26 +18,37 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from forgebook.errors import BucketBusyError, StorageError
 from forgebook.runs import object_store
 from forgebook.runs.atomic import atomic_file, delete_folder
 
-__all__ = ["beside", "pull", "push"]
+__all__ = [
+    "complete_folders",
+    "download_run",
+    "newest_state",
+    "persist",
+    "read_known",
+    "send_files",
+    "upload_run",
+    "uploading",
+]
 
 CONFIG = "config.yaml"  # makes a folder a run's
 STATES, CHECKPOINTS = "resume", "checkpoints"
 # Beside these folders; the tokens are made again from the rows.
 FILES = ("*", "tokens/reference-*.npy", "tokens/reference/*.npy")
 LOGS = ("logs/*.log",)
+RAY_LIST = "checkpoint_manager_snapshot.json"  # Ray Train's own, of what it was reported; deleted after the run
 SNAPSHOTS = ".uploading"
 
 LOOK_SECONDS, FILES_SECONDS = 1, 30  # between looks for new folders; between uploads of files that grow
 PAUSES = (5, 10, 20, 40, 60)  # seconds between the last attempts to complete an upload, once training is over
 
+T = TypeVar("T")
 Tell = Callable[[str], None]
 Known = dict[str, Any]  # what the bucket holds: folder -> its manifest, None if not complete; file -> [bytes, time]
 
@@ -43,7 +56,7 @@ Known = dict[str, Any]  # what the bucket holds: folder -> its manifest, None if
 # From the bucket --------------------------------------------------------------------------------------
 
 
-def pull(uri: str, folder: Path, with_state: bool = True) -> None:
+def download_run(uri: str, folder: Path, with_state: bool = True) -> None:
     """Make a local run folder what the bucket holds, or leave it if it is the same run and as far or further on.
 
     A run that the bucket does not have is removed here: it was deleted there. with_state: bring the training state
@@ -53,9 +66,8 @@ def pull(uri: str, folder: Path, with_state: bool = True) -> None:
     if CONFIG not in there:
         shutil.rmtree(folder, ignore_errors=True)
         return
-    known = _known(uri, there)
-    complete = [place for place, manifest in known.items() if manifest is not None]
-    state = max((place for place in complete if place.startswith(STATES)), key=_step, default=None)
+    complete = complete_folders(uri, there)
+    state = newest_state(complete)
     if _is_same(uri, folder, there) and _reached_here(folder) >= _reached_there(there, state):
         return
     (folder / CONFIG).unlink(missing_ok=True)  # written last: a pull that was interrupted is begun again
@@ -66,13 +78,23 @@ def pull(uri: str, folder: Path, with_state: bool = True) -> None:
         delete_folder(folder / place)
     for place in sorted(wanted):
         object_store.download_folder(f"{uri}/{place}", folder / place)
-    files = [name for name in there if _place(name) is None and not name.startswith("logs/")]
+    files = [name for name in there if _place(name) is None and not name.startswith(("logs/", "."))]
     for name in sorted(files, key=lambda name: name == CONFIG):
         with atomic_file(folder / name) as temporary:
             temporary.write_bytes(object_store.read_file(f"{uri}/{name}"))
 
 
-def _known(uri: str, there: dict[str, int]) -> Known:
+def complete_folders(uri: str, there: dict[str, int]) -> list[str]:
+    """List the complete checkpoints and training states of a bucket's run; there: its files."""
+    return [place for place, manifest in read_known(uri, there).items() if manifest is not None]
+
+
+def newest_state(folders: Iterable[str]) -> str | None:
+    """Name the training state of the latest step among folders such as `resume/step-20`."""
+    return max((folder for folder in folders if folder.startswith(STATES)), key=_step, default=None)
+
+
+def read_known(uri: str, there: dict[str, int]) -> Known:
     """Read the manifests of the folders that a bucket's run holds, complete or not."""
     places = {place for name in there if (place := _place(name))}
     return {
@@ -122,7 +144,7 @@ def _reached_there(there: dict[str, int], state: str | None) -> tuple[bool, int,
 
 
 @contextlib.contextmanager
-def beside(folder: Path, uri: str | None, tell: Tell) -> Iterator[None]:
+def uploading(folder: Path, uri: str | None, tell: Tell) -> Iterator[None]:
     """Upload what a block writes into a run folder while it runs; the block's end waits until all is there.
 
     uri: None for a run that is kept on this machine: nothing is done. tell: called with what the user should know.
@@ -132,8 +154,8 @@ def beside(folder: Path, uri: str | None, tell: Tell) -> Iterator[None]:
     if uri is None:
         yield
         return
-    known = _known(uri, object_store.list_files(uri))
-    _send_files(folder, uri, known)
+    known = read_known(uri, object_store.list_files(uri))
+    send_files(folder, uri, known)
     ended = threading.Event()
     thread = threading.Thread(target=_upload_until, args=(ended, folder, uri, known, tell), daemon=True)
     thread.start()
@@ -149,27 +171,39 @@ def beside(folder: Path, uri: str | None, tell: Tell) -> Iterator[None]:
         raise
     ended.set()
     thread.join()
-    push(folder, uri, tell, known)
+    upload_run(folder, uri, tell, known)
 
 
-def push(folder: Path, uri: str, tell: Tell, known: Known | None = None) -> None:
+def upload_run(folder: Path, uri: str, tell: Tell, known: Known | None = None) -> None:
     """Bring the bucket up to date with a run folder; try for some minutes.
 
     Raises StorageError, which names the local folder, if that fails.
     """
-    for pause in (*PAUSES, None):
+
+    def send() -> None:
+        _send(folder, uri, read_known(uri, object_store.list_files(uri)) if known is None else known, with_logs=True)
+
+    try:
+        persist(send, tell)
+    except StorageError as error:
+        raise StorageError(
+            f"{error}. The run is not complete in the bucket; all of it is in {folder}, and the same command uploads "
+            "it again"
+        ) from None
+
+
+def persist(attempt: Callable[[], T], warn: Tell) -> T:
+    """Call a function that writes to a bucket until it succeeds, for some minutes; return its result.
+
+    Raises BucketBusyError if the bucket stays busy, at once any other StorageError.
+    """
+    for pause in PAUSES:
         try:
-            known = _known(uri, object_store.list_files(uri)) if known is None else known
-            return _send(folder, uri, known, with_logs=True)
-        except StorageError as error:
-            if pause is None or not isinstance(error, BucketBusyError):
-                raise StorageError(
-                    f"{error}. The run is not complete in the bucket; all of it is in {folder}, and the same command "
-                    "uploads it again"
-                ) from None
-            tell(f"{error}; tried again in {pause} s")
+            return attempt()
+        except BucketBusyError as error:
+            warn(f"{error}; retrying in {pause} s")
             time.sleep(pause)
-    return None
+    return attempt()
 
 
 def _upload_until(ended: threading.Event, folder: Path, uri: str, known: Known, tell: Tell) -> None:
@@ -196,7 +230,7 @@ def _send(folder: Path, uri: str, known: Known, with_logs: bool = False) -> None
     places = sorted(_places(folder), reverse=True)
     taken = {place: _snapshot(folder, place, known.get(place)) for place in places}
     try:
-        _send_files(folder, uri, known, with_logs)
+        send_files(folder, uri, known, with_logs)
         for place, snapshot in reversed(taken.items()):
             if snapshot is not None:
                 known[place] = None
@@ -226,13 +260,13 @@ def _snapshot(folder: Path, place: str, known: object_store.Manifest | None) -> 
     return snapshot
 
 
-def _send_files(folder: Path, uri: str, known: Known, with_logs: bool = False) -> None:
+def send_files(folder: Path, uri: str, known: Known, with_logs: bool = False) -> None:
     """Upload the files that changed, the config first: whoever has it has a run."""
     patterns = FILES + LOGS * with_logs
     paths = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
     for path in sorted(paths, key=lambda path: (path.name != CONFIG, path)):
         name, state = path.relative_to(folder).as_posix(), path.stat()
-        if path.name.startswith(".") or known.get(name) == [state.st_size, state.st_mtime_ns]:
+        if path.name.startswith(".") or path.name == RAY_LIST or known.get(name) == [state.st_size, state.st_mtime_ns]:
             continue
         content = path.read_bytes()
         if path.suffix == ".jsonl":  # a line may be half-written

@@ -15,7 +15,7 @@ import contextlib
 import json
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +25,16 @@ from safetensors.torch import load_file, save_file
 
 from forgebook.errors import CheckpointError, ForgebookError
 from forgebook.models import adapters
-from forgebook.runs import atomic
-from forgebook.runs.run import rank_checkpoints
-from forgebook.training import distributed, remote_run
-from forgebook.training.remote_run import Home
+from forgebook.runs import atomic, object_store, worker_upload
+from forgebook.runs.run import Run, rank_checkpoints
+from forgebook.training import distributed
 
 __all__ = [
     "keep_best",
     "keep_start",
     "latest_resume",
     "load_resume",
+    "publish",
     "rehearse",
     "save_checkpoint",
     "save_resume",
@@ -196,15 +196,18 @@ def rehearse(model, tokenizer, folder: Path, *, copies: int, **beside: Any) -> N
                 )
 
 
-def keep_best(folder: Path, losses: dict[str, float | None], keep: int) -> str:
+def keep_best(folder: Path, losses: dict[str, float | None], keep: int, uri: str | None = None) -> str:
     """Delete all but the `keep` checkpoints of lowest evaluation loss (without evaluation: the newest).
 
-    losses: checkpoint name -> evaluation loss, oldest first. Returns the best one's name.
+    losses: checkpoint name -> evaluation loss, oldest first. uri: where in a bucket the workers save checkpoints
+    themselves, None otherwise. Returns the best one's name.
     """
     ranked = rank_checkpoints(losses)
     if distributed.is_main():
         for name in ranked[keep:]:
             atomic.delete_folder(folder / name)
+        if uri:
+            _delete_published(uri, lambda name: name in ranked[keep:])
     return ranked[0]
 
 
@@ -229,48 +232,82 @@ def keep_start(model, path: Path, is_continued: bool) -> dict[str, torch.Tensor]
 # The training state -----------------------------------------------------------------------------------
 
 
-def save_resume(folder: Path, place: dict[str, Any], model, optimizer, engine=None, home: Home | None = None) -> None:
-    """Save what continuing exactly needs as `<folder>/step-N`, and delete the older ones. Collective.
+def save_resume(run: Run, place: dict[str, Any], model, optimizer, engine=None) -> None:
+    """Save what continuing exactly needs as `resume/step-N` of a run, and delete the older ones. Collective.
 
-    place: JSON values: where the run is. engine: DeepSpeed's, which saves its own shards. home: of a worker that does
-    not see the run's folder, and brings its shards there.
+    place: JSON values: where the run is. engine: DeepSpeed's, which saves its own shards. The state is complete or
+    absent: in the run's folder by its name, given last; in a bucket that the workers write themselves, by `publish`.
     """
-    target = folder / f"step-{place['step']}"
-    aside = folder / f".writing-{target.name}"
+    target = run.resume / f"step-{place['step']}"
+    aside = target.with_name(f".writing-{target.name}")
+    is_writer = distributed.is_first_here() if run.uri else distributed.is_main()
     with distributed.raised_everywhere():
-        if distributed.is_main():
-            remote_run.at_home(home, _begin_resume, aside)
+        if is_writer:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
     try:
-        with distributed.raised_everywhere(), _write_errors(folder):
-            aside.mkdir(parents=True, exist_ok=True)
+        with distributed.raised_everywhere(), _write_errors(run.resume):
             torch.save(_random_state(), aside / f"random-{distributed.rank()}.pt")
             if engine is not None:
                 engine.save_checkpoint(aside, tag="deepspeed", exclude_frozen_parameters=True)
             elif distributed.is_main():
                 trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
                 torch.save({"model": trained, "optimizer": optimizer.state_dict()}, aside / "state.pt")
-        remote_run.bring_home(home, aside)
-    except CheckpointError:  # on all ranks: what is half-written fills the disk for nothing
-        if distributed.is_main():
-            remote_run.at_home(home, shutil.rmtree, aside, True)
+            if distributed.is_main():
+                (aside / PLACE).write_text(json.dumps({**place, "world_size": distributed.world_size()}))
+        publish(run, aside, target.name)
+    except ForgebookError:  # on all ranks: what is half-written fills the disk for nothing
+        if is_writer:
+            shutil.rmtree(aside, ignore_errors=True)
         raise
     with distributed.raised_everywhere():
-        if distributed.is_main():
-            remote_run.at_home(home, _end_resume, aside, target.name, {**place, "world_size": distributed.world_size()})
+        if is_writer:
+            _replace_states(run, aside, target.name)
 
 
-def _begin_resume(aside: Path) -> None:
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-
-
-def _end_resume(aside: Path, name: str, place: dict[str, Any]) -> None:
+def _replace_states(run: Run, aside: Path, name: str) -> None:
     """Give a training state its name, now that all of it is there, and delete the older ones."""
-    (aside / PLACE).write_text(json.dumps(place))
+    if run.uri:  # it is in the bucket, where the next start fetches it from
+        shutil.rmtree(aside)
+        if distributed.is_main():
+            _delete_published(f"{run.uri}/{run.resume.name}", lambda other: other != name)
+        return
     aside.rename(aside.with_name(name))
     for old in aside.parent.iterdir():
         if old.name != name:
             atomic.delete_folder(old)
+
+
+# A bucket that the workers write themselves -----------------------------------------------------------
+
+
+def publish(run: Run, folder: Path, name: str) -> None:
+    """Upload a folder of the run to its bucket as `name`, where the workers do that themselves. Collective.
+
+    Each machine sends its own files; rank 0 says that the folder is complete once all of them are there, and before
+    that sends the metrics that lead to it.
+    """
+    if run.uri is None:
+        return
+    uri = f"{run.uri}/{folder.parent.name}/{name}"
+    with distributed.raised_everywhere():
+        if distributed.is_main():
+            worker_upload.start_folder(uri)
+    files: object_store.Manifest = {}
+    with distributed.raised_everywhere():
+        if distributed.is_first_here():
+            files = worker_upload.send_folder(folder, uri)
+    everyones = distributed.gathered(files)
+    with distributed.raised_everywhere():
+        if distributed.is_main():
+            worker_upload.send_run_files(run.folder, run.uri)
+            worker_upload.finish_folder(uri, {name: size for files in everyones for name, size in files.items()})
+
+
+def _delete_published(uri: str, is_old: Callable[[str], bool]) -> None:
+    for name in object_store.list_folders(uri):
+        if is_old(name):
+            object_store.remove_folder(f"{uri}/{name}")
 
 
 def latest_resume(folder: Path) -> tuple[Path, dict[str, Any]] | None:

@@ -12,12 +12,15 @@ import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import torch.distributed as dist
 
 from forgebook.errors import ForgebookError, TrainingError, first_line
 
 __all__ = [
+    "STOP_FILE",
+    "gathered",
     "handle_sigterm",
     "is_first_here",
     "is_main",
@@ -28,6 +31,7 @@ __all__ = [
 ]
 
 STOP_FILE = ".stop"
+T = TypeVar("T")
 
 
 def rank() -> int:
@@ -48,6 +52,15 @@ def is_main() -> bool:
 def is_first_here() -> bool:
     """Return whether this is the first worker of its machine, the one that writes the files of its machine."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def gathered(value: T) -> list[T]:
+    """List a value of every rank, by rank. Collective."""
+    if world_size() == 1:
+        return [value]
+    values: list[T] = [value] * world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import collections
 import contextlib
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,6 @@ from forgebook.training import (  # fmt: skip
     distributed,
     objectives,
     optimizers,
-    remote_run,
 )
 from forgebook.training.losses import check_isolation
 from forgebook.training.reference import ExampleSet, with_reference
@@ -42,19 +42,24 @@ from forgebook.training.step_metrics import EpochSums, Step, check_step
 
 __all__ = ["train_loop"]
 
+# Takes the figures of a step, and the name of the checkpoint that was saved after it, if one was. Collective.
+Report = Callable[[dict[str, Any], str | None], None]
+# Between the steps reported when nothing is evaluated: Ray takes reports every two seconds, and workers wait for it.
+REPORT_SECONDS = 10.0
 
-def train_loop(config: FinetuneConfig, run: Run) -> dict[str, Any]:
+
+def train_loop(config: FinetuneConfig, run: Run, report: Report = lambda metrics, checkpoint: None) -> dict[str, Any]:
     """Fine-tune as `config` says; return what summary.json reports, the same on every rank.
 
-    config: with context length, batch sizes and epochs resolved. Collective: call it once per worker, inside
-    an initialised process group or none.
+    config: with context length, batch sizes and epochs resolved. report: called after each evaluation, and every
+    REPORT_SECONDS between, on all ranks. Collective: call it once per worker, inside an initialized process group or
+    none.
 
     Raises TrainingError if the loss is not finite or the gradient is zero; CheckpointError; ModelError; StoppedError
     once the state is saved, if the run is asked to stop.
     """
     # (1) Place. The accelerator comes first: under ZeRO-3, DeepSpeed's config must exist before the weights.
     accelerator = make_accelerator(config)
-    remote_run.fetch(run.home)
     torch.manual_seed(config.seed)
     hardware.forget_peak()
     before, gpu = hardware.resident_memory()[0], hardware.this_gpu()
@@ -113,6 +118,7 @@ def train_loop(config: FinetuneConfig, run: Run) -> dict[str, Any]:
     events = schedule.evaluation_steps(steps_per_epoch, last_step, *((every.unit, every.frequency) if every else ()))
     flops_of_token = atomic.read_json(run.plan)["flops_per_token"] if run.plan.exists() else None
     sums, epoch_order, saved_at = EpochSums(**place.get("epoch_sums", {})), None, time.perf_counter()
+    reported_at = -math.inf  # the first step is reported at once
     while step < last_step:
         epoch, index = divmod(step, steps_per_epoch)
         if index == 0 or epoch_order is None:
@@ -128,11 +134,12 @@ def train_loop(config: FinetuneConfig, run: Run) -> dict[str, Any]:
         # (6) Report.
         paced, seconds = sums.metrics(), time.perf_counter() - began
         world, pace = accelerator.num_processes, paced["trained_tokens_throughput"]
-        progress.step(
-            step=step, total_trained_steps=step, epoch=epoch + 1, num_iterations=steps_per_epoch,
-            learning_rate=rates[step - 1], **done.metrics(), **paced, trained_tokens=trained_tokens,
-            time_total_s=seconds, **running_figures(gpu, world, flops_of_token, pace, seconds),
-        )  # fmt: skip
+        latest: dict[str, Any] = {
+            "step": step, "total_trained_steps": step, "epoch": epoch + 1, "num_iterations": steps_per_epoch,
+            "learning_rate": rates[step - 1], **done.metrics(), **paced, "trained_tokens": trained_tokens,
+            "time_total_s": seconds, **running_figures(gpu, world, flops_of_token, pace, seconds),
+        }  # fmt: skip
+        progress.step(**latest)
 
         # (7) Evaluate, then save. Between evaluations only the training state is saved, by the clock.
         if step in events:
@@ -145,20 +152,23 @@ def train_loop(config: FinetuneConfig, run: Run) -> dict[str, Any]:
             folder = run.checkpoints / name
             checkpoints.save_checkpoint(worker.model, worker.tokenizer, folder, trained=moved, **beside)
             losses[name] = found.get("eval_loss")
-            remote_run.bring_home(run.home, run.checkpoints / name)
+            checkpoints.publish(run, folder, name)
             best = _keep_best(config, run, losses)
-            progress.evaluation(
-                step=step, epoch=epoch + 1, **found, **sums.totals(),
-                checkpoint_dir_name=name, is_best=name == best,
-            )  # fmt: skip
-        elapsed, is_stopping = _agreed(worker, time.perf_counter() - saved_at, run)
-        is_due = config.save_state_minutes and elapsed > 60 * config.save_state_minutes
+            evaluation = {**found, **sums.totals(), "checkpoint_dir_name": name, "is_best": name == best}
+            progress.evaluation(step=step, epoch=epoch + 1, **evaluation)
+            latest |= evaluation
+        now = time.perf_counter()
+        since_state, since_report, is_stopping = _agreed(worker, now - saved_at, now - reported_at, run)
+        is_due = config.save_state_minutes and since_state > 60 * config.save_state_minutes
         if step in events or is_due or is_stopping:
             seconds = time.perf_counter() - began
             place = {"step": step, "trained_tokens": trained_tokens, "seconds": seconds, "losses": losses}
             place["epoch_sums"] = sums.state()
-            checkpoints.save_resume(run.resume, place, worker.model, worker.optimizer, worker.engine, run.home)
+            checkpoints.save_resume(run, place, worker.model, worker.optimizer, worker.engine)
             saved_at = time.perf_counter()
+        if step in events or since_report > REPORT_SECONDS:
+            report(latest, events.get(step))
+            reported_at = time.perf_counter()
         if is_stopping and step < last_step:
             raise StoppedError(f"stopped by SIGTERM; step {step} is saved, and the same command continues after it")
 
@@ -299,21 +309,21 @@ def _now(accelerator: Accelerator) -> float:
     return time.perf_counter()
 
 
-def _agreed(worker: Worker, seconds: float, run: Run) -> tuple[float, bool]:
-    """Take rank 0's measure of time, and its word on whether to stop, so that all ranks decide alike."""
-    own = [0.0, 0.0]
+def _agreed(worker: Worker, since_state: float, since_report: float, run: Run) -> tuple[float, float, bool]:
+    """Take rank 0's clocks (seconds), and its word on whether to stop, so that all ranks decide alike."""
+    own = [0.0, 0.0, 0.0]
     if worker.accelerator.is_main_process:
-        own = [seconds, float(remote_run.at_home(run.home, distributed.is_stop_requested, run.folder))]
-    if worker.accelerator.num_processes == 1:
-        return own[0], bool(own[1])
-    shared = worker.accelerator.reduce(torch.tensor(own, device=worker.accelerator.device), "sum").tolist()
-    return shared[0], bool(shared[1])
+        own = [since_state, since_report, float(distributed.is_stop_requested(run.folder))]
+    if worker.accelerator.num_processes > 1:
+        own = worker.accelerator.reduce(torch.tensor(own, device=worker.accelerator.device), "sum").tolist()
+    return own[0], own[1], bool(own[2])
 
 
 def _keep_best(config: FinetuneConfig, run: Run, losses: dict[str, float | None]) -> str:
-    """Delete all but the best checkpoints where they are kept; every rank learns the best one's name."""
-    home = run.home if distributed.is_main() else None
-    return remote_run.at_home(home, checkpoints.keep_best, run.checkpoints, losses, config.num_checkpoints_to_keep)
+    """Delete all but the best checkpoints; every rank learns the best one's name."""
+    uri = f"{run.uri}/{run.checkpoints.name}" if run.uri else None
+    with distributed.raised_everywhere():
+        return checkpoints.keep_best(run.checkpoints, losses, config.num_checkpoints_to_keep, uri)
 
 
 def _peak_memory(worker: Worker) -> list[int]:

@@ -25,10 +25,9 @@ from torch import nn
 
 from forgebook.data import batching, token_store
 from forgebook.data.token_store import Tokens
-from forgebook.errors import ResourceError, TrainingError
+from forgebook.errors import TrainingError
 from forgebook.models import load
 from forgebook.models.tokenizer import tokenizer_of
-from forgebook.training import distributed
 from forgebook.training.losses import SupervisedLM
 from forgebook.training.preference import needs_reference
 
@@ -80,12 +79,6 @@ def with_reference(worker: Worker, run: Run, tokens: Tokens | None, name: str, p
         return None if tokens is None else ExampleSet(tokens)
     processor = config.preference_tuning_config.logprob_processor_scaling_config
     if processor and name == "training" and config.num_devices:
-        with distributed.raised_everywhere():
-            if run.home:
-                raise ResourceError(
-                    "logprob_processor_scaling_config needs a disk that all machines share, and one of them does not "
-                    "see the run's folder: set storage_path to such a disk, or leave the block out"
-                )
         return ExampleSet(tokens, StagedReference(config, run, tokens))
     progress.stage(f"computing the reference model's log-probabilities of the {name} pairs")
     batch_size = 2 * ((processor and processor.batch_size) or config.eval_batch_size_per_device)

@@ -103,7 +103,7 @@ def test_what_other_runs_start_from_is_not_deleted(keep_run, tmp_path, start, wr
 def test_models_in_a_bucket(door, keep_run):
     place = "s3://forgebook/kept"
     for name, values in (("a", {}), ("bb", {"initial_base_model_ckpt_path": f"{place}/a/checkpoints/epoch-1"})):
-        upload.push(keep_run(name, **values).folder, f"{place}/{name}", print)
+        upload.upload_run(keep_run(name, **values).folder, f"{place}/{name}", print)
     assert [model.storage_uri for model in registry.list_models(place)] == [f"{place}/a", f"{place}/bb"]
     assert registry.get_model(f"{place}/a").figures == {"eval_loss": 0.5}
     with pytest.raises(StorageError, match=f"is what other runs start from: {place}/bb"):

@@ -58,7 +58,7 @@ def until(is_so):
 
 def test_what_a_run_writes_is_uploaded_beside_it_and_comes_back(run_folder, tmp_path):
     told = []
-    with upload.beside(run_folder, URI, told.append):
+    with upload.uploading(run_folder, URI, told.append):
         assert {"config.yaml", "data_report.json"} <= object_store.list_files(URI).keys()
         write(run_folder / "resume/.step-2/place.json", '{"step": 2}')
         os.rename(run_folder / "resume/.step-2", run_folder / "resume/step-2")
@@ -68,7 +68,7 @@ def test_what_a_run_writes_is_uploaded_beside_it_and_comes_back(run_folder, tmp_
     there = object_store.list_files(URI)
     assert not any(name.startswith(("tokens/", "resume/step-1", "resume/.", ".")) for name in there)
     assert "logs/worker-0.log" in there and told == []
-    upload.pull(URI, tmp_path / "other")
+    upload.download_run(URI, tmp_path / "other")
     local = files_of(run_folder)
     assert files_of(tmp_path / "other") == {
         name: local[name]
@@ -77,34 +77,34 @@ def test_what_a_run_writes_is_uploaded_beside_it_and_comes_back(run_folder, tmp_
             "resume/step-2/place.json",
         )
     }  # fmt: skip
-    upload.pull(URI, tmp_path / "to-look-at", with_state=False)
+    upload.download_run(URI, tmp_path / "to-look-at", with_state=False)
     assert not (tmp_path / "to-look-at/resume").exists()
 
 
 def test_half_a_line_is_not_uploaded(run_folder):
-    upload.push(run_folder, URI, print)
+    upload.upload_run(run_folder, URI, print)
     assert object_store.read_file(f"{URI}/metrics.jsonl") == b'{"step": 1}\n'
 
 
 def test_an_upload_that_was_interrupted_is_not_taken(run_folder, door, tmp_path):
     """The state of step 1 is there; that of step 2 breaks off: step 1 is continued from, and stays until 2 is there."""
-    upload.push(run_folder, URI, print)
+    upload.upload_run(run_folder, URI, print)
     os.rename(run_folder / "resume/step-1", run_folder / "resume/step-2")
     door.answers = lambda method, path: "slow down" if method == "PUT" and "step-2/place" in path else None
     with pytest.raises(StorageError, match=rf"The run is not complete in the bucket; all of it is in {run_folder}"):
-        upload.push(run_folder, URI, print)
-    upload.pull(URI, tmp_path / "other")
+        upload.upload_run(run_folder, URI, print)
+    upload.download_run(URI, tmp_path / "other")
     assert [path.name for path in (tmp_path / "other/resume").iterdir()] == ["step-1"]
     door.answers = lambda method, path: None
-    upload.push(run_folder, URI, print)
+    upload.upload_run(run_folder, URI, print)
     assert "resume/step-1/manifest.json" not in object_store.list_files(URI)
-    upload.pull(URI, tmp_path / "other")
+    upload.download_run(URI, tmp_path / "other")
     assert [path.name for path in (tmp_path / "other/resume").iterdir()] == ["step-2"]
 
 
 def test_a_bucket_that_fails_for_a_while_does_not_stop_a_run(run_folder, door):
     told = []
-    with upload.beside(run_folder, URI, told.append):
+    with upload.uploading(run_folder, URI, told.append):
         door.answers = lambda method, path: "slow down"
         write(run_folder / "checkpoints/epoch-2/adapter.safetensors", "epoch 2")
         until(lambda: told)
@@ -118,24 +118,24 @@ def test_a_bucket_that_does_not_recover_is_an_error_that_names_the_local_run(run
     told = []
     with (
         pytest.raises(StorageError, match=f"all of it is in {run_folder}"),
-        upload.beside(run_folder, URI, told.append),
+        upload.uploading(run_folder, URI, told.append),
     ):
         door.answers = lambda method, path: "slow down"
         write(run_folder / "summary.json", "{}")
-    assert "tried again in" in told[-1] and (run_folder / "summary.json").exists()
+    assert "retrying in" in told[-1] and (run_folder / "summary.json").exists()
 
 
 def test_a_bucket_that_cannot_be_written_is_told_at_once(run_folder, door):
     door.answers = lambda method, path: "no right" if method == "PUT" else None
     with (
         pytest.raises(StorageError, match="could not be written: the credentials do not allow it"),
-        upload.beside(run_folder, URI, print),
+        upload.uploading(run_folder, URI, print),
     ):
         pytest.fail("the block was entered")
 
 
 def test_what_goes_wrong_in_a_run_is_not_hidden(run_folder, door):
-    with pytest.raises(ValueError, match="the run's own"), upload.beside(run_folder, URI, print):
+    with pytest.raises(ValueError, match="the run's own"), upload.uploading(run_folder, URI, print):
         door.answers = lambda method, path: "no right"
         raise ValueError("the run's own")
 
@@ -149,28 +149,28 @@ def test_a_slow_upload_outlives_the_deletion_of_what_it_uploads(run_folder, door
         return None
 
     door.answers = answer
-    upload.push(run_folder, URI, print)
+    upload.upload_run(run_folder, URI, print)
     assert object_store.read_manifest(f"{URI}/resume/step-1")
 
 
 def test_the_run_that_is_further_on_is_kept(run_folder):
-    upload.push(run_folder, URI, print)
+    upload.upload_run(run_folder, URI, print)
     write(run_folder / "metrics.jsonl", '{"step": 1}\n{"step": 2}\n{"step": 3}\n')
     before = files_of(run_folder)
-    upload.pull(URI, run_folder)
+    upload.download_run(URI, run_folder)
     assert files_of(run_folder) == before
     write(run_folder / "config.yaml", "a: 2\n")  # another run of that name: the bucket's counts
-    upload.pull(URI, run_folder)
+    upload.download_run(URI, run_folder)
     assert (run_folder / "config.yaml").read_text() == "a: 1\n"
     assert (run_folder / "metrics.jsonl").read_text() == '{"step": 1}\n'
 
 
 def test_a_run_deleted_from_the_bucket_is_deleted_here(run_folder):
-    upload.push(run_folder, URI, print)
+    upload.upload_run(run_folder, URI, print)
     storage.remove_run(storage.Run(run_folder, URI))
     assert object_store.list_files(URI) == {} and not run_folder.exists()
     write(run_folder / "config.yaml", "a: 1\n")
-    upload.pull(URI, run_folder)
+    upload.download_run(URI, run_folder)
     assert not run_folder.exists()
 
 
@@ -192,9 +192,9 @@ def google(monkeypatch):
 def test_a_run_in_a_bucket_of_google(google, run_folder, tmp_path):
     uri = "gs://forgebook/runs/run"
     with pytest.raises(StorageError, match="there is no such bucket"):
-        upload.push(run_folder, "gs://no-such-bucket/run", print)
-    upload.push(run_folder, uri, print)
-    upload.pull(uri, tmp_path / "other")
+        upload.upload_run(run_folder, "gs://no-such-bucket/run", print)
+    upload.upload_run(run_folder, uri, print)
+    upload.download_run(uri, tmp_path / "other")
     assert files_of(tmp_path / "other/checkpoints") == files_of(run_folder / "checkpoints")
     assert (tmp_path / "other/resume/step-1/place.json").exists()
     assert object_store.list_folders("gs://forgebook/runs") == ["run"]

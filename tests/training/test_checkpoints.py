@@ -11,6 +11,7 @@ from forgebook.errors import CheckpointError
 from forgebook.models.adapters import add_lora
 from forgebook.models.load import load_model
 from forgebook.runs import atomic
+from forgebook.runs.run import Run
 from forgebook.training import checkpoints
 from forgebook.training.optimizers import AdamW
 
@@ -124,13 +125,13 @@ def test_training_state_comes_back(adapter, tmp_path):
     for p in trained:
         p.grad = torch.ones_like(p)
     optimizer.step()
-    checkpoints.save_resume(tmp_path, {"step": 7, "note": "x"}, adapter, optimizer)
+    checkpoints.save_resume(Run(tmp_path), {"step": 7, "note": "x"}, adapter, optimizer)
     after_saving = torch.rand(3)
     values = [p.detach().clone() for p in trained]
     for p in trained:
         p.data.zero_()
     fresh = AdamW(trained, lr=0.1)
-    state, place = checkpoints.latest_resume(tmp_path)
+    state, place = checkpoints.latest_resume(tmp_path / "resume")
     checkpoints.load_resume(state, place, adapter, fresh)
     assert place["step"] == 7 and place["note"] == "x"
     assert all(torch.equal(p, v) for p, v in zip(trained, values, strict=True))
@@ -141,10 +142,10 @@ def test_training_state_comes_back(adapter, tmp_path):
 def test_only_the_newest_complete_state_is_kept(adapter, tmp_path):
     optimizer = AdamW([p for p in adapter.parameters() if p.requires_grad], lr=0.1)
     for step in (9, 10):
-        checkpoints.save_resume(tmp_path, {"step": step}, adapter, optimizer)
-    (tmp_path / "step-11").mkdir()  # without its place: not complete
-    assert checkpoints.latest_resume(tmp_path)[0].name == "step-10"
-    assert not (tmp_path / "step-9").exists()
+        checkpoints.save_resume(Run(tmp_path), {"step": step}, adapter, optimizer)
+    (tmp_path / "resume/step-11").mkdir()  # without its place: not complete
+    assert checkpoints.latest_resume(tmp_path / "resume")[0].name == "step-10"
+    assert not (tmp_path / "resume/step-9").exists()
 
 
 def test_another_number_of_workers_is_refused(adapter, tmp_path):
