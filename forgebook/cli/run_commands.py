@@ -171,10 +171,10 @@ def merge_command(arguments: list[str]) -> int:
 
     with quiet_descriptors(cache_folder() / "merge.log") as output:
         output.print("merging, then loading the merged model for the comparison")
-        from forgebook.export.merge import merge_run, tell
+        from forgebook.export.merge import merge_run, report_lines
 
         merged = merge_run(words.target, words.rest[0], words.options.get("checkpoint"))
-    make_console().print("\n".join(tell(merged)))
+    make_console().print("\n".join(report_lines(merged)))
     return 0
 
 

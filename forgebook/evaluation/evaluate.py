@@ -129,10 +129,10 @@ def _load_models(sources: list[str], config: FinetuneConfig) -> Iterator[LoadedM
     """Load each model: with a base's weights held once where they share it, else one after the other."""
     has_own_tokens = config.classifier_config is not None
     if generate.base_of(sources[0]) == generate.base_of(sources[1]) and not has_own_tokens:
-        yield from generate.load_together(sources, config=config)
+        yield from generate.load_together(sources, config.dtype, config.generation_config)
         return
     for source in sources:
-        yield generate.load_together([source], config=config)[0]
+        yield generate.load_together([source], config.dtype, config.generation_config)[0]
         gc.collect()  # the first model goes before the second comes
 
 

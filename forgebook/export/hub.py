@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from forgebook.config.parse import load_config
-from forgebook.errors import ConfigError, StorageError
+from forgebook.errors import ConfigError, StorageError, first_line
+from forgebook.models import adapters
 from forgebook.models.tokenizer import locate
 from forgebook.runs import atomic, object_store, registry
 from forgebook.runs.run import Run, best_checkpoint
@@ -27,13 +28,13 @@ def push_to_hub(run: Run, repo_id: str, private: bool = False, base: str | None 
     base: the hub id of the base model, for an adapter that was trained on a local copy of it. The token is HF_TOKEN, or
     what `hf auth login` has stored.
 
-    Raises ConfigError if nobody else could load it, StorageError if the hub refuses.
+    Raises ConfigError if others could not load it, StorageError if the hub rejects the upload.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
     checkpoint = best_checkpoint(run)
-    base = base or _base_of(run, checkpoint)
+    base = base or _public_base(run, checkpoint)
     hub = HfApi(token=os.environ.get("HF_TOKEN") or None)
     with tempfile.TemporaryDirectory() as folder:
         staged = Path(folder)
@@ -45,58 +46,57 @@ def push_to_hub(run: Run, repo_id: str, private: bool = False, base: str | None 
             _replace(adapter, json.dumps(settings, indent=2, sort_keys=True))
         try:
             address = hub.create_repo(repo_id, private=private, exist_ok=True)
-            hub.upload_folder(
-                repo_id=repo_id, folder_path=staged, commit_message=f"{run.name}: {checkpoint.name}"
-            )  # fmt: skip
+            message = f"{run.name}: {checkpoint.name}"
+            hub.upload_folder(repo_id=repo_id, folder_path=staged, commit_message=message)
         except HFValidationError as error:
-            raise ConfigError(f"push: {repo_id!r} is no name of a repository: {_first_line(error)}") from None
+            raise ConfigError(f"push: {repo_id!r} is not a repository name: {first_line(error)}") from None
         except LocalTokenNotFoundError:
             raise ConfigError("push: the hub needs a token: set HF_TOKEN, or run `hf auth login`") from None
         except HfHubHTTPError as error:
             status = error.response.status_code if error.response is not None else None
-            mend = ": set HF_TOKEN to a token that may write there" if status in (401, 403) else ""
-            raise StorageError(f"{repo_id} could not be written on the hub{mend} ({_first_line(error)})") from None
+            fix = ": set HF_TOKEN to a token that may write there" if status in (401, 403) else ""
+            raise StorageError(f"{repo_id} could not be written on the hub{fix} ({first_line(error)})") from None
         except OSError as error:
-            raise StorageError(f"{repo_id} could not be written on the hub: {_first_line(error)}") from None
+            raise StorageError(f"{repo_id} could not be written on the hub: {first_line(error)}") from None
     return str(address)
 
 
-def _base_of(run: Run, checkpoint: Path) -> str:
-    """Name the base model as others can load it; full weights need none, but it is told."""
-    config, adapter = load_config(run.config), checkpoint / "adapter_config.json"
-    if not adapter.exists():
-        return config.model_id if object_store.is_remote(config.model_id) else locate(config.model_id)
-    base = json.loads(adapter.read_text())["base_model_name_or_path"]
+def _public_base(run: Run, checkpoint: Path) -> str:
+    """Return the base model as others can load it; for full weights, which need no base, only for the card."""
+    model_id, lora_config = load_config(run.config).model_id, adapters.read_lora_config(checkpoint)
+    if lora_config is None:
+        return model_id if isinstance(model_id, str) and object_store.is_remote(model_id) else locate(model_id)
+    base = lora_config["base_model_name_or_path"]
     if Path(base).exists() or object_store.is_remote(base):
         raise ConfigError(
-            f"push: the adapter's base is {base}, where nobody else finds it: name its hub id with base=OWNER/NAME, or "
+            f"push: the adapter's base is {base}, which others cannot load: name its hub id with base=OWNER/NAME, or "
             "merge the adapter into it first"
         )
     return base
 
 
 def model_card(run: Run, repo_id: str, base: str) -> str:
-    """Write the README.md of a model: what it is, what it was trained on, what it is worth, how to load it."""
+    """Return the README.md of a model: what it is, what it was trained on, its figures, how to load it."""
     from huggingface_hub import ModelCardData
 
-    config, record = load_config(run.config), registry.get_model(run.uri or str(run.folder))
+    config, record = load_config(run.config).resolved(), registry.get_model(run.uri or str(run.folder))
     summary, report = atomic.read_json(run.summary), atomic.read_json(run.data_report)
     is_public = not (Path(base).exists() or object_store.is_remote(base))
     facts = ModelCardData(
         base_model=base if is_public else None,
         library_name="peft" if config.is_lora else "transformers",
         pipeline_tag="text-generation",
-        tags=["forgebook", config.task, "lora" if config.is_lora else "full-parameter"],
+        tags=["forgebook", config.task, "lora" if config.is_lora else "full-fine-tuning"],
     )
-    rows = {
+    training = {
         "base model": base if is_public else Path(base).name,
         "method": record.ft_type,
         "learning rate": f"{config.learning_rate:g}, {config.lr_scheduler_type}",
-        "rows per update": f"{config.global_batch_size}",
-        "epochs": f"{summary['epochs']:g} ({summary['steps']:,} updates)",
+        "examples per step": f"{config.global_batch_size}",
+        "epochs": f"{summary['epochs']:g} ({summary['steps']:,} steps)",
         "context length": f"{config.context_length:,} tokens",
-        "training rows": _rows_of(report["train"]),
-        **({"validation rows": _rows_of(report["valid"])} if "valid" in report else {}),
+        "training examples": _describe(report["train"]),
+        **({"validation examples": _describe(report["valid"])} if "valid" in report else {}),
     }
     numbers = {name: value for name, value in record.figures.items() if isinstance(value, int | float)}
     figures = {
@@ -107,18 +107,18 @@ def model_card(run: Run, repo_id: str, base: str) -> str:
         f"---\n{facts.to_yaml()}\n---",
         f"# {repo_id.rpartition('/')[2]}",
         "Fine-tuned with Forgebook.",
-        _table(rows),
-        *(["## Figures\n\nOf the checkpoint kept here.", _table(figures)] if figures else []),
+        _table(training),
+        *(["## Figures\n\nOf this checkpoint.", _table(figures)] if figures else []),
         "## Use",
         f"```python\n{_loading(repo_id, base, config.is_lora)}\n```",
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _rows_of(one: dict[str, Any]) -> str:
-    """Count a set's rows; name it only where it is public."""
-    path = f" of {one['path']}" if one["path"].startswith(("hf://", "https://")) else ""
-    return f"{one['rows']:,}{path}, {one['supervised_tokens']:,} trained tokens"
+def _describe(data: dict[str, Any]) -> str:
+    """Count a set's examples; name it only if it is public."""
+    path = f" of {data['path']}" if data["path"].startswith(("hf://", "https://")) else ""
+    return f"{data['rows']:,}{path}, {data['supervised_tokens']:,} supervised tokens"
 
 
 def _table(rows: dict[str, str]) -> str:
@@ -128,15 +128,18 @@ def _table(rows: dict[str, str]) -> str:
 def _loading(repo_id: str, base: str, is_adapter: bool) -> str:
     if is_adapter:
         lines = [
-            "from peft import PeftModel", "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
+            "from peft import PeftModel",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
             f'model = AutoModelForCausalLM.from_pretrained("{base}", dtype="auto")',
             f'model = PeftModel.from_pretrained(model, "{repo_id}")',
-        ]  # fmt: skip
+        ]
     else:
         lines = [
-            "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
             f'model = AutoModelForCausalLM.from_pretrained("{repo_id}", dtype="auto")',
-        ]  # fmt: skip
+        ]
     lines += [
         f'tokenizer = AutoTokenizer.from_pretrained("{repo_id}")',
         "prompt = tokenizer.apply_chat_template(",
@@ -148,10 +151,6 @@ def _loading(repo_id: str, base: str, is_adapter: bool) -> str:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Write a file where a link to another may stand."""
+    """Write a file in place of a link to another."""
     path.unlink(missing_ok=True)
     path.write_text(text)
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,11 +1,11 @@
-"""Many prompts -> answers: in this process, with vLLM, or on Ray workers; a file is continued where it stopped.
+"""Many prompts -> answers: in this process, with vLLM, or on Ray workers; an interrupted file is resumed.
 
-    asked = read_prompts("prompts.jsonl")
-    for number, text in answer(find_model("quickstart"), asked, Sampling(), engine="auto"): ...
-    write_answers(Path("answers.jsonl"), source, asked, Sampling())
+    prompts = read_prompts("prompts.jsonl")
+    for number, text in answer(find_model("quickstart"), prompts, Sampling(), engine="auto"): ...
+    write_answers(Path("answers.jsonl"), source, prompts, Sampling())
 
-A line of the written file is a row of messages that ends with the answer, so it can be trained on as it is; "row" is
-the prompt's number, "reference" the answer that its file gave, "by" the model and the sampling.
+A line of the written file is an example whose messages end with the answer, so it can be trained on as it is; "row" is
+the prompt's number, "reference" the answer in the prompts' file, "by" the model and the sampling.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from forgebook.data import tokenize
+from forgebook.data import masking, tokenize
 from forgebook.errors import DataError, ResourceError, StorageError
 from forgebook.inference import generate
 from forgebook.inference.sampling import Sampling, prompt_seed
@@ -29,15 +29,18 @@ __all__ = ["Prompt", "answer", "engine_for", "read_prompts", "write_answers"]
 
 # vLLM takes about a minute to start: engine=auto chooses it only for more prompts than this.
 MIN_PROMPTS_FOR_VLLM = 100
-# vLLM batches by itself; so many prompts are handed to it at once, then written.
+# vLLM batches on its own; this many prompts are passed to it at once, then written.
 VLLM_CHUNK = 1_000
-# Batches per task of a Ray worker: enough to sort by length, few enough to lose little with a worker.
+# Batches per task of a Ray worker: enough to group by length, few enough to lose little when a worker dies.
 BATCHES_PER_TASK = 8
+
+# Answers prompts with a loaded model: (number of the prompt, answer), in the order in which they are ready.
+AnswerPrompts = Callable[[list["Prompt"]], Iterator[tuple[int, str]]]
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A conversation to be answered. number: its row in the file, from 0; reference: what the file answers."""
+    """A conversation to answer. number: its place in the file, from 0; reference: the file's own answer."""
 
     number: int
     messages: list[dict[str, Any]]
@@ -45,16 +48,20 @@ class Prompt:
     reference: str | None = None
 
 
-def read_prompts(path: str, rows: int | None = None) -> list[Prompt]:
-    """Read rows of messages; an assistant's last turn is the reference, not part of the prompt."""
-    asked = []
-    for number, row in enumerate(tokenize.read_rows(path, "causal_lm", rows)):
-        if row.messages is None:
-            raise DataError(f"{row.where}: a text, need messages that end with a question")
-        has_answer = row.messages[-1]["role"] == "assistant"
-        reference = row.messages[-1]["content"] if has_answer else None
-        asked.append(Prompt(number, row.messages[:-1] if has_answer else row.messages, row.tools, reference))
-    return asked
+def read_prompts(path: str, count: int | None = None) -> list[Prompt]:
+    """Read the first `count` conversations of a file; an assistant's last turn is the reference, not in the prompt.
+
+    Raises DataError for an example that is a text.
+    """
+    prompts = []
+    for number, example in enumerate(tokenize.read_rows(path, "causal_lm", count)):
+        messages = example.messages
+        if messages is None:
+            raise DataError(f"{example.where}: this is a text; expected messages that end with a question")
+        has_answer = messages[-1]["role"] == "assistant"
+        reference = messages[-1]["content"] if has_answer else None
+        prompts.append(Prompt(number, messages[:-1] if has_answer else messages, example.tools, reference))
+    return prompts
 
 
 def engine_for(requested: str, source: str, count: int) -> str:
@@ -87,43 +94,45 @@ def _obstacle_for_vllm(source: str) -> str | None:
 
 
 def answer(
-    source: str, asked: list[Prompt], sampling: Sampling, *, engine: str = "auto", num_devices: int = 0
+    source: str, prompts: list[Prompt], sampling: Sampling, *, engine: str = "auto", num_devices: int = 0
 ) -> Iterator[tuple[int, str]]:
-    """Yield (number of the prompt, answer), in the order in which they are ready.
+    """Yield (number of the prompt, answer) in the order in which they are ready.
 
-    num_devices: 0 answers in this process; else as many Ray workers, each with a GPU if the cluster has any.
+    num_devices: 0 answers in this process; else this many Ray workers, each with a GPU if the cluster has any.
     """
-    engine = engine_for(engine, source, len(asked))
+    engine = engine_for(engine, source, len(prompts))
     if num_devices:
-        yield from _with_ray(source, asked, sampling, engine, num_devices)
+        yield from _answer_on_ray(source, prompts, sampling, engine, num_devices)
     else:
-        yield from _answerer(source, sampling, engine)(asked)
+        yield from _load(source, sampling, engine)(prompts)
 
 
-def _answerer(source: str, sampling: Sampling, engine: str) -> Callable[[list[Prompt]], Iterator[tuple[int, str]]]:
-    """Load a model; return what answers prompts with it."""
+def _load(source: str, sampling: Sampling, engine: str) -> AnswerPrompts:
+    """Load a model; return the function that answers prompts with it."""
     if engine == "vllm":
-        return _with_vllm(source, sampling)
+        return _load_in_vllm(source, sampling)
     [loaded] = generate.load_together([source])
 
-    def answered(asked: list[Prompt]) -> Iterator[tuple[int, str]]:
+    def answer_prompts(prompts: list[Prompt]) -> Iterator[tuple[int, str]]:
         with loaded.active() as model:
             for k, text in generate.answer_in_batches(
-                model, loaded.tokenizer, [one.messages for one in asked], sampling,
-                prompt_format=loaded.prompt_format, tools=[one.tools for one in asked],
-                numbers=[one.number for one in asked],
-            ):  # fmt: skip
-                yield asked[k].number, text
+                model,
+                loaded.tokenizer,
+                [prompt.messages for prompt in prompts],
+                sampling,
+                prompt_format=loaded.prompt_format,
+                tools=[prompt.tools for prompt in prompts],
+                numbers=[prompt.number for prompt in prompts],
+            ):
+                yield prompts[k].number, text
 
-    return answered
+    return answer_prompts
 
 
-def _with_vllm(source: str, sampling: Sampling):
-    """Load a model into vLLM, an adapter on top of its base; prompts reach it as the token ids of training."""
+def _load_in_vllm(source: str, sampling: Sampling) -> AnswerPrompts:
+    """Load a model into vLLM, an adapter on top of its base; prompts are passed as the token ids of training."""
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
-
-    from forgebook.data import masking
 
     base, _ = generate.base_of(source)
     ends, tokenizer, prompt_format = generate.load_ends(source)
@@ -131,45 +140,47 @@ def _with_vllm(source: str, sampling: Sampling):
     if lora_config := adapters.read_lora_config(source):
         adapter = LoRARequest("adapter", 1, source)
         options = {"enable_lora": True, "max_lora_rank": vllm_max_rank([lora_config])}
-    engine = LLM(model=base, tokenizer=source, **options)
+    llm = LLM(model=base, tokenizer=source, **options)
 
-    def answered(asked: list[Prompt]) -> Iterator[tuple[int, str]]:
-        for start in range(0, len(asked), VLLM_CHUNK):
-            part = asked[start : start + VLLM_CHUNK]
+    def answer_prompts(prompts: list[Prompt]) -> Iterator[tuple[int, str]]:
+        for start in range(0, len(prompts), VLLM_CHUNK):
+            part = prompts[start : start + VLLM_CHUNK]
             inputs = [
-                {"prompt_token_ids": masking.encode_prompt(one.messages, tokenizer, prompt_format, one.tools)}
-                for one in part
+                {"prompt_token_ids": masking.encode_prompt(prompt.messages, tokenizer, prompt_format, prompt.tools)}
+                for prompt in part
             ]
-            wanted = [
+            settings = [
                 SamplingParams(
-                    temperature=sampling.temperature, top_p=sampling.top_p, max_tokens=sampling.max_new_tokens,
-                    seed=prompt_seed(sampling.seed, one.number), stop=ends.stop_strings,
+                    temperature=sampling.temperature,
+                    top_p=sampling.top_p,
+                    max_tokens=sampling.max_new_tokens,
+                    seed=prompt_seed(sampling.seed, prompt.number),
+                    stop=ends.stop_strings,
                     stop_token_ids=ends.eos_token_id,
                 )
-                for one in part
-            ]  # fmt: skip
-            for one, output in zip(part, engine.generate(inputs, wanted, lora_request=adapter), strict=True):
-                yield one.number, output.outputs[0].text
+                for prompt in part
+            ]
+            for prompt, output in zip(part, llm.generate(inputs, settings, lora_request=adapter), strict=True):
+                yield prompt.number, output.outputs[0].text
 
-    return answered
+    return answer_prompts
 
 
 class _Worker:
-    """Answer parts of a set in a Ray worker, which keeps the model loaded."""
+    """A Ray worker, which keeps the model loaded and answers parts of a set."""
 
     def __init__(self, source: str, sampling: Sampling, engine: str):
-        self.answered = _answerer(source, sampling, engine)
+        self.answer_prompts = _load(source, sampling, engine)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        asked = [Prompt(**json.loads(written)) for written in batch["prompt"]]
-        made = list(self.answered(asked))
-        return {"number": [number for number, _ in made], "text": [text for _, text in made]}
+        answers = list(self.answer_prompts([Prompt(**json.loads(prompt)) for prompt in batch["prompt"]]))
+        return {"number": [number for number, _ in answers], "text": [text for _, text in answers]}
 
 
-def _with_ray(
-    source: str, asked: list[Prompt], sampling: Sampling, engine: str, workers: int
+def _answer_on_ray(
+    source: str, prompts: list[Prompt], sampling: Sampling, engine: str, workers: int
 ) -> Iterator[tuple[int, str]]:
-    """Answer with an actor pool of Ray Data, streaming: answers arrive while others are written."""
+    """Answer with an actor pool of Ray Data, streaming: answers arrive while others are generated."""
     import ray
 
     from forgebook import ray_cluster
@@ -182,16 +193,19 @@ def _with_ray(
     if workers > total.get(kind, 0):
         raise ResourceError(f"num_devices is {workers}, the cluster has {total.get(kind, 0):g} {kind}s: lower it")
     each = {"num_gpus": 1} if kind == "GPU" else {"num_cpus": max(1, int(total["CPU"]) // workers)}
-    # Prompts of like length go together, the longest first: the last tasks are short ones.
-    ordered = sorted(asked, key=lambda one: -sum(len(message["content"]) for message in one.messages))
+    # Tasks are grouped by length, the longest first, so that the last ones are short.
+    ordered = sorted(prompts, key=lambda prompt: -sum(len(message["content"]) for message in prompt.messages))
     size = min(BATCHES_PER_TASK * sampling.batch_size, -(-len(ordered) // workers))
-    items = [{"prompt": json.dumps(asdict(one))} for one in ordered]
-    made = ray.data.from_items(items, override_num_blocks=-(-len(items) // size)).map_batches(
-        _Worker, batch_size=size, fn_constructor_args=(source, sampling, engine), **each,
+    items = [{"prompt": json.dumps(asdict(prompt))} for prompt in ordered]
+    answers = ray.data.from_items(items, override_num_blocks=-(-len(items) // size)).map_batches(
+        _Worker,
+        batch_size=size,
+        fn_constructor_args=(source, sampling, engine),
         compute=ray.data.ActorPoolStrategy(size=workers),
-    )  # fmt: skip
-    for row in made.iter_rows():
-        yield int(row["number"]), row["text"]
+        **each,
+    )
+    for answer_row in answers.iter_rows():
+        yield int(answer_row["number"]), answer_row["text"]
 
 
 # The file ---------------------------------------------------------------------------------------------
@@ -200,65 +214,69 @@ def _with_ray(
 def write_answers(
     path: Path,
     source: str,
-    asked: list[Prompt],
+    prompts: list[Prompt],
     sampling: Sampling,
     *,
     engine: str = "auto",
     num_devices: int = 0,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> int:
-    """Answer prompts into a file, written as it goes; rows that it holds already are not answered again.
+    """Answer prompts into a file, line by line; prompts that the file answers already are skipped.
 
-    In the end its lines are in the order of the prompts. Returns how many were answered now.
+    At the end its lines are in the order of the prompts. Returns how many were answered now.
 
-    Raises StorageError if the file holds answers to other prompts, or of another model or sampling.
+    Raises StorageError if the file has answers to other prompts, or of another model or sampling.
     """
-    # How many at a time changes no answer.
-    chosen = {key: value for key, value in asdict(sampling).items() if key != "batch_size"}
-    by = " ".join([source, *(f"{key}={value}" for key, value in chosen.items())])
-    done = _read_answers(path, asked, by)
-    missing = [one for one in asked if one.number not in done]
-    by_number = {one.number: one for one in asked}
-    on_progress(len(done), len(asked))
+    # batch_size changes no answer.
+    settings = {key: value for key, value in asdict(sampling).items() if key != "batch_size"}
+    by = " ".join([source, *(f"{key}={value}" for key, value in settings.items())])
+    by_number = {prompt.number: prompt for prompt in prompts}
+    lines = _read_answers(path, by_number, by)
+    missing = [prompt for prompt in prompts if prompt.number not in lines]
+    on_progress(len(lines), len(prompts))
     if missing:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # What is whole of an earlier file, then the new answers.
-        _rewrite(path, done)
+        # First the complete lines of an earlier file, then the new answers.
+        _rewrite(path, lines)
         with open(path, "a") as file:
             for number, text in answer(source, missing, sampling, engine=engine, num_devices=num_devices):
-                done[number] = _line(by_number[number], text, by)
-                file.write(done[number] + "\n")
+                lines[number] = _line(by_number[number], text, by)
+                file.write(lines[number] + "\n")
                 file.flush()
-                on_progress(len(done), len(asked))
-    _rewrite(path, dict(sorted(done.items())))
+                on_progress(len(lines), len(prompts))
+    _rewrite(path, dict(sorted(lines.items())))
     return len(missing)
 
 
-def _line(one: Prompt, text: str, by: str) -> str:
-    row = {"row": one.number, "messages": [*one.messages, {"role": "assistant", "content": text}]}
-    kept = {key: value for key, value in (("tools", one.tools), ("reference", one.reference)) if value is not None}
-    return json.dumps(row | kept | {"by": by}, ensure_ascii=False)
+def _line(prompt: Prompt, text: str, by: str) -> str:
+    line: dict[str, Any] = {"row": prompt.number}
+    line["messages"] = [*prompt.messages, {"role": "assistant", "content": text}]
+    optional = {"tools": prompt.tools, "reference": prompt.reference}
+    line |= {key: value for key, value in optional.items() if value is not None}
+    return json.dumps(line | {"by": by}, ensure_ascii=False)
 
 
-def _read_answers(path: Path, asked: list[Prompt], by: str) -> dict[int, str]:
-    """Read the lines of an earlier file by row; a last line that was cut off by a kill is left out."""
+def _read_answers(path: Path, prompts: dict[int, Prompt], by: str) -> dict[int, str]:
+    """Read the lines of an earlier file by prompt number; a last line that was cut off by a kill is left out."""
     if not path.exists():
         return {}
-    found, prompts = {}, {one.number: one.messages for one in asked}
-    for number, line in enumerate(path.read_text().splitlines(keepends=True), 1):
+    lines = {}
+    for line_number, line in enumerate(path.read_text().splitlines(keepends=True), 1):
         if not line.endswith("\n"):
             break
         try:
             row = json.loads(line)
-            messages, made_by = row["messages"], row["by"]
+            number, messages, written_by = row["row"], row["messages"], row["by"]
         except (ValueError, KeyError, TypeError):
-            raise StorageError(f"{path}:{number}: not a line of answers: choose another out=FILE") from None
-        if prompts.get(row["row"]) != messages[:-1]:
-            raise StorageError(f"{path}:{number} answers another prompt than row {row['row']}: choose another out=FILE")
-        if made_by != by:
-            raise StorageError(f"{path}:{number} was written by {made_by}, not {by}: choose another out=FILE")
-        found[row["row"]] = line.rstrip("\n")
-    return found
+            raise StorageError(f"{path}:{line_number}: not a line of answers: choose another out=FILE") from None
+        if number not in prompts or prompts[number].messages != messages[:-1]:
+            raise StorageError(
+                f"{path}:{line_number} answers another prompt than prompt {number}: choose another out=FILE"
+            )
+        if written_by != by:
+            raise StorageError(f"{path}:{line_number} was written by {written_by}, not {by}: choose another out=FILE")
+        lines[number] = line.rstrip("\n")
+    return lines
 
 
 def _rewrite(path: Path, lines: dict[int, str]) -> None:

@@ -4,9 +4,9 @@
     model, tokenizer, prompt_format = load_for_generation(source)
     answers = complete(model, tokenizer, conversations, prompt_format=prompt_format)
 
-Prompts are those of training (`data/chat_template.py`). What ends an answer is gathered once, when a model is loaded,
-into its `generation_config`: the tokens of its generation_config.json, the tokenizer's end of text, the token that
-closes a turn in the template, and the `stopping_sequences` of the run's config.
+Prompts are those of training (`data/masking.py`). What ends an answer is collected once, when a model is loaded, in
+its `generation_config`: the tokens of its generation_config.json, the tokenizer's EOS, the end-of-turn token of the
+template, and the `stopping_sequences` of the run's config.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from forgebook.config.parse import FinetuneConfig, PromptFormat, load_config
+from forgebook.config import blocks
+from forgebook.config.blocks import PromptFormat
+from forgebook.config.parse import load_config
+from forgebook.config.schema import FinetuneConfig
 from forgebook.data import chat_template, masking, special_tokens
 from forgebook.data.prompt_formats import read_prompt_format
 from forgebook.errors import DataError, ModelError, ResourceError
@@ -68,7 +71,7 @@ class LoadedModel:
         prompt_format: PromptFormat | None = None,
         **sampling: Any,
     ) -> list[str]:
-        """Answer conversations, in the speaker's own prompt format unless another is named; see `complete`."""
+        """Answer conversations, with the model's own prompt format unless another is passed; see `complete`."""
         prompt_format = prompt_format or self.prompt_format
         with self.active() as model:
             return complete(model, self.tokenizer, conversations, prompt_format=prompt_format, **sampling)
@@ -92,7 +95,7 @@ def find_model(name: str, checkpoint: str | None = None) -> str:
 
 
 def base_of(source: str | Path) -> tuple[str, dict[str, Any]]:
-    """Tell on which base a checkpoint stands, and how that was made for it (RoPE scaling, quantization)."""
+    """Return the base model of a checkpoint, and how it is loaded for it (rope_scaling, quantization)."""
     lora_config = adapters.read_lora_config(source)
     if lora_config is None:
         return str(source), {}
@@ -102,117 +105,132 @@ def base_of(source: str | Path) -> tuple[str, dict[str, Any]]:
 def load_for_generation(source: str | Path, dtype: str | None = None):
     """Load a checkpoint folder (adapter or full), a model folder or a hub id: on a GPU if there is one.
 
-    dtype: None is that of the run which the checkpoint lies in, else bfloat16.
+    dtype: None takes that of the run to which the checkpoint belongs, else bfloat16.
 
-    Returns (model, tokenizer, prompt_format); prompt_format is None where the chat template serves.
+    Returns (model, tokenizer, prompt_format); prompt_format is None if the model uses its chat template.
     """
-    [one] = load_together([source], dtype)
-    with one.active() as model:
-        return model, one.tokenizer, one.prompt_format
+    [loaded] = load_together([source], dtype)
+    with loaded.active() as model:
+        return model, loaded.tokenizer, loaded.prompt_format
 
 
 def load_together(
-    sources: Sequence[str | Path], dtype: str | None = None, config: FinetuneConfig | None = None
+    sources: Sequence[str | Path], dtype: str | None = None, defaults: blocks.GenerationConfig | None = None
 ) -> list[LoadedModel]:
-    """Load several adapters of one base, and the base itself if it is among them, with its weights held once.
+    """Load several adapters of one base, and the base itself if it is among them, with its weights in memory once.
 
-    config: whose dtype, prompt format and stopping sequences hold for sources that lie in no run.
+    dtype: None takes that of the first source that belongs to a run, else bfloat16. defaults: the prompt format and
+    stopping sequences of sources that belong to no run.
 
-    Raises ModelError if they stand on different bases, or some have tokens that others do not.
+    Raises ModelError if they have different bases, or some have tokens that others lack.
     """
     bases = [base_of(source) for source in sources]
     if any(base != bases[0] for base in bases):
         listed = "; ".join(f"{source}: {base}" for source, (base, _) in zip(sources, bases, strict=True))
-        raise ModelError(f"only adapters of one base share its weights, got {listed}: load the others on their own")
+        raise ModelError(f"only adapters of one base share its weights, got {listed}: load the others separately")
     base, overrides = bases[0]
-    model = load.load_model(base, dtype=dtype or _dtype_of(sources, config), device_map="auto", **overrides)
+    configs = [_run_config(source) for source in sources]
+    dtype = dtype or next((config.dtype for config in configs if config is not None), "bfloat16")
+    model = load.load_model(base, dtype=dtype, device_map="auto", **overrides)
     tokenizers = [load_tokenizer(str(source)) for source in sources]
-    rows = model.get_input_embeddings().num_embeddings
-    sizes = {max(len(tokenizer), rows) for tokenizer in tokenizers}
+    vocabulary = model.get_input_embeddings().num_embeddings
+    sizes = {max(len(tokenizer), vocabulary) for tokenizer in tokenizers}
     if len(sizes) > 1:
-        raise ModelError(f"{', '.join(map(str, sources))}: some have tokens of their own: load each on its own")
-    if sizes != {rows}:
-        model.resize_token_embeddings(sizes.pop())  # a classifier's labels; their rows are in the adapter
-    names = []
-    for source in sources:
-        is_adapter = adapters.read_lora_config(source) is not None
-        names.append(("default" if not any(names) else f"adapter-{len(names)}") if is_adapter else None)
-        if is_adapter:
-            model = _with_adapter(model, str(source), names[-1])
+        raise ModelError(f"{', '.join(map(str, sources))}: some have tokens that others lack: load each separately")
+    if sizes != {vocabulary}:
+        model.resize_token_embeddings(sizes.pop())  # a classifier's labels; their embeddings are in the adapter
+    model, names = _add_adapters(model, sources)
     model.eval()
-    models = []
-    for source, name, tokenizer in zip(sources, names, tokenizers, strict=True):
+    loaded = []
+    for source, name, tokenizer, config in zip(sources, names, tokenizers, configs, strict=True):
         tokenizer.padding_side = "left"
-        of_run = _run_config(source) or config
-        prompt_format = read_prompt_format(source) or (of_run and of_run.generation_config.prompt_format)
-        ends = _generation_config(source, model.generation_config, tokenizer, prompt_format, of_run)
-        models.append(LoadedModel(model, tokenizer, prompt_format, name, ends))
-    return models
+        prompt_format, sequences = _prompting(source, config.generation_config if config else defaults)
+        ends = _generation_config(source, model.generation_config, tokenizer, prompt_format, sequences)
+        loaded.append(LoadedModel(model, tokenizer, prompt_format, name, ends))
+    return loaded
 
 
-def _with_adapter(model, folder: str, name: str):
+def _add_adapters(model, sources: Sequence[str | Path]) -> tuple[Any, list[str | None]]:
+    """Load each source's adapter into the model; return the model and each adapter's name, None for the base."""
     from peft import PeftModel
 
-    if not hasattr(model, "peft_config"):
-        return PeftModel.from_pretrained(model, folder, adapter_name=name)
-    model.load_adapter(folder, adapter_name=name)
-    return model
+    names: list[str | None] = []
+    for source in sources:
+        if adapters.read_lora_config(source) is None:
+            names.append(None)
+        elif not any(names):
+            model = PeftModel.from_pretrained(model, str(source), adapter_name="default")
+            names.append("default")
+        else:
+            name = f"adapter-{len(names)}"
+            model.load_adapter(str(source), adapter_name=name)
+            names.append(name)
+    return model, names
 
 
 def _run_config(source: str | Path) -> FinetuneConfig | None:
-    """Read the config of the run whose checkpoint this is; None of any other folder."""
+    """Read the config of the run to which a checkpoint belongs; None for any other folder."""
     folder = Path(source).absolute()
     path = folder.parent.parent / "config.yaml"
     return load_config(path) if folder.parent.name == "checkpoints" and path.exists() else None
 
 
-def _dtype_of(sources: Sequence[str | Path], config: FinetuneConfig | None) -> str:
-    configs = [*(_run_config(source) for source in sources), config]
-    return next((config.dtype for config in configs if config is not None), "bfloat16")
+def _prompting(
+    source: str | Path, defaults: blocks.GenerationConfig | None
+) -> tuple[PromptFormat | None, list[str | int]]:
+    """Return a model's prompt format and the stopping sequences of its run."""
+    own = read_prompt_format(source)
+    if defaults is None:
+        return own, []
+    return own or defaults.prompt_format, defaults.stopping_sequences
 
 
 # What ends an answer ----------------------------------------------------------------------------------
 
 
 def load_ends(source: str):
-    """Load what prompts and ends a model's answers, without the model: generation config, tokenizer, prompt format."""
+    """Load what a model needs beside its weights: generation config with all that ends an answer, tokenizer, format.
+
+    Returns (generation_config, tokenizer, prompt_format).
+    """
     tokenizer, config = load_tokenizer(source), _run_config(source)
-    prompt_format = read_prompt_format(source) or (config and config.generation_config.prompt_format)
-    return _generation_config(source, None, tokenizer, prompt_format, config), tokenizer, prompt_format
+    prompt_format, sequences = _prompting(source, config.generation_config if config else None)
+    return _generation_config(source, None, tokenizer, prompt_format, sequences), tokenizer, prompt_format
 
 
-def _generation_config(source, fallback, tokenizer, prompt_format: PromptFormat | None, config: FinetuneConfig | None):
-    """Take a model's generation config, or else the fallback, with all that ends an answer in it."""
+def _generation_config(
+    source, fallback, tokenizer, prompt_format: PromptFormat | None, stopping_sequences: list[str | int]
+):
+    """Read a model's generation config, or copy the fallback, and add everything that ends an answer."""
     import copy
 
     from transformers import GenerationConfig
 
     try:
-        made = GenerationConfig.from_pretrained(source)
+        config = GenerationConfig.from_pretrained(source)
     except OSError:  # it has none of its own
-        made = copy.deepcopy(fallback) or GenerationConfig()
-    written, closing = _closing(tokenizer, prompt_format)
-    sequences = config.generation_config.stopping_sequences if config else []
-    own = made.eos_token_id if isinstance(made.eos_token_id, list) else [made.eos_token_id]
-    ids = [*own, tokenizer.eos_token_id, closing, *(stop for stop in sequences if isinstance(stop, int))]
-    own = [made.stop_strings] if isinstance(made.stop_strings, str) else made.stop_strings or []
-    texts = [*own, written, *(stop for stop in sequences if isinstance(stop, str))]
-    made.eos_token_id = list(dict.fromkeys(stop for stop in ids if stop is not None))
-    made.stop_strings = list(dict.fromkeys(stop for stop in texts if stop)) or None
-    made.pad_token_id = tokenizer.pad_token_id
-    return made
+        config = copy.deepcopy(fallback) or GenerationConfig()
+    end_text, end_id = _end_of_turn(tokenizer, prompt_format)
+    own_ids = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    ids = [*own_ids, tokenizer.eos_token_id, end_id, *(stop for stop in stopping_sequences if isinstance(stop, int))]
+    own_texts = [config.stop_strings] if isinstance(config.stop_strings, str) else config.stop_strings or []
+    texts = [*own_texts, end_text, *(stop for stop in stopping_sequences if isinstance(stop, str))]
+    config.eos_token_id = list(dict.fromkeys(stop for stop in ids if stop is not None))
+    config.stop_strings = list(dict.fromkeys(stop for stop in texts if stop)) or None
+    config.pad_token_id = tokenizer.pad_token_id
+    return config
 
 
-def _closing(tokenizer, prompt_format: PromptFormat | None) -> tuple[str, int | None]:
-    """Find what closes an answer in training: a text, where a prompt format ends with one, or a special token."""
+def _end_of_turn(tokenizer, prompt_format: PromptFormat | None) -> tuple[str, int | None]:
+    """Find what ended an answer in training: a text, where a prompt format ends with one, or a special token."""
     probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     try:
         encoded = masking.encode(probe, tokenizer, prompt_format)
-    except DataError:  # no template; or one that refuses this conversation
+    except DataError:  # no template, or one that rejects this conversation
         return "", None
-    trained = [token for token, is_trained in zip(encoded.input_ids, encoded.loss_mask, strict=True) if is_trained]
-    if trained and trained[-1] in special_tokens.special_ids(tokenizer):
-        return "", trained[-1]
+    supervised = [token for token, in_loss in zip(encoded.input_ids, encoded.loss_mask, strict=True) if in_loss]
+    if supervised and supervised[-1] in special_tokens.special_ids(tokenizer):
+        return "", supervised[-1]
     return (prompt_format.assistant.partition("{instruction}")[2].strip() if prompt_format else ""), None
 
 
@@ -230,20 +248,25 @@ def complete(
     keep_special: bool = False,
     **sampling: Any,
 ) -> list[str]:
-    """Answer each conversation, which ends with a user's turn; greedy unless a temperature is given.
+    """Answer each conversation, which ends with a user's turn; greedily unless a temperature is set.
 
-    tools: for each conversation the tools that it lists, as in its training row.
-    keep_special: leave special tokens in the answers (some models mark tool calls with them), but that which ends it.
+    tools: for each conversation the tools that it lists, as in its training example.
+    keep_special: leave special tokens in the answers, except those that end them; some models mark tool calls so.
     sampling: the fields of `Sampling`.
 
     Returns the answers' texts.
     """
     answers = [""] * len(conversations)
-    answered = answer_in_batches(
-        model, tokenizer, conversations, Sampling(**sampling),
-        prompt_format=prompt_format, tools=tools, keep_special=keep_special,
-    )  # fmt: skip
-    for done, (k, text) in enumerate(answered, 1):
+    finished = answer_in_batches(
+        model,
+        tokenizer,
+        conversations,
+        Sampling(**sampling),
+        prompt_format=prompt_format,
+        tools=tools,
+        keep_special=keep_special,
+    )
+    for done, (k, text) in enumerate(finished, 1):
         answers[k] = text
         on_progress(done)
     return answers
@@ -261,21 +284,22 @@ def answer_in_batches(
     numbers: Sequence[int] | None = None,
     streamer: Any = None,
 ) -> Iterator[tuple[int, str]]:
-    """Yield (which conversation, its answer) batch by batch, those of like length together.
+    """Yield (index of a conversation, its answer) batch by batch, batches grouped by length.
 
-    numbers: each conversation's number in the whole set where these are a part of it: its seed depends on it.
-    streamer: transformers' kind, which is told of each token of a single conversation.
+    numbers: each conversation's number in the set of which these are a part; its seed is derived from it.
+    streamer: a transformers streamer, which gets each token; for a single conversation only.
+
+    Raises ResourceError if the GPU runs out of memory.
     """
     import torch
 
-    listed = tools or [None] * len(conversations)
     encoded = [
-        masking.encode_prompt(messages, tokenizer, prompt_format, one)
-        for messages, one in zip(conversations, listed, strict=True)
+        masking.encode_prompt(messages, tokenizer, prompt_format, offered)
+        for messages, offered in zip(conversations, tools or [None] * len(conversations), strict=True)
     ]
     numbers = range(len(encoded)) if numbers is None else numbers
-    # Prompts of like length share a batch: less padding, same answers. The longest come first, so that memory
-    # runs out at once or never.
+    # Grouping by length saves padding and changes no answer. The longest come first, so that memory runs out at the
+    # start or never.
     order = sorted(range(len(encoded)), key=lambda k: -len(encoded[k]))
     reads_text = {"tokenizer": tokenizer} if model.generation_config.stop_strings else {}
     for start in range(0, len(order), sampling.batch_size):
@@ -300,7 +324,7 @@ def answer_in_batches(
                 )
         except torch.OutOfMemoryError:
             raise ResourceError(
-                f"the GPU has too little memory for {len(part)} prompts of {batch['input_ids'].shape[1]} tokens: "
+                f"the GPU has too little memory for {len(part)} prompts of {batch['input_ids'].shape[1]} tokens; "
                 f"lower batch_size (now {sampling.batch_size})"
             ) from None
         for k, ids in zip(part, output[:, batch["input_ids"].shape[1] :].tolist(), strict=True):

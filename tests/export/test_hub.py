@@ -134,7 +134,7 @@ def test_an_adapter_is_pushed_with_a_card_and_the_base_that_others_find(hub, mak
 
 
 def test_an_adapter_on_a_local_base_is_not_pushed_without_its_name(make_run):
-    with pytest.raises(ConfigError, match="where nobody else finds it: name its hub id with base="):
+    with pytest.raises(ConfigError, match="which others cannot load: name its hub id with base="):
         push_to_hub(make_run("local", LORA), "someone/tuned")
 
 

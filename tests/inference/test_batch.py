@@ -25,7 +25,7 @@ def test_an_answer_in_the_file_is_the_reference(write_rows):
     first, second = read_prompts(write_rows(rows))
     assert first.reference == rows[0]["messages"][-1]["content"] and first.messages == rows[0]["messages"][:-1]
     assert second == Prompt(1, rows[1]["messages"])
-    with pytest.raises(DataError, match=r"rows.jsonl:1: a text, need messages"):
+    with pytest.raises(DataError, match=r"rows.jsonl:1: this is a text; expected messages"):
         read_prompts(write_rows([{"text": "a"}]))
 
 
@@ -48,7 +48,7 @@ def test_a_file_of_answers_is_continued_where_it_stopped(asked, tmp_path):
     assert write_answers(path, str(TINY_MODEL), asked, SHORT) == 0
     with pytest.raises(StorageError, match=r"was written by .* max_new_tokens=6"):
         write_answers(path, str(TINY_MODEL), asked, Sampling(max_new_tokens=7))
-    with pytest.raises(StorageError, match="answers another prompt than row 0"):
+    with pytest.raises(StorageError, match="answers another prompt than prompt 0"):
         write_answers(path, str(TINY_MODEL), [Prompt(0, asked[1].messages)], SHORT)
     path.write_text("notes\n")
     with pytest.raises(StorageError, match="not a line of answers"):
