@@ -47,9 +47,9 @@ def plan_command(arguments: list[str]) -> int:
     words = parse_words("plan", arguments)
     from forgebook.catalog import shape_of
     from forgebook.planning.hardware import cpu_share, hardware_in, has_gpu
-    from forgebook.planning.history import past_paces
+    from forgebook.planning.history import read_throughputs
     from forgebook.planning.plan import plan
-    from forgebook.planning.plan_report import as_json, in_short, plan_rows, price_rows, verdict
+    from forgebook.planning.plan_report import plan_as_json, plan_rows, plan_summary, price_rows, verdict
     from forgebook.planning.token_count import count_data
 
     config = _load(words)
@@ -61,10 +61,10 @@ def plan_command(arguments: list[str]) -> int:
     shape = shape_of(config.model_id)
     if words.options["fit"]:
         config = _write_fitting(config, shape, hardware, data)
-    paces, unread = past_paces()
-    planned = plan(config, shape, hardware, data, mfu=words.options.get("mfu"), paces=paces)
+    throughputs, warning = read_throughputs()
+    planned = plan(config, shape, hardware, data, mfu=words.options.get("mfu"), throughputs=throughputs)
     if words.flags.json:
-        print(json.dumps(as_json(planned) | {"choices": [vars(choice) for choice in choices]}, indent=2))
+        print(json.dumps(plan_as_json(planned) | {"choices": [vars(choice) for choice in choices]}, indent=2))
         return 0
     from forgebook.reporting.console import make_console, make_table
 
@@ -78,9 +78,9 @@ def plan_command(arguments: list[str]) -> int:
     output.print(make_table(f"Time and cost {planned.pace}; {planned.priced}", columns, price_rows(planned)))
     if hardware is None and not has_gpu():
         workers = max(1, config.num_devices)
-        here = plan(config, shape, (workers, cpu_share(workers)), data, paces=paces)
-        output.print(f"on this machine ({here.cpu}): {in_short(here)}")
-    for note in [*planned.notes, *filter(None, [unread])]:
+        here = plan(config, shape, (workers, cpu_share(workers)), data, throughputs=throughputs)
+        output.print(f"on this machine ({here.cpu}): {plan_summary(here)}")
+    for note in [*planned.notes, *filter(None, [warning])]:
         output.print(f"note: {note}")
     output.print(f"[bold]{verdict(planned)}[/bold]")
     return 0
@@ -91,12 +91,12 @@ def _choose(
 ) -> tuple[FinetuneConfig, tuple[int, Gpu] | None, Statistics | None, list[Choice]]:
     """Choose what CONFIG leaves open, from a quick count of the data; return (config, hardware, data, choices)."""
     from forgebook.planning.auto_config import choose, choose_task, core_shape, first_rows
-    from forgebook.planning.hardware import found_hardware, hardware_in
+    from forgebook.planning.hardware import hardware_in, local_hardware
     from forgebook.planning.token_count import count_data, data_is_here
 
     shape = core_shape(config)
     config = choose_task(config, first_rows(config) if data_is_here(config) else [])
-    hardware = hardware_in(config) or found_hardware()
+    hardware = hardware_in(config) or local_hardware()
     data = count_data(config)
     config, choices = choose(config, shape, hardware, data)
     if hardware is not None:  # the config may use fewer of its GPUs

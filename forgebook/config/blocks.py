@@ -51,6 +51,7 @@ __all__ = [
     "WeightsPath",
     "marked_keys",
     "models_in",
+    "needs_reference",
 ]
 
 # The constructor arguments of peft.LoraConfig, written out so that a typo is found without importing peft
@@ -264,6 +265,11 @@ class LogprobProcessor(StrictBlock):
     """Number of workers, one GPU each."""
     batch_size: Positive | None = None
     """Pairs per forward pass. None: `train_batch_size_per_device`."""
+
+
+def needs_reference(loss: str) -> bool:
+    """Whether a preference loss compares the model with a reference model."""
+    return loss in ("dpo", "ipo", "kto")
 
 
 class PreferenceTuningConfig(StrictBlock):

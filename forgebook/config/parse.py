@@ -34,7 +34,7 @@ from forgebook.config.blocks import (
     models_in,
 )
 from forgebook.config.legacy_keys import DEEPSPEED_FILES, RetiredNameWarning, translate_retired
-from forgebook.config.schema import EVERY_EPOCH, FinetuneConfig, flatten, keys_without_effect, prefixes
+from forgebook.config.schema import DEFAULT_LORA, EVERY_EPOCH, FinetuneConfig, flatten, keys_without_effect, prefixes
 from forgebook.config.yaml_source import Places, apply_override, parse_yaml, place_of, read_text
 from forgebook.errors import ConfigError, near_miss
 
@@ -62,7 +62,6 @@ __all__ = [
 
 _REPOSITORY = Path(__file__).resolve().parents[2]
 _SHIPPED = _REPOSITORY / "deepspeed_configs"
-_DEFAULT_LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": "all-linear"}
 SECRET_KEY = re.compile(r"token|secret|api_?key|password", re.IGNORECASE)
 
 
@@ -88,7 +87,7 @@ def load_config(path_or_url: str | Path, overrides: Sequence[str] = (), default:
     written = flatten(values)
 
     if default:
-        values.setdefault("lora_config", dict(_DEFAULT_LORA))
+        values.setdefault("lora_config", dict(DEFAULT_LORA))
     if values.get("run_name") is None:
         values["run_name"] = PurePosixPath(source.partition("?")[0]).stem
     try:

@@ -36,7 +36,17 @@ from forgebook.config.blocks import (
     marked_keys,
 )
 
-__all__ = ["EVERY_EPOCH", "FinetuneConfig", "ResolvedConfig", "auto_keys", "flatten", "keys_without_effect", "prefixes"]
+__all__ = [
+    "DEFAULT_LORA",
+    "EVERY_EPOCH",
+    "LEARNING_RATES",
+    "FinetuneConfig",
+    "ResolvedConfig",
+    "auto_keys",
+    "flatten",
+    "keys_without_effect",
+    "prefixes",
+]
 
 Task = Literal["causal_lm", "instruction_tuning", "classification", "preference_tuning", "vision_language"]
 Rate = Annotated[Float, Field(gt=0)]
@@ -47,6 +57,8 @@ TASK_OF_BLOCK = {
 }
 EVERY_EPOCH = CheckpointFrequency(unit="epochs", frequency=1)
 LEARNING_RATES = {"lora": 1e-4, "full": 1e-5}  # LLMForge's
+# The adapter that --default trains unless the config says otherwise.
+DEFAULT_LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": "all-linear"}
 
 
 class FinetuneConfig(StrictBlock):

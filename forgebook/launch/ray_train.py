@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 
 from forgebook import ray_cluster as cluster
+from forgebook.config.blocks import needs_reference
 from forgebook.config.parse import FinetuneConfig, config_differences, dump_config, load_config, read_deepspeed_config
 from forgebook.data import token_store
 from forgebook.errors import ConfigError, ForgebookError, ResourceError, StorageError, TrainingError
@@ -29,7 +30,7 @@ from forgebook.models import adapters
 from forgebook.models.tokenizer import locate
 from forgebook.planning import preflight
 from forgebook.planning.plan import Plan
-from forgebook.planning.plan_report import as_json
+from forgebook.planning.plan_report import plan_as_json
 from forgebook.planning.prepare import Prepared, prepare
 from forgebook.reporting import console as consoles
 from forgebook.reporting import trackers
@@ -38,7 +39,6 @@ from forgebook.runs import atomic, upload, worker_upload
 from forgebook.runs import run as storage
 from forgebook.runs.run import Run
 from forgebook.training import distributed, kernels, reference
-from forgebook.training.preference import needs_reference
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
@@ -78,8 +78,8 @@ def fine_tune(config: FinetuneConfig) -> Run:
             output.print(f"{run.place} is complete already (on_existing=overwrite runs it again)")
             print_summary(output, run)
             return run
-    told, note = preflight.forecast(prepared)
-    worries = preflight.check(told, config, run.folder) if told else []
+    told, note = preflight.plan_run(prepared)
+    worries = preflight.check_plan(told, run.folder, force=config.force) if told else []
     if is_overwritten:
         storage.remove_run(run)
     _write_run(run, prepared, told)
@@ -220,7 +220,7 @@ def _write_run(run: Run, prepared: Prepared, told: Plan | None) -> None:
             token_store.save_view(prepared.valid, run.tokens / "valid.npz")
         atomic.write_json(run.data_report, prepared.report)
         if told:
-            atomic.write_json(run.plan, as_json(told))
+            atomic.write_json(run.plan, plan_as_json(told))
     except OSError as error:
         raise StorageError(f"{run.folder} cannot be written: {error}: set storage_path to another place") from None
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from forgebook.catalog import Catalog, Gpu, Shape, read_catalog, shape_of
-from forgebook.config.schema import auto_keys
+from forgebook.config.schema import DEFAULT_LORA, LEARNING_RATES, auto_keys
 from forgebook.data import readers
 from forgebook.data.row_formats import parse_row
 from forgebook.errors import DataError, ModelError, ResourceError
@@ -35,7 +35,6 @@ KEYS = auto_keys()
 # A null of these was chosen by who wrote it.
 _NULL_IS_AN_ANSWER = ("lora_config", "quantization", "deepspeed")
 
-LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": "all-linear"}
 SHORTEST_CONTEXT = 512
 UNCOUNTED_CONTEXT = 4096  # of data that is not read here
 # Rows per update: the most that still leave this many updates, or the fewest.
@@ -44,7 +43,6 @@ BATCHES, UPDATES = (64, 32, 16), 250
 # text would, arXiv 2305.16264); preferences once, as a second pass mostly learns them by heart.
 EPOCHS = {10_000: 3, 50_000: 2}
 # LLMForge's peak learning rates; pairs want a twentieth (its own DPO with LoRA: 5e-6; Zephyr's with all: 5e-7).
-RATES = {"lora": 1e-4, "full": 1e-5}
 PREFERENCE_SHARE = 0.05
 # Packing pays from this share of padding on, if attention knows where a packed row ends without a mask.
 MUCH_PADDING = 0.2
@@ -137,7 +135,7 @@ def choose(
         config = config.explained({"valid_path": "no evaluation loss; the last checkpoint counts as the best"})
     if "lora_config" not in config.given:
         reason = "rank 8 on all linear layers: learns about what all weights would, with little memory"
-        config = config.resolve(lora_config=LORA).explained({"lora_config.r": reason})
+        config = config.resolve(lora_config=dict(DEFAULT_LORA)).explained({"lora_config.r": reason})
     config = _choose_length(config, shape, data, longest_valid)
     config = _choose_machines(config, hardware, catalog)
     config = _choose_batch(config, shape, hardware, data)
@@ -310,7 +308,7 @@ def _epochs(config: FinetuneConfig, sequences: int) -> int:
 def _choose_course(config: FinetuneConfig, data: Statistics | None, catalog: Catalog) -> FinetuneConfig:
     kind = "lora" if config.is_lora else "full"
     rates = catalog.rates.get(config.model_id.lower())
-    rate = (rates or RATES)[kind]
+    rate = (rates or LEARNING_RATES)[kind]
     reason = "for LoRA" if config.is_lora else "for all weights"
     reason += f", as {config.model_id} likes it" if rates else ""
     if config.task == "preference_tuning":

@@ -1,38 +1,41 @@
-"""What carries a run: the GPUs or the processor of this machine, and the memory that its processes may have.
+"""The hardware of a run: the GPUs or the processor of this machine, and the memory that its processes may use.
 
 workers, device = hardware_for(config)      such as (8, Gpu) or (2, Cpu); None for a cluster that names no GPU
 total, free = host_memory()                 bytes, within the limit of a container
 now, peak = resident_memory()               bytes of this process
+with TensorMemory() as memory: ...          memory.peak: bytes of the tensors in it
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import os
 import platform
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
 
 from forgebook import ray_cluster
 from forgebook.catalog import Gpu, hardware_of, read_catalog
 from forgebook.errors import ConfigError
 
 if TYPE_CHECKING:
-    from forgebook.config.parse import FinetuneConfig
+    from forgebook.config.schema import FinetuneConfig
 
 __all__ = [
     "Cpu",
+    "TensorMemory",
     "cpu_share",
-    "forget_peak",
-    "found_hardware",
-    "gpu_called",
+    "gpu_named",
     "hardware_for",
     "hardware_in",
     "has_gpu",
     "host_memory",
+    "local_hardware",
+    "reset_peak",
     "resident_memory",
     "this_gpu",
 ]
@@ -43,52 +46,57 @@ SAME_MEMORY = 0.1
 
 @dataclass(frozen=True)
 class Cpu:
-    """One worker's share of a machine without GPUs. memory: bytes that it may take; free: of these, now."""
+    """One worker's share of a machine without GPUs. memory: bytes that it may use; free: bytes of these free now."""
 
     name: str
     memory: int
     free: int
 
 
-# What a run is carried by -----------------------------------------------------------------------------
+# The devices of a run ---------------------------------------------------------------------------------
 
 
 def hardware_in(config: FinetuneConfig) -> tuple[int, Gpu] | None:
-    """Read `hardware: 8xA10G`, or `worker_resources: {accelerator_type:A10G: ...}`; None if neither is there."""
+    """Read `hardware: 8xA10G`, or `worker_resources: {accelerator_type:A10G: ...}`; None if neither is set.
+
+    Raises ConfigError for a GPU that the catalog does not have.
+    """
     if config.hardware is not None:
         return hardware_of(config.hardware)
-    named = [name.partition(":")[2] for name in config.worker_resources if name.startswith("accelerator_type:")]
+    names = [name.partition(":")[2] for name in config.worker_resources if name.startswith("accelerator_type:")]
     gpus = read_catalog().gpus
-    found = next((gpus[name] for name in named if name in gpus), None)
-    return (max(1, config.num_devices), found) if found else None
+    gpu = next((gpus[name] for name in names if name in gpus), None)
+    return (max(1, config.num_devices), gpu) if gpu else None
 
 
 def hardware_for(config: FinetuneConfig) -> tuple[int, Gpu | Cpu] | None:
-    """Tell how many workers of which device a run has: those the config names, else this machine's.
+    """Return how many workers on which device a run has: those the config names, else this machine's.
 
-    None for a cluster (RAY_ADDRESS) whose GPUs the config does not name: they show when the run has joined it.
+    None for a cluster (RAY_ADDRESS) whose GPUs the config does not name: they are known once the run has joined it.
     """
-    named = hardware_in(config)
-    if named is not None or ray_cluster.is_joined():
-        return named
+    configured = hardware_in(config)
+    if configured is not None or ray_cluster.is_joined():
+        return configured
     workers = max(1, config.num_devices)
     return workers, this_gpu() or cpu_share(workers)
 
 
-def found_hardware() -> tuple[int, Gpu] | None:
+def local_hardware() -> tuple[int, Gpu] | None:
     """Count this machine's GPUs and name their kind, the smallest if they differ; None if there is none.
 
-    Torch is imported only where there is a GPU. Raises ConfigError for a cluster, whose GPUs are not here.
+    Torch is imported only where there is a GPU. Raises ConfigError for a cluster, whose GPUs are on other machines.
     """
     if ray_cluster.is_joined():
-        raise ConfigError("hardware: the run goes to a Ray cluster (RAY_ADDRESS): say what it has, such as 8xA100-80G")
+        raise ConfigError(
+            "hardware: the run goes to a Ray cluster (RAY_ADDRESS): set what it has, such as hardware=8xA100-80G"
+        )
     return _gpus()
 
 
 def this_gpu() -> Gpu | None:
     """Find this machine's GPU in the catalog, the smallest if they differ; None if there is none."""
-    found = _gpus()
-    return found[1] if found else None
+    gpus = _gpus()
+    return gpus[1] if gpus else None
 
 
 def _gpus() -> tuple[int, Gpu] | None:
@@ -98,15 +106,15 @@ def _gpus() -> tuple[int, Gpu] | None:
 
     if not torch.cuda.is_available():
         return None
-    found = [torch.cuda.get_device_properties(k) for k in range(torch.cuda.device_count())]
-    smallest = min(found, key=lambda one: one.total_memory)
-    return len(found), gpu_called(smallest.name, smallest.total_memory)
+    devices = [torch.cuda.get_device_properties(k) for k in range(torch.cuda.device_count())]
+    smallest = min(devices, key=lambda device: device.total_memory)
+    return len(devices), gpu_named(smallest.name, smallest.total_memory)
 
 
-def gpu_called(name: str, memory: int) -> Gpu:
+def gpu_named(name: str, memory: int) -> Gpu:
     """Find a GPU in the catalog by its driver's name, such as `NVIDIA A100-SXM4-80GB`, and its bytes of memory.
 
-    One that is not there, or a slice of one, has no peak and no price.
+    A GPU that is not in the catalog, or a slice of one (MIG), has no peak and no price.
     """
     words = re.split(r"[\s-]+", name.upper())
     for gpu in read_catalog().gpus.values():
@@ -116,21 +124,21 @@ def gpu_called(name: str, memory: int) -> Gpu:
 
 
 def has_gpu() -> bool:
-    """Tell, without torch, whether this machine has an NVIDIA GPU."""
+    """Check, without torch, whether this machine has an NVIDIA GPU."""
     return any(Path("/proc/driver/nvidia/gpus").glob("*"))
 
 
 def cpu_share(workers: int) -> Cpu:
-    """Share this machine's processor and memory out among workers."""
+    """Divide this machine's processor and memory among workers."""
     total, free = host_memory()
     return Cpu(f"{_processor()}, {os.cpu_count()} cores", total // workers, free // workers)
 
 
 def _processor() -> str:
     with contextlib.suppress(OSError):
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), flags=re.MULTILINE)
-        if found:
-            return " ".join(found[1].split())
+        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), flags=re.MULTILINE)
+        if match:
+            return " ".join(match[1].split())
     return platform.processor() or platform.machine()
 
 
@@ -138,10 +146,10 @@ def _processor() -> str:
 
 
 def host_memory(root: Path = Path("/")) -> tuple[int, int]:
-    """Tell the bytes that this machine's processes may take together, and how many of them are free.
+    """Return the bytes that this machine's processes may use together, and how many of them are free.
 
-    The limits of the control groups that this process is in count, as containers set them: of version 2
-    (memory.max) and 1 (memory.limit_in_bytes). Files kept in memory are free. root: of the file system to look in.
+    The limits of this process's control groups apply, as containers set them: of version 2 (memory.max) and 1
+    (memory.limit_in_bytes). Cached files count as free. root: of the file system to look in.
     """
     import psutil
 
@@ -177,13 +185,13 @@ def _number(path: Path) -> int | None:
 
 def _cached_files(group: Path) -> int:
     with contextlib.suppress(OSError):
-        found = re.search(r"^(?:file|cache) (\d+)$", (group / "memory.stat").read_text(), flags=re.MULTILINE)
-        return int(found[1]) if found else 0
+        match = re.search(r"^(?:file|cache) (\d+)$", (group / "memory.stat").read_text(), flags=re.MULTILINE)
+        return int(match[1]) if match else 0
     return 0
 
 
 def resident_memory() -> tuple[int, int]:
-    """Tell the bytes of memory that this process has, and its peak since it began or forget_peak."""
+    """Return the bytes of memory that this process holds, and their peak since its start or reset_peak."""
     import resource
 
     try:
@@ -195,7 +203,59 @@ def resident_memory() -> tuple[int, int]:
     return now, peak
 
 
-def forget_peak() -> None:
-    """Begin resident_memory's peak anew, where the system lets it."""
+def reset_peak() -> None:
+    """Restart resident_memory's peak from now, where the system allows it."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
+
+
+class TensorMemory:
+    """Measure the peak bytes of CPU tensors while a block runs: those that exist before it, and what it allocates.
+
+    Resident memory cannot tell them: with a small model most of it is libraries, their kernels, and freed memory that
+    malloc has not returned. torch keeps no statistics of CPU tensors either, but its profiler sees every allocation.
+
+    hidden: bytes of tensors that Python cannot see, such as the buckets of DDP. peak: 0 where it was not measured.
+    """
+
+    def __init__(self, hidden: int = 0):
+        self.peak = 0
+        self._before = hidden
+        self._profile: Any = None
+
+    def __enter__(self) -> Self:
+        from torch.profiler import ProfilerActivity, profile
+
+        self._before += _bytes_of_tensors()
+        self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+        try:
+            self._profile.__enter__()
+        except RuntimeError:  # another profiler is running
+            self._profile = None
+        return self
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        if self._profile is None:
+            return
+        self._profile.__exit__(kind, error, traceback)
+        # Allocations are positive, releases negative; the backward pass makes its own in another thread.
+        events = [event for event in self._profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+        held = most = 0
+        for event in sorted(events, key=lambda event: event.start_ns()):
+            held += event.nbytes()
+            most = max(most, held)
+        self.peak = self._before + most
+
+
+def _bytes_of_tensors() -> int:
+    """Count the bytes of all CPU tensors in this process, shared storage once."""
+    import torch
+
+    storages = {}
+    for item in gc.get_objects():
+        # Not isinstance: a proxy object may import or compute something when asked for its class.
+        if issubclass(type(item), torch.Tensor) and item.device.type == "cpu":
+            with contextlib.suppress(RuntimeError, NotImplementedError):  # a tensor without storage
+                storage = item.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())

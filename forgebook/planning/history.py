@@ -1,8 +1,8 @@
-"""What past runs on this machine achieved, for the expected time of the next one: paces.jsonl in the cache folder.
+"""The throughput of earlier runs on this machine, for the expected time of the next: paces.jsonl in the cache folder.
 
-keep_pace(Pace(...))                                a line at the end of each complete run
-paces, note = past_paces()                          those lines; what cannot be read is left out, and noted
-usual_pace(paces, "A10G", config, 8e9)              the median of the runs most like this one, or None
+note = record_throughput(Throughput(...))              one line at the end of each complete run
+throughputs, note = read_throughputs()                 all lines; unreadable ones are left out, and noted
+typical_throughput(throughputs, "A10G", ...)           the median of the runs most like this one, or None
 """
 
 from __future__ import annotations
@@ -13,25 +13,46 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from forgebook.runs.download import cache_folder
+from forgebook.runs.run import cache_folder
 
-if TYPE_CHECKING:
-    from forgebook.config.parse import FinetuneConfig
+__all__ = [
+    "RunKind",
+    "Throughput",
+    "TypicalThroughput",
+    "history_file",
+    "method_name",
+    "read_throughputs",
+    "record_throughput",
+    "typical_throughput",
+]
 
-__all__ = ["Pace", "UsualPace", "keep_pace", "method_of", "paces_file", "past_paces", "usual_pace"]
-
-# A model of another order of size fills a device differently: within this factor runs are compared.
-ALIKE_IN_SIZE = 4
-# Runs looked at: the latest; drivers, libraries and machines change.
-LATEST = 10
-KEPT_LINES = 1000
+# A model of another order of magnitude uses a device differently: runs are compared within this factor.
+SIZE_FACTOR = 4
+# Only the latest runs count: drivers, libraries and machines change.
+LATEST_RUNS = 10
+MOST_LINES = 1000
 
 
 @dataclass(frozen=True)
-class Pace:
-    """What one run achieved. flops_per_second: of one worker, padding counted, without the warm-up step."""
+class RunKind:
+    """What two runs must share to have about the same throughput. method: see method_name."""
+
+    model_id: str
+    parameters: int
+    method: str
+    dtype: str
+    workers: int
+    recomputes: bool
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """What one run achieved: a line of the history.
+
+    flops_per_second: of one worker, padding included, the first step excluded (it warms up). recomputes: whether
+    gradient checkpointing was on.
+    """
 
     device: str
     model_id: str
@@ -45,75 +66,75 @@ class Pace:
 
 
 @dataclass(frozen=True)
-class UsualPace:
-    """FLOP/s of one worker, padding counted, and the number of runs here that tell it."""
+class TypicalThroughput:
+    """FLOP/s of one worker, padding included, and the number of earlier runs it is the median of."""
 
     flops_per_second: float
     runs: int
 
 
-def paces_file() -> Path:
-    """Name the file of this machine's paces."""
+def history_file() -> Path:
+    """Return the path of this machine's history."""
     return cache_folder() / "paces.jsonl"
 
 
-def method_of(config: FinetuneConfig) -> str:
-    """Name what is trained: full, lora, or lora on quantised weights."""
-    if not config.is_lora:
+def method_name(is_lora: bool, quantization: str | None) -> str:
+    """Name what is trained: full, lora, or lora with the quantization of the frozen weights."""
+    if not is_lora:
         return "full"
-    return f"lora {config.quantization}" if config.quantization else "lora"
+    return f"lora {quantization}" if quantization else "lora"
 
 
-def keep_pace(pace: Pace) -> str:
-    """Add what a run achieved; return a note if the file cannot be written: the run is good all the same."""
-    path = paces_file()
+def record_throughput(throughput: Throughput) -> str:
+    """Append what a run achieved; return a warning if the file cannot be written, which must not fail the run."""
+    path = history_file()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(dataclasses.asdict(pace)) + "\n")
+            file.write(json.dumps(dataclasses.asdict(throughput)) + "\n")
     except OSError as error:
-        return f"{path} cannot be written, so plans will not know this run's pace: {error.strerror}"
+        return f"{path} cannot be written, so plans will not know the throughput of this run: {error.strerror}"
     return ""
 
 
-def past_paces() -> tuple[list[Pace], str]:
-    """Read what past runs here achieved, the latest last, and a note if there are lines that cannot be read."""
-    path, found, bad = paces_file(), [], 0
+def read_throughputs() -> tuple[list[Throughput], str]:
+    """Read what earlier runs achieved, the latest last, and a warning if there are unreadable lines."""
+    path = history_file()
+    throughputs: list[Throughput] = []
+    unreadable = 0
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()[-KEPT_LINES:]
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()[-MOST_LINES:]
     except OSError:
         return [], ""
     for line in lines:
         try:
-            pace = Pace(**json.loads(line))
-            if not (pace.flops_per_second > 0 and pace.parameters > 0):
+            throughput = Throughput(**json.loads(line))
+            if not (throughput.flops_per_second > 0 and throughput.parameters > 0):
                 raise ValueError(line)
-            found.append(pace)
-        except (ValueError, TypeError):
-            bad += 1
-    return found, f"{path}: {bad} lines cannot be read and are left out; the file may be deleted" if bad else ""
+            throughputs.append(throughput)
+        except (ValueError, TypeError):  # another version's line, or a line cut off by a power loss
+            unreadable += 1
+    if not unreadable:
+        return throughputs, ""
+    lines_word = "line" if unreadable == 1 else "lines"
+    return throughputs, f"{path}: {unreadable} unreadable {lines_word} skipped; the file can be deleted"
 
 
-def usual_pace(paces: Sequence[Pace], device: str, config: FinetuneConfig, parameters: int) -> UsualPace | None:
-    """Take the median of the runs most like this one; None if none is like it.
+def typical_throughput(throughputs: Sequence[Throughput], device: str, run: RunKind) -> TypicalThroughput | None:
+    """Return the median of the runs most like this one; None if no run is comparable.
 
-    They have its device, method and dtype, and a model of like size; if possible also its model, its number of
-    workers, and its recomputing of activations or not.
+    Comparable runs share the device, the method and the dtype, with a model of similar size. Of these, runs with the
+    same model, then the same number of workers, then the same gradient checkpointing are preferred where there are any.
     """
-    alike = [
-        one
-        for one in paces
-        if (one.device, one.method, one.dtype) == (device, method_of(config), config.dtype)
-        and 1 / ALIKE_IN_SIZE <= one.parameters / parameters <= ALIKE_IN_SIZE
+    similar = [
+        earlier
+        for earlier in throughputs
+        if (earlier.device, earlier.method, earlier.dtype) == (device, run.method, run.dtype)
+        and 1 / SIZE_FACTOR <= earlier.parameters / run.parameters <= SIZE_FACTOR
     ]
-    wanted = {
-        "model_id": config.model_id,
-        "workers": max(1, config.num_devices),
-        "recomputes": config.gradient_checkpointing,
-    }
-    for name, value in wanted.items():
-        alike = [one for one in alike if getattr(one, name) == value] or alike
-    if not alike:
+    for name in ("model_id", "workers", "recomputes"):
+        similar = [earlier for earlier in similar if getattr(earlier, name) == getattr(run, name)] or similar
+    if not similar:
         return None
-    latest = [one.flops_per_second for one in alike[-LATEST:]]
-    return UsualPace(statistics.median(latest), len(latest))
+    latest = [earlier.flops_per_second for earlier in similar[-LATEST_RUNS:]]
+    return TypicalThroughput(statistics.median(latest), len(latest))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from forgebook.planning.plan import Plan
 
-__all__ = ["as_json", "comparison", "in_short", "plan_rows", "price_rows", "verdict"]
+__all__ = ["compare_with_plan", "plan_as_json", "plan_rows", "plan_summary", "price_rows", "verdict"]
 
 
 def _gb(size: float) -> str:
@@ -25,88 +25,98 @@ def _dollars(amount: float) -> str:
     return f"${amount:,.2f}" if amount >= 0.1 else f"${amount:.2g}"
 
 
-def plan_rows(told: Plan) -> list[list[str]]:
-    """Lay a plan out as lines of a table: what, how much, and what of it."""
-    need = told.memory
-    share = told.trainable_parameters / told.parameters
+def plan_rows(plan: Plan) -> list[list[str]]:
+    """Lay a plan out as lines of a table: what, how much, and a remark."""
+    need = plan.memory
+    share = plan.trainable_parameters / plan.parameters
     lines = [
-        ["parameters", f"{told.parameters:,}", f"{told.trainable_parameters:,} trained ({share:.2%})"],
-        ["batch", f"{told.micro_batch} x {told.longest_row:,} tokens", f"per device; context {told.context_length:,}"],
+        ["parameters", f"{plan.parameters:,}", f"{plan.trainable_parameters:,} trained ({share:.2%})"],
+        ["batch", f"{plan.micro_batch} x {plan.longest_row:,} tokens", f"per device; context {plan.context_length:,}"],
     ]
     for name, size in need.terms.items():
         lines.append([name, _gb(size), "the largest" if name == need.largest else ""])
-    usable = f"of {_gb(told.capacity)} usable" if told.capacity else ""
-    lines.append([f"memory per {_device(told)}", _gb(need.total), usable])
+    usable = f"of {_gb(plan.capacity)} usable" if plan.capacity else ""
+    lines.append([f"memory per {_device(plan)}", _gb(need.total), usable])
     lines.append(["memory per worker on the host", _gb(need.host), ""])
-    if told.steps is not None:
-        lines.append(["steps", f"{told.steps:,}", f"{told.tokens:,} tokens, {told.positions:,} with padding"])
-        lines.append(["FLOPs", f"{told.flops:.3g}", f"{told.flops_per_token:.3g} per token, recomputing not counted"])
-    lines.append(["disk", _gb(told.disk_bytes), f"{_gb(told.checkpoint_bytes)} per checkpoint"])
-    lines.append(["vLLM can serve it", told.vllm.split(":")[0], told.vllm.partition(": ")[2]])
+    if plan.steps is not None:
+        lines.append(["steps", f"{plan.steps:,}", f"{plan.tokens:,} tokens, {plan.positions:,} with padding"])
+        lines.append(["FLOPs", f"{plan.flops:.3g}", f"{plan.flops_per_token:.3g} per token, recomputation not counted"])
+    lines.append(["disk", _gb(plan.disk_bytes), f"{_gb(plan.checkpoint_bytes)} per checkpoint"])
+    lines.append(["vLLM can serve it", plan.vllm.split(":")[0], plan.vllm.partition(": ")[2]])
     return lines
 
 
-def price_rows(told: Plan) -> list[list[str]]:
+def price_rows(plan: Plan) -> list[list[str]]:
     """Lay time and cost out by GPU: name, whether it fits, time, cost of the run, cost per million tokens."""
     return [
         [
-            f"{told.workers}x{one.gpu}", "yes" if one.fits else "no",
-            "" if one.seconds is None else _duration(one.seconds), "" if one.cost is None else _dollars(one.cost),
-            _dollars(one.cost_per_million_tokens),
+            f"{plan.workers}x{one.gpu}",
+            "yes" if one.fits else "no",
+            "" if one.seconds is None else _duration(one.seconds),
+            "" if one.cost is None else _dollars(one.cost),
+            "" if one.cost_per_million_tokens is None else _dollars(one.cost_per_million_tokens),
         ]
-        for one in told.costs
-    ]  # fmt: skip
+        for one in plan.costs
+    ]
 
 
-def in_short(told: Plan) -> str:
-    """Tell a plan in one line: memory, time, cost, disk."""
-    need = told.memory
-    usable = f" of {_gb(told.capacity)}" if told.capacity else ""
-    held = f"{_gb(need.total)}{usable} per {_device(told)}, most of it {need.largest}"
-    if told.seconds is not None:
-        cost = f", {_dollars(told.cost)}" if told.cost is not None else ""
-        time = f"{_duration(told.seconds)} of steps{cost} {told.pace}"
+def plan_summary(plan: Plan) -> str:
+    """Write a plan in one line: memory, time, cost, disk."""
+    need = plan.memory
+    usable = f" of {_gb(plan.capacity)}" if plan.capacity else ""
+    memory = f"{_gb(need.total)}{usable} per {_device(plan)}, most of it {need.largest}"
+    if plan.seconds is not None:
+        cost = f", {_dollars(plan.cost)}" if plan.cost is not None else ""
+        time = f"{_duration(plan.seconds)} of steps{cost} {plan.pace}"
     else:
-        time = f"time unknown: {told.pace if told.cpu else 'no GPU of the catalog is named'}"
-    return f"{held}; {time}; disk {_gb(told.disk_bytes)}"
+        time = f"time unknown: {plan.pace if plan.cpu else 'the config names no GPU of the catalog'}"
+    return f"{memory}; {time}; disk {_gb(plan.disk_bytes)}"
 
 
-def _device(told: Plan) -> str:
-    return "GPU" if told.cpu is None else "worker"
+def _device(plan: Plan) -> str:
+    return "GPU" if plan.cpu is None else "worker"
 
 
-def comparison(planned: dict[str, Any], measured: dict[str, Any]) -> str:
-    """Set what was measured beside what was planned in one line; both as in summary.json."""
-    told = f"planned {_gb(planned['memory_bytes_per_worker'])} per worker, measured "
-    told += f"{_gb(measured['memory_bytes_per_worker'])}"
+def compare_with_plan(planned: dict[str, Any], measured: dict[str, Any]) -> str:
+    """Write in one line what was planned and what was measured; both as in summary.json."""
+    memory = measured["memory_bytes_per_worker"]
+    parts = [
+        f"memory per worker (model, optimizer, activations): planned {_gb(planned['memory_bytes_per_worker'])}, "
+        + ("not measured" if memory is None else f"measured {_gb(memory)}")
+    ]
     if planned["step_seconds"] is not None:
-        told += f"; planned {_duration(planned['step_seconds'])} of steps, took {_duration(measured['step_seconds'])}"
-    told += f"; MFU {measured['mfu']:.0%}" if measured["mfu"] is not None else ""
-    return told + (f"; {_dollars(measured['cost_usd'])}" if measured["cost_usd"] is not None else "")
+        seconds = _duration(planned["step_seconds"]), _duration(measured["step_seconds"])
+        parts.append("time of steps: planned {}, measured {}".format(*seconds))
+    if measured["mfu"] is not None:
+        parts.append(f"MFU {measured['mfu']:.0%}")
+    if measured["cost_usd"] is not None:
+        parts.append(_dollars(measured["cost_usd"]))
+    return "; ".join(parts)
 
 
-def verdict(told: Plan) -> str:
-    """Say in one sentence whether the run fits, and what would make it."""
-    need = told.memory
-    if told.fits is None:
-        fitting = [one.gpu for one in told.costs if one.fits]
+def verdict(plan: Plan) -> str:
+    """Write in one sentence whether the run fits, and what would make it fit."""
+    need = plan.memory
+    if plan.fits is None or plan.capacity is None:
+        fitting = [one.gpu for one in plan.costs if one.fits]
         return f"it needs {_gb(need.total)} per GPU: it fits {', '.join(fitting) or 'no GPU of the catalog'}"
-    each = _device(told)
-    where = f"{told.workers}x{told.gpu}" if told.cpu is None else f"this machine ({told.cpu})"
-    if told.fits:
-        return f"it fits {where}: {_gb(need.total)} of {_gb(told.capacity)} usable per {each}"
-    short = (
-        f"it does not fit {where}: {_gb(need.total)} per {each}, {_gb(told.capacity)} usable, most of it {need.largest}"
+    device = _device(plan)
+    where = f"{plan.workers}x{plan.gpu}" if plan.cpu is None else f"this machine ({plan.cpu})"
+    if plan.fits:
+        return f"it fits {where}: {_gb(need.total)} of {_gb(plan.capacity)} usable per {device}"
+    problem = (
+        f"it does not fit {where}: {_gb(need.total)} per {device}, {_gb(plan.capacity)} usable, "
+        f"most of it {need.largest}"
     )
-    if not told.changes:
-        return f"{short}; nothing that this plan knows makes it fit"
-    return f"{short}; the cheapest change: {' '.join(told.changes)} ({_gb(told.changed_memory.total)})"
+    if plan.changed_memory is None:
+        return f"{problem}; no change that the plan tries makes it fit"
+    return f"{problem}; the cheapest change: {' '.join(plan.changes)} ({_gb(plan.changed_memory.total)})"
 
 
-def as_json(told: Plan) -> dict[str, Any]:
-    """Turn a plan into JSON values; the totals of its memory beside the terms."""
-    values = dataclasses.asdict(told)
-    for name in ("memory", "changed_memory"):
-        if getattr(told, name) is not None:
-            values[name] |= {"total": getattr(told, name).total, "largest": getattr(told, name).largest}
-    return values | {"verdict": verdict(told)}
+def plan_as_json(plan: Plan) -> dict[str, Any]:
+    """Convert a plan to JSON values, with the totals of its memory beside the terms."""
+    values = dataclasses.asdict(plan)
+    for name, memory in (("memory", plan.memory), ("changed_memory", plan.changed_memory)):
+        if memory is not None:
+            values[name] |= {"total": memory.total, "largest": memory.largest}
+    return values | {"verdict": verdict(plan)}

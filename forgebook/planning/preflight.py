@@ -1,48 +1,53 @@
-"""The plan of a run that is about to start, from its own data and hardware; afterwards, what it said beside the truth.
+"""The plan of a run that is about to start, from its own data and hardware; at its end, what was measured beside it.
 
-told, note = forecast(prepared)                             Plan, or None and why there is none
-warnings = check(told, config, run.folder)                  ResourceError if it cannot be, unless force
-figures = figures_of(told, run, result, steps)              for summary.json: paces, planned and measured
-note = keep(told, config, result, figures)                  the pace, for the next plan
+plan, warning = plan_run(prepared)                      Plan, or None and why there is none
+warnings = check_plan(plan, run.folder, force=False)    ResourceError if the run cannot work, unless forced
+figures = compare_run(plan, run, result, steps)         for summary.json: throughput, planned and measured
+warning = record_run(plan, config, result, figures)     the throughput, for the next plan
 """
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from forgebook.catalog import Shape, read_catalog, shape_of
-from forgebook.config.parse import FinetuneConfig
 from forgebook.errors import ModelError, ResourceError
 from forgebook.models.tokenizer import locate
 from forgebook.planning import schedule
 from forgebook.planning.feasibility import Work
 from forgebook.planning.hardware import cpu_share, hardware_for
-from forgebook.planning.history import Pace, keep_pace, method_of, past_paces
+from forgebook.planning.history import Throughput, read_throughputs, record_throughput
 from forgebook.planning.memory import CONTEXT_BYTES
-from forgebook.planning.plan import Plan, plan, running_figures
+from forgebook.planning.plan import Plan, plan, run_kind, running_figures
 from forgebook.planning.plan_report import verdict
 from forgebook.planning.prepare import Prepared
 from forgebook.runs.run import Run, display_path
 
-__all__ = ["check", "figures_of", "forecast", "keep"]
+if TYPE_CHECKING:
+    from forgebook.config.schema import FinetuneConfig
 
-# Above the estimate's worst error against measured runs on CPUs (benchmarks/plan): a run is refused only if it
-# is beyond this many times the memory. A GPU has an allocator that says no, and no swap: there the plan is enough.
-SURE = 1.25
+__all__ = ["check_plan", "compare_run", "plan_run", "record_run"]
+
+# Larger than the estimate's worst error against measured runs on CPUs (benchmarks/plan): on a CPU a run is refused only
+# if it needs this many times the memory, as the system may swap. A GPU cannot: there the plan alone decides.
+CERTAIN = 1.25
 CONVENTIONS = {
-    "memory_bytes_per_worker": "the largest worker's peak; on a GPU what torch allocated, the plan without CUDA's "
-    "context; on a CPU resident memory above what the process held at its start: loading, saving, and some 0.3 GB of "
-    "libraries and their kernels included",
+    "memory_bytes_per_worker": "the largest worker's peak of tensors: weights, gradients, optimizer and activations. "
+    "On a GPU what torch allocated over the run, the plan without CUDA's context; on a CPU the tensors of one step, "
+    "the one with the longest sequences. The whole process takes more: peak_memory_bytes_per_worker",
     "step_seconds": "optimizer steps alone, without loading, evaluation and saving",
-    "tokens_per_second": "real tokens (no padding) over the seconds of steps; measured without the first step",
-    "flops_per_token": "6 per trained parameter, 4 per frozen one, 6 per adapter one; causal attention; no recomputing",
-    "flops_per_second_per_worker": "FLOPs of real tokens and padding over the seconds of steps",
-    "mfu": "FLOPs of real tokens per second over the bfloat16 peak of all GPUs, as in forgebook/catalog.yaml",
+    "tokens_per_second": "tokens excluding padding over the seconds of steps; measured without the first step",
+    "flops_per_token": "6 per trained parameter, 4 per frozen one, 6 per adapter one; causal attention; recomputation "
+    "not counted",
+    "flops_per_second_per_worker": "FLOPs of tokens including padding over the seconds of steps",
+    "mfu": "FLOPs of tokens excluding padding per second over the bfloat16 peak of all GPUs, as in "
+    "forgebook/catalog.yaml",
     "cost_usd": "catalog's price x GPUs x time: planned, that of the steps; measured, from the workers' start",
-    "disk_bytes": "checkpoints and the state for continuing: planned the most at once, measured what is left",
+    "disk_bytes": "checkpoints and the training state: planned the most at once, measured what is left",
     "ratio": "measured / planned",
 }
 
@@ -50,159 +55,166 @@ CONVENTIONS = {
 # Before -----------------------------------------------------------------------------------------------
 
 
-def forecast(prepared: Prepared) -> tuple[Plan | None, str]:
-    """Plan a run from the exact lengths of its rows, for the hardware that will carry it; and a note, if any.
+def plan_run(prepared: Prepared) -> tuple[Plan | None, str]:
+    """Plan a run from the exact lengths of its examples, for the hardware it will run on; and a warning, if any.
 
-    None where the model's shape is not known: the note says so.
+    None where the model's shape is not known: the warning says so.
     """
     config = prepared.config
     try:
-        shape = _shape(config)
+        shape = _shape_of(config.model_id)
     except ModelError as error:
         return None, f"no plan: {error}"
-    paces, note = past_paces()
-    return plan(config, shape, hardware_for(config), work=_work(prepared), paces=paces), note
+    throughputs, warning = read_throughputs()
+    return plan(config, shape, hardware_for(config), work=_work_of(prepared), throughputs=throughputs), warning
 
 
-def _shape(config: FinetuneConfig) -> Shape:
-    """Find the model's shape in the catalog or its folder, else in the config.json that the hub has of it."""
+def _shape_of(model_id: str) -> Shape:
+    """Find the model's shape in the catalog or its folder, else in the config.json of its repository on the hub."""
     try:
-        return shape_of(config.model_id)
+        return shape_of(model_id)
     except ModelError:
-        source = locate(config.model_id)
+        source = locate(model_id)
         if not Path(source).is_dir():
             from transformers.utils import cached_file
 
-            # The tokenizer was read from there already; None: no such file, or none to be had.
+            # The tokenizer was read from there already; None: there is no such file, or it cannot be read.
             kinds = ("missing_entries", "connection_errors", "gated_repo")
-            found = cached_file(source, "config.json", **{f"_raise_exceptions_for_{kind}": False for kind in kinds})
-            source = str(Path(found).parent) if found else source
-        if source == config.model_id:
+            file = cached_file(source, "config.json", **{f"_raise_exceptions_for_{kind}": False for kind in kinds})
+            source = str(Path(file).parent) if file else source
+        if source == model_id:
             raise
         return shape_of(source)
 
 
-def _work(prepared: Prepared) -> Work:
-    """Count what the run goes through, from its own rows."""
-    config, lengths, told = prepared.config, prepared.train.lengths, prepared.report["train"]
-    epoch_steps = schedule.steps_per_epoch(told["sequences"], config.global_batch_size)
+def _work_of(prepared: Prepared) -> Work:
+    """Count what the run processes, from its own examples."""
+    config, lengths, report = prepared.config, prepared.train.lengths, prepared.report["train"]
+    epoch_steps = schedule.steps_per_epoch(report["sequences"], config.global_batch_size)
     steps = schedule.total_steps(config.num_epochs, epoch_steps, config.max_steps)
     tokens = int(lengths.sum()) * steps / epoch_steps
     longest = int(lengths.max()) if config.padding == "longest" else config.context_length
     mean = float((lengths.astype(float) ** 2).sum() / lengths.sum())
-    return Work(steps, round(tokens), round(tokens / (1 - told["padding_share"])), longest, mean)
+    return Work(steps, round(tokens), round(tokens / (1 - report["padding_share"])), longest, mean)
 
 
-def check(told: Plan, config: FinetuneConfig, folder: Path) -> list[str]:
-    """Say what of a plan should worry. folder: where the run will write.
+def check_plan(plan: Plan, folder: Path, *, force: bool) -> list[str]:
+    """List warnings about a plan. folder: where the run will write.
 
-    Raises ResourceError for what cannot be, unless `force` is set: memory that the GPU or the whole host does not
-    have, a disk that does not hold a single checkpoint.
+    Raises ResourceError for what cannot work, unless forced: more memory than the GPU or the whole host has, a disk
+    that does not hold a single checkpoint.
     """
-    impossible, warnings = [], []
-    need = told.memory.total
-    if told.fits is False:
-        is_sure = told.cpu is None or need > SURE * told.capacity
-        (impossible if is_sure else warnings).append(verdict(told))
-    elif told.cpu is not None and need > (free := cpu_share(told.workers).free):
+    impossible: list[str] = []
+    warnings: list[str] = []
+    need = plan.memory.total
+    if plan.fits is False and plan.capacity is not None:
+        is_certain = plan.cpu is None or need > CERTAIN * plan.capacity
+        (impossible if is_certain else warnings).append(verdict(plan))
+    elif plan.cpu is not None and need > (free := cpu_share(plan.workers).free):
         warnings.append(f"memory: {need / 1e9:,.1f} GB per worker are planned, {free / 1e9:,.1f} GB are free now")
-    place = next(path for path in (folder, *folder.parents) if path.exists())
-    free = shutil.disk_usage(place).free
-    if free < told.disk_bytes:
-        needed = max(told.checkpoint_bytes, told.disk_bytes * (free >= told.checkpoint_bytes))
-        what = "one checkpoint" if free < told.checkpoint_bytes else "its checkpoints and state"
-        text = (
-            f"storage_path: {display_path(place)} has {free / 1e9:,.1f} GB free, {what} may take {needed / 1e9:,.1f} GB"
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < plan.disk_bytes:
+        no_checkpoint_fits = free < plan.checkpoint_bytes
+        needed = plan.checkpoint_bytes if no_checkpoint_fits else plan.disk_bytes
+        what = "one checkpoint" if no_checkpoint_fits else "its checkpoints and training state"
+        problem = (
+            f"storage_path: {display_path(existing)} has {free / 1e9:,.1f} GB free, "
+            f"{what} may take {needed / 1e9:,.1f} GB"
         )
-        (impossible if free < told.checkpoint_bytes else warnings).append(text)
-    if impossible and not config.force:
-        raise ResourceError("\n".join(impossible) + "\nforce=true starts all the same")
+        (impossible if no_checkpoint_fits else warnings).append(problem)
+    if impossible and not force:
+        raise ResourceError("\n".join(impossible) + "\nforce=true starts the run anyway")
     return impossible + warnings
 
 
 # Afterwards -------------------------------------------------------------------------------------------
 
 
-def figures_of(told: Plan | None, run: Run, result: dict[str, Any], steps: list[dict[str, Any]]) -> dict[str, Any]:
-    """Tell a run's paces, and what was measured beside what was planned, for summary.json.
+def compare_run(plan: Plan | None, run: Run, result: dict[str, Any], steps: list[dict[str, Any]]) -> dict[str, Any]:
+    """Compute a run's throughput, and what was measured beside what was planned, for summary.json.
 
     result: what train_loop returned. steps: the lines of metrics.jsonl of optimizer steps.
     """
-    # The warm-up step is left out of paces: it compiles, allocates and waits for the slowest worker.
-    paced = steps[1:] or steps
-    seconds = sum(row["train_time_per_step"] for row in paced)
-    names = {"trained": "trained_tokens", "supervised": "supervised_tokens", "padded": "padded_tokens"}
-    pace = {
-        f"{kind}_tokens_throughput": round(sum(row[f"{name}_this_iter"] for row in paced) / seconds, 1)
-        for kind, name in names.items()
+    # The first step is left out of throughputs: it compiles, allocates and waits for the slowest worker.
+    timed = steps[1:] or steps
+    seconds = sum(step["train_time_per_step"] for step in timed)
+    throughput = {
+        f"{kind}_tokens_throughput": round(sum(step[f"{kind}_tokens_this_iter"] for step in timed) / seconds, 1)
+        for kind in ("trained", "supervised", "padded")
     }
-    real, padded = (sum(row[f"{name}_tokens_this_iter"] for row in steps) for name in ("trained", "padded"))
-    paces = {**pace, "padding_share": round(max(0.0, 1 - real / padded), 4)}
-    if told is None:
-        return paces
-    measured = {
-        "memory_bytes_per_worker": max(
-            peak - before
-            for peak, before in zip(
-                result["peak_memory_bytes_per_worker"], result["memory_before_bytes_per_worker"], strict=True
-            )
-        ),
-        "step_seconds": round(sum(row["train_time_per_step"] for row in steps), 3),
-        "steps": result["steps"],
-        "tokens": result["trained_tokens"],
-        "tokens_per_second": pace["trained_tokens_throughput"],
-        "flops_per_token": told.flops_per_token,
-        "flops_per_second_per_worker": told.flops_per_token * pace["padded_tokens_throughput"] / result["workers"],
-        "mfu": None,
-        "cost_usd": None,
-        "disk_bytes": _bytes_in(run.checkpoints) + _bytes_in(run.resume),
-        **running_figures(
-            read_catalog().gpus.get(result["device_name"]), result["workers"], told.flops_per_token,
-            pace["trained_tokens_throughput"], result["training_seconds"],
-        ),
-    }  # fmt: skip
-    planned = _planned(told)
+    tokens, padded = (sum(step[f"{kind}_tokens_this_iter"] for step in steps) for kind in ("trained", "padded"))
+    figures = {**throughput, "padding_share": round(max(0.0, 1 - tokens / padded), 4)}
+    if plan is None:
+        return figures
+    planned = _planned(plan)
+    measured = _measured(plan, run, result, throughput)
+    measured["step_seconds"] = round(sum(step["train_time_per_step"] for step in steps), 3)
     ratio = {
         name: round(measured[name] / value, 3)
         for name, value in planned.items()
         if value and measured[name] is not None and name != "flops_per_token"
     }
-    return {**paces, "planned": planned, "measured": measured, "ratio": ratio, "conventions": CONVENTIONS}
+    return {**figures, "planned": planned, "measured": measured, "ratio": ratio, "conventions": CONVENTIONS}
 
 
-def _planned(told: Plan) -> dict[str, Any]:
-    """Tell a plan's figures as they can be measured; None where the plan does not know."""
-    known = told.seconds is not None
+def _measured(plan: Plan, run: Run, result: dict[str, Any], throughput: dict[str, float]) -> dict[str, Any]:
+    """Name a run's own figures as the plan's; None where they are not known."""
+    tokens_per_second, workers = throughput["trained_tokens_throughput"], result["workers"]
+    gpu = read_catalog().gpus.get(result["device_name"])
     return {
-        "memory_bytes_per_worker": told.memory.total - (CONTEXT_BYTES if told.cpu is None else 0),
-        "step_seconds": round(told.seconds, 3) if known else None,
-        "steps": told.steps,
-        "tokens": told.tokens,
-        "tokens_per_second": round(told.tokens / told.seconds, 1) if known else None,
-        "flops_per_token": told.flops_per_token,
-        "flops_per_second_per_worker": told.flops / told.seconds / told.workers if known else None,
-        "mfu": round(told.mfu * told.tokens / told.positions, 4) if known and told.mfu else None,
-        "cost_usd": told.cost,
-        "disk_bytes": told.disk_bytes,
+        "memory_bytes_per_worker": max(result["step_memory_bytes_per_worker"]) or None,
+        "step_seconds": None,
+        "steps": result["steps"],
+        "tokens": result["trained_tokens"],
+        "tokens_per_second": tokens_per_second,
+        "flops_per_token": plan.flops_per_token,
+        "flops_per_second_per_worker": plan.flops_per_token * throughput["padded_tokens_throughput"] / workers,
+        "mfu": None,
+        "cost_usd": None,
+        "disk_bytes": _bytes_in(run.checkpoints) + _bytes_in(run.resume),
+        **running_figures(gpu, workers, plan.flops_per_token, tokens_per_second, result["training_seconds"]),
     }
 
 
-def keep(told: Plan | None, config: FinetuneConfig, result: dict[str, Any], figures: dict[str, Any]) -> str:
-    """Keep a complete run's pace for the plans of later ones; return a note if that failed.
+def _planned(plan: Plan) -> dict[str, Any]:
+    """Name a plan's figures as they can be measured; None where the plan does not know."""
+    speed: dict[str, float | None] = dict.fromkeys(
+        ("step_seconds", "tokens_per_second", "flops_per_second_per_worker", "mfu")
+    )
+    if plan.seconds is not None and plan.tokens is not None and plan.positions is not None and plan.flops is not None:
+        speed = {
+            "step_seconds": round(plan.seconds, 3),
+            "tokens_per_second": round(plan.tokens / plan.seconds, 1),
+            "flops_per_second_per_worker": plan.flops / plan.seconds / plan.workers,
+            "mfu": round(plan.mfu * plan.tokens / plan.positions, 4) if plan.mfu else None,
+        }
+    return {
+        "memory_bytes_per_worker": plan.memory.total - (CONTEXT_BYTES if plan.cpu is None else 0),
+        "step_seconds": speed["step_seconds"],
+        "steps": plan.steps,
+        "tokens": plan.tokens,
+        "tokens_per_second": speed["tokens_per_second"],
+        "flops_per_token": plan.flops_per_token,
+        "flops_per_second_per_worker": speed["flops_per_second_per_worker"],
+        "mfu": speed["mfu"],
+        "cost_usd": plan.cost,
+        "disk_bytes": plan.disk_bytes,
+    }
 
-    A run of a single step has no pace: that step warms up.
+
+def record_run(plan: Plan | None, config: FinetuneConfig, result: dict[str, Any], figures: dict[str, Any]) -> str:
+    """Record a complete run's throughput for the plans of later ones; return a warning if that failed.
+
+    A run of a single step has none: the first step warms up.
     """
-    if told is None or result["steps"] < 2:
+    if plan is None or result["steps"] < 2:
         return ""
-    return keep_pace(
-        Pace(
+    kind = dataclasses.asdict(run_kind(config, plan.parameters)) | {"workers": result["workers"]}
+    return record_throughput(
+        Throughput(
             device=result["device_name"],
-            model_id=config.model_id,
-            parameters=told.parameters,
-            method=method_of(config),
-            dtype=config.dtype,
-            workers=result["workers"],
-            recomputes=config.gradient_checkpointing,
+            **kind,
             flops_per_second=figures["measured"]["flops_per_second_per_worker"],
             date=time.strftime("%Y-%m-%d"),
         )

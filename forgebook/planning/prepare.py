@@ -1,4 +1,4 @@
-"""Before the run: the data read, checked, tokenised and fitted; the gaps of the config filled; the data report.
+"""Before the run: read, check and tokenize the data, fill the gaps of the config, and report on the data.
 
 prepared = prepare(config, run)         Prepared(config without gaps, train, valid, report)
 """
@@ -8,177 +8,201 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from forgebook.config.parse import FinetuneConfig
 from forgebook.data import batching, readers, token_store
 from forgebook.data import tokenize as data
 from forgebook.data.token_store import Tokens
 from forgebook.errors import DataError
-from forgebook.models import families
+from forgebook.models.families import native_context_length
 from forgebook.models.tokenizer import locate, tokenizer_of, tokenizer_source
 from forgebook.planning import auto_config, schedule
 from forgebook.planning.auto_config import Choice
 from forgebook.planning.feasibility import micro_batch_for
-from forgebook.planning.hardware import found_hardware, hardware_in
+from forgebook.planning.hardware import hardware_in, local_hardware
 from forgebook.planning.token_count import Statistics
 from forgebook.runs import atomic
-from forgebook.runs import run as storage
-from forgebook.runs.run import Run
+from forgebook.runs.run import Run, display_path
+
+if TYPE_CHECKING:
+    from forgebook.config.schema import FinetuneConfig, ResolvedConfig
 
 __all__ = ["Prepared", "prepare", "report_rows"]
 
-SHOWN_PLACES = 5
+LISTED_PLACES = 5
 
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
     """A run that is ready to start: a config without gaps, tokens, and the report on the data."""
 
-    config: FinetuneConfig
+    config: ResolvedConfig
     train: Tokens
     valid: Tokens | None
     report: dict[str, Any]
 
 
-def prepare(
-    config: FinetuneConfig, run: Run, on_progress: Callable[[str, int, int], None] = lambda name, done, total: None
-) -> Prepared:
-    """Read, check, tokenise and fit the data; fill in what the config leaves to it.
+def _no_progress(name: str, done: int, total: int) -> None:
+    pass
 
-    Tokens are kept under `<storage_path>/.tokens`, to be found again by the next run on the same data. Where
-    rows are bad and `on_bad_rows` is fail, all of them are written to the run's data_report.json.
+
+def prepare(config: FinetuneConfig, run: Run, on_progress: Callable[[str, int, int], None] = _no_progress) -> Prepared:
+    """Read, check and tokenize the data, cut it to the context length, and fill the gaps of the config.
+
+    Tokens are cached under `<storage_path>/.tokens` for the next run on the same data. If examples are bad and
+    `on_bad_rows` is fail, all of them are written to the run's data_report.json.
     on_progress: called with (set, pieces done, pieces).
 
     Raises DataError, ModelError or StorageError.
     """
     if config.is_default:
-        auto_config.core_shape(config)  # refused now rather than after the data is tokenised
+        auto_config.core_shape(config)  # fails now rather than after the data is tokenized
         config = auto_config.choose_task(config, auto_config.first_rows(config))
-    tokenizer = tokenizer_of(config)
     paths = {"train": config.train_path} | ({"valid": config.valid_path} if config.valid_path else {})
-    recipe, kept = data.Recipe.of(config), run.folder.parent / ".tokens"
-    sets, notes = {}, {}
-    for name, path in paths.items():
-        sets[name], notes[name] = data.tokenize(
-            readers.find_sources(path), tokenizer, recipe, kept, config.seed,
-            lambda done, total, name=name: on_progress(name, done, total),
-        )  # fmt: skip
-    _check_rows(config, paths, sets, notes, run)
+    sets, notes = _tokenize(config, paths, run, on_progress)
+    _check_examples(config.on_bad_rows, paths, sets, notes, run)
     choices: list[Choice] = []
     if config.is_default:
         config, choices = _choose(config, sets)
-    config = _fill_gaps(config, sets)
-    report = {"tokenizer": tokenizer_source(config), "context_length": config.context_length}
+    resolved = _fill_gaps(config, sets, run.name)
+    report: dict[str, Any] = {"tokenizer": tokenizer_source(resolved), "context_length": resolved.context_length}
     for name, path in paths.items():
         whole = sets[name]
-        losses = token_store.truncation_losses(whole, config.context_length)
+        losses = token_store.truncation_losses(whole, resolved.context_length)
         sets[name], cut = token_store.fit_context(
-            whole, config.context_length, config.truncation, shown_path(path), _together(config)
+            whole, resolved.context_length, resolved.truncation, display_paths(path), _rows_per_example(resolved.task)
         )
         report[name] = {
-            "path": shown_path(path), **_told(notes[name]), **token_store.token_statistics(whole), "truncation": losses,
-            **cut, **_duplicates(whole), "fingerprint": _fingerprint(sets[name]),
-        }  # fmt: skip
+            "path": display_paths(path),
+            **_reading_report(notes[name]),
+            **token_store.token_statistics(whole),
+            "truncation": losses,
+            **cut,
+            **_duplicates(whole),
+            "fingerprint": _fingerprint(sets[name]),
+        }
     if "valid" in sets:
         report["overlap"] = _overlap(sets["train"], sets["valid"])
-    report["train"] |= _padding(config, sets["train"])
+    report["train"] |= _padding(resolved, sets["train"])
     report |= {"choices": [dataclasses.asdict(choice) for choice in choices]} if choices else {}
-    return Prepared(config, sets["train"], sets.get("valid"), report)
+    return Prepared(resolved, sets["train"], sets.get("valid"), report)
 
 
-def shown_path(path: Any) -> str:
+def _tokenize(
+    config: FinetuneConfig, paths: dict[str, Any], run: Run, on_progress: Callable[[str, int, int], None]
+) -> tuple[dict[str, Tokens], dict[str, data.SetNotes]]:
+    """Tokenize each set, or map its cached tokens; return the tokens and the notes on reading, by set."""
+    tokenizer, recipe, cache = tokenizer_of(config), data.Recipe.of(config), run.folder.parent / ".tokens"
+    sets: dict[str, Tokens] = {}
+    notes: dict[str, data.SetNotes] = {}
+    for name, path in paths.items():
+
+        def report_progress(done: int, total: int, name: str = name) -> None:
+            on_progress(name, done, total)
+
+        sources = readers.find_sources(path)
+        sets[name], notes[name] = data.tokenize(sources, tokenizer, recipe, cache, config.seed, report_progress)
+    return sets, notes
+
+
+def display_paths(path: Any) -> str:
     """Write a config's data path, or list of paths, in one line."""
     if isinstance(path, str):
         return path
     return ", ".join(entry if isinstance(entry, str) else f"{entry.path} x {entry.weight:g}" for entry in path)
 
 
-def _check_rows(config: FinetuneConfig, paths, sets, notes, run: Run) -> None:
-    """Raise DataError for bad rows, unless they are to be dropped, and for sets with no row left."""
-    bad = {name: one for name, one in notes.items() if one.problems}
-    if bad and config.on_bad_rows == "fail":
-        report = {name: {"path": shown_path(paths[name]), **_told(one)} for name, one in bad.items()}
+def _check_examples(
+    on_bad_rows: str, paths: dict[str, Any], sets: dict[str, Tokens], notes: dict[str, data.SetNotes], run: Run
+) -> None:
+    """Raise DataError for bad examples, unless they are to be dropped, and for sets with no example left."""
+    bad = {name: note for name, note in notes.items() if note.problems}
+    if bad and on_bad_rows == "fail":
+        report = {name: {"path": display_paths(paths[name]), **_reading_report(note)} for name, note in bad.items()}
         run.folder.mkdir(parents=True, exist_ok=True)
         atomic.write_json(run.data_report, report)
-        errors = [str(data.bad_rows_error(shown_path(paths[name]), one)) for name, one in bad.items()]
-        raise DataError(
-            "\n".join(errors)
-            + f"\nAll of them: {storage.display_path(run.data_report)}. Mend them, or set on_bad_rows: drop"
-        )
+        errors = [str(data.bad_rows_error(display_paths(paths[name]), note)) for name, note in bad.items()]
+        where = f"All of them: {display_path(run.data_report)}. Fix them, or set on_bad_rows: drop"
+        raise DataError("\n".join([*errors, where]))
     for name, path in paths.items():
         if not len(sets[name]):
-            raise data.empty_error(shown_path(path))
+            raise data.empty_error(display_paths(path))
 
 
-def _told(notes: data.SetNotes) -> dict[str, Any]:
-    """Say what was met while a set was read."""
-    told = {
-        "rows_read": notes.rows, "rows_bad": len(notes.problems), "turns": notes.turns,
-        "formats": dict(notes.formats), "ignored_columns": dict(notes.ignored),
-    }  # fmt: skip
-    told |= {"rows_per_label": dict(notes.labels)} if notes.labels else {}
-    return told | ({"problems": notes.problems} if notes.problems else {})
+def _reading_report(notes: data.SetNotes) -> dict[str, Any]:
+    """Name what was noted while a set was read."""
+    report = {
+        "rows_read": notes.rows,
+        "rows_bad": len(notes.problems),
+        "turns": notes.turns,
+        "formats": dict(notes.formats),
+        "ignored_columns": dict(notes.ignored),
+    }
+    report |= {"rows_per_label": dict(notes.labels)} if notes.labels else {}
+    return report | ({"problems": notes.problems} if notes.problems else {})
 
 
 def _duplicates(whole: Tokens) -> dict[str, Any]:
-    """Name the first rows that repeat an earlier one."""
+    """List the first examples that repeat an earlier one."""
     _, first = np.unique(whole.content, return_index=True)
-    repeats = np.setdiff1d(np.arange(len(whole)), first)[:SHOWN_PLACES]
+    repeats = np.setdiff1d(np.arange(len(whole)), first)[:LISTED_PLACES]
     return {"duplicates": [whole.where(k) for k in repeats]} if len(repeats) else {}
 
 
 def _overlap(train: Tokens, valid: Tokens) -> dict[str, Any]:
-    """Count the validation rows that are trained on, too: their loss says nothing."""
+    """Count the validation examples that are training examples, too: their loss does not measure generalization."""
     shared = np.flatnonzero(np.isin(valid.content, train.content))
-    return {"rows": len(shared), "places": [valid.where(k) for k in shared[:SHOWN_PLACES]]}
+    return {"rows": len(shared), "places": [valid.where(k) for k in shared[:LISTED_PLACES]]}
 
 
-def _padding(config: FinetuneConfig, train: Tokens) -> dict[str, Any]:
-    """Say how the rows fill the batches of the first epoch."""
+def _padding(config: ResolvedConfig, train: Tokens) -> dict[str, Any]:
+    """Report how the examples fill the batches of the first epoch."""
     sequences = batching.make_sequences(train, config)
     share = batching.padding_share(train, sequences, config)
     return {"sequences": len(sequences), "padding_share": round(share, 4)}
 
 
 def _choose(config: FinetuneConfig, sets: dict[str, Tokens]) -> tuple[FinetuneConfig, list[Choice]]:
-    """Choose what --default leaves to the program, by the tokens of the data and the hardware named or found."""
-    data = Statistics(tuple(sets["train"].lengths.tolist()), 1.0, "the tokenised rows")
+    """Choose what --default leaves open, from the tokens of the data and the hardware of the config or machine."""
+    statistics = Statistics(tuple(sets["train"].lengths.tolist()), 1.0, "the tokenized examples")
     longest_valid = int(sets["valid"].lengths.max()) if "valid" in sets else 0
-    hardware = hardware_in(config) or found_hardware()
-    return auto_config.choose(config, auto_config.core_shape(config), hardware, data, longest_valid)
+    hardware = hardware_in(config) or local_hardware()
+    return auto_config.choose(config, auto_config.core_shape(config), hardware, statistics, longest_valid)
 
 
-def _fill_gaps(config: FinetuneConfig, sets: dict[str, Tokens]) -> FinetuneConfig:
+def _fill_gaps(config: FinetuneConfig, sets: dict[str, Tokens], run_name: str) -> ResolvedConfig:
     """Choose what the config leaves open: context length, batch sizes, epochs (LLMForge's rules)."""
-    chosen: dict[str, Any] = {}
-    if config.context_length is None:
-        p95 = max(token_store.token_statistics(one)["tokens_p95"] for one in sets.values())
-        chosen["context_length"] = max(p95, families.native_context_length(locate(config.model_id)))
-    context = config.context_length or chosen["context_length"]
+    context = config.context_length
+    if context is None:
+        p95 = max(token_store.token_statistics(tokens)["tokens_p95"] for tokens in sets.values())
+        context = max(p95, native_context_length(locate(config.model_id)))
     micro = micro_batch_for(context)
-    for name in ("train_batch_size_per_device", "eval_batch_size_per_device"):
-        if getattr(config, name) is None:
-            chosen[name] = micro
-    if chosen:
-        config = config.resolve(**chosen)
-    if config.num_epochs is None:
+    sized = config.resolve(
+        context_length=context,
+        train_batch_size_per_device=config.train_batch_size_per_device or micro,
+        eval_batch_size_per_device=config.eval_batch_size_per_device or micro,
+        run_name=config.run_name or run_name,
+    )
+    epochs = config.num_epochs
+    if epochs is None:
+        # Counted as the run will see the data; truncation: error may still reject it, with its own message.
         policy = "drop" if config.truncation == "error" else config.truncation
-        fitted, _ = token_store.fit_context(sets["train"], context, policy, together=_together(config))
-        sequences = batching.make_sequences(fitted, config)
-        epoch_steps = schedule.steps_per_epoch(len(sequences), config.global_batch_size)
-        config = config.resolve(num_epochs=schedule.epochs_for(config.min_update_steps, epoch_steps))
-    return config
+        fitted, _ = token_store.fit_context(sets["train"], context, policy, together=_rows_per_example(config.task))
+        sequences = batching.make_sequences(fitted, sized)
+        epoch_steps = schedule.steps_per_epoch(len(sequences), sized.global_batch_size)
+        epochs = schedule.epochs_for(config.min_update_steps, epoch_steps)
+    return sized.resolved(num_epochs=epochs)
 
 
-def _together(config: FinetuneConfig) -> int:
-    return 2 if config.task == "preference_tuning" else 1
+def _rows_per_example(task: str | None) -> int:
+    """Count the token rows of an example: a preference pair has two."""
+    return 2 if task == "preference_tuning" else 1
 
 
 def _fingerprint(fitted: Tokens) -> str:
-    """Hash what is trained, so that a continued run can tell whether its data changed."""
+    """Hash the training tokens, so that a resumed run notices if its data changed."""
     digest = hashlib.sha256()
     for array in (fitted.content, fitted.begin, fitted.end):
         digest.update(np.ascontiguousarray(array).tobytes())
@@ -189,37 +213,43 @@ def report_rows(report: dict[str, Any]) -> list[list[str]]:
     """Lay the data report out as lines of a table: name, training set, validation set."""
     sets = [report[name] for name in ("train", "valid") if name in report]
 
-    def line(name: str, tell: Callable[[dict], str]) -> list[str]:
-        return [name, *(tell(one) for one in sets)]
+    def line(name: str, write: Callable[[dict], str]) -> list[str]:
+        return [name, *map(write, sets)]
 
     lines = [
         line("data", lambda s: s["path"]),
-        line("rows", lambda s: f"{s['rows']:,}" + (f" ({s['rows_bad']:,} bad, dropped)" if s["rows_bad"] else "")),
+        line("examples", lambda s: f"{s['rows']:,}" + (f" ({s['rows_bad']:,} bad, dropped)" if s["rows_bad"] else "")),
         line("format", lambda s: ", ".join(f"{n:,} {name}" for name, n in s["formats"].items())),
         line("turns", lambda s: f"{s['turns']:,}"),
         line("tokens", lambda s: f"{s['tokens']:,}"),
-        line("trained tokens", lambda s: f"{s['supervised_tokens']:,} ({s['supervised_share']:.0%})"),
+        line("supervised tokens", lambda s: f"{s['supervised_tokens']:,} ({s['supervised_share']:.0%})"),
         line(
-            "tokens per row",
+            "tokens per example",
             lambda s: "p50 {tokens_p50:,}  p95 {tokens_p95:,}  p99 {tokens_p99:,}  max {tokens_max:,}".format(**s),
         ),
-        line(f"longer than {report['context_length']:,}", lambda s: _longer(s)),
+        line(f"longer than {report['context_length']:,}", _truncated),
         line("duplicates", lambda s: f"{s['duplicate_rows']:,}"),
     ]
     if any(s["ignored_columns"] for s in sets):
         lines.append(line("ignored keys", lambda s: ", ".join(s["ignored_columns"])))
     if any("rows_per_label" in s for s in sets):
-        lines.append(
-            line("rows per label", lambda s: ", ".join(f"{n:,} {t}" for t, n in sorted(s["rows_per_label"].items())))
-        )
-    if report.get("overlap", {}).get("rows"):
-        lines.append(["also trained on", "", f"{report['overlap']['rows']:,} rows"])
+        labels = line("examples per label", lambda s: ", ".join(f"{n:,} {t}" for t, n in _labels(s)))
+        lines.append(labels)
+    if overlap := report.get("overlap", {}).get("rows"):
+        lines.append(["also in training", "", f"{overlap:,} example{'s' * (overlap > 1)}"])
     lines.append(["padding", f"{report['train']['padding_share']:.1%}", *[""] * (len(sets) - 1)])
     return lines
 
 
-def _longer(one: dict[str, Any]) -> str:
-    if not one["truncation"]["longer_rows"]:
+def _labels(report: dict[str, Any]) -> list[tuple[str, int]]:
+    return sorted(report["rows_per_label"].items())
+
+
+def _truncated(report: dict[str, Any]) -> str:
+    """Write what truncation does to a set."""
+    longer = report["truncation"]["longer_rows"]
+    if not longer:
         return "0"
-    lost = f", {one['answer_tokens_cut']:,} trained tokens lost" if one["answer_tokens_cut"] else ""
-    return f"{one['truncation']['longer_rows']:,} rows: {one['rows_cut']:,} cut, {one['rows_dropped']:,} dropped{lost}"
+    cut = report["answer_tokens_cut"]
+    lost = f", {cut:,} supervised tokens lost" if cut else ""
+    return f"{longer:,} examples: {report['rows_cut']:,} cut, {report['rows_dropped']:,} dropped{lost}"

@@ -16,7 +16,7 @@ from forgebook.models.tokenizer import locate
 from forgebook.models.vllm_support import vllm_serves
 from forgebook.planning import preflight, schedule
 from forgebook.planning.auto_config import choice_rows, choices_of
-from forgebook.planning.plan_report import comparison, in_short
+from forgebook.planning.plan_report import compare_with_plan, plan_summary
 from forgebook.planning.prepare import Prepared, report_rows
 from forgebook.reporting.console import make_table
 from forgebook.reporting.plots import plot_losses
@@ -88,7 +88,7 @@ def print_run(output: Console, run: Run, prepared: Prepared) -> None:
 def print_forecast(output: Console, told: Plan | None, worries: list[str]) -> None:
     """Tell the plan, and what of it should worry."""
     if told:
-        output.print(f"  plan   {in_short(told)}")
+        output.print(f"  plan   {plan_summary(told)}")
     for text in worries:
         output.print(f"  [yellow]{escape(text)}[/yellow]")
 
@@ -99,8 +99,8 @@ def write_summary(run: Run, config: FinetuneConfig, told: Plan | None, result: d
     Returns a note if that could not be.
     """
     steps = [row for row in read_metrics(run.metrics) if "train_loss_batch" in row]
-    figures = preflight.figures_of(told, run, result, steps)
-    note = preflight.keep(told, config, result, figures)
+    figures = preflight.compare_run(told, run, result, steps)
+    note = preflight.record_run(told, config, result, figures)
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     plot_losses(read_metrics(run.metrics), run.loss_curve)
     write_json(
@@ -129,16 +129,15 @@ def _job_id() -> str | None:
 def print_summary(output: Console, run: Run) -> None:
     """Tell in some lines what came of a run."""
     summary = read_json(run.summary)
-    peak = max(summary["peak_memory_bytes_per_worker"]) / 1e9
     if summary["eval_loss"] is not None:
         perplexity = f", perplexity {summary['perplexity']:.3f}" if summary["perplexity"] else ""
         output.print(f"[bold]done[/bold]  evaluation loss {summary['eval_loss']:.4f}{perplexity}")
     output.print(
         f"  {summary['steps']} steps, {summary['trained_tokens']:,} tokens in {summary['training_seconds']:.0f} s, "
-        f"{summary['trained_tokens_throughput']:,.0f} real tokens/s, peak {peak:.1f} GB per worker"
+        f"{summary['trained_tokens_throughput']:,.0f} tokens/s (excluding padding)"
     )
     if "planned" in summary:
-        output.print(f"  {comparison(summary['planned'], summary['measured'])}")
+        output.print(f"  {compare_with_plan(summary['planned'], summary['measured'])}")
     best = display_path(run.folder / summary["best_checkpoint"])
     output.print(f"  best checkpoint  {best}  loss curve  {display_path(run.loss_curve)}")
     if run.uri:

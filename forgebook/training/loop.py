@@ -22,6 +22,7 @@ from accelerate.utils import gather_object
 from forgebook.config.parse import FinetuneConfig
 from forgebook.data import batching as batches
 from forgebook.data import token_store as tokens
+from forgebook.data.token_store import Tokens
 from forgebook.errors import StoppedError
 from forgebook.planning import hardware, schedule
 from forgebook.planning.plan import running_figures
@@ -61,7 +62,7 @@ def train_loop(config: FinetuneConfig, run: Run, report: Report = lambda metrics
     # (1) Place. The accelerator comes first: under ZeRO-3, DeepSpeed's config must exist before the weights.
     accelerator = make_accelerator(config)
     torch.manual_seed(config.seed)
-    hardware.forget_peak()
+    hardware.reset_peak()
     before, gpu = hardware.resident_memory()[0], hardware.this_gpu()
     saved = checkpoints.latest_resume(run.resume)
     place = saved[1] if saved else {"step": 0, "trained_tokens": 0, "seconds": 0.0, "losses": {}}
@@ -117,6 +118,7 @@ def train_loop(config: FinetuneConfig, run: Run, report: Report = lambda metrics
     every = config.checkpoint_and_evaluation_frequency
     events = schedule.evaluation_steps(steps_per_epoch, last_step, *((every.unit, every.frequency) if every else ()))
     flops_of_token = atomic.read_json(run.plan)["flops_per_token"] if run.plan.exists() else None
+    measured_step, step_memory = None, 0
     sums, epoch_order, saved_at = EpochSums(**place.get("epoch_sums", {})), None, time.perf_counter()
     reported_at = -math.inf  # the first step is reported at once
     while step < last_step:
@@ -125,7 +127,11 @@ def train_loop(config: FinetuneConfig, run: Run, report: Report = lambda metrics
             epoch_order = batches.epoch_batches(train, sequences, config.global_batch_size, config.seed, epoch)
         if index == 0:
             sums = EpochSums()
-        done = _train_step(worker, train_set, epoch_order[index], rates[step])
+        if measured_step is None:
+            measured_step = step - index + _widest_step(train, epoch_order, index, index + last_step - step)
+        with _measure_memory(worker) if step == measured_step else contextlib.nullcontext() as memory:
+            done = _train_step(worker, train_set, epoch_order[index], rates[step])
+        step_memory = memory.peak if memory else step_memory
         step += 1
         check_step(done, step, is_first=step == start + 1)
         sums.add(done)
@@ -189,6 +195,9 @@ def train_loop(config: FinetuneConfig, run: Run, report: Report = lambda metrics
         "device_name": gpu.name if gpu else hardware.cpu_share(1).name,
         "peak_memory_bytes_per_worker": _peak_memory(worker),
         "memory_before_bytes_per_worker": _gathered(worker, 0 if gpu else before),
+        "step_memory_bytes_per_worker": _gathered(
+            worker, torch.cuda.max_memory_allocated() if accelerator.device.type == "cuda" else step_memory
+        ),
     }
 
 
@@ -331,6 +340,21 @@ def _peak_memory(worker: Worker) -> list[int]:
     if worker.accelerator.device.type == "cuda":
         return _gathered(worker, torch.cuda.max_memory_allocated())
     return _gathered(worker, hardware.resident_memory()[1])
+
+
+def _widest_step(train: Tokens, steps: list[list[batches.Sequence]], first: int, end: int) -> int:
+    """Return the index of the step with the longest sequence, from `first` on: the one that needs the most memory."""
+    return max(range(first, min(end, len(steps))), key=lambda k: max(train.lengths[s].sum() for s in steps[k]))
+
+
+def _measure_memory(worker: Worker) -> contextlib.AbstractContextManager[hardware.TensorMemory | None]:
+    """Measure the tensors of a step on a CPU; a GPU's allocator keeps this statistic by itself."""
+    if worker.accelerator.device.type == "cuda":
+        return contextlib.nullcontext()
+    # After a step, DDP's buckets are the only trace of the gradients, and Python does not see them.
+    has_buckets = worker.accelerator.num_processes > 1 and worker.engine is None
+    trained = [p for p in worker.model.parameters() if p.requires_grad and p.grad is None]
+    return hardware.TensorMemory(hidden=has_buckets * sum(p.numel() * p.element_size() for p in trained))
 
 
 def _gathered(worker: Worker, size: int) -> list[int]:

@@ -19,9 +19,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from forgebook.errors import ModelError
+from forgebook.planning.memory import LOSS_CHUNK
 
 __all__ = [
-    "CHUNK",
     "IGNORED",
     "SupervisedLM",
     "check_isolation",
@@ -30,8 +30,6 @@ __all__ = [
     "fused_linear_cross_entropy",
 ]
 
-# Positions per chunk. Larger chunks make no step faster (the matrix products are large already), only bigger.
-CHUNK = 256
 IGNORED = -100
 
 
@@ -153,8 +151,8 @@ def chunked_cross_entropy(hidden: torch.Tensor, labels: torch.Tensor, logits_of)
 
     # `hidden.sum() * 0` keeps the graph connected when a micro batch has no supervised position.
     total = hidden.float().sum() * 0
-    for start in range(0, len(labels), CHUNK):
-        chunk = slice(start, start + CHUNK)
+    for start in range(0, len(labels), LOSS_CHUNK):
+        chunk = slice(start, start + LOSS_CHUNK)
         total = total + checkpoint(part, hidden[chunk], labels[chunk], use_reentrant=False)
     return total
 
@@ -168,7 +166,7 @@ def chunked_log_probabilities(hidden: torch.Tensor, labels: torch.Tensor, logits
     def part(hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return -nn.functional.cross_entropy(logits_of(hidden), labels, reduction="none")
 
-    chunks = [slice(start, start + CHUNK) for start in range(0, len(labels), CHUNK)]
+    chunks = [slice(start, start + LOSS_CHUNK) for start in range(0, len(labels), LOSS_CHUNK)]
     found = [checkpoint(part, hidden[chunk], labels[chunk], use_reentrant=False) for chunk in chunks]
     return torch.cat(found) if found else hidden.new_zeros(0, dtype=torch.float32)
 
@@ -189,7 +187,7 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, labels):
         wants_hidden, wants_weight, _ = ctx.needs_input_grad
-        chunk = min(CHUNK, max(1, len(labels)))
+        chunk = min(LOSS_CHUNK, max(1, len(labels)))
         # One buffer in the weights' type for the matrix products, one in float32 for the softmax.
         logits = hidden.new_empty(chunk, len(weight))
         probabilities = torch.empty_like(logits, dtype=torch.float32)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-__all__ = ["METRICS", "PairLogps", "needs_reference", "preference_loss", "preference_metrics"]
+__all__ = ["METRICS", "PairLogps", "preference_loss", "preference_metrics"]
 
 METRICS = ("reward_chosen", "reward_rejected", "reward_margin", "reward_accuracy")
 
@@ -43,16 +43,6 @@ class PairLogps:
         if self.reference_chosen is None or self.reference_rejected is None:
             raise ValueError("this loss compares with a reference model: reference_chosen and reference_rejected")
         return self.chosen - self.reference_chosen, self.rejected - self.reference_rejected
-
-
-def needs_reference(kind: str) -> bool:
-    """Whether a loss compares the model with a reference model."""
-    match kind:
-        case "dpo" | "ipo" | "kto":
-            return True
-        case "simpo" | "orpo":
-            return False
-    raise ValueError(f"got {kind!r}, must be dpo, ipo, simpo, orpo or kto")
 
 
 def preference_loss(kind: str, logps: PairLogps, beta: float, **options) -> Tensor:

@@ -23,13 +23,13 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from forgebook.config.blocks import needs_reference
 from forgebook.data import batching, token_store
 from forgebook.data.token_store import Tokens
 from forgebook.errors import TrainingError
 from forgebook.models import load
 from forgebook.models.tokenizer import tokenizer_of
 from forgebook.training.losses import SupervisedLM
-from forgebook.training.preference import needs_reference
 
 if TYPE_CHECKING:
     from forgebook.config.parse import FinetuneConfig

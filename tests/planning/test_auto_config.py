@@ -12,7 +12,7 @@ from forgebook.config.parse import config_differences, dump_config, load_config
 from forgebook.errors import ConfigError, ModelError, ResourceError
 from forgebook.planning.auto_config import KEYS, choose, choose_task, core_shape
 from forgebook.planning.feasibility import fits, work_of
-from forgebook.planning.hardware import gpu_called
+from forgebook.planning.hardware import gpu_named
 from forgebook.planning.memory import memory_of
 from forgebook.planning.prepare import prepare
 from forgebook.planning.token_count import Statistics
@@ -203,11 +203,11 @@ def test_an_unknown_model_is_told_of_the_core_models_and_of_custom_mode(config):
 
 
 def test_hardware_is_found_by_the_driver_s_name():
-    assert gpu_called("NVIDIA A100-SXM4-80GB", 85_098_000_000).name == "A100-80G"
-    assert gpu_called("NVIDIA A100-SXM4-40GB", 42_400_000_000).name == "A100-40G"
-    assert gpu_called("NVIDIA H100 80GB HBM3", 85_000_000_000).name == "H100"
-    assert gpu_called("Tesla T4", 15_800_000_000).name == "T4"
-    assert gpu_called("NVIDIA GeForce RTX 4090", 25_000_000_000).name == "NVIDIA GeForce RTX 4090"
+    assert gpu_named("NVIDIA A100-SXM4-80GB", 85_098_000_000).name == "A100-80G"
+    assert gpu_named("NVIDIA A100-SXM4-40GB", 42_400_000_000).name == "A100-40G"
+    assert gpu_named("NVIDIA H100 80GB HBM3", 85_000_000_000).name == "H100"
+    assert gpu_named("Tesla T4", 15_800_000_000).name == "T4"
+    assert gpu_named("NVIDIA GeForce RTX 4090", 25_000_000_000).name == "NVIDIA GeForce RTX 4090"
 
 
 def test_a_gpu_that_nobody_knows_is_told(config):
@@ -233,7 +233,7 @@ def test_plan_tells_the_choices(config, capsys, write_rows):
 
 
 def test_choices_are_recorded(config, write_rows, monkeypatch):
-    monkeypatch.setattr("forgebook.planning.prepare.found_hardware", lambda: None)
+    monkeypatch.setattr("forgebook.planning.prepare.local_hardware", lambda: None)
     settings = config(train_path=write_rows(uneven_rows(16)), max_steps=3)
     prepared = prepare(settings, run.open_run(settings))
     text = dump_config(prepared.config)
@@ -247,7 +247,7 @@ def test_choices_are_recorded(config, write_rows, monkeypatch):
 @pytest.mark.slow
 def test_default_mode_learns_on_a_laptop_and_does_not_begin_anew(config, capsys, monkeypatch):
     """The first updates of the quickstart's task alone, in this process."""
-    monkeypatch.setattr("forgebook.planning.prepare.found_hardware", lambda: None)
+    monkeypatch.setattr("forgebook.planning.prepare.local_hardware", lambda: None)
     path = config(train_path=str(REPOSITORY / "data/quickstart/train.jsonl")).source
     for _ in range(2):
         assert main([path, "--default", "max_steps=60"]) == 0

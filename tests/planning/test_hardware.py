@@ -8,11 +8,11 @@ from forgebook.catalog import read_catalog
 from forgebook.planning.hardware import (
     Cpu,
     cpu_share,
-    forget_peak,
-    gpu_called,
+    gpu_named,
     hardware_for,
     hardware_in,
     host_memory,
+    reset_peak,
     resident_memory,
 )
 
@@ -29,13 +29,13 @@ GIB = 2**30
     ],
 )  # fmt: skip
 def test_gpus_are_found_by_their_drivers_names(driver, gib, name):
-    found, known = gpu_called(driver, int(gib * GIB)), read_catalog().gpus[name]
+    found, known = gpu_named(driver, int(gib * GIB)), read_catalog().gpus[name]
     assert (found.name, found.peak, found.price, found.memory) == (name, known.peak, known.price, int(gib * GIB))
 
 
 @pytest.mark.parametrize("driver", ["NVIDIA GeForce RTX 4090", "NVIDIA H100 80GB HBM3 MIG 1g.10gb"])
 def test_other_gpus_have_memory_but_neither_peak_nor_price(driver):
-    found = gpu_called(driver, 10 * GIB)
+    found = gpu_named(driver, 10 * GIB)
     assert (found.name, found.memory, found.peak, found.price) == (driver, 10 * GIB, None, None)
 
 
@@ -80,6 +80,6 @@ def test_the_peak_of_memory_is_seen_and_forgotten():
     held = np.ones(2 * 10**7)
     assert resident_memory()[1] - before > 0.9 * held.nbytes
     del held
-    forget_peak()
+    reset_peak()
     now, peak = resident_memory()
     assert now <= peak < before + 10**8

@@ -4,11 +4,17 @@ import dataclasses
 
 import pytest
 
-from conftest import LORA, config_for
 from forgebook.planning import history
-from forgebook.planning.history import Pace, keep_pace, past_paces, usual_pace
+from forgebook.planning.history import (
+    RunKind,
+    Throughput,
+    method_name,
+    read_throughputs,
+    record_throughput,
+    typical_throughput,
+)
 
-ONE = Pace("A10G", "tiny", 100, "full", "bfloat16", 1, True, 1e12, "2026-01-02")
+ONE = Throughput("A10G", "tiny", 100, "full", "bfloat16", 1, True, 1e12, "2026-01-02")
 
 
 @pytest.fixture
@@ -22,23 +28,23 @@ def many(*changes, **more):
 
 
 def test_paces_are_kept_and_read_again(cache):
-    assert past_paces() == ([], "")
-    assert keep_pace(ONE) == keep_pace(dataclasses.replace(ONE, workers=2)) == ""
-    assert past_paces() == ([ONE, dataclasses.replace(ONE, workers=2)], "")
+    assert read_throughputs() == ([], "")
+    assert record_throughput(ONE) == record_throughput(dataclasses.replace(ONE, workers=2)) == ""
+    assert read_throughputs() == ([ONE, dataclasses.replace(ONE, workers=2)], "")
 
 
 def test_lines_that_cannot_be_read_are_left_out_with_a_note(cache):
-    keep_pace(ONE)
-    with open(history.paces_file(), "ab") as file:
+    record_throughput(ONE)
+    with open(history.history_file(), "ab") as file:
         file.write(b'{"device": "A10G"}\n\xff\xfe\nnull\n[1]\n')
-    keep_pace(dataclasses.replace(ONE, flops_per_second=-1.0))
-    found, note = past_paces()
-    assert found == [ONE] and "paces.jsonl: 5 lines cannot be read" in note
+    record_throughput(dataclasses.replace(ONE, flops_per_second=-1.0))
+    found, note = read_throughputs()
+    assert found == [ONE] and "paces.jsonl: 5 unreadable lines skipped" in note
 
 
 def test_a_file_that_cannot_be_written_costs_no_run(cache):
     cache.write_text("not a folder")
-    assert "plans will not know this run's pace" in keep_pace(ONE)
+    assert "plans will not know the throughput of this run" in record_throughput(ONE)
 
 
 @pytest.mark.parametrize(
@@ -55,10 +61,9 @@ def test_a_file_that_cannot_be_written_costs_no_run(cache):
     ids=["median", "unlike", "like", "model", "workers", "recomputing", "latest"],
 )
 def test_the_runs_most_alike_tell_the_pace(past, flops, runs):
-    usual = usual_pace(past, "A10G", config_for("tiny"), 200)
-    assert usual == (None if flops is None else history.UsualPace(flops, runs))
+    typical = typical_throughput(past, "A10G", RunKind("tiny", 200, "full", "bfloat16", 1, True))
+    assert typical == (None if flops is None else history.TypicalThroughput(flops, runs))
 
 
-def test_quantised_weights_are_a_method_of_their_own():
-    methods = [history.method_of(config_for("tiny", lora_config=LORA, quantization=kind)) for kind in (None, "nf4")]
-    assert [history.method_of(config_for("tiny")), *methods] == ["full", "lora", "lora nf4"]
+def test_quantized_weights_are_a_method_of_their_own():
+    assert [method_name(False, None), method_name(True, None), method_name(True, "nf4")] == ["full", "lora", "lora nf4"]

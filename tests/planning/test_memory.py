@@ -11,7 +11,6 @@ from conftest import LORA, REPOSITORY, config_for
 from forgebook.catalog import Shape, shape_of
 from forgebook.planning import memory
 from forgebook.planning.memory import memory_of, trainable_parameters
-from forgebook.training import losses
 
 LLAMA_8B = "meta-llama/Meta-Llama-3-8B-Instruct"
 LLMFORGE_TARGETS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj embed_tokens lm_head".split()
@@ -70,10 +69,6 @@ def test_all_parameters_are_trained_without_an_adapter():
 
 
 # -- memory
-
-
-def test_the_chunk_of_the_loss_is_that_of_the_loss():
-    assert memory.LOSS_CHUNK == losses.CHUNK
 
 
 def test_full_training_holds_sixteen_bytes_per_parameter():

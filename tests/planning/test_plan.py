@@ -13,10 +13,10 @@ from forgebook.cli.main import main
 from forgebook.models.tokenizer import tokenizer_of
 from forgebook.planning.feasibility import fit as find_fit
 from forgebook.planning.hardware import Cpu
-from forgebook.planning.history import Pace
+from forgebook.planning.history import Throughput
 from forgebook.planning.memory import trainable_parameters
-from forgebook.planning.plan import cost_per_million_tokens, flops_per_token, plan, running_figures, utilisation
-from forgebook.planning.plan_report import as_json, in_short, verdict
+from forgebook.planning.plan import cost_per_million_tokens, flops_per_token, plan, running_figures, utilization
+from forgebook.planning.plan_report import plan_as_json, plan_summary, verdict
 from forgebook.planning.token_count import count_data
 
 # -- does it fit, and what would make it
@@ -52,7 +52,7 @@ def test_the_cheapest_change_is_told(hardware, values, changes):
     if changes:
         assert told.changed_memory.total <= told.capacity and changes[0] in verdict(told)
     else:
-        assert "nothing that this plan knows" in verdict(told)
+        assert "no change that the plan tries" in verdict(told)
 
 
 def test_the_fastest_settings_that_fit_keep_the_rows_of_an_update():
@@ -119,27 +119,33 @@ def test_cost_follows_from_time_and_price():
 def test_past_runs_tell_the_mfu_of_their_gpu(make_config):
     config = make_config(num_devices=2)
     shape, a10g = shape_of(config.model_id), read_catalog().gpus["A10G"]
-    past = [Pace("A10G", config.model_id, shape.parameters, "full", "float32", 2, False, 0.1 * a10g.peak, "2026-01-02")]
-    told = plan(config, shape, (2, a10g), count_data(config), paces=past)
-    assert told.mfu == pytest.approx(0.1) and told.pace == "at 10% MFU, as in 1 run here"
+    past = [
+        Throughput(
+            "A10G", config.model_id, shape.parameters, "full", "float32", 2, False, 0.1 * a10g.peak, "2026-01-02"
+        )
+    ]
+    told = plan(config, shape, (2, a10g), count_data(config), throughputs=past)
+    assert told.mfu == pytest.approx(0.1) and told.pace == "at 10% MFU, based on 1 earlier run on this machine"
     costs = {one.gpu: one for one in told.costs}
     assert costs["A10G"].seconds == told.seconds == pytest.approx(told.flops / (2 * 0.1 * a10g.peak))
     assert costs["T4"].seconds == pytest.approx(told.flops / (2 * 0.4 * read_catalog().gpus["T4"].peak))
-    assert told.cost == costs["A10G"].cost and "at 10% MFU, as in 1 run here" in in_short(told)
-    given = plan(config, shape, (2, a10g), count_data(config), mfu=0.4, paces=past)
+    assert told.cost == costs["A10G"].cost and "at 10% MFU, based on 1 earlier run on this machine" in plan_summary(
+        told
+    )
+    given = plan(config, shape, (2, a10g), count_data(config), mfu=0.4, throughputs=past)
     assert given.mfu == 0.4 and given.seconds == pytest.approx(told.seconds / 4)
 
 
 def test_on_a_cpu_past_runs_tell_the_time_and_nothing_costs(make_config):
     config = make_config()
     shape, cpu = shape_of(config.model_id), Cpu("a processor", 10**10, 10**10)
-    past = [Pace("a processor", "other", shape.parameters, "full", "float32", 1, False, 3e9, "2026-01-02")]
-    told = plan(config, shape, (1, cpu), count_data(config), paces=past)
+    past = [Throughput("a processor", "other", shape.parameters, "full", "float32", 1, False, 3e9, "2026-01-02")]
+    told = plan(config, shape, (1, cpu), count_data(config), throughputs=past)
     assert told.seconds == pytest.approx(told.flops / 3e9) and told.cost is None and told.mfu is None
     assert told.fits and told.capacity == 10**10 and told.memory.buffers == 0
-    assert "at 3 GFLOP/s, as in 1 run here" in in_short(told)
+    assert "at 3 GFLOP/s, based on 1 earlier run on this machine" in plan_summary(told)
     alone = plan(config, shape, (1, cpu), count_data(config))
-    assert alone.seconds is None and "no run like it" in in_short(alone)
+    assert alone.seconds is None and "no similar earlier run" in plan_summary(alone)
 
 
 def test_on_a_cpu_nothing_is_offloaded_and_no_gpu_is_bought():
@@ -176,7 +182,7 @@ def test_llmforges_table_recomputed(model):
     for millions_per_hour, mfu, _ in rows:
         per_second = millions_per_hour * 1e6 / 3600
         # Its formula: 2 x 3 x tokens x parameters / time / peak, so six per parameter although LoRA needs four.
-        assert utilisation(per_second, 6 * parameters, GPUS, peak) == pytest.approx(mfu, abs=0.01)
+        assert utilization(per_second, 6 * parameters, GPUS, peak) == pytest.approx(mfu, abs=0.01)
         assert mfu * GPUS * peak / (6 * parameters) == pytest.approx(per_second, rel=0.02)
 
 
@@ -246,5 +252,5 @@ def test_a_plan_imports_no_gpu_stack(config_file):
 
 
 def test_a_plan_is_json_all_through():
-    told = as_json(fit("1xA100-80G"))
+    told = plan_as_json(fit("1xA100-80G"))
     assert json.loads(json.dumps(told))["changed_memory"]["total"] < told["memory"]["total"]

@@ -9,8 +9,8 @@ import pytest
 from conftest import TINY_MODEL, losses_of
 from forgebook.errors import ModelError, ResourceError
 from forgebook.launch.ray_train import fine_tune
-from forgebook.planning.history import past_paces
-from forgebook.planning.preflight import forecast
+from forgebook.planning.history import read_throughputs
+from forgebook.planning.preflight import plan_run
 from forgebook.planning.prepare import prepare
 from forgebook.runs.atomic import read_json
 from forgebook.runs.metrics import read_metrics
@@ -48,14 +48,17 @@ def test_what_was_planned_stands_beside_what_was_measured(cache, make_config, ca
     printed, summary = capsys.readouterr().out, read_json(run.summary)
     largest = read_json(run.plan)["memory"]["largest"]
     assert "  plan   " in printed and f"per worker, most of it {largest}; " in printed
-    assert "time unknown: no run like it was made here yet" in printed
-    assert "planned " in printed and "per worker, measured " in printed
+    assert "time unknown: no similar earlier run on this machine" in printed
+    assert "memory per worker (model, optimizer, activations): planned " in printed and "tokens/s (excl" in printed
     planned, measured = summary["planned"], summary["measured"]
     assert planned.keys() == measured.keys() == summary["conventions"].keys() - {"ratio"} | {"steps", "tokens"}
     assert planned["steps"] == measured["steps"] == len(losses_of(run))
     assert planned["tokens"] == measured["tokens"]  # exact: from the run's own rows
     assert planned["step_seconds"] is None and measured["mfu"] is None and measured["cost_usd"] is None  # on a CPU
-    assert measured["memory_bytes_per_worker"] > 0 and measured["disk_bytes"] > 0
+    # The same is planned and measured: the tensors, not the process with its libraries.
+    assert summary["ratio"]["memory_bytes_per_worker"] == pytest.approx(1, abs=0.3)
+    assert max(summary["peak_memory_bytes_per_worker"]) > 2 * measured["memory_bytes_per_worker"]
+    assert measured["disk_bytes"] > 0
     assert summary["ratio"]["steps"] == summary["ratio"]["tokens"] == 1
     rows = [row for row in read_metrics(run.metrics) if "train_loss_batch" in row]
     real, supervised, padded = (f"{kind}_tokens_throughput" for kind in ("trained", "supervised", "padded"))
@@ -64,17 +67,17 @@ def test_what_was_planned_stands_beside_what_was_measured(cache, make_config, ca
     assert read_json(run.plan)["steps"] == planned["steps"]
 
     # The next plan knows the pace.
-    (pace,), _ = past_paces()
+    (pace,), _ = read_throughputs()
     assert pace.flops_per_second == pytest.approx(summary[padded] * planned["flops_per_token"])
-    told, _ = forecast(prepare(config, open_run(config)))
-    assert told.pace.endswith("as in 1 run here") and told.cost is None
+    told, _ = plan_run(prepare(config, open_run(config)))
+    assert told.pace.endswith("based on 1 earlier run on this machine") and told.cost is None
     assert told.seconds == pytest.approx(told.positions / summary[padded], rel=1e-3)
 
 
 def test_a_plan_that_cannot_fit_is_refused_before_weights_are_needed(make_config, model_of, capsys):
     config = make_config(model_id=model_of(**HUGE), context_length=256)
     with pytest.raises(
-        ResourceError, match=r"(?s)does not fit this machine \(.*most of it .*\nforce=true starts"
+        ResourceError, match=r"(?s)does not fit this machine \(.*most of it .*\nforce=true starts the run anyway"
     ) as refused:
         fine_tune(config)
     assert refused.value.exit_code == 2
@@ -91,7 +94,7 @@ def test_a_change_that_makes_it_fit_is_named(make_config, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("free", "said"), [(10**6, "one checkpoint may take"), (2 * 10**7, "its checkpoints and state")]
+    ("free", "said"), [(10**6, "one checkpoint may take"), (2 * 10**7, "its checkpoints and training state")]
 )
 def test_a_small_disk_is_told(make_config, monkeypatch, free, said):
     from forgebook.planning import preflight as room
@@ -100,13 +103,13 @@ def test_a_small_disk_is_told(make_config, monkeypatch, free, said):
     monkeypatch.setattr(room.shutil, "disk_usage", lambda path: usage)
     config = make_config()
     run = open_run(config)
-    told, _ = forecast(prepare(config, run))
+    told, _ = plan_run(prepare(config, run))
     if free > told.checkpoint_bytes:
-        assert any(said in one for one in room.check(told, config, run.folder))
+        assert any(said in one for one in room.check_plan(told, run.folder, force=False))
         return
     with pytest.raises(ResourceError, match=said):
-        room.check(told, config, run.folder)
-    assert said in room.check(told, config.resolve(force=True), run.folder)[0]
+        room.check_plan(told, run.folder, force=False)
+    assert said in room.check_plan(told, run.folder, force=True)[0]
 
 
 def test_memory_that_is_taken_now_is_a_warning(make_config, monkeypatch):
@@ -114,12 +117,12 @@ def test_memory_that_is_taken_now_is_a_warning(make_config, monkeypatch):
 
     monkeypatch.setattr("forgebook.planning.hardware.host_memory", lambda: (10**12, 10**6))
     config = make_config()
-    told, _ = forecast(prepare(config, open_run(config)))
-    (warning,) = room.check(told, config, open_run(config).folder)
+    told, _ = plan_run(prepare(config, open_run(config)))
+    (warning,) = room.check_plan(told, open_run(config).folder, force=False)
     assert told.fits and "0.0 GB are free now" in warning
 
 
 def test_an_architecture_that_is_not_known_has_no_plan(make_config, model_of):
     config = make_config(model_id=model_of(model_type="olmo"))
-    told, note = forecast(prepare(config, open_run(config)))
+    told, note = plan_run(prepare(config, open_run(config)))
     assert told is None and note.startswith("no plan: ") and "model_type 'olmo'" in note

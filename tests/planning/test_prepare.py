@@ -37,7 +37,7 @@ def test_bad_rows_can_be_dropped_and_are_listed(make_config, tmp_path):
     report = prepared(make_config(train_path=str(tmp_path / "some.jsonl"), on_bad_rows="drop")).report
     assert report["train"]["rows"] == 2 and report["train"]["rows_read"] == 3 and report["train"]["rows_bad"] == 1
     assert "some.jsonl:2" in report["train"]["problems"][0]
-    assert "1 bad, dropped" in {line[0]: line[1] for line in report_rows(report)}["rows"]
+    assert "1 bad, dropped" in {line[0]: line[1] for line in report_rows(report)}["examples"]
 
 
 def test_a_row_that_no_template_takes_is_a_bad_row(make_config, write_rows):
@@ -56,7 +56,7 @@ def test_the_report_counts_what_a_user_wants_to_know(make_config, write_rows):
     assert report["train"]["duplicate_rows"] == 1 and report["train"]["duplicates"] == ["t.jsonl:2"]
     assert report["overlap"] == {"rows": 1, "places": ["v.jsonl:1"]}
     assert report["train"]["truncation"]["longer_rows"] == 0 and report["train"]["padding_share"] < 1
-    assert ["also trained on", "", "1 rows"] in report_rows(report)
+    assert ["also in training", "", "1 example"] in report_rows(report)
 
 
 def test_rows_per_label(make_config, write_rows):

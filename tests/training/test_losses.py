@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 
 from conftest import TINY_MODEL
-from forgebook.training import losses
+from forgebook.planning.memory import LOSS_CHUNK
 from forgebook.training.losses import SupervisedLM, chunked_cross_entropy, fused_linear_cross_entropy
 
 
@@ -20,7 +20,7 @@ def example(positions, dtype, width=32, vocabulary=500, spread=1.0):
     return hidden, weight, torch.randint(0, vocabulary, (positions,))
 
 
-@pytest.mark.parametrize("positions", [1, losses.CHUNK - 1, losses.CHUNK, 2 * losses.CHUNK + 3])
+@pytest.mark.parametrize("positions", [1, LOSS_CHUNK - 1, LOSS_CHUNK, 2 * LOSS_CHUNK + 3])
 def test_fused_loss_and_gradients_equal_the_plain_ones(positions):
     hidden, weight, labels = example(positions, torch.float32)
     (3 * fused_linear_cross_entropy(hidden, weight, labels)).backward()
@@ -61,7 +61,7 @@ def test_no_supervised_position_gives_zero_and_a_gradient():
 
 
 def test_nothing_as_large_as_the_logits_is_kept_for_backward():
-    hidden, weight, labels = example(4 * losses.CHUNK, torch.float32)
+    hidden, weight, labels = example(4 * LOSS_CHUNK, torch.float32)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
         fused_linear_cross_entropy(hidden, weight, labels)

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import REPOSITORY, TINY_MODEL
-from forgebook.training.preference import PairLogps, needs_reference, preference_loss, preference_metrics
+from forgebook.config.blocks import needs_reference
+from forgebook.training.preference import PairLogps, preference_loss, preference_metrics
 from oracles.make_preference_oracle import perturb
 
 # Somebody else's result: written by TRL, see tests/oracles/make_preference_oracle.py.
@@ -187,7 +188,5 @@ def test_what_a_loss_does_not_know_is_refused():
                 preference_loss(kind, logps, 0.1)
     with pytest.raises(ValueError, match="'ppo'"):
         preference_loss("ppo", logps, 0.1)
-    with pytest.raises(ValueError, match="'ppo'"):
-        needs_reference("ppo")
     with pytest.raises(TypeError, match="label_smoothing"):
         preference_loss("simpo", logps, 0.1, label_smoothing=0.1)
