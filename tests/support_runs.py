@@ -24,8 +24,8 @@ from forgebook.inference import generate
 from forgebook.launch.ray_train import fine_tune
 from forgebook.runs.metrics import read_metrics
 from forgebook.runs.run import Run
-from forgebook.training import objectives
 from forgebook.training.losses import SupervisedLM
+from forgebook.training.objectives import Objective
 
 METHODS = {
     "full": {},
@@ -75,9 +75,10 @@ def reloaded_loss(config: FinetuneConfig, run: Run, checkpoint: str) -> float:
     order = [row for rows in sequences for row in rows]
     reference = torch.from_numpy(np.load(kept)[order]) if kept.exists() else None
     batch = batching.collate(valid, sequences, tokenizer.pad_token_id)
+    objective = Objective(config.preference_tuning_config)
     with torch.no_grad():
-        found = objectives.measure(config, SupervisedLM(model).eval(), batch, reference)
-    return float(found.loss) / objectives.count_units(config, valid, np.arange(len(valid)))
+        measurement = objective.measure(SupervisedLM(model).eval(), batch, reference)
+    return float(measurement.loss) / objective.count_units(valid, np.arange(len(valid)))
 
 
 def main() -> None:

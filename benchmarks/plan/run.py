@@ -147,11 +147,11 @@ def measure(case: str, folder: str) -> int:
         for _ in range(steps):
             for _ in range(config.gradient_accumulation_steps):
                 loss = worker.wrapped(input_ids=ids, labels=ids) / ids.numel()
-                if worker.engine is None:
+                if worker.deepspeed_engine is None:
                     accelerator.backward(loss)
                 else:
                     accelerator.deepspeed_engine_wrapped.backward(loss, sync_gradients=True)
-            if worker.engine is None:
+            if worker.deepspeed_engine is None:
                 torch.nn.utils.clip_grad_norm_(worker.optimizer.trained, 1.0)
                 worker.optimizer.step()
                 worker.optimizer.zero_grad()

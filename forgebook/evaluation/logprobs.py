@@ -33,7 +33,7 @@ def log_probabilities(
         part = order[start : start + batch_size]
         batch = batching.collate(rows, [np.array([k]) for k in part], tokenizer.pad_token_id)
         with torch.inference_mode():
-            sums = wrapped(**{name: value.to(model.device) for name, value in batch.items()}, want="rows")
+            sums = wrapped(**{name: value.to(model.device) for name, value in batch.items()}, output="examples")
         found[part] = sums.float().cpu().numpy()
         on_progress(start + len(part))
     return found, rows.supervised.astype(float)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from forgebook.config.parse import FinetuneConfig
 
-__all__ = ["add_embedding_noise", "fit_vocabulary", "load_model", "load_start", "parameter_counts"]
+__all__ = ["fit_vocabulary", "load_model", "load_start", "parameter_counts"]
 
 
 def fit_vocabulary(model: PreTrainedModel, tokenizer, config: FinetuneConfig) -> dict[str, Any]:
@@ -120,23 +120,6 @@ def load_start(config: FinetuneConfig, tokenizer) -> PreTrainedModel:
         adapter = locate(config.initial_adapter_model_ckpt_path)
         model = continue_lora(model, adapter, config.lora_config, config.rope_scaling)
     return model
-
-
-def add_embedding_noise(model, alpha: float) -> None:
-    """Add NEFTune's noise to the input embeddings whenever the model is in training mode.
-
-    alpha: the noise is uniform in +-alpha / sqrt(length * width). It comes from torch's random numbers, which a
-    run seeds and keeps when it is continued.
-    """
-    import torch
-
-    def noisy(layer, inputs, output: torch.Tensor) -> torch.Tensor:
-        if not layer.training:
-            return output
-        size = alpha / (output.shape[-2] * output.shape[-1]) ** 0.5
-        return output + torch.empty_like(output).uniform_(-size, size)
-
-    model.get_input_embeddings().register_forward_hook(noisy)
 
 
 def parameter_counts(model) -> tuple[int, int]:

@@ -347,10 +347,11 @@ def load_resume(state: Path, place: dict[str, Any], model, optimizer, engine=Non
 
 
 def _random_state() -> dict[str, Any]:
-    keys, place = np.random.get_state()[1:3]
+    numpy_state = np.random.get_state(legacy=False)["state"]
     return {
         "python": random.getstate(),
-        "numpy": (torch.from_numpy(keys.astype(np.int64)), place),
+        # As a tensor, which loads with weights_only=True.
+        "numpy": (torch.from_numpy(numpy_state["key"].astype(np.int64)), numpy_state["pos"]),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
@@ -358,8 +359,8 @@ def _random_state() -> dict[str, Any]:
 
 def _set_random_state(state: dict[str, Any]) -> None:
     random.setstate(state["python"])
-    keys, place = state["numpy"]
-    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), place))
+    key, position = state["numpy"]
+    np.random.set_state(("MT19937", key.numpy().astype(np.uint32), position, 0, 0.0))
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])

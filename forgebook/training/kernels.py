@@ -11,7 +11,7 @@ import importlib.util
 import shutil
 from typing import TYPE_CHECKING, Any
 
-from forgebook.errors import ConfigError, ModelError, ResourceError
+from forgebook.errors import ConfigError, ModelError, ResourceError, first_line
 from forgebook.models.attention import attention_facts, choose_attention
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["compile_decoder", "refuse_missing", "use_liger"]
 
-# Liger's own losses stand in the forward pass that makes logits, which ours never calls.
+# Liger's own losses are part of the forward pass that computes logits, which our loss never calls.
 OUR_LOSS = {"cross_entropy": False, "fused_linear_cross_entropy": False}
 
 
@@ -55,35 +55,35 @@ def _has(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-def use_liger(model, switches: dict[str, bool]) -> None:
-    """Put Liger's kernels into a causal language model, in place; `switches` turns single ones off or on.
+def use_liger(model: Any, switches: dict[str, bool]) -> None:
+    """Apply Liger's kernels to a causal language model, in place; `switches` turns single kernels off or on.
 
-    Raises ModelError if Liger knows no kernels for this model; ConfigError for a kernel it has not got.
+    Raises ModelError if Liger has no kernels for this model, ConfigError for a kernel that it does not have.
     """
     import inspect
 
-    from liger_kernel.transformers import _apply_liger_kernel_to_instance
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+    from transformers.integrations.liger import apply_liger_kernel
 
     kind = model.config.model_type
-    if kind not in MODEL_TYPE_TO_APPLY_LIGER_FN:  # Liger would write a line to a log and do nothing
+    if kind not in MODEL_TYPE_TO_APPLY_LIGER_FN:  # Liger would log a line and change nothing
         raise ModelError(f"liger_kernel.enabled: Liger has no kernels for {kind} models: set it to false")
     known = inspect.signature(MODEL_TYPE_TO_APPLY_LIGER_FN[kind]).parameters
     unknown = sorted(name for name in switches if name not in known and name not in OUR_LOSS)
     if unknown:
         raise ConfigError(f"liger_kernel.kwargs: Liger has no {', '.join(unknown)} kernel for {kind} models: remove it")
     ours = {name: value for name, value in OUR_LOSS.items() if name in known}
-    _apply_liger_kernel_to_instance(model=model, **{**switches, **ours})
+    apply_liger_kernel(model, {**switches, **ours})
 
 
-def compile_decoder(model, options: bool | dict[str, Any]) -> None:
-    """Have the decoder of a causal language model, maybe inside a PeftModel, compiled when it is first called.
+def compile_decoder(model: Any, options: bool | dict[str, Any]) -> None:
+    """Compile the decoder of a causal language model, plain or inside a PeftModel, when it is first called.
 
-    Raises ConfigError for an argument that torch.compile does not take.
+    options: True, or keyword arguments of torch.compile. Raises ConfigError for one that it does not take.
     """
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     try:
-        # In place: names of parameters, and with them checkpoints, stay the same.
+        # In place: the names of parameters, and with them the checkpoints, stay the same.
         causal.base_model.compile(**(options if isinstance(options, dict) else {}))
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"torch_compile: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"torch_compile: {first_line(error)}") from None

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from forgebook.config.parse import FinetuneConfig
+from forgebook.config.blocks import ClassifierConfig
+from forgebook.config.schema import ResolvedConfig
 from forgebook.data import batching as batches
 from forgebook.data import token_store as tokens
 from forgebook.data.token_store import Tokens
@@ -33,10 +35,10 @@ from forgebook.training import (  # fmt: skip
     checkpoints,
     classification,
     distributed,
-    objectives,
     optimizers,
 )
 from forgebook.training.losses import check_isolation
+from forgebook.training.objectives import Objective
 from forgebook.training.reference import ExampleSet, with_reference
 from forgebook.training.setup import Worker, base_overrides, make_accelerator, make_worker, prompt_format_text
 from forgebook.training.step_metrics import EpochSums, Step, check_step
@@ -47,9 +49,11 @@ __all__ = ["train_loop"]
 Report = Callable[[dict[str, Any], str | None], None]
 # Between the steps reported when nothing is evaluated: Ray takes reports every two seconds, and workers wait for it.
 REPORT_SECONDS = 10.0
+# What a worker sums over its micro batches: the loss, tokens with padding, and what the task measures.
+Sums = collections.Counter[str]
 
 
-def train_loop(config: FinetuneConfig, run: Run, report: Report = lambda metrics, checkpoint: None) -> dict[str, Any]:
+def train_loop(config: ResolvedConfig, run: Run, report: Report = lambda metrics, checkpoint: None) -> dict[str, Any]:
     """Fine-tune as `config` says; return what summary.json reports, the same on every rank.
 
     config: with context length, batch sizes and epochs resolved. report: called after each evaluation, and every
@@ -65,7 +69,7 @@ def train_loop(config: FinetuneConfig, run: Run, report: Report = lambda metrics
     hardware.reset_peak()
     before, gpu = hardware.resident_memory()[0], hardware.this_gpu()
     saved = checkpoints.latest_resume(run.resume)
-    place = saved[1] if saved else {"step": 0, "trained_tokens": 0, "seconds": 0.0, "losses": {}}
+    place: dict[str, Any] = saved[1] if saved else {"step": 0, "trained_tokens": 0, "seconds": 0.0, "losses": {}}
     progress = Progress(run, place["step"], silent=not accelerator.is_main_process)
     began = time.perf_counter() - place["seconds"]
 
@@ -81,7 +85,7 @@ def train_loop(config: FinetuneConfig, run: Run, report: Report = lambda metrics
     stage = "loading the model" if saved else "loading the model, rehearsing a checkpoint"
     progress.stage(stage + compiles * "; DeepSpeed compiles an extension at its first use (a minute)")
     worker = make_worker(config, accelerator)
-    # New weights are the same on every rank; dropout from here on is each rank's own.
+    # New weights, as an adapter's, are the same on every rank; dropout from here on is each rank's own.
     torch.manual_seed(config.seed + accelerator.process_index)
     rates = optimizers.learning_rates(
         config.lr_scheduler_type, config.learning_rate, config.num_warmup_steps, last_step
@@ -89,24 +93,36 @@ def train_loop(config: FinetuneConfig, run: Run, report: Report = lambda metrics
     parameters, trainable = worker.parameters
     if config.padding == "packed":
         check_isolation(worker.wrapped, accelerator.device)
-    train_set = with_reference(worker, run, train, "training", progress)
-    valid_set = with_reference(worker, run, valid, "validation", progress)
+    objective = Objective(config.preference_tuning_config)
+    pad_id, device = worker.tokenizer.pad_token_id, accelerator.device
+    pad_to = config.context_length if config.padding == "max_length" else None
+    train_set = ExampleSet(train, pad_id, device, pad_to, packed=config.padding == "packed")
+    train_set = with_reference(config, run, worker, train_set, "training", progress)
+    evaluate = None
+    if valid is not None:
+        valid_set = with_reference(config, run, worker, ExampleSet(valid, pad_id, device), "validation", progress)
+        valid_sequences = batches.single_sequences(valid, config)
+        valid_sequences.sort(key=lambda sequence: -int(valid.lengths[sequence].sum()))
+        batch_size = config.eval_batch_size_per_device * accelerator.num_processes
+        evaluate = functools.partial(
+            _evaluate, worker, objective, valid_set, valid_sequences, batch_size, config.classifier_config
+        )
 
     # (4) Continue from the last complete state, or rehearse a save: a full disk shows now, not after the night.
-    beside = {
-        "prompt_format": prompt_format_text(config),
-        "overrides": base_overrides(config),
+    beside: dict[str, Any] = {
+        "prompt_format": prompt_format_text(config.generation_config.prompt_format),
+        "overrides": base_overrides(config.rope_scaling, config.quantization) if config.is_lora else None,
         "start": checkpoints.keep_start(worker.model, run.adapter_start, is_continued=bool(saved)),
     }
     if saved:
         is_elastic = config.min_devices is not None
-        checkpoints.load_resume(*saved, worker.model, worker.optimizer, worker.engine, is_elastic=is_elastic)
+        checkpoints.load_resume(*saved, worker.model, worker.optimizer, worker.deepspeed_engine, is_elastic=is_elastic)
     else:
         checkpoints.rehearse(
             worker.model, worker.tokenizer, run.checkpoints, copies=config.num_checkpoints_to_keep, **beside
         )
-    if config.eval_first and valid_set and not saved:
-        progress.evaluation(step=0, epoch=0, **_evaluate(worker, valid_set))
+    if config.eval_first and evaluate and not saved:
+        progress.evaluation(step=0, epoch=0, **evaluate())
     start, losses, trained_tokens = place["step"], dict(place["losses"]), place["trained_tokens"]
     step = start
     progress.stage(
@@ -118,6 +134,9 @@ def train_loop(config: FinetuneConfig, run: Run, report: Report = lambda metrics
     every = config.checkpoint_and_evaluation_frequency
     events = schedule.evaluation_steps(steps_per_epoch, last_step, *((every.unit, every.frequency) if every else ()))
     flops_of_token = atomic.read_json(run.plan)["flops_per_token"] if run.plan.exists() else None
+    # Fewer workers than num_devices (min_devices) take more micro batches each: a step has the same examples.
+    devices = max(1, config.num_devices)
+    accumulation = math.ceil(config.gradient_accumulation_steps * devices / accelerator.num_processes)
     measured_step, step_memory = None, 0
     sums, epoch_order, saved_at = EpochSums(**place.get("epoch_sums", {})), None, time.perf_counter()
     reported_at = -math.inf  # the first step is reported at once
@@ -130,7 +149,9 @@ def train_loop(config: FinetuneConfig, run: Run, report: Report = lambda metrics
         if measured_step is None:
             measured_step = step - index + _widest_step(train, epoch_order, index, index + last_step - step)
         with _measure_memory(worker) if step == measured_step else contextlib.nullcontext() as memory:
-            done = _train_step(worker, train_set, epoch_order[index], rates[step])
+            done = _train_step(
+                worker, objective, train_set, epoch_order[index], rates[step], accumulation, config.max_grad_norm
+            )
         step_memory = memory.peak if memory else step_memory
         step += 1
         check_step(done, step, is_first=step == start + 1)
@@ -150,9 +171,10 @@ def train_loop(config: FinetuneConfig, run: Run, report: Report = lambda metrics
         # (7) Evaluate, then save. Between evaluations only the training state is saved, by the clock.
         if step in events:
             name = events[step]
-            found = _evaluate(worker, valid_set) if valid_set else {}
-            if worker.engine:  # ZeRO-3 may be fetching the next batch's first weights, which no save can gather
-                worker.engine.empty_partition_cache()
+            found = evaluate() if evaluate else {}
+            if worker.deepspeed_engine:
+                # ZeRO-3 may be prefetching the next batch's first weights, which a save could not gather.
+                worker.deepspeed_engine.empty_partition_cache()
             # A warm-up begins at 0: a checkpoint after its first step alone is as it was made.
             moved = any(rates[:step]) or step == last_step
             folder = run.checkpoints / name
@@ -170,7 +192,7 @@ def train_loop(config: FinetuneConfig, run: Run, report: Report = lambda metrics
             seconds = time.perf_counter() - began
             place = {"step": step, "trained_tokens": trained_tokens, "seconds": seconds, "losses": losses}
             place["epoch_sums"] = sums.state()
-            checkpoints.save_resume(run, place, worker.model, worker.optimizer, worker.engine)
+            checkpoints.save_resume(run, place, worker.model, worker.optimizer, worker.deepspeed_engine)
             saved_at = time.perf_counter()
         if step in events or since_report > REPORT_SECONDS:
             report(latest, events.get(step))
@@ -179,10 +201,11 @@ def train_loop(config: FinetuneConfig, run: Run, report: Report = lambda metrics
             raise StoppedError(f"stopped by SIGTERM; step {step} is saved, and the same command continues after it")
 
     best = _keep_best(config, run, losses)
+    has_perplexity = losses[best] is not None and objective.preference is None
     return {
         "best_checkpoint": f"checkpoints/{best}",
         "eval_loss": losses[best],
-        "perplexity": None if config.task == "preference_tuning" else _perplexity(losses[best]),
+        "perplexity": _perplexity(losses[best]) if has_perplexity else None,
         "steps": step,
         "epochs": round(step / steps_per_epoch, 4),
         "trained_tokens": trained_tokens,
@@ -190,7 +213,7 @@ def train_loop(config: FinetuneConfig, run: Run, report: Report = lambda metrics
         "parameters": parameters,
         "trainable_parameters": trainable,
         "workers": accelerator.num_processes,
-        "zero_stage": worker.engine.zero_optimization_stage() if worker.engine else None,
+        "zero_stage": worker.deepspeed_engine.zero_optimization_stage() if worker.deepspeed_engine else None,
         "device": accelerator.device.type,
         "device_name": gpu.name if gpu else hardware.cpu_share(1).name,
         "peak_memory_bytes_per_worker": _peak_memory(worker),
@@ -201,118 +224,129 @@ def train_loop(config: FinetuneConfig, run: Run, report: Report = lambda metrics
     }
 
 
-# One step ---------------------------------------------------------------------------------------------
+# One step, one evaluation -------------------------------------------------------------------------------
 
 
-def _train_step(worker: Worker, train: ExampleSet, sequences: list[batches.Sequence], rate: float) -> Step:
-    """Forward, backward and update over the rows of one global batch."""
-    config, accelerator = worker.config, worker.accelerator
-    started = time.perf_counter()
+def _train_step(
+    worker: Worker,
+    objective: Objective,
+    train: ExampleSet,
+    sequences: list[batches.Sequence],
+    learning_rate: float,
+    accumulation: int,
+    max_grad_norm: float | None,
+) -> Step:
+    """Run forward, backward and the optimizer over the sequences of one global batch. Collective."""
+    accelerator, started = worker.accelerator, time.perf_counter()
     for group in worker.optimizer.param_groups:
-        group["lr"] = rate
-    world = accelerator.num_processes
-    rows = np.concatenate(sequences)
-    units = objectives.count_units(config, train.tokens, rows)
-    # Fewer workers than num_devices (min_devices) take more micro batches each: the same rows make an update.
-    accumulation = math.ceil(config.gradient_accumulation_steps * max(1, config.num_devices) / world)
-    micros = batches.split_batch(sequences, train.tokens, world, accumulation)
-    micros = micros[accelerator.process_index]
-    # DDP and DeepSpeed average over workers, DeepSpeed over micro batches too. The loss is to be the mean over
-    # all supervised tokens (or pairs) of the global batch, wherever they are: so undo their averages, divide once.
-    scale = world * (len(micros) if worker.engine else 1) / units
-    sums: dict[str, float] = collections.Counter()
-    forward_seconds = backward_seconds = 0.0
-    for k, part in enumerate(micros):
-        batch = train.batch(worker, part, _width(config), packed=config.padding == "packed")
-        is_last = k == len(micros) - 1
-        with contextlib.nullcontext() if worker.engine or is_last else accelerator.no_sync(worker.wrapped):
-            begun = _now(accelerator)
-            found = objectives.measure(config, worker.wrapped, batch, train.reference_of(worker, part))
-            halfway = _now(accelerator)
-            if worker.engine:
-                accelerator.deepspeed_engine_wrapped.backward(found.loss * scale, sync_gradients=is_last)
-            else:
-                (found.loss * scale).backward()
-            ended = _now(accelerator)
-        forward_seconds += halfway - begun
-        backward_seconds += ended - halfway
-        sums.update({"loss": float(found.loss.detach()), "padded": batch["input_ids"].numel()})
-        sums.update({name: float(value) for name, value in found.sums.items()})
-    if worker.engine:  # its update was part of the last backward
-        gradient = float(worker.engine.get_global_grad_norm() or 0.0)
+        group["lr"] = learning_rate
+    examples = np.concatenate(sequences)
+    units = objective.count_units(train.tokens, examples)
+    parts = batches.split_batch(sequences, train.tokens, accelerator.num_processes, accumulation)
+    sums, forward_seconds, backward_seconds = _forward_backward(
+        worker, objective, train, parts[accelerator.process_index], units
+    )
+    if worker.deepspeed_engine:  # its optimizer ran within the last backward
+        gradient = float(worker.deepspeed_engine.get_global_grad_norm() or 0.0)
     else:
         trained = [p for p in worker.model.parameters() if p.requires_grad]
-        gradient = float(torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm or math.inf))
+        gradient = float(torch.nn.utils.clip_grad_norm_(trained, max_grad_norm or math.inf))
         worker.optimizer.step()
         worker.optimizer.zero_grad()
-    totals = _summed(worker, sums)
+    totals = _summed(accelerator, sums, ("loss", "padded", *objective.metric_names))
     return Step(
         loss=totals.pop("loss") / units,
         gradient=gradient,
         forward_seconds=forward_seconds,
         backward_seconds=backward_seconds,
         seconds=time.perf_counter() - started,
-        tokens=int(train.tokens.lengths[rows].sum()),
-        supervised=int(train.tokens.supervised[rows].sum()),
+        tokens=int(train.tokens.lengths[examples].sum()),
+        supervised=int(train.tokens.supervised[examples].sum()),
         padded=int(totals.pop("padded")),
         task={name: value / units for name, value in totals.items()},
     )
 
 
-def _summed(worker: Worker, sums: dict[str, float]) -> dict[str, float]:
-    """Add sums up over the ranks; one that had nothing to measure lacks names, and counts as 0."""
-    names = ["loss", "padded", *objectives.metric_names(worker.config.task)]
-    shared = torch.tensor([sums.get(name, 0.0) for name in names], dtype=torch.float64)
-    shared = worker.accelerator.reduce(shared.to(worker.accelerator.device), "sum")
-    return dict(zip(names, shared.tolist(), strict=True))
+def _forward_backward(
+    worker: Worker, objective: Objective, train: ExampleSet, parts: list[list[batches.Sequence]], units: int
+) -> tuple[Sums, float, float]:
+    """Accumulate the gradients of this worker's micro batches; return its sums and the seconds of both passes."""
+    accelerator, engine = worker.accelerator, worker.deepspeed_engine
+    # DDP and DeepSpeed average over workers, DeepSpeed over micro batches too. The loss is to be the mean over all
+    # supervised tokens (or pairs) of the global batch, wherever they are: so undo their averages and divide once.
+    scale = accelerator.num_processes * (len(parts) if engine else 1) / units
+    sums: Sums = collections.Counter()
+    forward_seconds = backward_seconds = 0.0
+    for index, part in enumerate(parts):
+        batch = train.batch(part)
+        is_last = index == len(parts) - 1
+        # DDP sums gradients over the workers in the last micro batch alone; DeepSpeed decides that by itself.
+        with contextlib.nullcontext() if engine or is_last else accelerator.no_sync(worker.wrapped):
+            started = _now(accelerator)
+            measurement = objective.measure(worker.wrapped, batch, train.reference_of(part))
+            halfway = _now(accelerator)
+            if engine:
+                accelerator.deepspeed_engine_wrapped.backward(measurement.loss * scale, sync_gradients=is_last)
+            else:
+                (measurement.loss * scale).backward()
+            ended = _now(accelerator)
+        forward_seconds += halfway - started
+        backward_seconds += ended - halfway
+        sums.update({"loss": float(measurement.loss.detach()), "padded": batch["input_ids"].numel()})
+        sums.update({name: float(value) for name, value in measurement.sums.items()})
+    return sums, forward_seconds, backward_seconds
+
+
+def _summed(accelerator: Accelerator, sums: Sums, names: Sequence[str]) -> dict[str, float]:
+    """Add named sums over the ranks; a rank without examples in a batch lacks names, which count as 0. Collective."""
+    own = torch.tensor([sums.get(name, 0.0) for name in names], dtype=torch.float64)
+    total = accelerator.reduce(own.to(accelerator.device), "sum")
+    return dict(zip(names, total.tolist(), strict=True))
 
 
 @torch.no_grad()
-def _evaluate(worker: Worker, valid: ExampleSet) -> dict[str, float]:
-    """Measure the mean loss over the validation rows, and what the task measures beside it."""
-    config, accelerator = worker.config, worker.accelerator
-    started = time.perf_counter()
-    batch_size = config.eval_batch_size_per_device * accelerator.num_processes
-    sequences = batches.single_sequences(valid.tokens, config)
-    sequences.sort(key=lambda rows: -int(valid.tokens.lengths[rows].sum()))
-    labels = None
-    if config.task == "classification":
-        labels = classification.label_ids(worker.tokenizer, config.classifier_config.label_tokens)
-    sums: dict[str, float] = collections.Counter()
+def _evaluate(
+    worker: Worker,
+    objective: Objective,
+    valid: ExampleSet,
+    sequences: list[batches.Sequence],
+    batch_size: int,
+    classifier: ClassifierConfig | None,
+) -> dict[str, float]:
+    """Measure the mean loss over the validation examples, and what the task measures beside it. Collective.
+
+    sequences: the longest first, so that memory that does not suffice shows at once. batch_size: over all workers.
+    """
+    accelerator, started = worker.accelerator, time.perf_counter()
+    label_ids = classification.label_ids(worker.tokenizer, classifier.label_tokens) if classifier else None
+    sums: Sums = collections.Counter()
     predictions: list[tuple[list[float], int]] = []
     worker.wrapped.eval()
     for start in range(0, len(sequences), batch_size):
-        dealt = batches.split_batch(sequences[start : start + batch_size], valid.tokens, accelerator.num_processes, 1)
-        part = dealt[accelerator.process_index][0]
-        reference = valid.reference_of(worker, part)
-        found = objectives.measure(config, worker.wrapped, valid.batch(worker, part), reference, labels)
-        sums.update({"loss": float(found.loss), **{name: float(value) for name, value in found.sums.items()}})
-        predictions += found.predictions
+        batch = sequences[start : start + batch_size]
+        [part] = batches.split_batch(batch, valid.tokens, accelerator.num_processes, 1)[accelerator.process_index]
+        measurement = objective.measure(worker.wrapped, valid.batch(part), valid.reference_of(part), label_ids)
+        sums.update({"loss": float(measurement.loss)})
+        sums.update({name: float(value) for name, value in measurement.sums.items()})
+        predictions += measurement.predictions
     worker.wrapped.train()
-    totals = _summed(worker, sums)
-    units = objectives.count_units(config, valid.tokens, np.arange(len(valid.tokens)))
-    loss = totals["loss"] / units
-    measured = {"eval_loss": loss}
-    if config.task != "preference_tuning":  # whose loss is no token's
-        measured["perplexity"] = _perplexity(loss)
-    measured |= {f"eval_{name}": totals[name] / units for name in objectives.metric_names(config.task)}
-    if labels is not None:
-        everyones = gather_object(predictions)
-        probabilities, truth = (np.array(column) for column in zip(*everyones, strict=True))
-        measured |= classification.scores(probabilities, truth, config.classifier_config.eval_metrics)
-    return {**measured, "eval_time_per_epoch": time.perf_counter() - started}
+    units = objective.count_units(valid.tokens, np.arange(len(valid.tokens)))
+    totals = _summed(accelerator, sums, ("loss", *objective.metric_names))
+    means = {f"eval_{name}": total / units for name, total in totals.items()}
+    if objective.preference is None:  # the loss of a pair is no token's
+        means["perplexity"] = _perplexity(means["eval_loss"])
+    if classifier:
+        probabilities, truth = (np.array(column) for column in zip(*gather_object(predictions), strict=True))
+        means |= classification.scores(probabilities, truth, classifier.eval_metrics)
+    return {**means, "eval_time_per_epoch": time.perf_counter() - started}
 
 
-def _perplexity(loss: float | None) -> float | None:
-    return None if loss is None else math.exp(min(loss, 700.0))
-
-
-def _width(config: FinetuneConfig) -> int | None:
-    return config.context_length if config.padding == "max_length" else None
+def _perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700.0))  # above, exp overflows
 
 
 def _now(accelerator: Accelerator) -> float:
-    """Read the clock when the device has done what it was given."""
+    """Read the clock once the device has finished its queue."""
     if accelerator.device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -328,7 +362,7 @@ def _agreed(worker: Worker, since_state: float, since_report: float, run: Run) -
     return own[0], own[1], bool(own[2])
 
 
-def _keep_best(config: FinetuneConfig, run: Run, losses: dict[str, float | None]) -> str:
+def _keep_best(config: ResolvedConfig, run: Run, losses: dict[str, float | None]) -> str:
     """Delete all but the best checkpoints; every rank learns the best one's name."""
     uri = f"{run.uri}/{run.checkpoints.name}" if run.uri else None
     with distributed.raised_everywhere():

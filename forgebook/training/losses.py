@@ -1,7 +1,7 @@
 """The loss, at supervised positions only and in chunks: the full logits never exist.
 
-With a vocabulary of 128k the logits of one 4,096-token row are 2 GB in float32, and most of them belong to
-prompt tokens that no loss needs. So hidden states are picked at supervised positions before the output
+With a vocabulary of 128k the logits of one 4,096-token example are 2 GB in float32, and most of them belong to
+prompt tokens that are not in the loss. So hidden states are selected at supervised positions before the output
 layer, and the output layer is applied to a chunk of them at a time.
 
     wrapped = SupervisedLM(model)                       any causal LM of transformers, with or without PEFT
@@ -36,16 +36,16 @@ IGNORED = -100
 class SupervisedLM(nn.Module):
     """A causal language model whose forward pass returns the summed loss instead of logits.
 
-    model: a transformers model with an output embedding layer, maybe inside a PeftModel.
+    model: a transformers model with an output embedding layer, plain or inside a PeftModel.
     """
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
         causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-        # Not registered a second time as submodules: they are parts of self.model.
+        # A tuple hides the parts from nn.Module: registered twice, parameters would appear twice in the state dict.
         self._parts = (causal.base_model, causal.get_output_embeddings())
-        # DeepSpeed and accelerate read the width of the model from here.
+        # DeepSpeed and accelerate read the hidden size from here to choose their bucket sizes.
         self.config = causal.config
         _fuse(self._parts[1], causal.config)
 
@@ -54,40 +54,39 @@ class SupervisedLM(nn.Module):
         input_ids: torch.Tensor,
         labels: torch.Tensor,
         position_ids: torch.Tensor | None = None,
-        want: Literal["sum", "rows", "logits"] = "sum",
+        output: Literal["sum", "examples", "logits"] = "sum",
     ) -> torch.Tensor:
         """Return the loss summed over supervised positions, a float32 scalar.
 
-        input_ids: [rows, length]; labels: [rows, length], labels[:, t] is predicted by position t, -100 = none.
-        position_ids: [rows, length], of packed rows: each position 0 begins a document that sees no other.
-        want: "rows": [rows] log-probabilities summed over each row's supervised positions instead;
-              "logits": [supervised positions, vocabulary] float32, for the few positions of a classifier.
+        input_ids: [batch, length]; labels: [batch, length], labels[:, t] is predicted by position t, -100 = none.
+        position_ids: [batch, length], of packed examples: each position 0 begins an example that sees no other.
+        output: "examples" returns [batch] log-probabilities, summed over each example's supervised positions;
+                "logits" returns [supervised positions, vocabulary] float32, for the few positions of a classifier.
         """
         decoder, head = self._parts
         if position_ids is None:
             hidden = decoder(input_ids=input_ids, use_cache=False).last_hidden_state
         else:
             if "flash" in self.config._attn_implementation:
-                # Its kernel for documents of any length takes one long line and finds them by their positions.
+                # Its variable-length kernel takes one long sequence and finds the examples from their positions.
                 input_ids, labels, position_ids = (t.reshape(1, -1) for t in (input_ids, labels, position_ids))
             hidden = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
         supervised = labels != IGNORED
-        if want == "sum":
-            return head(hidden[supervised], labels[supervised])
-        found = head(hidden[supervised], labels[supervised], want=want)
-        if want == "logits":
-            return found
-        # `hidden.sum() * 0` keeps the graph connected when no position is supervised.
-        rows = torch.zeros(len(labels), device=found.device) + hidden.float().sum() * 0
-        return rows.index_add(0, supervised.nonzero()[:, 0], found)
+        values = head(hidden[supervised], labels[supervised], output=output)
+        if output != "examples":
+            return values
+        # `hidden.sum() * 0` keeps the graph connected when no position is supervised: under DDP and ZeRO every rank
+        # must reach the backward pass with every parameter.
+        sums = torch.zeros(len(labels), device=values.device) + hidden.float().sum() * 0
+        return sums.index_add(0, supervised.nonzero()[:, 0], values)
 
 
 @torch.no_grad()
 def check_isolation(wrapped: nn.Module, device: torch.device) -> None:
-    """Raise ModelError if a packed row can see the row before it in this model, with its attention kernel.
+    """Raise ModelError if a packed example can see the one before it in this model, with its attention kernel.
 
-    Asked of the model itself: the loss of a row is measured behind two different rows. Models that carry a state
-    along (Mamba, linear attention) and kernels that ignore positions are found so, whatever their names.
+    Measured on the model itself: the loss of an example must not change with the example before it. That detects
+    models that carry a state along (Mamba, linear attention) and kernels that ignore positions, whatever their names.
     Collective under ZeRO-3.
     """
     length = 8
@@ -96,24 +95,24 @@ def check_isolation(wrapped: nn.Module, device: torch.device) -> None:
     labels = torch.cat([torch.full((length,), IGNORED, device=device), ids])[None]
     pairs = (torch.cat([other, ids])[None] for other in (ids, ids.flip(0)))
     was_training = wrapped.training
-    wrapped.eval()  # dropout and embedding noise differ between two calls anyway
+    wrapped.eval()  # dropout and embedding noise would differ between the two calls
     try:
         losses = [float(wrapped(input_ids=pair, labels=labels, position_ids=positions)) for pair in pairs]
-    except TypeError:  # a model without positions
+    except TypeError:  # a model whose forward pass takes no positions cannot tell packed examples apart
         losses = [0.0, 1.0]
     wrapped.train(was_training)
     if abs(losses[0] - losses[1]) > 1e-6 * abs(losses[0]):
         raise ModelError(
-            "padding: packed would let rows see each other in this model with this attention kernel: "
-            "choose padding: longest, or attention: sdpa"
+            "padding: packed would let examples see each other in this model with this attention kernel: "
+            "set padding: longest, or attention: sdpa"
         )
 
 
 def _fuse(head: nn.Module, config) -> None:
     """Let the output layer take labels and return the loss.
 
-    It is done in the layer's own forward, not beside it, because ZeRO-3 gathers a layer's weights when the
-    layer is called and LoRA or a trainable copy may stand in its place.
+    The loss is computed in the layer's own forward pass, because ZeRO-3 gathers a layer's weights when the layer is
+    called, and because LoRA or a trainable copy may have replaced the layer.
     """
     plain_forward = head.forward
     text_config = config.get_text_config()
@@ -126,12 +125,12 @@ def _fuse(head: nn.Module, config) -> None:
         logits = plain_forward(hidden).float() * scale
         return torch.tanh(logits / softcap) * softcap if softcap is not None else logits
 
-    def forward(hidden: torch.Tensor, labels: torch.Tensor | None = None, want: str = "sum") -> torch.Tensor:
-        if labels is None:
+    def forward(hidden: torch.Tensor, labels: torch.Tensor | None = None, output: str = "sum") -> torch.Tensor:
+        if labels is None:  # generation
             return plain_forward(hidden)
-        if want == "logits":
+        if output == "logits":
             return logits_of(hidden)
-        if want == "rows":
+        if output == "examples":
             return chunked_log_probabilities(hidden, labels, logits_of)
         if is_plain:
             return fused_linear_cross_entropy(hidden, head.weight, labels)
@@ -146,14 +145,14 @@ def chunked_cross_entropy(hidden: torch.Tensor, labels: torch.Tensor, logits_of)
     hidden: [positions, width]; labels: [positions]; logits_of: [n, width] -> [n, vocabulary] in float32.
     """
 
-    def part(hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def loss_of(hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return nn.functional.cross_entropy(logits_of(hidden), labels, reduction="sum")
 
     # `hidden.sum() * 0` keeps the graph connected when a micro batch has no supervised position.
     total = hidden.float().sum() * 0
     for start in range(0, len(labels), LOSS_CHUNK):
         chunk = slice(start, start + LOSS_CHUNK)
-        total = total + checkpoint(part, hidden[chunk], labels[chunk], use_reentrant=False)
+        total = total + checkpoint(loss_of, hidden[chunk], labels[chunk], use_reentrant=False)
     return total
 
 
@@ -163,22 +162,22 @@ def chunked_log_probabilities(hidden: torch.Tensor, labels: torch.Tensor, logits
     hidden: [positions, width]; labels: [positions]. Returns [positions] float32.
     """
 
-    def part(hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def logp_of(hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return -nn.functional.cross_entropy(logits_of(hidden), labels, reduction="none")
 
     chunks = [slice(start, start + LOSS_CHUNK) for start in range(0, len(labels), LOSS_CHUNK)]
-    found = [checkpoint(part, hidden[chunk], labels[chunk], use_reentrant=False) for chunk in chunks]
-    return torch.cat(found) if found else hidden.new_zeros(0, dtype=torch.float32)
+    logps = [checkpoint(logp_of, hidden[chunk], labels[chunk], use_reentrant=False) for chunk in chunks]
+    return torch.cat(logps) if logps else hidden.new_zeros(0, dtype=torch.float32)
 
 
 def fused_linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Sum -log p(label) over positions for a plain linear output layer; gradients are made with the loss.
+    """Sum -log p(label) over positions for a plain linear output layer; gradients are computed with the loss.
 
     hidden: [positions, width]; weight: [vocabulary, width]; labels: [positions]. Returns a float32 scalar.
 
-    The logits of a chunk are used at once for the loss and for both gradients and then overwritten by the
-    next chunk's: nothing of size vocabulary is kept but the weight's own gradient. The idea is that of
-    Liger Kernel's fused linear cross-entropy (Hsu et al., 2024, arXiv 2410.10989).
+    The logits of a chunk are used at once for the loss and for both gradients and then overwritten by the next
+    chunk's: nothing of size vocabulary is saved for the backward pass but the weight's own gradient. The idea is that
+    of Liger Kernel's fused linear cross-entropy (Hsu et al., 2024, arXiv 2410.10989).
     """
     return _FusedLinearCrossEntropy.apply(hidden, weight, labels)
 
@@ -188,7 +187,8 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, weight, labels):
         wants_hidden, wants_weight, _ = ctx.needs_input_grad
         chunk = min(LOSS_CHUNK, max(1, len(labels)))
-        # One buffer in the weights' type for the matrix products, one in float32 for the softmax.
+        # One buffer in the weights' dtype for the matrix products, one in float32 for the softmax: two allocations for
+        # all chunks, where a new one per chunk would fragment GPU memory.
         logits = hidden.new_empty(chunk, len(weight))
         probabilities = torch.empty_like(logits, dtype=torch.float32)
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
@@ -196,27 +196,30 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for start in range(0, len(labels), chunk):
             part = slice(start, start + chunk)
-            here, target = hidden[part], labels[part, None]
-            z, p = logits[: len(here)], probabilities[: len(here)]
-            torch.mm(here, weight.T, out=z)
+            inputs, target = hidden[part], labels[part, None]
+            z, p = logits[: len(inputs)], probabilities[: len(inputs)]
+            torch.mm(inputs, weight.T, out=z)
             torch.softmax(p.copy_(z), dim=-1, out=p)
-            picked = p.gather(1, target)
-            loss = -picked.log()
-            if (picked == 0).any():  # underflow: take the loss from the logits
+            p_label = p.gather(1, target)
+            loss = -p_label.log()
+            if (p_label == 0).any():  # underflow of the softmax: compute the loss from the logits
                 loss = z.float().logsumexp(1, keepdim=True) - z.gather(1, target).float()
             total += loss.sum()
             if not (wants_hidden or wants_weight):
                 continue
-            p.scatter_add_(1, target, torch.full_like(picked, -1.0))
+            # The gradient of cross-entropy in the logits is softmax - one-hot(label). In the weights' dtype it
+            # overwrites the logits, which are not needed any more.
+            p.scatter_add_(1, target, torch.full_like(p_label, -1.0))
             z.copy_(p)
-            if wants_hidden:
+            if grad_hidden is not None:
                 torch.mm(z, weight, out=grad_hidden[part])
-            if wants_weight:
-                grad_weight.addmm_(z.T, here)
+            if grad_weight is not None:
+                grad_weight.addmm_(z.T, inputs)
         ctx.save_for_backward(grad_hidden, grad_weight)
         return total
 
     @staticmethod
     def backward(ctx, grad_total):
+        # In place: the loss is a scalar, so its gradient only scales those of forward, and backward runs once.
         grads = (None if grad is None else grad.mul_(grad_total.to(grad.dtype)) for grad in ctx.saved_tensors)
         return (*grads, None)

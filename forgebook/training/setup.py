@@ -1,4 +1,4 @@
-"""One worker made ready: its place among the others, tokenizer, model, optimizer, DDP or DeepSpeed around them.
+"""Set up one worker: its process group, tokenizer, model, optimizer, and DDP or DeepSpeed around them.
 
 accelerator = make_accelerator(config)      first: under ZeRO-3, DeepSpeed's config must exist before the weights
 worker = make_worker(config, accelerator)
@@ -26,8 +26,11 @@ from accelerate.utils import (
     DistributedType,
     InitProcessGroupKwargs,
 )
+from transformers.integrations.neftune import activate_neftune
 
-from forgebook.config.parse import FinetuneConfig, read_deepspeed_config
+from forgebook.config.blocks import PromptFormat
+from forgebook.config.parse import read_deepspeed_config
+from forgebook.config.schema import ResolvedConfig
 from forgebook.errors import TrainingError
 from forgebook.models import adapters, load
 from forgebook.models.tokenizer import locate, tokenizer_of
@@ -50,29 +53,37 @@ STALE_LOCK_SECONDS = 60
 
 @dataclass(frozen=True)
 class Worker:
-    """What a step needs: `model` is the plain or PEFT model inside `wrapped`; `engine` is DeepSpeed's, or None."""
+    """What a step needs.
 
-    config: FinetuneConfig
+    model: the plain or PEFT model inside `wrapped`, whose forward pass returns the loss. deepspeed_engine: `wrapped`
+    again under DeepSpeed, else None. parameters: how many the model has, and how many of them are trained.
+    """
+
     accelerator: Accelerator
     tokenizer: Any
     model: Any
     wrapped: Any
     optimizer: Any
-    engine: Any
+    deepspeed_engine: Any
     parameters: tuple[int, int]
 
 
-def make_accelerator(config: FinetuneConfig) -> Accelerator:
-    """Join the process group, with DeepSpeed's config filled in from ours where it says "auto"."""
+def make_accelerator(config: ResolvedConfig) -> Accelerator:
+    """Join the process group, with DeepSpeed's config filled in from ours where it says "auto".
+
+    Call it before the model is loaded: under ZeRO-3, transformers partitions the weights while it loads them if it
+    knows DeepSpeed's config by then. Raises TrainingError if accelerate does not start DeepSpeed.
+    """
     on_cpu = not torch.cuda.is_available()
     settings = read_deepspeed_config(config)
     if settings is None:
-        # accelerate leaves this set by an earlier run of the same process.
+        # An earlier run of the same process leaves this set, and accelerate would start DeepSpeed again.
         os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+        # Gradients live in DDP's communication buckets: otherwise each exists twice.
         buckets = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
         return Accelerator(cpu=on_cpu, kwargs_handlers=[buckets])
     build_extensions(settings, on_cpu)
-    # DeepSpeed wants to know its ranks even when there is one process.
+    # DeepSpeed reads its rank from the environment even if there is one process.
     for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, str(value))
     os.environ.setdefault("MASTER_PORT", str(_free_port()))
@@ -85,7 +96,7 @@ def make_accelerator(config: FinetuneConfig) -> Accelerator:
     }
     settings |= {name: value for name, value in known.items() if settings.get(name, "auto") == "auto"}
     settings["bf16"] = {**settings.get("bf16", {}), "enabled": is_bf16}
-    # cpu=True would make accelerate ignore DeepSpeed without a word; the backend says the same and is heard.
+    # With cpu=True accelerate silently ignores DeepSpeed; the gloo backend selects the CPU and keeps it.
     accelerator = Accelerator(
         mixed_precision="bf16" if is_bf16 else "no",
         gradient_accumulation_steps=settings["gradient_accumulation_steps"],
@@ -93,42 +104,31 @@ def make_accelerator(config: FinetuneConfig) -> Accelerator:
         kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if on_cpu else [],
     )
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
-        raise TrainingError(f"DeepSpeed was asked for, but accelerate started {accelerator.distributed_type}")
+        raise TrainingError(f"deepspeed is set, but accelerate started {accelerator.distributed_type}")
     return accelerator
 
 
 def _free_port() -> int:
-    """Ask the system for a port that nobody listens on."""
+    """Return a port of this machine that no process listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
-def make_worker(config: FinetuneConfig, accelerator: Accelerator) -> Worker:
-    """Load tokenizer and model, put LoRA on it if asked, make the optimizer, wrap for DDP or DeepSpeed."""
+def make_worker(config: ResolvedConfig, accelerator: Accelerator) -> Worker:
+    """Load tokenizer and model, add LoRA if configured, create the optimizer, wrap for DDP or DeepSpeed.
+
+    Collective. Raises ModelError, ResourceError or ConfigError, on all ranks, if one of them cannot set up.
+    """
     with distributed.raised_everywhere():
+        # What can fail on one machine alone, as a download can, comes first: under ZeRO-3 loading is a collective.
         kernels.refuse_missing(config)
         tokenizer = tokenizer_of(config)
-        model = load.load_model(
-            locate(config.initial_base_model_ckpt_path or config.model_id),
-            dtype=config.dtype,
-            attention=config.attention,
-            rope_scaling=config.rope_scaling,
-            quantization=config.quantization,
-            gradient_checkpointing=config.gradient_checkpointing,
-        )
-        new_rows = load.fit_vocabulary(model, tokenizer, config)
-        if config.liger_kernel.enabled:
-            kernels.use_liger(model, config.liger_kernel.kwargs)
-        if config.initial_adapter_model_ckpt_path is not None:
-            adapter = locate(config.initial_adapter_model_ckpt_path)
-            model = adapters.continue_lora(model, adapter, config.lora_config, config.rope_scaling)
-        elif config.is_lora:
-            model = adapters.add_lora(model, config.lora_config | new_rows)
-        if config.neftune_noise_alpha is not None:
-            load.add_embedding_noise(model, config.neftune_noise_alpha)
-        if config.torch_compile:
-            kernels.compile_decoder(model, config.torch_compile)
+        base = locate(config.initial_base_model_ckpt_path or config.model_id)
+        adapter_source = config.initial_adapter_model_ckpt_path
+        adapter = locate(adapter_source) if adapter_source is not None else None
+    with distributed.raised_everywhere():
+        model = _load_model(config, tokenizer, base, adapter)
         parameters = load.parameter_counts(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     hyperparameters = {
@@ -137,31 +137,53 @@ def make_worker(config: FinetuneConfig, accelerator: Accelerator) -> Worker:
         "eps": config.adam_epsilon,
         "weight_decay": config.weight_decay,
     }
-    uses_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
-    if uses_deepspeed:
-        optimizer = optimizers.adamw(config.optimizer, trained, **hyperparameters)
-    else:
-        if config.quantization is None:  # quantised weights were loaded where they stay
-            model.to(accelerator.device)
-        optimizer = optimizers.AdamW(trained, bits=8 if config.optimizer == "adamw_8bit" else 32, **hyperparameters)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        model.train()
+        optimizer = optimizers.deepspeed_adamw(config.optimizer, trained, **hyperparameters)
+        engine, optimizer = accelerator.prepare(SupervisedLM(model), optimizer)
+        return Worker(accelerator, tokenizer, model, engine, optimizer, engine, parameters)
+    if config.quantization is None:  # quantized weights were loaded where they stay
+        model.to(accelerator.device)
     model.train()
-    if uses_deepspeed:
-        wrapped, optimizer = accelerator.prepare(SupervisedLM(model), optimizer)
-        return Worker(config, accelerator, tokenizer, model, wrapped, optimizer, wrapped, parameters)
+    optimizer = optimizers.AdamW(trained, bits=8 if config.optimizer == "adamw_8bit" else 32, **hyperparameters)
     wrapped = accelerator.prepare(SupervisedLM(model))
-    return Worker(config, accelerator, tokenizer, model, wrapped, optimizer, None, parameters)
+    return Worker(accelerator, tokenizer, model, wrapped, optimizer, None, parameters)
 
 
-def prompt_format_text(config: FinetuneConfig) -> str | None:
-    """Write the prompt format as YAML, to be kept with the weights."""
-    prompt_format = config.generation_config.prompt_format
+def _load_model(config: ResolvedConfig, tokenizer: Any, base: str, adapter: str | None) -> Any:
+    """Load the model to train: the base, with its kernels, adapter, noise and compilation."""
+    model: Any = load.load_model(
+        base,
+        dtype=config.dtype,
+        attention=config.attention,
+        rope_scaling=config.rope_scaling,
+        quantization=config.quantization,
+        gradient_checkpointing=config.gradient_checkpointing,
+    )
+    new_token_settings = load.fit_vocabulary(model, tokenizer, config)
+    if config.liger_kernel.enabled:
+        kernels.use_liger(model, {str(name): on for name, on in config.liger_kernel.kwargs.items()})
+    if adapter is not None:
+        model = adapters.continue_lora(model, adapter, config.lora_config or {}, config.rope_scaling)
+    elif config.lora_config is not None:
+        model = adapters.add_lora(model, config.lora_config | new_token_settings)
+    if config.neftune_noise_alpha is not None:
+        # Its noise comes from torch's random numbers, which a run seeds and saves with its training state.
+        activate_neftune(model, config.neftune_noise_alpha)
+    if config.torch_compile:
+        kernels.compile_decoder(model, config.torch_compile)
+    return model
+
+
+def prompt_format_text(prompt_format: PromptFormat | None) -> str | None:
+    """Return a prompt format as the YAML that is saved with the weights."""
     return yaml.safe_dump(prompt_format.model_dump(), sort_keys=False) if prompt_format else None
 
 
-def base_overrides(config: FinetuneConfig) -> dict[str, Any] | None:
-    """Say how the base of an adapter was made, where that is not in its own config.json."""
-    made = {"rope_scaling": config.rope_scaling, "quantization": config.quantization}
-    return {name: value for name, value in made.items() if value is not None} if config.is_lora else None
+def base_overrides(rope_scaling: dict[str, Any] | None, quantization: str | None) -> dict[str, Any]:
+    """Return how the base model of an adapter was loaded, where that is not in the base's own config.json."""
+    overrides = {"rope_scaling": rope_scaling, "quantization": quantization}
+    return {name: value for name, value in overrides.items() if value is not None}
 
 
 # DeepSpeed's C++ extensions -----------------------------------------------------------------------------

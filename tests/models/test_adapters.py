@@ -349,29 +349,6 @@ def test_context_limits():
 # Embedding noise --------------------------------------------------------------------------------------
 
 
-def test_noise_moves_training_and_not_evaluation(make_config):
-    quiet = fine_tune(make_config(run_name="quiet", eval_first=True, lora_config=LORA))
-    noisy = [make_config(run_name=f"n{k}", eval_first=True, lora_config=LORA, neftune_noise_alpha=50) for k in range(2)]
-    noisy = [fine_tune(config) for config in noisy]
-    assert read_metrics(noisy[0].metrics)[0]["eval_loss"] == read_metrics(quiet.metrics)[0]["eval_loss"]
-    assert losses_of(noisy[0])[0] != losses_of(quiet)[0]
-    assert losses_of(noisy[0]) == losses_of(noisy[1])
-
-
-def test_noise_is_uniform_and_as_large_as_the_paper_says():
-    model = load.load_model(str(TINY_MODEL), dtype="float32")
-    ids = torch.arange(5, 69).reshape(2, 32)
-    plain = model.get_input_embeddings()(ids)
-    load.add_embedding_noise(model, alpha=5.0)
-    model.train()
-    noise = model.get_input_embeddings()(ids) - plain
-    size = 5.0 / math.sqrt(32 * 256)
-    assert noise.abs().max() <= size * 1.001
-    assert noise.std().item() == pytest.approx(size / math.sqrt(3), rel=0.02)
-    model.eval()
-    assert torch.equal(model.get_input_embeddings()(ids), plain)
-
-
 def test_packing_is_not_refused_for_noise_or_dropout(make_config):
     settings = {**LORA, "lora_dropout": 0.2, "init_lora_weights": "pissa"}
     run = fine_tune(

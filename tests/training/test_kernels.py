@@ -88,18 +88,19 @@ def liger(monkeypatch):
         """Have the arguments that the real one has."""
 
     inside = types.ModuleType("liger_kernel.transformers")
-    inside._apply_liger_kernel_to_instance = lambda model, **kwargs: calls.append(kwargs)
+    inside._apply_liger_kernel_to_instance = lambda model, **kwargs: calls.append((model, kwargs))
     table = types.ModuleType("liger_kernel.transformers.monkey_patch")
     table.MODEL_TYPE_TO_APPLY_LIGER_FN = {"llama": apply_to_llama}
     for module in (types.ModuleType("liger_kernel"), inside, table):
         monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr("transformers.integrations.liger.is_liger_kernel_available", lambda: True)
     return calls
 
 
 def test_liger_gets_the_switches_and_leaves_the_loss_to_us(liger):
     model = load.load_model(str(TINY_MODEL))
     kernels.use_liger(model, {"rope": False, "fused_linear_cross_entropy": True})
-    assert liger == [{"rope": False, "cross_entropy": False, "fused_linear_cross_entropy": False}]
+    assert liger == [(model, {"rope": False, "cross_entropy": False, "fused_linear_cross_entropy": False})]
 
 
 def test_kernels_that_liger_has_not_got_are_named(liger):

@@ -1,14 +1,27 @@
-"""A build that was killed does not stop the runs after it."""
+"""What a worker is set up with; a killed build of an extension does not stop the runs after it."""
 
+import math
 import os
 import subprocess
 import sys
 import time
 
 import pytest
+import torch
+import yaml
 
-from conftest import REPOSITORY
-from forgebook.training.setup import STALE_LOCK_SECONDS, build_extensions, extensions_folder
+from conftest import LORA, REPOSITORY
+from forgebook.errors import ForgebookError, TrainingError
+from forgebook.training import setup
+from forgebook.training.setup import (
+    STALE_LOCK_SECONDS,
+    base_overrides,
+    build_extensions,
+    extensions_folder,
+    make_accelerator,
+    make_worker,
+    prompt_format_text,
+)
 
 
 def test_an_environment_has_a_folder_of_its_own(monkeypatch, tmp_path):
@@ -40,3 +53,85 @@ def test_what_a_killed_build_left_behind_is_removed():
     os.utime(left_behind, (then, then))
     build()
     assert not left_behind.exists()
+
+
+# What a worker is set up with ---------------------------------------------------------------------------
+
+
+def make(config):
+    resolved = config.resolved(context_length=128)
+    return make_worker(resolved, make_accelerator(resolved))
+
+
+def batch_of(worker):
+    ids = torch.arange(5, 69).reshape(2, 32)
+    return {"input_ids": ids, "labels": ids}
+
+
+def test_noise_is_added_in_training_alone_and_as_large_as_the_paper_says(make_config):
+    """NEFTune: uniform in +-alpha / sqrt(length * width), arXiv 2310.05914."""
+    worker = make(make_config(lora_config=LORA, neftune_noise_alpha=5.0))
+    embeddings, ids = worker.model.get_input_embeddings(), batch_of(worker)["input_ids"]
+    plain = embeddings.weight[ids]
+    noise = embeddings(ids) - plain
+    size = 5.0 / math.sqrt(32 * 256)
+    assert noise.abs().max() <= size * 1.001
+    assert noise.std().item() == pytest.approx(size / math.sqrt(3), rel=0.02)
+    losses = [worker.wrapped(**batch_of(worker)).item() for _ in range(2)]
+    worker.wrapped.eval()
+    quiet = [worker.wrapped(**batch_of(worker)).item() for _ in range(2)]
+    assert torch.equal(embeddings(ids), plain) and quiet[0] == quiet[1] != losses[0] != losses[1]
+
+
+@pytest.mark.parametrize("method", [None, LORA], ids=["full", "lora"])
+def test_what_is_trained_is_counted_and_is_what_the_optimizer_updates(make_config, method):
+    worker = make(make_config(lora_config=method, dtype="bfloat16", learning_rate=3e-4, weight_decay=0.1))
+    total, trained = worker.parameters
+    sizes = [(p.numel(), p.requires_grad) for p in worker.model.parameters()]
+    assert total == sum(size for size, _ in sizes) and trained == sum(size for size, trains in sizes if trains)
+    assert (trained == total) is (method is None)
+    assert sum(p.numel() for p in worker.optimizer.trained) == trained
+    [group] = worker.optimizer.param_groups
+    assert group["lr"] == 3e-4 and group["weight_decay"] == 0.1 and worker.deepspeed_engine is None
+
+
+def test_what_one_worker_cannot_load_is_named(make_config, tmp_path):
+    with pytest.raises(ForgebookError, match="nowhere"):
+        make(make_config(model_id=str(tmp_path / "nowhere")))
+
+
+def test_what_a_checkpoint_says_of_its_base(make_config):
+    assert base_overrides(None, None) == {} and base_overrides(None, "nf4") == {"quantization": "nf4"}
+    config = make_config(
+        generation_config={
+            "prompt_format": {"system": "S {instruction}", "user": "U {instruction}", "assistant": "A {instruction}"}
+        }
+    )
+    saved = yaml.safe_load(prompt_format_text(config.generation_config.prompt_format))
+    assert saved["user"] == "U {instruction}" and prompt_format_text(None) is None
+
+
+def test_a_port_is_free_and_deepspeed_gets_the_batch_sizes(make_config, monkeypatch):
+    """What the config leaves "auto" in DeepSpeed's file is filled in from ours."""
+    started = {}
+
+    class Started:
+        distributed_type = "NO"
+
+        def __init__(self, **keywords):
+            started.update(keywords)
+
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(setup, "Accelerator", Started)
+    monkeypatch.setattr(setup, "build_extensions", lambda settings, on_cpu: None)
+    config = make_config(deepspeed="zero_2", gradient_accumulation_steps=2, max_grad_norm=0.5).resolved(
+        context_length=128
+    )
+    with pytest.raises(TrainingError, match="deepspeed is set, but accelerate started NO"):
+        make_accelerator(config)
+    settings = started["deepspeed_plugin"].hf_ds_config.config
+    assert settings["train_micro_batch_size_per_gpu"] == 8 and settings["train_batch_size"] == 16
+    assert settings["gradient_accumulation_steps"] == 2 and settings["gradient_clipping"] == 0.5
+    assert settings["bf16"]["enabled"] is False and int(os.environ["MASTER_PORT"]) > 0
