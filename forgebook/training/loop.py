@@ -386,7 +386,7 @@ def _measure_memory(worker: Worker) -> contextlib.AbstractContextManager[hardwar
     if worker.accelerator.device.type == "cuda":
         return contextlib.nullcontext()
     # After a step, DDP's buckets are the only trace of the gradients, and Python does not see them.
-    has_buckets = worker.accelerator.num_processes > 1 and worker.engine is None
+    has_buckets = worker.accelerator.num_processes > 1 and worker.deepspeed_engine is None
     trained = [p for p in worker.model.parameters() if p.requires_grad and p.grad is None]
     return hardware.TensorMemory(hidden=has_buckets * sum(p.numel() * p.element_size() for p in trained))
 
