@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # for editors and mypy; at run time _ENGINE says the same
     from forgebook.data.chat_template import render
     from forgebook.data.masking import encode, encode_prompt
     from forgebook.data.preview import show_example
-    from forgebook.data.tokenize import read_rows
+    from forgebook.data.tokenize import read_examples
     from forgebook.data.tools import calls_of_message
     from forgebook.errors import DataError
     from forgebook.evaluation.statistics import compare_shares, estimate, gsm8k_number
@@ -55,7 +55,7 @@ _ENGINE = {
     "plot_lines": ("reporting.plots", "one curve per name"),
     "read_catalog": ("catalog", "GPUs with memory, peak and price; shapes of known models"),
     "read_curve": ("runs.metrics", "a metric of a run: (steps, values)"),
-    "read_rows": ("data.tokenize", "the examples of a file, pattern, bucket or hub data set, checked"),
+    "read_examples": ("data.tokenize", "the examples of a file, pattern, bucket or hub data set, checked"),
     "render": ("data.chat_template", "a conversation as text, by the chat template or a prompt format"),
     "show_example": (
         "data.preview",

@@ -73,7 +73,7 @@ def make_tokens(lengths, trained=1):
     """Make rows of given lengths of which the last `trained` tokens are trained."""
     from forgebook.data.token_store import Tokens
 
-    return Tokens.from_rows([(range(n), [k >= n - trained for k in range(n)]) for n in lengths])
+    return Tokens.from_examples([(range(n), [k >= n - trained for k in range(n)]) for n in lengths])
 
 
 @pytest.fixture

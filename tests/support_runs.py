@@ -71,7 +71,7 @@ def reloaded_loss(config: FinetuneConfig, run: Run, checkpoint: str) -> float:
     model, tokenizer, _ = generate.load_for_generation(run.checkpoints / checkpoint, config.dtype)
     valid = load_view(run.tokens / "valid.npz")
     kept = run.tokens / "reference-validation.npy"
-    sequences = batching.single_sequences(valid, config)
+    sequences = batching.single_sequences(valid, batching.group_size(config.task))
     order = [row for rows in sequences for row in rows]
     reference = torch.from_numpy(np.load(kept)[order]) if kept.exists() else None
     batch = batching.collate(valid, sequences, tokenizer.pad_token_id)

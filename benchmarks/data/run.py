@@ -148,14 +148,14 @@ def run_forgebook(path: str, folder: str, train_on: str, ray_above: int | None) 
     from forgebook.models.tokenizer import load_tokenizer
 
     if ray_above is not None:
-        tokenize.PIECES_IN_PROCESS = ray_above
+        tokenize.CHUNKS_IN_PROCESS = ray_above
     tokenizer = load_tokenizer(str(TINY_MODEL))
     tokenizer.apply_chat_template(tokenize.PROBE, tokenize=False)
-    recipe = tokenize.Recipe(train_on=train_on)
+    options = tokenize.EncodingOptions(train_on=train_on)
     sources = rows.find_sources(path)
-    pieces = sum(len(rows.cut(source.uri)) for source in sources)
+    pieces = sum(len(rows.split_source(source.uri)) for source in sources)
     found = {"pieces": pieces, "way": "in process"}
-    if pieces > tokenize.PIECES_IN_PROCESS:
+    if pieces > tokenize.CHUNKS_IN_PROCESS:
         began = time.perf_counter()
         import ray.data
 
@@ -166,13 +166,13 @@ def run_forgebook(path: str, folder: str, train_on: str, ray_above: int | None) 
         found["way"] = "Ray Data"
     found["peak_gigabytes_before"] = peak_gigabytes()
     began, used = time.perf_counter(), cpu_seconds()
-    tokens, notes = tokenize.tokenize(sources, tokenizer, recipe, Path(folder))
+    tokens, notes = tokenize.tokenize(sources, tokenizer, options, Path(folder))
     found["seconds"] = seconds_since(began)
     found["cpu_seconds"] = round(cpu_seconds() - used, 2)
     assert not notes.problems, notes.problems[:3]
     found["peak_gigabytes"] = peak_gigabytes()  # of this process; Ray's workers have their own
     began = time.perf_counter()
-    tokenize.tokenize(sources, tokenizer, recipe, Path(folder))
+    tokenize.tokenize(sources, tokenizer, options, Path(folder))
     found["cache_hit_seconds"] = seconds_since(began)
     trained = sum(int(marks.sum()) for _, marks in tokens.parts)
     digest = hashlib.sha256()

@@ -121,7 +121,7 @@ def run_trainer(folder: Path, steps: int, same_batches: bool) -> dict:
 
     def stack(rows):
         measured["tokens"].append(int(tokens.lengths[rows].sum()))
-        batch = [[torch.tensor(np.array(part)) for part in tokens.row(k)] for k in rows]
+        batch = [[torch.tensor(np.array(part)) for part in tokens.example(k)] for k in rows]
         pad = torch.nn.utils.rnn.pad_sequence
         ids = pad([ids.long() for ids, _ in batch], batch_first=True)
         mask = pad([torch.ones_like(ids) for ids, _ in batch], batch_first=True)

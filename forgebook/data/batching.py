@@ -1,13 +1,13 @@
-"""Which rows make up each optimizer step, who computes which of them, and the tensors.
+"""Which examples make up each optimizer step, who computes which of them, and the tensors.
 
-    sequences = [one row each]  or  pack(tokens, 4096)     sequences of whole rows
+    sequences = make_sequences(tokens, "packed", 4096)     one example each, or several when packed
     steps = epoch_batches(tokens, sequences, 32, seed, epoch)
     micro = split_batch(steps[0], tokens, world, accumulation)
     batch = collate(tokens, micro[rank][k], pad_id)
 
-The rows of an optimizer step depend on the seed and the global batch size alone, so a run gives the same
-losses however the batch is divided among workers and accumulation steps, and a resumed run sees the rows
-that an undisturbed one would have seen.
+The examples of an optimizer step depend on the seed and the global batch size alone, so a run gives the same
+losses however the batch is divided among workers and accumulation steps, and a resumed run trains on the examples
+that an undisturbed one would have.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from forgebook.data.token_store import Tokens
 if TYPE_CHECKING:
     import torch
 
-    from forgebook.config.parse import FinetuneConfig
     from forgebook.data.masking import Encoded
 
 __all__ = [
     "Sequence",
     "collate",
     "epoch_batches",
+    "group_size",
     "make_batch",
     "make_sequences",
     "pack",
@@ -39,40 +39,44 @@ __all__ = [
     "split_batch",
 ]
 
-# Rows that share one line of a batch: one, or several when packed.
+# Numbers of the examples that share one line of a batch: one, or several when packed.
 Sequence = np.ndarray
 
 # Sequences are sorted by length within windows of this many optimizer steps: little padding, still shuffled.
 SORTING_WINDOW = 50
-# Batches are this many tokens wide, or a multiple: matrix kernels are made for a shape, and fewer shapes mean
-# fewer kernels kept (on a CPU they took gigabytes in half an hour), tensor cores well filled.
+# Batches are a multiple of this many tokens wide: matrix kernels are compiled per shape, and fewer shapes mean
+# fewer kernels in memory (on a CPU they took gigabytes in half an hour) and full tensor cores.
 WIDTH_STEP = 16
 
 
-def make_sequences(tokens: Tokens, config: FinetuneConfig) -> list[Sequence]:
-    """Make the sequences of an epoch: each row its own, packed rows, or pairs."""
-    if config.padding == "packed":
-        return pack(tokens.lengths, config.context_length)
-    return single_sequences(tokens, config)
+def group_size(task: str | None) -> int:
+    """Return how many adjacent examples belong together: 2 for the chosen and the rejected answer of a pair."""
+    return 2 if task == "preference_tuning" else 1
 
 
-def single_sequences(tokens: Tokens, config: FinetuneConfig) -> list[Sequence]:
-    """Make a sequence of each row, or of each pair of a chosen and a rejected answer."""
-    together = 2 if config.task == "preference_tuning" else 1
-    return list(np.arange(len(tokens)).reshape(-1, together))
+def make_sequences(tokens: Tokens, padding: str, context_length: int, group: int = 1) -> list[Sequence]:
+    """Make the sequences of an epoch: packed examples, or each example (each pair, if `group` is 2) on its own."""
+    if padding == "packed":
+        return pack(tokens.lengths, context_length)
+    return single_sequences(tokens, group)
+
+
+def single_sequences(tokens: Tokens, group: int = 1) -> list[Sequence]:
+    """Make a sequence of each example, or of each group of adjacent examples."""
+    return list(np.arange(len(tokens)).reshape(-1, group))
 
 
 def pack(lengths: np.ndarray, capacity: int) -> list[Sequence]:
-    """Put rows into as few sequences of `capacity` tokens as best-fit decreasing finds.
+    """Pack examples into as few sequences of `capacity` tokens as best-fit decreasing finds.
 
-    lengths: [rows], none above capacity. Each row, the longest first, goes where it leaves the least room: at
-    most 11/9 of the fewest sequences possible (Johnson, 1973). Returns arrays of row numbers.
+    lengths: [examples], none above capacity. Each example, the longest first, is added where it leaves the least
+    room: at most 11/9 of the fewest sequences possible (Johnson, 1973). Returns arrays of example numbers.
     """
     bins: list[list[int]] = []
     rooms: list[int] = []  # the distinct amounts of room that some bin has left, sorted
     with_room: dict[int, list[int]] = {}
-    for row in np.argsort(-lengths, kind="stable").tolist():
-        length = int(lengths[row])
+    for example in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[example])
         place = bisect_left(rooms, length)
         if place == len(rooms):
             number, room = len(bins), capacity
@@ -82,19 +86,19 @@ def pack(lengths: np.ndarray, capacity: int) -> list[Sequence]:
             number = with_room[room].pop()
             if not with_room[room]:
                 del with_room[room], rooms[place]
-        bins[number].append(row)
+        bins[number].append(example)
         left = room - length
         if left not in with_room:
             insort(rooms, left)
             with_room[left] = []
         with_room[left].append(number)
-    return [np.array(rows) for rows in bins]
+    return [np.array(examples) for examples in bins]
 
 
 def epoch_batches(
     tokens: Tokens, sequences: list[Sequence], global_batch: int, seed: int, epoch: int
 ) -> list[list[Sequence]]:
-    """Divide an epoch's sequences into optimizer steps: shuffled, those of like length together.
+    """Divide an epoch's sequences into optimizer steps: shuffled, grouped by length.
 
     Returns one list of sequences per step, each of global_batch, the last maybe shorter.
     """
@@ -108,25 +112,26 @@ def epoch_batches(
         part = part[np.argsort(lengths[part], kind="stable")]
         batches = [part[k : k + global_batch] for k in range(0, len(part), global_batch)]
         steps += [batches[k] for k in rng.permutation(len(batches))]
-    # A short batch in the middle would make steps differ in kind; it goes last, once.
+    # A short batch in the middle would make steps differ in kind; it comes last, once.
     steps.sort(key=len, reverse=True)
     return [[sequences[k] for k in step] for step in steps]
 
 
-def padding_share(tokens: Tokens, sequences: list[Sequence], config: FinetuneConfig) -> float:
-    """Compute the share of padding among the tokens of the first epoch's batches."""
-    if not sequences:
-        return 0.0
-    real = padded = 0
-    world, micros = max(1, config.num_devices), config.gradient_accumulation_steps
-    for step in epoch_batches(tokens, sequences, config.global_batch_size, config.seed, 0):
+def padding_share(
+    tokens: Tokens, steps: list[list[Sequence]], world: int, accumulation: int, width: int | None = None
+) -> float:
+    """Compute the share of padding among the tokens of an epoch's steps.
+
+    width: the tokens of every line, if not those of the longest sequence (`padding: max_length`).
+    """
+    tokens_in, positions = 0, 0
+    for step in steps:
         lengths = np.sort(_sequence_lengths(tokens, step))[::-1]
-        real += int(lengths.sum())
-        for micro in np.array_split(lengths, micros):
+        tokens_in += int(lengths.sum())
+        for micro in np.array_split(lengths, accumulation):
             for part in (micro[rank::world] for rank in range(world)):
-                width = config.context_length if config.padding == "max_length" else _round_up(part.max(initial=1))
-                padded += max(1, len(part)) * width
-    return max(0.0, 1 - real / padded)
+                positions += max(1, len(part)) * (width or _round_up(int(part.max(initial=1))))
+    return max(0.0, 1 - tokens_in / positions) if positions else 0.0
 
 
 def _round_up(length: int) -> int:
@@ -136,7 +141,7 @@ def _round_up(length: int) -> int:
 def split_batch(sequences: list[Sequence], tokens: Tokens, world: int, accumulation: int) -> list[list[list[Sequence]]]:
     """Deal one step's sequences to ranks and micro batches: [rank][micro] lists of sequences.
 
-    Those of like length share a micro batch (little padding), and every rank gets its share of each length
+    Micro batches are grouped by length (little padding), and every rank gets its share of each length
     (no rank waits for another). A part may be empty in an epoch's last step.
     """
     ordered = np.argsort(-_sequence_lengths(tokens, sequences), kind="stable")
@@ -161,21 +166,21 @@ def collate(
     """Stack sequences into tensors, padded on the right.
 
     Returns input_ids [sequences, length] and labels [sequences, length], where labels[:, t] is the token that
-    position t predicts, or -100. Tokens behind a row's last trained one are left out: they can change no loss.
-    No attention mask is needed: under causal attention a real token never sees the padding on its right.
+    position t predicts, or -100. Tokens after an example's last one in the loss are left out: they can change no
+    loss. No attention mask is needed: under causal attention no token attends to the padding on its right.
 
-    Rows of a sequence, a preference pair, stand on lines of their own unless packed.
+    Examples of a sequence, a preference pair, are lines of their own unless packed.
 
-    packed: also return position_ids [sequences, length], from 0 in each row; from them attention keeps rows of
-            one sequence apart. The padding counts as a row of its own.
+    packed: also return position_ids [sequences, length], from 0 in each example; from them attention keeps the
+            examples of one sequence apart. The padding counts as an example of its own.
     pad_to: pad to this many tokens rather than to the longest sequence, rounded up (`padding: max_length`).
     """
     import torch
 
     if not packed:
-        sequences = [row[None] for sequence in sequences for row in np.asarray(sequence)]
+        sequences = [example[None] for sequence in sequences for example in np.asarray(sequence)]
     lines = [_line(tokens, sequence) for sequence in sequences]
-    # An empty part (more workers than rows in the last step) still takes part in collectives: one dead token.
+    # An empty part (more workers than examples in the last step) still takes part in collectives: one dead token.
     lines = lines or [(np.full(1, pad_id), np.full(1, -100), np.zeros(1, np.int64))]
     longest = max(len(ids) for ids, _, _ in lines)
     width = pad_to or _round_up(longest)
@@ -191,18 +196,18 @@ def collate(
 
 
 def make_batch(encoded: Iterable[Encoded], pad_id: int) -> dict[str, torch.Tensor]:
-    """Stack encoded examples, one per line: input_ids and labels, [examples, length] each, as `collate` has them."""
-    tokens = Tokens.from_rows((one.input_ids, one.loss_mask) for one in encoded)
+    """Stack encoded examples, one per line: input_ids and labels [examples, length], as `collate`."""
+    tokens = Tokens.from_examples((one.input_ids, one.loss_mask) for one in encoded)
     return collate(tokens, list(np.arange(len(tokens))[:, None]), pad_id)
 
 
-def _line(tokens: Tokens, rows: Sequence) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Join the rows of a sequence: ids, the token that each predicts, positions."""
+def _line(tokens: Tokens, examples: Sequence) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Join the examples of a sequence: ids, the token that each predicts, positions."""
     ids, labels, positions = [], [], []
-    for row in rows:
-        row_ids, trained = tokens.row(row)
-        last = np.flatnonzero(trained)[-1]
-        ids.append(row_ids[:last])
-        labels.append(np.where(trained[1 : last + 1], row_ids[1 : last + 1], -100))
+    for k in examples:
+        example_ids, mask = tokens.example(k)
+        last = np.flatnonzero(mask)[-1]
+        ids.append(example_ids[:last])
+        labels.append(np.where(mask[1 : last + 1], example_ids[1 : last + 1], -100))
         positions.append(np.arange(last))
     return np.concatenate(ids), np.concatenate(labels), np.concatenate(positions)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from forgebook.data.prompt_formats import render_prompt_format
-from forgebook.data.special_tokens import map_texts, mark, unmarked, without_closing_token
+from forgebook.data.special_tokens import hide, map_texts, restore, without_closing_token
 from forgebook.data.tools import tools_as_text, uses_tools
 from forgebook.errors import DataError
 from forgebook.runs import run
@@ -67,7 +67,7 @@ def render(
 ) -> str:
     """Render messages to text: by `prompt_format` if there is one, else by the tokenizer's chat template."""
     conversation = _Conversation(messages, tools, tokenizer, prompt_format)
-    return unmarked(conversation.render(conversation.messages, for_generation), tokenizer)
+    return restore(conversation.render(conversation.messages, for_generation), tokenizer)
 
 
 def render_prompt(
@@ -141,9 +141,9 @@ class _Conversation:
             messages, tools = tools_as_text(messages, tools), None
         if not READS_REASONING.search(source):
             messages = [_reasoning_in_content(message) for message in messages]
-        marked = functools.partial(mark, tokenizer=tokenizer)
-        self.messages: list[Message] = [map_texts(message, marked) for message in messages]
-        self.tools: list[dict] | None = map_texts(tools, marked)
+        hidden = functools.partial(hide, tokenizer=tokenizer)
+        self.messages: list[Message] = [map_texts(message, hidden) for message in messages]
+        self.tools: list[dict] | None = map_texts(tools, hidden)
         self.answers = [k for k, message in enumerate(self.messages) if message["role"] == "assistant"]
         self._rendered: dict[tuple[int, bool], str] = {}
 

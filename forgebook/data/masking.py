@@ -30,7 +30,7 @@ from forgebook.data.chat_template import (
     render_for_training,
     render_prompt,
 )
-from forgebook.data.special_tokens import has_marks, in_literal_form, literal_tokenizer, mark, special_ids
+from forgebook.data.special_tokens import has_hidden, hide, literal_tokenizer, special_ids, to_literal_form
 from forgebook.errors import DataError
 
 if TYPE_CHECKING:
@@ -122,9 +122,9 @@ def encode_many(
 
 def encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> Encoded:
     """Encode plain text for causal language modeling: at most one BOS before it, EOS after it, all in the loss."""
-    marked = mark(text, tokenizer)
-    if has_marks(marked):
-        ids = literal_tokenizer(tokenizer).encode(in_literal_form(marked, tokenizer), add_special_tokens=False).ids
+    hidden = hide(text, tokenizer)
+    if has_hidden(hidden):
+        ids = literal_tokenizer(tokenizer).encode(to_literal_form(hidden, tokenizer), add_special_tokens=False).ids
     else:
         ids = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
     # Written here rather than by the tokenizer's post-processor, which in half of the families adds no EOS and in
@@ -189,10 +189,10 @@ def _tokenize(rendered: list[RenderedText], tokenizer: PreTrainedTokenizerBase) 
     on a prompt that it never sees; such an example is tokenized turn by turn.
     """
     usual = tokenizer.backend_tokenizer
-    plain = iter(_Tokens.of([one.text for one in rendered if not has_marks(one.text)], usual))
+    plain = iter(_Tokens.of([one.text for one in rendered if not has_hidden(one.text)], usual))
     tokenized = []
     for one in rendered:
-        if has_marks(one.text):
+        if has_hidden(one.text):
             text, spans = _literal_form(one, tokenizer)
             backend = literal_tokenizer(tokenizer)
             [tokens] = _Tokens.of([text], backend)
@@ -240,7 +240,7 @@ def _literal_form(rendered: RenderedText, tokenizer: PreTrainedTokenizerBase) ->
     borders = sorted({0, len(rendered.text), *(border for span in rendered.spans for border in span)})
     text, moved = "", {0: 0}
     for begin, end in itertools.pairwise(borders):
-        text += in_literal_form(rendered.text[begin:end], tokenizer)
+        text += to_literal_form(rendered.text[begin:end], tokenizer)
         moved[end] = len(text)
     return text, [(moved[start], moved[end]) for start, end in rendered.spans]
 

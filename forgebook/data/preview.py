@@ -15,9 +15,10 @@ from rich.console import Console
 from rich.text import Text
 
 from forgebook.config.parse import FinetuneConfig, load_config
-from forgebook.data import tokenize
+from forgebook.data import batching, tokenize
 from forgebook.data.masking import Encoded, encode
 from forgebook.data.special_tokens import special_ids
+from forgebook.data.token_store import Tokens, Truncation, fit_tokens
 from forgebook.errors import DataError
 from forgebook.models.tokenizer import load_tokenizer, locate, tokenizer_of
 
@@ -59,34 +60,51 @@ def preview_examples(config: FinetuneConfig, count: int = 3) -> list[PreviewedEx
 
     Raises DataError for rows that cannot be used, unless `on_bad_rows` drops them.
     """
+    assert config.task is not None  # filled in when the config is checked
     tokenizer = tokenizer_of(config)
-    recipe = tokenize.Recipe.of(config)
-    previewed = []
-    rows = tokenize.read_rows(config.train_path, config.task, count, recipe.labels, config.on_bad_rows)
-    for row, encoded in zip(rows, tokenize.encode_rows(rows, tokenizer, recipe), strict=True):
+    labels = tuple(config.classifier_config.label_tokens) if config.classifier_config else ()
+    options = tokenize.EncodingOptions(
+        config.task, config.generation_config.prompt_format, config.train_on, config.rewritten_turns, labels
+    )
+    examples = tokenize.read_examples(config.train_path, config.task, count, labels, config.on_bad_rows)
+    previewed: list[PreviewedExample] = []
+    for example, encoded in zip(examples, tokenize.encode_examples(examples, tokenizer, options), strict=True):
         if isinstance(encoded, DataError):
             if config.on_bad_rows == "drop":
                 continue
             raise encoded
-        for one in encoded:
-            one, note = _fitted(one, config)
-            previewed.append(PreviewedExample(row.where, one, pieces_of(one, tokenizer), note))
+        fitted = _fit(encoded, config.context_length, config.truncation, batching.group_size(config.task))
+        previewed += [PreviewedExample(example.where, one, pieces_of(one, tokenizer), note) for one, note in fitted]
     return previewed[:count]
 
 
-def _fitted(encoded: Encoded, config: FinetuneConfig) -> tuple[Encoded, str]:
-    """Cut a row as the truncation policy would; say so."""
-    length, limit = len(encoded.input_ids), config.context_length
-    if limit is None or length <= limit:
-        return encoded, ""
-    keep = slice(length - limit, None) if config.truncation == "left" else slice(0, limit)
-    kept = Encoded(encoded.input_ids[keep], encoded.loss_mask[keep])
-    lost = sum(encoded.loss_mask[1:]) - sum(kept.loss_mask[1:])
-    if config.truncation == "error" and lost:
-        return encoded, f"{length} tokens: longer than context_length {limit}, so the run is refused"
-    if config.truncation == "drop":
-        return encoded, f"{length} tokens: longer than context_length {limit}, so the row is dropped"
-    return kept, f"cut from {length} tokens, {lost} trained ones lost (truncation: {config.truncation})"
+def _fit(
+    encoded: list[Encoded], context_length: int | None, truncation: Truncation, group: int
+) -> list[tuple[Encoded, str]]:
+    """Truncate the encodings of an example as training will, with a note of what happens to each.
+
+    One that is dropped or stops the run is shown whole.
+    """
+    if context_length is None:
+        return [(one, "") for one in encoded]
+    fitted = fit_tokens(
+        Tokens.from_examples((one.input_ids, one.loss_mask) for one in encoded), context_length, truncation, group
+    )
+    shown, stays = [], iter(range(len(fitted.tokens)))
+    for one, kept, lost in zip(encoded, fitted.kept, fitted.lost, strict=True):
+        length = len(one.input_ids)
+        if kept:
+            ids, mask = fitted.tokens.example(next(stays))
+            note = f"cut from {length} tokens, {lost} of them in the loss (truncation: {truncation})"
+            shown.append((Encoded(ids.tolist(), mask.tolist()), note if length > context_length else ""))
+        elif truncation == "error" and lost:
+            shown.append((one, f"longer than context_length {context_length}, so the run will stop with an error"))
+        elif length > context_length:
+            reason = "" if truncation == "drop" else ": truncation leaves no token of its loss"
+            shown.append((one, f"dropped, longer than context_length {context_length}{reason}"))
+        else:
+            shown.append((one, "dropped with the other answer of its pair"))
+    return shown
 
 
 def pieces_of(encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool, bool]]:

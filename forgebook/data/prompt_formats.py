@@ -45,15 +45,15 @@ def render_prompt_format(messages: list[Message], fmt: PromptFormat, for_generat
 
 
 def _fill(template: str, **values: str) -> str:
-    """Put values into {instruction} and {system} in one pass; other braces (JSON, code) stay text."""
+    """Fill {instruction} and {system} in one pass; other braces (JSON, code) stay text."""
     return re.sub(r"\{(instruction|system)\}", lambda match: values.get(match[1], ""), template)
 
 
 def _split_system(messages: list[Message], fmt: PromptFormat) -> tuple[str | None, list[Message]]:
-    """Take the system message out of the turns; fall back on the format's default."""
+    """Separate the system message from the turns; fall back on the format's default."""
     systems = [message["content"] for message in messages if message["role"] == "system"]
     if len(systems) > 1:
-        raise DataError("only one system message can be given, got " + str(len(systems)))
+        raise DataError(f"there are {len(systems)} system messages; expected one at most")
     system = systems[0] if systems else fmt.default_system_message
     if fmt.strip_whitespace:
         system = system.strip()
@@ -66,10 +66,10 @@ def _split_system(messages: list[Message], fmt: PromptFormat) -> tuple[str | Non
 
 
 def as_chat_template(fmt: PromptFormat) -> str:
-    """Write a prompt format as a Jinja chat template, for servers that know nothing else.
+    """Write a prompt format as a Jinja chat template, for servers that read nothing else.
 
-    It renders what `render_prompt_format` does; conversations with tools, which this project writes as text before
-    they are rendered, it refuses.
+    It renders what `render_prompt_format` does, and raises an error for conversations with tools, which this project
+    writes as text before they are rendered.
     """
     trim = " | trim" if fmt.strip_whitespace else ""
     has_system = "true" if fmt.add_system_tags_even_if_message_is_empty else "system"

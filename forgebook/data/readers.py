@@ -1,11 +1,11 @@
-"""Files, buckets and data sets -> raw rows, each with its place, a piece at a time.
+"""Files, buckets and data sets -> raw rows, each with its file:line, a chunk at a time.
 
-    for uri in find_sources(config.train_path):        globs opened; weights kept
-        for piece in cut(uri):                         some megabytes each, readable in any process
-            for where, raw in read_piece(piece):       a dict, or the DataError that says what is wrong there
+    for source in find_sources(config.train_path):     globs expanded, with weights
+        for chunk in split_source(source.uri):         some megabytes each, readable in any process
+            for where, raw in read_chunk(chunk):       a dict, or the DataError that says what is wrong there
 
-JSON lines, JSON, Parquet, CSV whose cells hold JSON, gzip of these, and hf://dataset[/config]:split are told
-apart by their first bytes, not by their names. A bad line stops nothing: it is an error in its place.
+JSON lines, JSON, Parquet, CSV whose cells hold JSON, gzip of these, and hf://dataset[/config]:split are detected
+from their first bytes, not from their names. A bad line stops nothing: it is an error in its place.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,12 @@ from forgebook.config.parse import DataSource
 from forgebook.errors import DataError, StorageError
 from forgebook.runs import atomic, download
 
-__all__ = ["Piece", "Source", "content_key", "cut", "find_sources", "read_piece"]
+__all__ = ["FileChunk", "Source", "content_key", "find_sources", "read_chunk", "split_source"]
 
 # What one task reads at once: large enough to be worth a task, small enough to share work evenly.
-PIECE_BYTES = 2 * 2**20
-PIECE_ROWS = 2_500
-# A longer line is refused: it is a file without line ends, and tokenising it would take hours.
+CHUNK_BYTES = 2 * 2**20
+CHUNK_ROWS = 2_500
+# A longer line is rejected: it is a file without line ends, and tokenizing it would take hours.
 LONGEST_LINE = 16 * 2**20
 HUB = "hf://"
 JSON_CELLS = ("messages", "conversations", "chosen", "rejected", "tools", "prompt", "completion", "history")
@@ -40,18 +40,19 @@ HALF_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 @dataclass(frozen=True)
 class Source:
-    """One file or data set, and how often its rows are taken per epoch."""
+    """One file or data set, and how often its examples are repeated per epoch."""
 
     uri: str
     weight: float = 1.0
 
 
 @dataclass(frozen=True)
-class Piece:
+class FileChunk:
     """A part of a source that can be read on its own.
 
-    kind: jsonl (start, stop in bytes), parquet (row groups), hub (rows), json and csv (the whole file).
-    first: the number of its first line or row, counted from 1.
+    kind:        jsonl, parquet, hub, json or csv.
+    start, stop: bytes (jsonl), row groups (parquet) or rows (hub); json and csv are one chunk.
+    first:       the number of its first line or row, counting from 1.
     """
 
     uri: str
@@ -61,47 +62,47 @@ class Piece:
     first: int = 1
 
 
-def find_sources(paths: str | list[str | DataSource]) -> list[Source]:
-    """List what a config's train_path or valid_path names, globs opened.
+def find_sources(paths: str | Sequence[str | DataSource]) -> list[Source]:
+    """List what a config's train_path or valid_path names, globs expanded.
 
-    Raises StorageError where nothing is found.
+    Raises StorageError where there is no such file.
     """
-    found = []
+    sources = []
     for entry in [paths] if isinstance(paths, str) else paths:
         path, weight = (entry, 1.0) if isinstance(entry, str) else (entry.path, entry.weight)
         uris = [path] if path.startswith(HUB) else download.find_files(path)
-        found += [Source(uri, weight) for uri in uris]
-    return found
+        sources += [Source(uri, weight) for uri in uris]
+    return sources
 
 
 def content_key(uri: str) -> str:
-    """Hash what a source holds."""
+    """Hash the content of a source."""
     if uri.startswith(HUB):
         return _hub_dataset(uri)._fingerprint
     with open(download.fetch_file(uri), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def cut(uri: str) -> list[Piece]:
-    """Divide a source into pieces; raise DataError or StorageError if it cannot be read at all."""
+def split_source(uri: str) -> list[FileChunk]:
+    """Divide a source into chunks; raise DataError or StorageError if it cannot be read at all."""
     if uri.startswith(HUB):
         rows = len(_hub_dataset(uri))
-        starts = range(0, rows, PIECE_ROWS)
-        return [Piece(uri, "hub", start, min(start + PIECE_ROWS, rows), start + 1) for start in starts]
+        starts = range(0, rows, CHUNK_ROWS)
+        return [FileChunk(uri, "hub", start, min(start + CHUNK_ROWS, rows), start + 1) for start in starts]
     path = _plain_copy(uri)
     kind = _kind(path, uri)
     if kind == "jsonl":
-        return list(_cut_lines(uri, path))
+        return list(_split_lines(uri, path))
     if kind == "parquet":
-        return list(_cut_parquet(uri, path))
-    return [Piece(uri, kind)]
+        return list(_split_parquet(uri, path))
+    return [FileChunk(uri, kind)]
 
 
-def read_piece(piece: Piece) -> Iterator[tuple[str, Any]]:
-    """Yield (file:line, row) of each row of a piece; a DataError stands in the place of a row it cannot read."""
+def read_chunk(chunk: FileChunk) -> Iterator[tuple[str, Any]]:
+    """Yield (file:line, row) of each row of a chunk; a DataError in the place of a row that cannot be read."""
     read = {"jsonl": _read_lines, "json": _read_json, "csv": _read_csv, "parquet": _read_parquet, "hub": _read_hub}
-    name = piece.uri if piece.uri.startswith(HUB) else piece.uri.rstrip("/").rsplit("/", 1)[-1]
-    for number, row in read[piece.kind](piece):
+    name = chunk.uri if chunk.uri.startswith(HUB) else chunk.uri.rstrip("/").rsplit("/", 1)[-1]
+    for number, row in read[chunk.kind](chunk):
         where = f"{name}:{number}"
         yield where, DataError(f"{where}: {row}") if isinstance(row, DataError) else row
 
@@ -147,21 +148,23 @@ def _kind(path: Path, uri: str) -> str:
     if uri.removesuffix(".gz").endswith(".csv"):
         return "csv"
     if b"\0" in start:
-        raise DataError(f"{uri}: neither text nor Parquet: give JSON lines, JSON, Parquet, CSV, or gzip of these")
+        raise DataError(
+            f"{uri}: neither text nor Parquet; supported are JSON lines, JSON, Parquet, CSV, and gzip of these"
+        )
     return "jsonl"
 
 
 # JSON lines -------------------------------------------------------------------------------------------
 
 
-def _cut_lines(uri: str, path: Path) -> Iterator[Piece]:
+def _split_lines(uri: str, path: Path) -> Iterator[FileChunk]:
     start, line = 0, 1
     with open(path, "rb") as file:
-        while block := file.read(PIECE_BYTES):
+        while block := file.read(CHUNK_BYTES):
             lines = block.count(b"\n")
             if not block.endswith(b"\n"):
                 lines += _skip_line(file)
-            yield Piece(uri, "jsonl", start, file.tell(), line)
+            yield FileChunk(uri, "jsonl", start, file.tell(), line)
             start, line = file.tell(), line + lines
 
 
@@ -173,11 +176,11 @@ def _skip_line(file) -> int:
     return 0
 
 
-def _read_lines(piece: Piece) -> Iterator[tuple[int, Any]]:
-    number = piece.first - 1
-    with open(_plain_copy(piece.uri), "rb") as file:
-        file.seek(piece.start)
-        while file.tell() < piece.stop:
+def _read_lines(chunk: FileChunk) -> Iterator[tuple[int, Any]]:
+    number = chunk.first - 1
+    with open(_plain_copy(chunk.uri), "rb") as file:
+        file.seek(chunk.start)
+        while file.tell() < chunk.stop:
             raw = file.readline(LONGEST_LINE)
             number += 1
             if len(raw) == LONGEST_LINE and not raw.endswith(b"\n"):
@@ -187,7 +190,7 @@ def _read_lines(piece: Piece) -> Iterator[tuple[int, Any]]:
                 yield (
                     number,
                     DataError(
-                        f"a line of {megabytes:.0f} MB, more than {LONGEST_LINE // 2**20}: split the text into rows"
+                        f"a line of {megabytes:.0f} MB, more than {LONGEST_LINE // 2**20}: split the text into lines"
                     ),
                 )
                 continue
@@ -208,27 +211,27 @@ def _parse(text: str) -> Any:
             json.dumps(value, ensure_ascii=False).encode()
         return value
     except UnicodeEncodeError:
-        return DataError("half of a surrogate pair (\\ud800 to \\udfff), which is no character: remove it")
+        return DataError("half of a surrogate pair (\\ud800 to \\udfff), which is not a character: remove it")
     except (ValueError, RecursionError) as error:
         return DataError(f"not valid JSON ({error}): each line must be one JSON object")
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
+    value = dict(pairs)
+    if len(value) < len(pairs):
         keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice!r} stands twice in one object")
-    return made
+        repeated = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {repeated!r} is repeated in one object")
+    return value
 
 
 # JSON, CSV --------------------------------------------------------------------------------------------
 
 
-def _read_json(piece: Piece) -> Iterator[tuple[int, Any]]:
+def _read_json(chunk: FileChunk) -> Iterator[tuple[int, Any]]:
     """Read a JSON array element by element, so that each has its line."""
     try:
-        text = _plain_copy(piece.uri).read_bytes().decode("utf-8-sig")
+        text = _plain_copy(chunk.uri).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         yield 1, DataError(f"not UTF-8 text (byte {error.start}): save the file as UTF-8")
         return
@@ -237,25 +240,26 @@ def _read_json(piece: Piece) -> Iterator[tuple[int, Any]]:
     at = text.index("[") + 1
     line, counted = 1, 0
     while True:
-        at = blank.match(text, at).end()
+        if space := blank.match(text, at):
+            at = space.end()
         line, counted = line + text.count("\n", counted, at), at
         if text[at : at + 1] == "]":
             if text[at + 1 :].strip():
-                yield line, DataError("something follows the end of the JSON array")
+                yield line, DataError("there is text after the end of the JSON array")
             return
         try:
             value, at = decoder.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
-            # Nothing behind this can be told apart: the array ends here.
+            # Nothing after this can be parsed: where its elements begin is unknown.
             yield line, DataError(f"not valid JSON ({error}): the file must be one array of objects")
             return
         yield line, value
 
 
-def _read_csv(piece: Piece) -> Iterator[tuple[int, Any]]:
+def _read_csv(chunk: FileChunk) -> Iterator[tuple[int, Any]]:
     csv.field_size_limit(LONGEST_LINE)
-    # Bytes that are no UTF-8 pass as half surrogates, to be found in their row.
-    with open(_plain_copy(piece.uri), encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+    # Bytes that are not UTF-8 pass as half surrogates, to be reported with their row.
+    with open(_plain_copy(chunk.uri), encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.DictReader(file, strict=True)
         while True:
             number = reader.line_num + 1 if reader.fieldnames else 1
@@ -264,7 +268,10 @@ def _read_csv(piece: Piece) -> Iterator[tuple[int, Any]]:
             except StopIteration:
                 return
             except csv.Error as error:
-                yield number, DataError(f"not valid CSV ({error}): quote cells that hold commas, quotes or lines")
+                yield (
+                    number,
+                    DataError(f"not valid CSV ({error}): quote cells that contain commas, quotes or line breaks"),
+                )
                 return
             yield number, _csv_row(row)
 
@@ -275,12 +282,12 @@ def _csv_row(row: dict) -> Any:
     except UnicodeEncodeError:
         return DataError("not UTF-8 text: save the file as UTF-8")
     if None in row or None in row.values():
-        return DataError("another number of cells than the header has: quote cells that hold commas")
+        return DataError("more or fewer cells than the header: quote cells that contain commas")
     return _parsed_cells({key: cell for key, cell in row.items() if cell != ""})
 
 
 def _parsed_cells(row: dict[str, Any]) -> Any:
-    """Parse the cells that hold JSON."""
+    """Parse the cells that contain JSON."""
     for key in JSON_CELLS:
         if isinstance(row.get(key), str) and row[key].lstrip().startswith(("[", "{")):
             row[key] = _parse(row[key])
@@ -292,7 +299,7 @@ def _parsed_cells(row: dict[str, Any]) -> Any:
 # Parquet and the hub ----------------------------------------------------------------------------------
 
 
-def _cut_parquet(uri: str, path: Path) -> Iterator[Piece]:
+def _split_parquet(uri: str, path: Path) -> Iterator[FileChunk]:
     import pyarrow.parquet as pq
     from pyarrow import ArrowException
 
@@ -302,16 +309,16 @@ def _cut_parquet(uri: str, path: Path) -> Iterator[Piece]:
         raise DataError(f"{uri}: not a readable Parquet file ({str(error).splitlines()[0]}): copy it again") from None
     first = 1
     for group in range(about.num_row_groups):
-        yield Piece(uri, "parquet", group, group + 1, first)
+        yield FileChunk(uri, "parquet", group, group + 1, first)
         first += about.row_group(group).num_rows
 
 
-def _read_parquet(piece: Piece) -> Iterator[tuple[int, Any]]:
+def _read_parquet(chunk: FileChunk) -> Iterator[tuple[int, Any]]:
     import pyarrow.parquet as pq
 
-    number = piece.first
-    file = pq.ParquetFile(_plain_copy(piece.uri))
-    for batch in file.iter_batches(batch_size=1_000, row_groups=[piece.start]):
+    number = chunk.first
+    file = pq.ParquetFile(_plain_copy(chunk.uri))
+    for batch in file.iter_batches(batch_size=1_000, row_groups=[chunk.start]):
         for row in batch.to_pylist():
             yield number, _parsed_cells(_without_nulls(row))
             number += 1
@@ -328,7 +335,9 @@ def _hub_dataset(uri: str):
     """Load hf://owner/name[/config]:split, or hf://folder:split for a folder that begins with . or /."""
     name, colon, split = uri.removeprefix(HUB).rpartition(":")
     if not colon or not name or not split:
-        raise StorageError(f"{uri}: name the split too: hf://owner/name:train, or hf://owner/name/config:train")
+        raise StorageError(
+            f"{uri}: the split is missing; expected hf://owner/name:train, or hf://owner/name/config:train"
+        )
     is_folder = name.startswith((".", "/"))
     *owner_and_name, config = name.split("/") if not is_folder and name.count("/") == 2 else (name, None)
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
@@ -341,7 +350,7 @@ def _hub_dataset(uri: str):
         raise StorageError(f"{uri} could not be loaded: {reason}") from None
 
 
-def _read_hub(piece: Piece) -> Iterator[tuple[int, Any]]:
-    dataset = _hub_dataset(piece.uri).select(range(piece.start, piece.stop))
-    for number, row in enumerate(dataset, piece.first):
+def _read_hub(chunk: FileChunk) -> Iterator[tuple[int, Any]]:
+    dataset = _hub_dataset(chunk.uri).select(range(chunk.start, chunk.stop))
+    for number, row in enumerate(dataset, chunk.first):
         yield number, _parsed_cells(_without_nulls(row))

@@ -1,11 +1,11 @@
 """Only templates write special tokens: the same characters in a message are text, and end no turn.
 
-    mark(text)               before rendering: special tokens inside a message become private characters
-    unmarked(text)           after rendering, to be read: they are themselves again
-    in_literal_form(text),   after rendering, to be tokenised: the template's tokens are private characters now,
+    hide(text)               before rendering: special tokens inside a message become private characters
+    restore(text)            after rendering, to be read: they are themselves again
+    to_literal_form(text),   after rendering, to be tokenized: the template's tokens are private characters now,
     literal_tokenizer()      known to a copy of the tokenizer, to which the usual names are plain text
 
-Rows without such text, nearly all, are tokenised as they are.
+Examples without such text, nearly all, are tokenized as they are.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 __all__ = [
-    "has_marks",
-    "in_literal_form",
+    "has_hidden",
+    "hide",
     "literal_tokenizer",
     "map_texts",
-    "mark",
+    "restore",
     "special_ids",
-    "unmarked",
+    "to_literal_form",
     "without_closing_token",
 ]
 
-# While a template runs, special tokens that stand in messages are these characters, one per token id; and for
-# the tokenizer of such a row the template's own are. Private use: no text has a reason to hold them.
+# While a template runs, special tokens inside messages are these characters, one per token; for the tokenizer of
+# such an example the template's own tokens are. Private use: no text has a reason to contain them.
 _IN_MESSAGE, _OF_TEMPLATE = 0xF0000, 0x100000
-_MARKS = re.compile(f"[{chr(_IN_MESSAGE)}-{chr(_OF_TEMPLATE - 1)}]")
+_HIDDEN = re.compile(f"[{chr(_IN_MESSAGE)}-{chr(_OF_TEMPLATE - 1)}]")
 _PRIVATE = re.compile(f"[{chr(_IN_MESSAGE)}-\U0010ffff]")
 
 
@@ -55,16 +55,16 @@ def special_ids(tokenizer) -> frozenset[int]:
     return frozenset(added | set(tokenizer.all_special_ids))
 
 
-def mark(text: str, tokenizer) -> str:
-    """Put private characters in the place of special tokens that stand in a message."""
+def hide(text: str, tokenizer) -> str:
+    """Replace special tokens inside a message by private characters."""
     if not text.isascii() and _PRIVATE.search(text):
-        raise DataError("a character of the private planes (U+F0000 and above) stands in a message: remove it")
+        raise DataError("a message contains a character of the private planes (U+F0000 and above): remove it")
     numbers, pattern = _special_tokens(tokenizer)
     return pattern.sub(lambda match: chr(_IN_MESSAGE + numbers[match[0]]), text)
 
 
 def without_closing_token(text: str, tokenizer) -> str:
-    """Take off a special token that follows another one at the end: the eos that some templates close a text with."""
+    """Remove a special token that follows another one at the end: the EOS with which some templates close a text."""
     special = _special_tokens(tokenizer)[1].pattern
     closed = re.fullmatch(rf"(.*(?:{special})\s*)(?:{special})\s*", text, re.DOTALL)
     return closed[1] if closed else text
@@ -79,17 +79,17 @@ def map_texts(value: Any, change: Callable[[str], str]) -> Any:
     return [map_texts(item, change) for item in value] if isinstance(value, list) else value
 
 
-def unmarked(text: str, tokenizer) -> str:
-    """Put the special tokens that stood in messages back, as text."""
+def restore(text: str, tokenizer) -> str:
+    """Restore the special tokens inside messages, as text."""
     if text.isascii():
         return text
     names = list(_special_tokens(tokenizer)[0])
-    return _MARKS.sub(lambda match: names[ord(match[0]) - _IN_MESSAGE], text)
+    return _HIDDEN.sub(lambda match: names[ord(match[0]) - _IN_MESSAGE], text)
 
 
-def has_marks(text: str) -> bool:
-    """Tell whether a rendered text holds special tokens of a message."""
-    return not text.isascii() and _MARKS.search(text) is not None
+def has_hidden(text: str) -> bool:
+    """Return whether a rendered text contains special tokens of a message."""
+    return not text.isascii() and _HIDDEN.search(text) is not None
 
 
 @functools.lru_cache(maxsize=64)
@@ -99,21 +99,21 @@ def literal_tokenizer(tokenizer) -> Tokenizer:
 
     numbers, _ = _special_tokens(tokenizer)
     renamed = {text: chr(_OF_TEMPLATE + k) for text, k in numbers.items()}
-    written = json.loads(tokenizer.backend_tokenizer.to_str())
-    for token in written["added_tokens"]:
+    config = json.loads(tokenizer.backend_tokenizer.to_str())
+    for token in config["added_tokens"]:
         token["content"] = renamed.get(token["content"], token["content"])
-    vocabulary = written["model"]["vocab"]
+    vocabulary = config["model"]["vocab"]
     if isinstance(vocabulary, dict):
-        written["model"]["vocab"] = {renamed.get(text, text): number for text, number in vocabulary.items()}
+        config["model"]["vocab"] = {renamed.get(text, text): number for text, number in vocabulary.items()}
     else:
-        written["model"]["vocab"] = [[renamed.get(text, text), score] for text, score in vocabulary]
-    if written["model"].get("unk_token") in renamed:
-        written["model"]["unk_token"] = renamed[written["model"]["unk_token"]]
-    written["post_processor"] = written["padding"] = written["truncation"] = None
-    return Tokenizer.from_str(json.dumps(written))
+        config["model"]["vocab"] = [[renamed.get(text, text), score] for text, score in vocabulary]
+    if config["model"].get("unk_token") in renamed:
+        config["model"]["unk_token"] = renamed[config["model"]["unk_token"]]
+    config["post_processor"] = config["padding"] = config["truncation"] = None
+    return Tokenizer.from_str(json.dumps(config))
 
 
-def in_literal_form(text: str, tokenizer) -> str:
-    """Write a marked text for the literal tokenizer: the template's special tokens private, the messages' own plain."""
+def to_literal_form(text: str, tokenizer) -> str:
+    """Convert a text for the literal tokenizer: the template's special tokens private, those of messages plain."""
     numbers, pattern = _special_tokens(tokenizer)
-    return unmarked(pattern.sub(lambda match: chr(_OF_TEMPLATE + numbers[match[0]]), text), tokenizer)
+    return restore(pattern.sub(lambda match: chr(_OF_TEMPLATE + numbers[match[0]]), text), tokenizer)

@@ -1,11 +1,11 @@
-"""Tokenised rows: Arrow shards on disk, mapped into memory, and views of them.
+"""Tokenized examples: Arrow shards on disk, mapped into memory, and views of them.
 
-    write_shard(rows, path)                     one file of rows
+    write_shard(encoded, path, name)            one file of examples
     tokens = map_shards([path, ...])            nothing is read until it is needed, nothing is copied
     tokens, cut = fit_context(tokens, 512, "error")
-    save_view(tokens, path); load_view(path)    which rows of which shards, from where to where
+    save_view(tokens, path); load_view(path)    which examples of which shards, from where to where
 
-Truncation, mixing and dropping make views: a few numbers per row, whatever the rows' length.
+Truncation, mixing and dropping make views: a few numbers per example, whatever its length.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -29,32 +29,40 @@ if TYPE_CHECKING:
     from forgebook.data.masking import Encoded
 
 __all__ = [
+    "Fitted",
     "Tokens",
     "collect_shards",
     "fit_context",
+    "fit_length",
+    "fit_tokens",
     "load_view",
     "map_shards",
     "relocate_view",
-    "repetitions",
+    "repeat_examples",
     "save_view",
     "token_statistics",
     "truncation_losses",
     "write_shard",
 ]
 
-# What a view holds of each row.
+Truncation = Literal["error", "drop", "left", "right"]
+
+# What a view stores of each example.
 COLUMNS = ("part", "begin", "end", "supervised", "line", "content")
-BATCH_ROWS = 10_000
+# Examples per record batch of a shard.
+RECORD_BATCH = 10_000
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Rows as slices of flat arrays.
+    """Examples as slices of flat arrays.
 
-    parts: for each record batch of each shard, (input_ids [tokens] int32, trained [tokens] bool).
-    part, begin, end: [rows] where each row lies. supervised: [rows] its tokens that are targets of the loss
-    (a row's first token never is). line: [rows] its line in its file. content: [rows] a 64-bit hash.
-    files, batches: for each part, its shard and the number of the batch in it. names: the data file it is of.
+    parts:            for each record batch of each shard, (input_ids [tokens] int32, loss_mask [tokens] bool).
+    part, begin, end: [examples] the part of each, and its tokens there.
+    supervised:       [examples] tokens that are targets of the loss (the first token of an example never is).
+    line:             [examples] the line in its data file.
+    content:          [examples] a 64-bit hash.
+    names, files:     for each part, its data file; its shard and the number of the record batch there.
     """
 
     parts: tuple[tuple[np.ndarray, np.ndarray], ...]
@@ -72,41 +80,41 @@ class Tokens:
 
     @functools.cached_property
     def lengths(self) -> np.ndarray:
-        """[rows] tokens per row."""
+        """[examples] tokens per example."""
         return self.end - self.begin
 
-    def row(self, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return row k's ids and trained marks, as views."""
-        input_ids, trained = self.parts[self.part[k]]
-        piece = slice(self.begin[k], self.end[k])
-        return input_ids[piece], trained[piece]
+    def example(self, k: int | np.integer) -> tuple[np.ndarray, np.ndarray]:
+        """Return the ids and the loss mask of example k, as views."""
+        input_ids, loss_mask = self.parts[self.part[k]]
+        tokens = slice(self.begin[k], self.end[k])
+        return input_ids[tokens], loss_mask[tokens]
 
-    def where(self, k: int) -> str:
-        """Name the file:line that row k came from."""
+    def where(self, k: int | np.integer) -> str:
+        """Name the file:line that example k was read from."""
         return f"{self.names[self.part[k]]}:{self.line[k]}"
 
-    def select(self, rows: np.ndarray) -> Tokens:
-        """View some of the rows, in this order."""
-        return replace(self, **{name: getattr(self, name)[rows] for name in COLUMNS})
+    def select(self, examples: np.ndarray) -> Tokens:
+        """View some of the examples, in this order."""
+        return replace(self, **{name: getattr(self, name)[examples] for name in COLUMNS})
 
     @classmethod
-    def from_rows(cls, rows: Iterable[tuple[Sequence[int], Sequence[bool]]], name: str = "rows") -> Tokens:
-        """Hold rows of (ids, trained) in memory."""
-        table = _table((ids, trained, line) for line, (ids, trained) in enumerate(rows, 1))
+    def from_examples(cls, examples: Iterable[tuple[Sequence[int], Sequence[bool]]], name: str = "examples") -> Tokens:
+        """Hold examples of (ids, loss mask) in memory."""
+        table = _table((ids, mask, line) for line, (ids, mask) in enumerate(examples, 1))
         return _view(table.to_batches(), [name], [("", 0)])
 
 
 # Files ------------------------------------------------------------------------------------------------
 
 
-def write_shard(rows: Iterable[tuple[Encoded, int]], path: Path, name: str) -> None:
-    """Write rows of (encoded, line) as one Arrow file; `name` is the file they came from."""
+def write_shard(examples: Iterable[tuple[Encoded, int]], path: Path, name: str) -> None:
+    """Write examples of (encoded, line) as one Arrow file; `name` is the data file they were read from."""
     import pyarrow as pa
 
     path.parent.mkdir(parents=True, exist_ok=True)
     writer = None
     with pa.OSFile(str(path), "wb") as file:
-        for batch in _batched(rows, BATCH_ROWS):
+        for batch in _batched(examples, RECORD_BATCH):
             table = _table((one.input_ids, one.loss_mask, line) for one, line in batch)
             writer = writer or pa.ipc.new_file(file, table.schema.with_metadata({"name": name}))
             writer.write_table(table)
@@ -116,30 +124,30 @@ def write_shard(rows: Iterable[tuple[Encoded, int]], path: Path, name: str) -> N
         path.unlink()
 
 
-def _batched(rows: Iterable, count: int):
-    rows = iter(rows)
-    while batch := list(itertools.islice(rows, count)):
+def _batched(examples: Iterable, count: int):
+    examples = iter(examples)
+    while batch := list(itertools.islice(examples, count)):
         yield batch
 
 
-def _table(rows: Iterable[tuple[Sequence[int], Sequence[bool], int]]):
+def _table(examples: Iterable[tuple[Sequence[int], Sequence[bool], int]]):
     import pyarrow as pa
 
-    ids, trained, lines, supervised, contents = [], [], [], [], []
-    for row_ids, row_trained, line in rows:
-        ids.append(np.asarray(row_ids, np.int32))
-        trained.append(np.asarray(row_trained, bool))
+    ids, masks, lines, supervised, contents = [], [], [], [], []
+    for example_ids, mask, line in examples:
+        ids.append(np.asarray(example_ids, np.int32))
+        masks.append(np.asarray(mask, bool))
         lines.append(line)
-        supervised.append(int(trained[-1][1:].sum()))
-        digest = hashlib.blake2b(ids[-1].tobytes() + trained[-1].tobytes(), digest_size=8).digest()
+        supervised.append(int(masks[-1][1:].sum()))
+        digest = hashlib.blake2b(ids[-1].tobytes() + masks[-1].tobytes(), digest_size=8).digest()
         contents.append(int.from_bytes(digest, "little"))
     offsets = np.concatenate([[0], np.cumsum([len(one) for one in ids])]).astype(np.int64)
     flat_ids = np.concatenate(ids or [np.zeros(0, np.int32)])
-    flat_trained = np.concatenate(trained or [np.zeros(0, bool)]).view(np.int8)
+    flat_mask = np.concatenate(masks or [np.zeros(0, bool)]).view(np.int8)
     return pa.table(
         {
             "input_ids": pa.LargeListArray.from_arrays(offsets, flat_ids),
-            "trained": pa.LargeListArray.from_arrays(offsets, flat_trained),
+            "loss_mask": pa.LargeListArray.from_arrays(offsets, flat_mask),
             "supervised": np.array(supervised, np.int32),
             "line": np.array(lines, np.int64),
             "content": np.array(contents, np.uint64),
@@ -148,7 +156,7 @@ def _table(rows: Iterable[tuple[Sequence[int], Sequence[bool], int]]):
 
 
 def map_shards(paths: Sequence[Path]) -> Tokens:
-    """Map shards into memory as one set of rows."""
+    """Map shards into memory as one set of examples."""
     batches, names, files = [], [], []
     for path in paths:
         reader = _open_shard(str(path))
@@ -170,12 +178,12 @@ def _name_of(reader) -> str:
 
 
 def _arrays(batch) -> tuple[np.ndarray, np.ndarray]:
-    """View the ids and trained marks of a record batch."""
-    return batch.column("input_ids").values.to_numpy(), batch.column("trained").values.to_numpy().view(bool)
+    """View the ids and loss masks of a record batch."""
+    return batch.column("input_ids").values.to_numpy(), batch.column("loss_mask").values.to_numpy().view(bool)
 
 
 def _view(batches: list, names: list[str], files: list[tuple[str, int]]) -> Tokens:
-    """View all rows of some record batches."""
+    """View all examples of some record batches."""
     columns: dict[str, list[np.ndarray]] = {name: [] for name in COLUMNS}
     for number, batch in enumerate(batches):
         offsets = batch.column("input_ids").offsets.to_numpy()
@@ -189,7 +197,7 @@ def _view(batches: list, names: list[str], files: list[tuple[str, int]]) -> Toke
 
 
 def save_view(tokens: Tokens, path: Path) -> None:
-    """Write which rows of which shards `tokens` shows; the shards stay where they are."""
+    """Write which examples of which shards `tokens` shows; the shards stay where they are."""
     path.parent.mkdir(parents=True, exist_ok=True)
     shards, numbers = zip(*tokens.files, strict=True)
     columns = {name: getattr(tokens, name) for name in COLUMNS}
@@ -198,7 +206,7 @@ def save_view(tokens: Tokens, path: Path) -> None:
 
 
 def load_view(path: Path) -> Tokens:
-    """Map the rows of save_view into memory."""
+    """Map the examples of save_view into memory."""
     with np.load(path) as saved:
         columns = {name: saved[name] for name in COLUMNS}
         files = tuple(zip(saved["shards"].tolist(), saved["batches"].tolist(), strict=True))
@@ -227,7 +235,7 @@ def collect_shards(path: Path, folder: Path) -> None:
 
 
 def relocate_view(path: Path, moved: Callable[[str], str]) -> None:
-    """Write a saved view anew for shards that lie elsewhere; moved: the old place of a shard -> the new one."""
+    """Rewrite a saved view for shards that were moved; moved: the old path of a shard -> the new one."""
     with np.load(path) as saved:
         arrays = dict(saved)
     arrays["shards"] = np.array([moved(shard) for shard in arrays["shards"].tolist()])
@@ -239,7 +247,7 @@ def relocate_view(path: Path, moved: Callable[[str], str]) -> None:
 
 
 def token_statistics(tokens: Tokens) -> dict[str, Any]:
-    """Summarise a set: rows, tokens, percentiles of the row length, share of tokens that are trained, duplicates."""
+    """Summarize a set: examples, tokens, percentiles of their length, share of tokens in the loss, duplicates."""
     p50, p95, p99 = np.percentile(tokens.lengths, [50, 95, 99], method="inverted_cdf")
     _, first = np.unique(tokens.content, return_index=True)
     return {
@@ -255,67 +263,93 @@ def token_statistics(tokens: Tokens) -> dict[str, Any]:
     }
 
 
+def fit_length(length: int, context_length: int, truncation: Truncation) -> slice | None:
+    """Return which tokens of an example stay, or None if it is dropped. Everything that truncates asks this.
+
+    truncation: "drop" leaves longer examples out; "left" and "right" cut that end off; "error" cuts the right end,
+                and `fit_tokens` keeps the example only if that end has no token in the loss.
+    """
+    if length <= context_length:
+        return slice(0, length)
+    if truncation == "drop":
+        return None
+    return slice(length - context_length, length) if truncation == "left" else slice(0, context_length)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What truncation leaves of a set.
+
+    tokens: the examples that stay, cut. kept: [examples before] whether each stays. lost: [examples before] its
+    tokens in the loss that are cut off, all of them if it is dropped for its length.
+    """
+
+    tokens: Tokens
+    kept: np.ndarray
+    lost: np.ndarray
+
+
+def fit_tokens(tokens: Tokens, context_length: int, truncation: Truncation, group: int = 1) -> Fitted:
+    """Cut or drop the examples longer than context_length; drop those with no token in the loss left.
+
+    group: this many adjacent examples are kept or dropped together: 2 for preference pairs.
+    """
+    begin, end, supervised = tokens.begin.copy(), tokens.end.copy(), tokens.supervised.copy()
+    kept = np.ones(len(tokens), bool)
+    for k in np.flatnonzero(tokens.lengths > context_length):
+        part = fit_length(int(tokens.lengths[k]), context_length, truncation)
+        if part is None:
+            supervised[k], kept[k] = 0, False
+            continue
+        supervised[k] = tokens.example(k)[1][part][1:].sum()
+        begin[k], end[k] = tokens.begin[k] + part.start, tokens.begin[k] + part.stop
+        kept[k] = supervised[k] == tokens.supervised[k] if truncation == "error" else supervised[k] > 0
+    lost = tokens.supervised - supervised
+    kept = np.repeat(kept.reshape(-1, group).all(axis=1), group)
+    fitted = replace(tokens, begin=begin, end=end, supervised=supervised).select(np.flatnonzero(kept))
+    return Fitted(fitted, kept, lost)
+
+
 def truncation_losses(tokens: Tokens, context_length: int) -> dict[str, int]:
-    """Count the rows longer than context_length, and the trained tokens that each truncation policy would lose."""
-    long = np.flatnonzero(tokens.lengths > context_length)
-    losses = {"drop": int(tokens.supervised[long].sum()), "left": 0, "right": 0}
-    for k in long:
-        trained = tokens.row(k)[1]
-        losses["left"] += int(tokens.supervised[k] - trained[-context_length:][1:].sum())
-        losses["right"] += int(trained[context_length:].sum())
-    return {"longer_rows": len(long), **{f"answer_tokens_lost_{policy}": lost for policy, lost in losses.items()}}
+    """Count the examples longer than context_length, and the tokens in the loss that each truncation would cut off."""
+    policies: tuple[Truncation, ...] = ("drop", "left", "right")
+    lost = {policy: int(fit_tokens(tokens, context_length, policy).lost.sum()) for policy in policies}
+    longer = int((tokens.lengths > context_length).sum())
+    return {"longer_rows": longer, **{f"answer_tokens_lost_{policy}": count for policy, count in lost.items()}}
 
 
 def fit_context(
-    tokens: Tokens, context_length: int, policy: str, name: str = "the data", together: int = 1
+    tokens: Tokens, context_length: int, truncation: Truncation, name: str = "the data", group: int = 1
 ) -> tuple[Tokens, dict[str, int]]:
-    """Apply the truncation policy to rows longer than context_length.
+    """Apply the truncation to a set before training, as `fit_tokens`, and count what it cuts.
 
-    policy: "error" refuses if a trained token would be lost (a prompt's unneeded tail may go), "drop" leaves
-            such rows out, "left" / "right" cut that end off.
-    together: rows that are dropped together, or not at all: 2 for the pairs of preference tuning.
-
-    Returns the tokens and what it did: rows_cut, rows_dropped, tokens_cut, answer_tokens_cut.
-    Raises DataError if anything would be lost under "error", or if nothing trained is left of the set.
+    Returns the examples that stay, and the counts rows_cut, rows_dropped, tokens_cut, answer_tokens_cut.
+    Raises DataError under "error" if a token in the loss would be cut off, and if no example is left.
     """
-    long = np.flatnonzero(tokens.lengths > context_length)
-    begin, end, supervised = tokens.begin.copy(), tokens.end.copy(), tokens.supervised.copy()
-    kept = np.ones(len(tokens), bool)
-    for k in long:
-        trained = tokens.row(k)[1]
-        trained = trained[-context_length:] if policy == "left" else trained[:context_length]
-        supervised[k] = int(trained[1:].sum())
-        if policy == "left":
-            begin[k] = end[k] - context_length
-        else:
-            end[k] = begin[k] + context_length
-        kept[k] = policy != "drop" and (policy == "error" or supervised[k] > 0)
-    kept = np.repeat(kept.reshape(-1, together).all(axis=1), together)
-    lost = int(tokens.supervised.sum() - supervised[kept].sum())
-    if policy == "error" and lost:
+    fitted = fit_tokens(tokens, context_length, truncation, group)
+    long = tokens.lengths > context_length
+    if truncation == "error" and fitted.lost.any():
+        first, lost = tokens.where(np.flatnonzero(long)[0]), fitted.lost.sum()
         raise DataError(
-            f"{len(long)} of {len(tokens)} rows of {name} (the first: {tokens.where(long[0])}) are longer than "
-            f"context_length {context_length} and would lose {lost} trained tokens: set context_length to "
-            f"{int(tokens.lengths.max())} to lose none, or truncation to drop, left or right"
+            f"{long.sum()} of {len(tokens)} examples of {name} (the first: {first}) are longer than context_length "
+            f"{context_length} and would lose {lost} tokens of the loss: set context_length to {tokens.lengths.max()} "
+            "to lose none, or truncation to drop, left or right"
         )
-    if not kept.any():
+    if not fitted.kept.any():
         raise DataError(
-            f"no row of {name} has a trained token within context_length {context_length}: "
-            f"the longest row has {int(tokens.lengths.max())} tokens"
+            f"no example of {name} has a token in the loss within context_length {context_length}: "
+            f"the longest has {tokens.lengths.max()} tokens"
         )
-    fitted = replace(tokens, begin=begin, end=end, supervised=supervised).select(np.flatnonzero(kept))
-    dropped = int((~kept).sum())
-    done = {
-        "rows_cut": len(long) - dropped,
-        "rows_dropped": dropped,
-        "tokens_cut": int(tokens.lengths.sum() - fitted.lengths.sum()),
-        "answer_tokens_cut": lost,
+    return fitted.tokens, {
+        "rows_cut": int((long & fitted.kept).sum()),
+        "rows_dropped": int((~fitted.kept).sum()),
+        "tokens_cut": int(tokens.lengths.sum() - fitted.tokens.lengths.sum()),
+        "answer_tokens_cut": int(tokens.supervised.sum() - fitted.tokens.supervised.sum()),
     }
-    return fitted, done
 
 
-def repetitions(rows: np.ndarray, weight: float, seed: int) -> np.ndarray:
-    """Take every row `weight` times: whole copies, and for what is over a random part of the rows, in order."""
-    whole, part = divmod(weight, 1)
-    chosen = np.random.default_rng(seed).permutation(len(rows))[: round(part * len(rows))]
-    return np.concatenate([np.tile(rows, int(whole)), rows[np.sort(chosen)]])
+def repeat_examples(examples: np.ndarray, weight: float, seed: int) -> np.ndarray:
+    """Repeat examples `weight` times: whole copies, and for the fraction a random part of them, in order."""
+    copies, fraction = divmod(weight, 1)
+    extra = np.random.default_rng(seed).permutation(len(examples))[: round(fraction * len(examples))]
+    return np.concatenate([np.tile(examples, int(copies)), examples[np.sort(extra)]])

@@ -15,7 +15,6 @@ perplexity       any that the run could train on        (how well the trained to
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import gc
 from collections.abc import Callable, Iterator
@@ -24,9 +23,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from forgebook.config.parse import FinetuneConfig, load_config
-from forgebook.data import tokenize
-from forgebook.data.masking import Encoded
-from forgebook.data.row_formats import Row
+from forgebook.data import batching, tokenize
+from forgebook.data.row_formats import Example
+from forgebook.data.token_store import Tokens, fit_tokens
 from forgebook.data.tools import calls_of_message
 from forgebook.errors import ConfigError, DataError
 from forgebook.evaluation import logprobs, statistics, tool_accuracy
@@ -80,7 +79,7 @@ def evaluate(
     told = both_models(run, checkpoint)
     chosen = metric or _usual_metric(config.task)
     labels = tuple(config.classifier_config.label_tokens) if chosen == "classification" else ()
-    held_out = tokenize.read_rows(path or config.valid_path, _read_as(chosen, config), rows, labels)
+    held_out = tokenize.read_examples(path or config.valid_path, _read_as(chosen, config), rows, labels)
     if metric is None and chosen == "exact_match" and any(row.tools for row in held_out):
         chosen = "tool_calls"
     by_likelihood = {"classification": _classification, "preference": _preference, "perplexity": _perplexity}
@@ -150,7 +149,7 @@ class _Asked:
 
 
 def _answers(
-    metric: str, held_out: list[Row], told: Told, judge: Judge | None, limit: int | None, on_progress: Tell
+    metric: str, held_out: list[Example], told: Told, judge: Judge | None, limit: int | None, on_progress: Tell
 ) -> Evaluation:
     asked = [one for number, row in enumerate(held_out) for one in _turns(number, row, metric == "tool_calls")]
     if not asked:
@@ -184,7 +183,7 @@ def _room(tokenizer, references: list[str]) -> int:
     return max(128, 8 + max(map(len, tokenizer(references)["input_ids"])))
 
 
-def _turns(number: int, row: Row, every: bool) -> list[_Asked]:
+def _turns(number: int, row: Example, every: bool) -> list[_Asked]:
     """List what is to be answered of a row: its last turn, or every turn of the assistant that is to be learnt."""
     if row.messages[-1]["role"] != "assistant" and not every:
         raise DataError(f"{row.where}: messages: must end with the assistant's turn that answers are compared with")
@@ -241,7 +240,7 @@ def _judged(asked: list[_Asked], compared: Comparison, judge: Judge, on_progress
 # By likelihood ----------------------------------------------------------------------------------------
 
 
-def _classification(held_out: list[Row], config: FinetuneConfig, told: Told, on_progress: Tell) -> Evaluation:
+def _classification(held_out: list[Example], config: FinetuneConfig, told: Told, on_progress: Tell) -> Evaluation:
     labels = list(config.classifier_config.label_tokens)
     truth = np.array([labels.index(row.messages[-1]["content"]) for row in held_out])
     found = []
@@ -275,64 +274,73 @@ def _metric(name: str) -> Callable[[np.ndarray, np.ndarray], float]:
     return lambda probabilities, truth: classification.scores(probabilities, truth, [name])[f"eval_{name}"]
 
 
-def _preference(held_out: list[Row], config: FinetuneConfig, told: Told, on_progress: Tell) -> Evaluation:
-    found = [logs for logs, _ in _measured(held_out, config, told, on_progress)]
-    chosen = [logs[0::2] > logs[1::2] for logs in found]
+def _preference(held_out: list[Example], config: FinetuneConfig, told: Told, on_progress: Tell) -> Evaluation:
+    measured, kept = _measured(held_out, config, told, on_progress)
+    chosen = [sums[:, 0, 0] > sums[:, 1, 0] for sums in measured]
     score = Score("chosen_likelier", *map(statistics.share, chosen), statistics.compare_shares(*chosen))
-    said_by = [[row.messages[-1]["content"], row.rejected[-1]["content"]] for row in held_out]
+    said_by = [[row.messages[-1]["content"], row.rejected[-1]["content"]] for row in kept]
     texts = [[pair[0 if one else 1] for pair, one in zip(said_by, ones, strict=True)] for ones in chosen]
-    compared = Comparison([as_read(row.messages[:-1]) for row in held_out], [pair[0] for pair in said_by], *texts)
+    compared = Comparison([as_read(row.messages[:-1]) for row in kept], [pair[0] for pair in said_by], *texts)
     kinds = [[None if one else "the rejected likelier" for one in ones] for ones in chosen]
-    return make_evaluation("preference", [score], compared, kinds)
+    return make_evaluation("preference", [score], compared, kinds, left_out=len(held_out) - len(kept))
 
 
-def _perplexity(held_out: list[Row], config: FinetuneConfig, told: Told, on_progress: Tell) -> Evaluation:
-    (before, tokens), (after, own) = _measured(held_out, config, told, on_progress)
+def _perplexity(held_out: list[Example], config: FinetuneConfig, told: Told, on_progress: Tell) -> Evaluation:
+    measured, kept = _measured(held_out, config, told, on_progress)
+    (before, tokens), (after, own) = [sums[:, 0].T for sums in measured]
     score = Score("perplexity", *statistics.compare_statistics(_perplexity_of, [before, tokens], [after, own]))
     means = [-before / tokens, -after / own]
     texts = [[f"{mean:.4f} per token" for mean in one] for one in means]
-    shown = [row.text if row.text is not None else as_read(row.messages) for row in held_out]
-    compared = Comparison(shown, [""] * len(held_out), *texts)
+    shown = [row.text if row.text is not None else as_read(row.messages) for row in kept]
+    compared = Comparison(shown, [""] * len(kept), *texts)
     worse = ["foreseen worse than by the base" if one > other else None for other, one in zip(*means, strict=True)]
-    return make_evaluation("perplexity", [score], compared, [[None] * len(held_out), worse])
+    kinds = [[None] * len(kept), worse]
+    return make_evaluation("perplexity", [score], compared, kinds, left_out=len(held_out) - len(kept))
 
 
 def _perplexity_of(logs: np.ndarray, tokens: np.ndarray) -> float:
     return float(np.exp(-logs.sum() / tokens.sum()))
 
 
-def _measured(held_out: list[Row], config: FinetuneConfig, told: Told, on_progress: Tell) -> list:
-    """Return for each model [rows] log-probabilities and numbers of tokens; a pair is two rows, the chosen first."""
+def _measured(
+    held_out: list[Example], config: FinetuneConfig, told: Told, on_progress: Tell
+) -> tuple[list[np.ndarray], list[Example]]:
+    """Measure examples truncated as in the run; an example that truncation drops for either model is left out.
+
+    Returns for each model [examples, conversations, 2] the log-probability and the number of the tokens in the loss
+    (conversations: 1, or 2 of a pair, the chosen first), and the examples that are left.
+    """
     task = config.task if held_out[0].rejected is not None or held_out[0].text is not None else "instruction_tuning"
     task = "causal_lm" if config.task == "causal_lm" else task
-    found = []
+    group = batching.group_size(task)
+    measured, kept = [], np.ones(len(held_out), bool)
     for name, loaded in told:
-        recipe = dataclasses.replace(
-            tokenize.Recipe.of(config), task=task, prompt_format=loaded.prompt_format, labels=()
-        )
-        encoded = tokenize.encode_rows(held_out, loaded.tokenizer, recipe)
+        options = tokenize.EncodingOptions(task, loaded.prompt_format, config.train_on, config.rewritten_turns)
+        encoded = tokenize.encode_examples(held_out, loaded.tokenizer, options)
         if wrong := [str(one) for one in encoded if isinstance(one, DataError)]:
             raise DataError("\n".join(wrong[:10]))
-        flat = [_cut(one, config.context_length) for row in encoded for one in row]
-        owners = np.repeat(np.arange(len(encoded)), [len(row) for row in encoded])
+        tokens = Tokens.from_examples((one.input_ids, one.loss_mask) for example in encoded for one in example)
+        owners = np.repeat(np.arange(len(encoded)), [len(example) for example in encoded])
+        if config.context_length is not None:
+            fitted = fit_tokens(tokens, config.context_length, config.truncation, group)
+            tokens, owners = fitted.tokens, owners[fitted.kept]
         with loaded.active() as model:
-            logs, tokens = logprobs.log_probabilities(
+            logs = logprobs.log_probabilities(
                 model,
                 loaded.tokenizer,
-                flat,
-                on_progress=functools.partial(_tell, on_progress, name, len(flat)),
+                tokens,
+                on_progress=functools.partial(_tell, on_progress, name, len(tokens)),
             )
         del loaded, model
-        if task != "preference_tuning":
-            # Several encodings of one row (expanded turns) are one row: they are resampled together.
-            logs, tokens = (np.bincount(owners, column) for column in (logs, tokens))
-        found.append((logs, tokens))
-    return found
+        # Several encodings of one example (expanded turns) are summed: they are resampled together.
+        sums = np.zeros((len(held_out), group, 2))
+        np.add.at(sums, (owners, np.arange(len(owners)) % group), np.stack([logs, tokens.supervised], axis=1))
+        measured.append(sums)
+        kept &= sums[:, :, 1].all(axis=1)
+    if not kept.any():
+        raise DataError(f"no held-out example has a token in the loss within context_length {config.context_length}")
+    return [sums[kept] for sums in measured], [one for one, stays in zip(held_out, kept, strict=True) if stays]
 
 
 def _tell(on_progress: Tell, name: str, total: int, done: int) -> None:
     on_progress(name, done, total)
-
-
-def _cut(encoded: Encoded, length: int | None) -> Encoded:
-    return Encoded(encoded.input_ids[:length], encoded.loss_mask[:length])

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from forgebook.data import batching, masking, special_tokens
-from forgebook.data.row_formats import Row
+from forgebook.data.row_formats import Example
 from forgebook.data.token_store import Tokens
 from forgebook.errors import DataError
 from forgebook.training.losses import SupervisedLM
@@ -19,30 +19,29 @@ __all__ = ["label_probabilities", "log_probabilities"]
 def log_probabilities(
     model,
     tokenizer,
-    encoded: list[masking.Encoded],
+    tokens: Tokens,
     batch_size: int = 16,
     on_progress: Callable[[int], None] = lambda done: None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return for each encoded row the log-probability of its trained tokens, summed, and their number."""
+) -> np.ndarray:
+    """Return [examples] the log-probability of the tokens in the loss, summed."""
     import torch
 
-    rows = Tokens.from_rows((one.input_ids, one.loss_mask) for one in encoded)
-    wrapped, found = SupervisedLM(model).eval(), np.zeros(len(rows))
-    order = np.argsort(-rows.lengths, kind="stable")  # rows of like length share a batch, the longest first
+    wrapped, sums_of = SupervisedLM(model).eval(), np.zeros(len(tokens))
+    order = np.argsort(-tokens.lengths, kind="stable")  # batches grouped by length, the longest first
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]
-        batch = batching.collate(rows, [np.array([k]) for k in part], tokenizer.pad_token_id)
+        batch = batching.collate(tokens, [np.array([k]) for k in part], tokenizer.pad_token_id)
         with torch.inference_mode():
             sums = wrapped(**{name: value.to(model.device) for name, value in batch.items()}, output="examples")
-        found[part] = sums.float().cpu().numpy()
+        sums_of[part] = sums.float().cpu().numpy()
         on_progress(start + len(part))
-    return found, rows.supervised.astype(float)
+    return sums_of
 
 
 def label_probabilities(
     model,
     tokenizer,
-    rows: list[Row],
+    rows: list[Example],
     labels: list[str],
     prompt_format=None,
     on_progress: Callable[[int], None] = lambda done: None,
@@ -61,7 +60,8 @@ def label_probabilities(
             except DataError as error:
                 raise DataError(f"{row.where}: {error}") from None
             encoded.append(_without_end(one, tokenizer))
-    logs, _ = log_probabilities(model, tokenizer, encoded, on_progress=lambda done: on_progress(done // len(labels)))
+    tokens = Tokens.from_examples((one.input_ids, one.loss_mask) for one in encoded)
+    logs = log_probabilities(model, tokenizer, tokens, on_progress=lambda done: on_progress(done // len(labels)))
     logs = logs.reshape(len(rows), len(labels))
     weights = np.exp(logs - logs.max(1, keepdims=True))
     return weights / weights.sum(1, keepdims=True)

@@ -65,6 +65,7 @@ class Evaluation:
 
     mistakes: of the tuned model, those first that the base did not make.
     kinds: for each kind of mistake, how many rows the base got wrong so, and how many the tuned model.
+    left_out: examples that the truncation of the run drops, which are not measured.
     """
 
     metric: str
@@ -73,10 +74,11 @@ class Evaluation:
     comparison: Comparison
     mistakes: list[dict[str, Any]] = field(default_factory=list)
     kinds: dict[str, tuple[int, int]] = field(default_factory=dict)
+    left_out: int = 0
 
     def summary(self) -> dict[str, Any]:
         """Return all figures under flat names, for evaluation.json."""
-        told: dict[str, Any] = {"rows": self.rows}
+        told: dict[str, Any] = {"rows": self.rows} | ({"rows_left_out": self.left_out} if self.left_out else {})
         for score in self.scores:
             for when, figure in (("before", score.before), ("after", score.after)):
                 if figure is not None:
@@ -100,11 +102,13 @@ def make_evaluation(
     kinds: list[list[str | None]],
     rows: int | None = None,
     counted: list[list[str | None]] | None = None,
+    left_out: int = 0,
 ) -> Evaluation:
     """Gather what was found.
 
     kinds: for the base and for the tuned model, what is wrong with each answer, None if nothing is.
-    rows: how many were scored; counted: kinds by row, where a row has several answers.
+    rows: how many were scored; counted: kinds by row, where a row has several answers. left_out: examples that
+    truncation drops.
     """
     wrong = [
         {
@@ -117,7 +121,7 @@ def make_evaluation(
     wrong.sort(key=lambda mistake: not mistake["base_was_right"])
     before, after = (collections.Counter(filter(None, one)) for one in counted or kinds)
     table = {kind: (before[kind], after[kind]) for kind, _ in (before + after).most_common()}
-    return Evaluation(metric, len(compared.prompts) if rows is None else rows, made, compared, wrong, table)
+    return Evaluation(metric, len(compared.prompts) if rows is None else rows, made, compared, wrong, table, left_out)
 
 
 def as_read(messages: list[dict[str, Any]]) -> str:
@@ -138,6 +142,8 @@ def said(message: dict[str, Any]) -> str:
 def figure_lines(evaluation: Evaluation) -> list[str]:
     """Write an evaluation's figures as lines for the console."""
     rows = f"{evaluation.rows} held-out rows"
+    if evaluation.left_out:
+        rows += f" ({evaluation.left_out} left out: dropped by truncation)"
     return [line for score in evaluation.scores for line in score_lines(score, rows)]
 
 

@@ -258,7 +258,7 @@ def _validation_examples(folder: Path, tokenizer, prompt_format: PromptFormat | 
         if config.valid_path is None or config.task is None:
             return []
         labels = tuple(config.classifier_config.label_tokens) if config.classifier_config else ()
-        examples = tokenize.read_rows(config.valid_path, config.task, EXAMPLES, labels, "drop")
+        examples = tokenize.read_examples(config.valid_path, config.task, EXAMPLES, labels, "drop")
     except (ConfigError, DataError, StorageError):
         return []
     texts = [masking.encode_text(one.text, tokenizer) for one in examples if one.text is not None]

@@ -54,7 +54,7 @@ def read_prompts(path: str, count: int | None = None) -> list[Prompt]:
     Raises DataError for an example that is a text.
     """
     prompts = []
-    for number, example in enumerate(tokenize.read_rows(path, "causal_lm", count)):
+    for number, example in enumerate(tokenize.read_examples(path, "causal_lm", count)):
         messages = example.messages
         if messages is None:
             raise DataError(f"{example.where}: this is a text; expected messages that end with a question")

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from forgebook.catalog import Catalog, Gpu, Shape, read_catalog, shape_of
 from forgebook.config.schema import DEFAULT_LORA, LEARNING_RATES, auto_keys
 from forgebook.data import readers
+from forgebook.data.batching import group_size
 from forgebook.data.row_formats import parse_row
 from forgebook.errors import DataError, ModelError, ResourceError
 from forgebook.planning import schedule
@@ -61,10 +62,10 @@ EVALUATIONS_IN_ONE_EPOCH = 4
 
 def first_rows(config: FinetuneConfig, count: int = 20) -> list[Any]:
     """Read the first raw rows of the training data; a bad one is left out."""
-    pieces = itertools.chain.from_iterable(
-        readers.cut(source.uri) for source in readers.find_sources(config.train_path)
+    chunks = itertools.chain.from_iterable(
+        readers.split_source(source.uri) for source in readers.find_sources(config.train_path)
     )
-    raw = (row for piece in pieces for _, row in readers.read_piece(piece) if not isinstance(row, DataError))
+    raw = (row for chunk in chunks for _, row in readers.read_chunk(chunk) if not isinstance(row, DataError))
     return list(itertools.islice(raw, count))
 
 
@@ -147,7 +148,7 @@ def _sequences(config: FinetuneConfig, data: Statistics) -> int:
     """Count what a batch counts, over an epoch: rows, pairs, or packed sequences."""
     if config.padding == "packed":
         return math.ceil(data.tokens / config.context_length)
-    return data.rows // (2 if config.task == "preference_tuning" else 1)
+    return data.rows // group_size(config.task)
 
 
 # -- how long, how filled

@@ -12,6 +12,8 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from forgebook.data.batching import group_size
+from forgebook.data.token_store import fit_length
 from forgebook.errors import ConfigError
 from forgebook.planning import schedule
 from forgebook.planning.hardware import Cpu
@@ -48,11 +50,12 @@ class Work:
 def work_of(config: FinetuneConfig, data: Statistics) -> Work:
     """Count what a run goes through. config: with its context length and batch size chosen."""
     context = config.context_length
-    lengths = [min(length, context) for length in data.lengths if config.truncation != "drop" or length <= context]
+    parts = [fit_length(length, context, config.truncation) for length in data.lengths]
+    lengths = [part.stop - part.start for part in parts if part is not None]
     if not lengths:
         raise ConfigError(f"context_length: {context} is shorter than every row, and truncation: drop leaves none")
     micro = config.train_batch_size_per_device
-    pairs = 2 if config.task == "preference_tuning" else 1
+    pairs = group_size(config.task)
     tokens = sum(lengths)
     if config.padding == "packed":
         sequences, positions, longest = math.ceil(tokens / context), tokens, context

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from forgebook.config.parse import read_deepspeed_config
+from forgebook.data.batching import group_size
 
 if TYPE_CHECKING:
     from forgebook.catalog import Shape
@@ -216,7 +217,7 @@ class _Run:
     @property
     def sequences(self) -> int:
         """Count the sequences of a micro batch: a preference pair is two."""
-        return self.micro_batch * (2 if self.config.task == "preference_tuning" else 1)
+        return self.micro_batch * group_size(self.config.task)
 
     @property
     def tokens(self) -> int:

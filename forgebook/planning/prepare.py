@@ -53,7 +53,7 @@ def prepare(config: FinetuneConfig, run: Run, on_progress: Callable[[str, int, i
 
     Tokens are cached under `<storage_path>/.tokens` for the next run on the same data. If examples are bad and
     `on_bad_rows` is fail, all of them are written to the run's data_report.json.
-    on_progress: called with (set, pieces done, pieces).
+    on_progress: called with (set, chunks of its files done, chunks).
 
     Raises DataError, ModelError or StorageError.
     """
@@ -72,7 +72,7 @@ def prepare(config: FinetuneConfig, run: Run, on_progress: Callable[[str, int, i
         whole = sets[name]
         losses = token_store.truncation_losses(whole, resolved.context_length)
         sets[name], cut = token_store.fit_context(
-            whole, resolved.context_length, resolved.truncation, display_paths(path), _rows_per_example(resolved.task)
+            whole, resolved.context_length, resolved.truncation, display_paths(path), batching.group_size(resolved.task)
         )
         report[name] = {
             "path": display_paths(path),
@@ -92,18 +92,23 @@ def prepare(config: FinetuneConfig, run: Run, on_progress: Callable[[str, int, i
 
 def _tokenize(
     config: FinetuneConfig, paths: dict[str, Any], run: Run, on_progress: Callable[[str, int, int], None]
-) -> tuple[dict[str, Tokens], dict[str, data.SetNotes]]:
+) -> tuple[dict[str, Tokens], dict[str, data.DatasetNotes]]:
     """Tokenize each set, or map its cached tokens; return the tokens and the notes on reading, by set."""
-    tokenizer, recipe, cache = tokenizer_of(config), data.Recipe.of(config), run.folder.parent / ".tokens"
+    assert config.task is not None  # filled in when the config is checked
+    labels = tuple(config.classifier_config.label_tokens) if config.classifier_config else ()
+    options = data.EncodingOptions(
+        config.task, config.generation_config.prompt_format, config.train_on, config.rewritten_turns, labels
+    )
+    tokenizer, cache = tokenizer_of(config), run.folder.parent / ".tokens"
     sets: dict[str, Tokens] = {}
-    notes: dict[str, data.SetNotes] = {}
+    notes: dict[str, data.DatasetNotes] = {}
     for name, path in paths.items():
 
         def report_progress(done: int, total: int, name: str = name) -> None:
             on_progress(name, done, total)
 
         sources = readers.find_sources(path)
-        sets[name], notes[name] = data.tokenize(sources, tokenizer, recipe, cache, config.seed, report_progress)
+        sets[name], notes[name] = data.tokenize(sources, tokenizer, options, cache, config.seed, report_progress)
     return sets, notes
 
 
@@ -115,7 +120,7 @@ def display_paths(path: Any) -> str:
 
 
 def _check_examples(
-    on_bad_rows: str, paths: dict[str, Any], sets: dict[str, Tokens], notes: dict[str, data.SetNotes], run: Run
+    on_bad_rows: str, paths: dict[str, Any], sets: dict[str, Tokens], notes: dict[str, data.DatasetNotes], run: Run
 ) -> None:
     """Raise DataError for bad examples, unless they are to be dropped, and for sets with no example left."""
     bad = {name: note for name, note in notes.items() if note.problems}
@@ -128,10 +133,10 @@ def _check_examples(
         raise DataError("\n".join([*errors, where]))
     for name, path in paths.items():
         if not len(sets[name]):
-            raise data.empty_error(display_paths(path))
+            raise data.no_examples_error(display_paths(path))
 
 
-def _reading_report(notes: data.SetNotes) -> dict[str, Any]:
+def _reading_report(notes: data.DatasetNotes) -> dict[str, Any]:
     """Name what was noted while a set was read."""
     report = {
         "rows_read": notes.rows,
@@ -159,8 +164,10 @@ def _overlap(train: Tokens, valid: Tokens) -> dict[str, Any]:
 
 def _padding(config: ResolvedConfig, train: Tokens) -> dict[str, Any]:
     """Report how the examples fill the batches of the first epoch."""
-    sequences = batching.make_sequences(train, config)
-    share = batching.padding_share(train, sequences, config)
+    sequences = batching.make_sequences(train, config.padding, config.context_length, batching.group_size(config.task))
+    steps = batching.epoch_batches(train, sequences, config.global_batch_size, config.seed, 0)
+    width = config.context_length if config.padding == "max_length" else None
+    share = batching.padding_share(train, steps, max(1, config.num_devices), config.gradient_accumulation_steps, width)
     return {"sequences": len(sequences), "padding_share": round(share, 4)}
 
 
@@ -187,18 +194,13 @@ def _fill_gaps(config: FinetuneConfig, sets: dict[str, Tokens], run_name: str) -
     )
     epochs = config.num_epochs
     if epochs is None:
-        # Counted as the run will see the data; truncation: error may still reject it, with its own message.
-        policy = "drop" if config.truncation == "error" else config.truncation
-        fitted, _ = token_store.fit_context(sets["train"], context, policy, together=_rows_per_example(config.task))
-        sequences = batching.make_sequences(fitted, sized)
+        group = batching.group_size(config.task)
+        name = display_paths(config.train_path)
+        fitted, _ = token_store.fit_context(sets["train"], context, config.truncation, name, group)
+        sequences = batching.make_sequences(fitted, config.padding, context, group)
         epoch_steps = schedule.steps_per_epoch(len(sequences), sized.global_batch_size)
         epochs = schedule.epochs_for(config.min_update_steps, epoch_steps)
     return sized.resolved(num_epochs=epochs)
-
-
-def _rows_per_example(task: str | None) -> int:
-    """Count the token rows of an example: a preference pair has two."""
-    return 2 if task == "preference_tuning" else 1
 
 
 def _fingerprint(fitted: Tokens) -> str:

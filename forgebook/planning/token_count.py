@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from forgebook.catalog import model_folder
 from forgebook.data import readers as rows
-from forgebook.data.row_formats import Row, parse_row
+from forgebook.data.row_formats import Example, parse_chunk
 from forgebook.errors import DataError
 from forgebook.runs import object_store
 
@@ -67,21 +66,22 @@ def count_data(config: FinetuneConfig) -> Statistics | None:
     if not data_is_here(config):
         return None
     count, how = _counter(config)
-    pieces = [
-        (source.weight, piece) for source in rows.find_sources(config.train_path) for piece in rows.cut(source.uri)
-    ]
+    labels = config.classifier_config.label_tokens if config.classifier_config else ()
+    sources = rows.find_sources(config.train_path)
+    chunks = [(source.weight, chunk) for source in sources for chunk in rows.split_source(source.uri)]
     lengths: list[int] = []
     read = 0
     until = time.monotonic() + COUNTING_SECONDS
-    for _, piece in pieces:
+    for _, chunk in chunks:
         if lengths and time.monotonic() > until:
             break
-        lengths += [length for row in _good_rows(piece, config) for length in count(row)]
+        parsed = parse_chunk(chunk, config.task, labels)
+        lengths += [length for one in parsed if not isinstance(one, DataError) for length in count(one[0])]
         read += 1
     if not lengths:
         return None
-    part = "" if read == len(pieces) else f", from {read / len(pieces):.0%} of the data"
-    return Statistics(tuple(lengths), sum(weight for weight, _ in pieces) / read, how + part)
+    part = "" if read == len(chunks) else f", from {read / len(chunks):.0%} of the data"
+    return Statistics(tuple(lengths), sum(weight for weight, _ in chunks) / read, how + part)
 
 
 def data_is_here(config: FinetuneConfig) -> bool:
@@ -91,17 +91,6 @@ def data_is_here(config: FinetuneConfig) -> bool:
     if any(object_store.is_remote(path) or path.startswith("hf://") for path in named):
         return False
     return all(any(sign in path for sign in "*?[") or Path(path).expanduser().is_file() for path in named)
-
-
-def _good_rows(piece: rows.Piece, config: FinetuneConfig) -> Iterator[Row]:
-    labels = config.classifier_config.label_tokens if config.classifier_config else ()
-    for where, raw in rows.read_piece(piece):
-        if isinstance(raw, DataError):
-            continue
-        try:
-            yield parse_row(raw, where, config.task, labels)[0]
-        except DataError:
-            continue
 
 
 def _counter(config: FinetuneConfig):
@@ -128,7 +117,7 @@ def _counter(config: FinetuneConfig):
         ]
         return tokens([*texts, extra]) + TOKENS_PER_MESSAGE * len(messages)
 
-    def count(row: Row) -> list[int]:
+    def count(row: Example) -> list[int]:
         if row.messages is None:
             return [tokens([row.text or ""]) + 1]
         extra = str(row.tools) if row.tools else ""

@@ -76,7 +76,7 @@ def train_loop(config: ResolvedConfig, run: Run, report: Report = lambda metrics
     # (2) Data: mapped into memory, tokenised before any worker started.
     train = tokens.load_view(run.tokens / "train.npz")
     valid = tokens.load_view(run.tokens / "valid.npz") if config.valid_path else None
-    sequences = batches.make_sequences(train, config)
+    sequences = batches.make_sequences(train, config.padding, config.context_length, batches.group_size(config.task))
     steps_per_epoch = schedule.steps_per_epoch(len(sequences), config.global_batch_size)
     last_step = schedule.total_steps(config.num_epochs, steps_per_epoch, config.max_steps)
 
@@ -101,7 +101,7 @@ def train_loop(config: ResolvedConfig, run: Run, report: Report = lambda metrics
     evaluate = None
     if valid is not None:
         valid_set = with_reference(config, run, worker, ExampleSet(valid, pad_id, device), "validation", progress)
-        valid_sequences = batches.single_sequences(valid, config)
+        valid_sequences = batches.single_sequences(valid, batches.group_size(config.task))
         valid_sequences.sort(key=lambda sequence: -int(valid.lengths[sequence].sum()))
         batch_size = config.eval_batch_size_per_device * accelerator.num_processes
         evaluate = functools.partial(

@@ -131,7 +131,7 @@ def _save(values: np.ndarray, path: Path) -> None:
 
 def _blocks(config: ResolvedConfig, tokens: Tokens) -> list[np.ndarray]:
     """Divide the examples into blocks, in the order in which the first epoch needs them."""
-    sequences = batching.make_sequences(tokens, config)
+    sequences = batching.make_sequences(tokens, config.padding, config.context_length, batching.group_size(config.task))
     steps = batching.epoch_batches(tokens, sequences, config.global_batch_size, config.seed, 0)
     order = np.concatenate([pair for step in steps for pair in step])
     return np.array_split(order, min(len(steps), config.num_data_blocks_per_device * config.num_devices))

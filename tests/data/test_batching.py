@@ -51,7 +51,7 @@ def test_like_lengths_share_a_batch():
 
 
 def test_collate_predicts_the_next_token_and_stops_at_the_last_trained_one():
-    tokens = Tokens.from_rows([([7, 8, 9, 10, 11], [False, False, True, True, False]), ([5, 6], [False, True])])
+    tokens = Tokens.from_examples([([7, 8, 9, 10, 11], [False, False, True, True, False]), ([5, 6], [False, True])])
     batch = batching.collate(tokens, single(tokens), pad_id=0)
     assert batch["input_ids"].shape == batch["labels"].shape == (2, batching.WIDTH_STEP)
     assert batch["input_ids"][:, :4].tolist() == [[7, 8, 9, 0], [5, 0, 0, 0]]
@@ -79,18 +79,17 @@ def test_packing_holds_every_row_once_within_its_room_and_near_the_fewest_bins(l
 
 
 def test_positions_restart_with_every_packed_row():
-    tokens = Tokens.from_rows([([7, 8, 9], [False, False, True]), ([5, 6], [False, True])])
+    tokens = Tokens.from_examples([([7, 8, 9], [False, False, True]), ([5, 6], [False, True])])
     batch = batching.collate(tokens, [np.array([0, 1])], pad_id=0, pad_to=6, packed=True)
     assert batch["input_ids"].tolist() == [[7, 8, 5, 0, 0, 0]]
     assert batch["labels"].tolist() == [[-100, 9, 6, -100, -100, -100]]
     assert batch["position_ids"].tolist() == [[0, 1, 0, 0, 1, 2]]
 
 
-def test_packing_leaves_little_padding(make_config):
-    config = make_config(context_length=128, train_batch_size_per_device=2)
+def test_packing_leaves_little_padding():
     tokens = make_tokens(np.random.default_rng(0).integers(4, 60, 300))
     shares = {}
     for padding in ("packed", "longest", "max_length"):
-        one = config.resolve(padding=padding)
-        shares[padding] = batching.padding_share(tokens, batching.make_sequences(tokens, one), one)
+        steps = batching.epoch_batches(tokens, batching.make_sequences(tokens, padding, 128), 2, seed=0, epoch=0)
+        shares[padding] = batching.padding_share(tokens, steps, 1, 1, 128 if padding == "max_length" else None)
     assert shares["packed"] < 0.05 and shares["packed"] < shares["max_length"] and shares["longest"] < 0.3

@@ -18,7 +18,7 @@ def test_a_preview_is_what_training_gets(make_config):
     config = make_config()
     train = prepare(config, open_run(config)).train
     for k, row in enumerate(preview_examples(config, 5)):
-        ids, trained = train.row(k)
+        ids, trained = train.example(k)
         assert row.encoded.input_ids == ids.tolist() and row.encoded.loss_mask == trained.tolist()
         assert row.where == f"train.jsonl:{k + 1}"
 
@@ -33,7 +33,12 @@ def test_json_lines(make_config, tokenizer):
 
 @pytest.mark.parametrize(
     ("truncation", "tokens", "note"),
-    [("error", None, "so the run is refused"), ("drop", None, "is dropped"), ("left", 20, "cut"), ("right", 20, "cut")],
+    [
+        ("error", None, "so the run will stop with an error"),
+        ("drop", None, "dropped, longer than context_length 20"),
+        ("left", 20, "cut"),
+        ("right", None, "truncation leaves no token of its loss"),
+    ],
 )
 def test_truncation_is_shown(make_config, write_rows, truncation, tokens, note):
     long = write_rows(uneven_rows(24)[-1:], "long.jsonl")
@@ -43,7 +48,7 @@ def test_truncation_is_shown(make_config, write_rows, truncation, tokens, note):
 
 def test_bad_rows_are_told(make_config, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"messages": []}')
-    with pytest.raises(DataError, match=r"bad\.jsonl:1: messages: need a non-empty list"):
+    with pytest.raises(DataError, match=r"bad\.jsonl:1: messages is \[\]; expected a non-empty list"):
         preview_examples(make_config(train_path=str(tmp_path / "bad.jsonl")))
     (tmp_path / "mixed.jsonl").write_text('{"messages": []}\n' + json.dumps(uneven_rows(1)[0]))
     [row] = preview_examples(make_config(train_path=str(tmp_path / "mixed.jsonl"), on_bad_rows="drop"))

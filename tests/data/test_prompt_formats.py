@@ -74,5 +74,5 @@ def test_braces_in_a_prompt_format_and_in_messages_stay_text(tokenizer):
 
 def test_two_system_messages_are_rejected(tokenizer):
     rows = [{"role": "system", "content": "a"}] * 2 + chat("q", "a", system=None)["messages"]
-    with pytest.raises(DataError, match="only one system message"):
+    with pytest.raises(DataError, match="2 system messages; expected one at most"):
         render(rows, tokenizer, LLAMA_2)

@@ -11,7 +11,7 @@ import pytest
 from conftest import chat
 from forgebook.config.parse import DataSource
 from forgebook.data import readers
-from forgebook.data.tokenize import read_rows
+from forgebook.data.tokenize import read_examples
 from forgebook.errors import DataError, StorageError
 
 ROWS = [chat(f"question {k}", f"answer {k}") for k in range(5)]
@@ -22,8 +22,8 @@ def everything(path):
     return [
         (where, raw)
         for source in readers.find_sources(str(path))
-        for piece in readers.cut(source.uri)
-        for where, raw in readers.read_piece(piece)
+        for chunk in readers.split_source(source.uri)
+        for where, raw in readers.read_chunk(chunk)
     ]
 
 
@@ -72,7 +72,7 @@ def write_gzip(path):
 )
 def test_every_kind_of_file_gives_the_same_rows(tmp_path, name, write):
     write(tmp_path / name)
-    read = read_rows(str(tmp_path / name))
+    read = read_examples(str(tmp_path / name))
     assert [row.messages for row in read] == [row["messages"] for row in ROWS]
     assert len({row.where for row in read}) == 5 and read[0].where.startswith(f"{name}:")
 
@@ -82,20 +82,20 @@ def test_gzip_of_other_kinds(tmp_path):
     write_parquet(tmp_path / "a.parquet")
     for name in ("a.csv", "a.parquet"):
         (tmp_path / f"{name}.gz").write_bytes(gzip.compress((tmp_path / name).read_bytes()))
-        assert len(read_rows(str(tmp_path / f"{name}.gz"))) == 5
+        assert len(read_examples(str(tmp_path / f"{name}.gz"))) == 5
 
 
 def test_a_hub_data_set_is_read_with_datasets(tmp_path):
     """No hub in the tests: the library reads a folder the same way."""
     write_jsonl(tmp_path / "train.jsonl")
-    read = read_rows(f"hf://{tmp_path}:train")
+    read = read_examples(f"hf://{tmp_path}:train")
     assert [row.messages for row in read] == [row["messages"] for row in ROWS]
-    with pytest.raises(StorageError, match="name the split too"):
-        read_rows(f"hf://{tmp_path}")
+    with pytest.raises(StorageError, match="the split is missing"):
+        read_examples(f"hf://{tmp_path}")
     with pytest.raises(StorageError, match="could not be loaded"):
-        read_rows(f"hf://{tmp_path}:no-such-split")
+        read_examples(f"hf://{tmp_path}:no-such-split")
     with pytest.raises(StorageError, match="could not be loaded"):
-        read_rows("hf://no-such-owner/no-such-set/main:train")
+        read_examples("hf://no-such-owner/no-such-set/main:train")
 
 
 def test_globs_and_mixes(tmp_path):
@@ -110,12 +110,12 @@ def test_globs_and_mixes(tmp_path):
 
 
 def test_pieces_hold_every_line_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "PIECE_BYTES", 150)
+    monkeypatch.setattr(readers, "CHUNK_BYTES", 150)
     path = tmp_path / "r.jsonl"
     path.write_text("\n".join(json.dumps({"n": k, "x": "y" * (37 * k % 200)}) for k in range(50)))
-    pieces = readers.cut(str(path))
-    read = [pair for piece in pieces for pair in readers.read_piece(piece)]
-    assert len(pieces) > 10
+    chunks = readers.split_source(str(path))
+    read = [pair for chunk in chunks for pair in readers.read_chunk(chunk)]
+    assert len(chunks) > 10
     assert [(where, raw["n"]) for where, raw in read] == [(f"r.jsonl:{k + 1}", k) for k in range(50)]
 
 
@@ -124,7 +124,7 @@ def test_columns_of_parquet_give_no_keys_that_were_not_written(tmp_path):
     called = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
     asked = {"role": "user", "content": "q"}
     pq.write_table(pa.Table.from_pylist([*ROWS, {"messages": [asked, called]}]), tmp_path / "r.parquet")
-    read = read_rows(str(tmp_path / "r.parquet"))
+    read = read_examples(str(tmp_path / "r.parquet"))
     assert read[0].messages == ROWS[0]["messages"]
     assert read[5].messages[1]["tool_calls"][0]["function"] == {"name": "f", "arguments": {}}
 
@@ -136,20 +136,20 @@ def test_a_truncated_gzip_names_the_last_line(tmp_path):
     packed = gzip.compress("".join(json.dumps(chat("q" * k, str(k))) + "\n" for k in range(2000)).encode())
     (tmp_path / "r.jsonl.gz").write_bytes(packed[: len(packed) // 2])
     with pytest.raises(DataError, match=r"r\.jsonl\.gz:\d+: the gzip file is damaged or cut off here"):
-        read_rows(str(tmp_path / "r.jsonl.gz"))
+        read_examples(str(tmp_path / "r.jsonl.gz"))
 
 
 def test_byte_order_mark_and_windows_lines(tmp_path):
     path = tmp_path / "r.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + b"\r\n\r\n".join(json.dumps(row).encode() for row in ROWS))
-    assert [row.where for row in read_rows(str(path))] == [f"r.jsonl:{k}" for k in (1, 3, 5, 7, 9)]
+    assert [row.where for row in read_examples(str(path))] == [f"r.jsonl:{k}" for k in (1, 3, 5, 7, 9)]
 
 
 def test_a_line_of_50_megabytes_is_named_and_the_rest_read(tmp_path):
     path = tmp_path / "r.jsonl"
     good = json.dumps(ROWS[0])
     path.write_text(f'{good}\n{{"messages": "{"x" * 50 * 2**20}"}}\n{good}\n')
-    assert errors(path) == ["r.jsonl:2: a line of 50 MB, more than 16: split the text into rows"]
+    assert errors(path) == ["r.jsonl:2: a line of 50 MB, more than 16: split the text into lines"]
     assert [where for where, raw in everything(path) if isinstance(raw, dict)] == ["r.jsonl:1", "r.jsonl:3"]
 
 
@@ -158,15 +158,15 @@ def test_a_line_of_50_megabytes_is_named_and_the_rest_read(tmp_path):
     [
         (b'{"messages": [}', "not valid JSON"),
         (b"\xff\xfe", "not UTF-8 text"),
-        (b'{"messages": 1, "messages": 2}', "the key 'messages' stands twice"),
-        (b'{"messages": [{"role": "user", "role": "user", "content": "q"}]}', "the key 'role' stands twice"),
+        (b'{"messages": 1, "messages": 2}', "the key 'messages' is repeated"),
+        (b'{"messages": [{"role": "user", "role": "user", "content": "q"}]}', "the key 'role' is repeated"),
         (b'{"text": "\\ud800"}', "half of a surrogate pair"),
         (b"[" * 100_000, "not valid JSON"),
-        (b"null", "got a JSON NoneType, need an object"),
-        (b'"text"', "got a JSON str"),
-        (b'{"messages": [null]}', r"messages\[0\]: need an object with role and content, got null"),
-        (b'{"messages": [{"role": null, "content": "x"}]}', r"messages\[0\]\.role: got null"),
-        (b'{"messages": {"role": "user"}}', "messages: need a non-empty list"),
+        (b"null", "the row is a JSON null; expected an object"),
+        (b'"text"', "the row is a JSON string"),
+        (b'{"messages": [null]}', r"messages\[0\] is null; expected an object with role and content"),
+        (b'{"messages": [{"role": null, "content": "x"}]}', r"messages\[0\]\.role is null"),
+        (b'{"messages": {"role": "user"}}', "expected a non-empty list"),
     ],
 )
 def test_a_bad_line_is_told_in_its_place(tmp_path, line, said):
@@ -174,28 +174,28 @@ def test_a_bad_line_is_told_in_its_place(tmp_path, line, said):
     good = json.dumps(ROWS[0]).encode()
     path.write_bytes(good + b"\n" + line + b"\n" + good)
     with pytest.raises(DataError, match=rf"1 of 3 rows .*\n  r\.jsonl:2: .*{said}"):
-        read_rows(str(path))
+        read_examples(str(path))
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
         ('[{"messages": 1},\n {"messages": 2},\n oops]', r"r\.json:3: not valid JSON"),
-        ('[{"a": 1}]\n[]', r"r\.json:1: something follows the end"),
+        ('[{"a": 1}]\n[]', r"r\.json:1: there is text after the end"),
         ('[{"a": 1},\n', r"r\.json:2: not valid JSON"),
     ],
 )
 def test_a_damaged_json_array_is_told_its_line(tmp_path, text, said):
     (tmp_path / "r.json").write_text(text)
     with pytest.raises(DataError, match=said):
-        read_rows(str(tmp_path / "r.json"))
+        read_examples(str(tmp_path / "r.json"))
 
 
 @pytest.mark.parametrize(
     ("content", "said"),
     [
         (b'messages\n"[{oops"\n', r"r\.csv:2: messages: not valid JSON"),
-        (b"prompt,completion\na,b,c\n", r"r\.csv:2: another number of cells"),
+        (b"prompt,completion\na,b,c\n", r"r\.csv:2: more or fewer cells than the header"),
         (b"prompt,completion\na,\xff\n", r"r\.csv:2: not UTF-8"),
         (b'prompt,completion\n"a,b\n', r"r\.csv:2: not valid CSV"),
     ],
@@ -203,11 +203,11 @@ def test_a_damaged_json_array_is_told_its_line(tmp_path, text, said):
 def test_a_damaged_csv_is_told_its_line(tmp_path, content, said):
     (tmp_path / "r.csv").write_bytes(content)
     with pytest.raises(DataError, match=said):
-        read_rows(str(tmp_path / "r.csv"))
+        read_examples(str(tmp_path / "r.csv"))
 
 
 @pytest.mark.parametrize("content", [b"PAR1 this is not parquet", b"\0\1\2\3" * 100])
 def test_other_files_are_refused(tmp_path, content):
     (tmp_path / "r.parquet").write_bytes(content)
     with pytest.raises(DataError, match=r"not a readable Parquet file|neither text nor Parquet"):
-        read_rows(str(tmp_path / "r.parquet"))
+        read_examples(str(tmp_path / "r.parquet"))

@@ -100,13 +100,13 @@ def test_preference_rows():
 @pytest.mark.parametrize(
     ("raw", "task", "message"),
     [
-        ({"messages": None}, "instruction_tuning", "f:1: messages: need a non-empty list"),
+        ({"messages": None}, "instruction_tuning", "f:1: messages is null; expected a non-empty list"),
         ({"text": "x"}, "instruction_tuning", "a 'text' is for task: causal_lm"),
-        ({"instruction": "i", "output": 3}, "instruction_tuning", "output: need a string, got 3"),
-        ({"messages": [Q, A | {"weight": 2}]}, "instruction_tuning", r"messages\[1\].weight: got 2, need 0 or 1"),
-        ({"messages": [Q | {"weight": 1}, A]}, "instruction_tuning", "on an assistant's turn"),
+        ({"instruction": "i", "output": 3}, "instruction_tuning", "output is 3; expected a string"),
+        ({"messages": [Q, A | {"weight": 2}]}, "instruction_tuning", r"messages\[1\].weight is 2; expected 0 or 1"),
+        ({"messages": [Q | {"weight": 1}, A]}, "instruction_tuning", "on an assistant turn"),
         ({"messages": [Q, A | {"weight": 0}]}, "instruction_tuning", "every assistant turn has weight 0"),
-        ({"messages": [Q, A | {"name": 3}]}, "instruction_tuning", r"messages\[1\].name: need a string"),
+        ({"messages": [Q, A | {"name": 3}]}, "instruction_tuning", r"messages\[1\].name is 3; expected a string"),
         ({"messages": [Q | {"tool_calls": [CALL]}, A]}, "instruction_tuning", "only an assistant calls tools"),
         (
             {"messages": [Q, A | {"tool_calls": [{"function": {"name": "f", "arguments": "{oops"}}]}]},
@@ -116,15 +116,15 @@ def test_preference_rows():
         (
             {"messages": [Q, A | {"tool_calls": [{"id": "1"}]}]},
             "instruction_tuning",
-            r"tool_calls\[0\]: need .*\"function\"",
+            r"tool_calls\[0\] is .*; expected .*\"function\"",
         ),
         ({"messages": [Q, A | {"function_call": {"name": "f"}}]}, "instruction_tuning", "write tool_calls instead"),
         ({"messages": [Q, A], "tools": "[oops"}, "instruction_tuning", "tools: not valid JSON"),
-        ({"messages": [Q, A], "tools": [{"type": "function"}]}, "instruction_tuning", r"tools\[0\]: need"),
+        ({"messages": [Q, A], "tools": [{"type": "function"}]}, "instruction_tuning", r"tools\[0\] is .*; expected"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, A]},
             "instruction_tuning",
-            r"messages\[0\].content\[0\]: only text can be trained so far",
+            r"messages\[0\].content\[0\] is .*; only text parts are supported",
         ),
         ({"chosen": [Q, A], "rejected": [Q, A]}, "instruction_tuning", "set task: preference_tuning"),
         ({"messages": [Q, A]}, "preference_tuning", "no 'chosen' and 'rejected'"),
@@ -134,7 +134,11 @@ def test_preference_rows():
             "preference_tuning",
             "their prompts differ",
         ),
-        ({"chosen": [Q, A, Q], "rejected": [Q, A]}, "preference_tuning", "chosen: must end with an answer"),
+        (
+            {"chosen": [Q, A, Q], "rejected": [Q, A]},
+            "preference_tuning",
+            "chosen ends with .*; expected an answer to a prompt",
+        ),
     ],
 )
 def test_a_bad_row_is_told_its_field_and_mend(raw, task, message):
@@ -142,7 +146,7 @@ def test_a_bad_row_is_told_its_field_and_mend(raw, task, message):
         parse(raw, task)
 
 
-def test_a_label_outside_the_list_is_refused():
+def test_a_label_outside_the_list_is_rejected():
     labels = ("[[1]]", "[[2]]")
     parse({"messages": [Q, A | {"content": "[[1]]"}]}, "classification", labels=labels)
     with pytest.raises(DataError, match=r"must be one of classifier_config.label_tokens \(\[\[1\]\], \[\[2\]\]\)"):

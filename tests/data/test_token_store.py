@@ -27,19 +27,19 @@ def test_rows_survive_shards_and_views(tmp_path, tokenizer):
     loaded = token_store.load_view(tmp_path / "a" / "view.npz")
     assert len(mapped) == 7 and len(loaded) == 3
     for k, source in enumerate((6, 0, 0)):
-        ids, trained = loaded.row(k)
+        ids, trained = loaded.example(k)
         assert ids.tolist() == encoded[source].input_ids and trained.tolist() == encoded[source].loss_mask
         assert loaded.supervised[k] == sum(encoded[source].loss_mask)
     assert [loaded.where(k) for k in range(3)] == ["1.jsonl:3", "0.jsonl:1", "0.jsonl:1"]
-    assert not loaded.row(0)[0].flags.owndata  # mapped, not copied
+    assert not loaded.example(0)[0].flags.owndata  # mapped, not copied
 
 
 @pytest.mark.parametrize(("weight", "count"), [(1, 10), (2, 20), (0.5, 5), (1.3, 13)])
 def test_a_weight_says_how_often_rows_are_taken(weight, count):
-    taken = token_store.repetitions(np.arange(10), weight, seed=1)
+    taken = token_store.repeat_examples(np.arange(10), weight, seed=1)
     assert len(taken) == count
     assert {np.sum(taken == row) for row in range(10)} <= {int(weight), int(weight) + 1}
-    assert np.array_equal(taken, token_store.repetitions(np.arange(10), weight, seed=1))
+    assert np.array_equal(taken, token_store.repeat_examples(np.arange(10), weight, seed=1))
 
 
 # Truncation -------------------------------------------------------------------------------------------
@@ -47,7 +47,7 @@ def test_a_weight_says_how_often_rows_are_taken(weight, count):
 
 def test_truncation_error_names_the_length_that_loses_nothing():
     """Peers' point 4."""
-    with pytest.raises(DataError, match=r"1 of 2 rows .* lose 4 trained tokens: set context_length to 20"):
+    with pytest.raises(DataError, match=r"1 of 2 examples .* lose 4 tokens of the loss: set context_length to 20"):
         token_store.fit_context(make_tokens([5, 20], trained=4), 10, "error")
 
 
@@ -66,7 +66,7 @@ def test_truncation_policies_say_what_they_cut(policy, lengths, report):
 
 
 def test_truncation_that_leaves_nothing_is_an_error():
-    with pytest.raises(DataError, match="no row of x has a trained token within context_length 3"):
+    with pytest.raises(DataError, match="no example of x has a token in the loss within context_length 3"):
         token_store.fit_context(make_tokens([20, 30]), 3, "right", "x")
 
 

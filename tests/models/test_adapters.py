@@ -103,7 +103,7 @@ def losses_by_hand(config, tokenizer, kind, dtype) -> list[float]:
     masters = [p.detach().float() for p in trained]
     optimizer = torch.optim.AdamW(masters, weight_decay=config.weight_decay)
     rows = prepare(config, open_run(config)).train
-    sequences = batching.make_sequences(rows, config)
+    sequences = batching.single_sequences(rows)
     steps = batching.epoch_batches(rows, sequences, 8, config.seed, 0)
     losses = []
     for step, rate in zip(steps, learning_rates("cosine", config.learning_rate, 1, 3), strict=True):

@@ -29,7 +29,7 @@ def test_all_bad_rows_are_in_the_report(make_config, tmp_path):
         prepared(config)
     report = atomic.read_json(run.open_run(config).data_report)
     assert len(report["train"]["problems"]) == 30 and len(report["valid"]["problems"]) == 1
-    assert report["train"]["problems"][29].startswith("bad.jsonl:31: messages[0].content: need a string, got 29")
+    assert report["train"]["problems"][29].startswith("bad.jsonl:31: messages[0].content is 29; expected a string")
 
 
 def test_bad_rows_can_be_dropped_and_are_listed(make_config, tmp_path):
@@ -85,7 +85,7 @@ def kept(config) -> set[str]:
 
 def test_tokens_are_made_once(make_config, monkeypatch):
     first = prepared(make_config())
-    monkeypatch.setattr(tokenize, "encode_rows", lambda *_: pytest.fail("tokenised again"))
+    monkeypatch.setattr(tokenize, "encode_examples", lambda *_: pytest.fail("tokenized again"))
     again = prepared(make_config(run_name="another", learning_rate=2e-3))
     assert again.report["train"] == first.report["train"]
 
@@ -128,22 +128,27 @@ def test_a_template_that_prints_the_date_is_asked_each_day(tokenizer):
 
     dated = copy.deepcopy(tokenizer)
     dated.chat_template = "{{ strftime_now('%f') }}" + tokenizer.chat_template  # microseconds: always another
-    keys = {tokenize._cache_key(__file__, dated, tokenize.Recipe()) for _ in range(3)}
-    assert len(keys) == 3 and tokenize._cache_key(__file__, tokenizer, tokenize.Recipe()) not in keys
+    keys = {tokenize._cache_key(__file__, dated, tokenize.EncodingOptions()) for _ in range(3)}
+    assert len(keys) == 3 and tokenize._cache_key(__file__, tokenizer, tokenize.EncodingOptions()) not in keys
 
 
 @pytest.mark.slow
 def test_ray_data_makes_the_same_tokens(ray_session, tmp_path, monkeypatch):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in uneven_rows(300)) + "{\n")
-    monkeypatch.setattr(readers, "PIECE_BYTES", 20_000)
+    monkeypatch.setattr(readers, "CHUNK_BYTES", 20_000)
     tokenizer = load_tokenizer("tiny_model")
     made = {}
     for way, most in (("here", 1000), ("ray", 0)):
-        monkeypatch.setattr(tokenize, "PIECES_IN_PROCESS", most)
-        made[way] = tokenize.tokenize(readers.find_sources(str(path)), tokenizer, tokenize.Recipe(), tmp_path / way)
+        monkeypatch.setattr(tokenize, "CHUNKS_IN_PROCESS", most)
+        made[way] = tokenize.tokenize(
+            readers.find_sources(str(path)), tokenizer, tokenize.EncodingOptions(), tmp_path / way
+        )
     (here, here_notes), (ray, ray_notes) = made["here"], made["ray"]
     assert len(here.files) > 3 and len(here) == 300
     assert [here.where(k) for k in range(300)] == [ray.where(k) for k in range(300)]
-    assert all((here.row(k)[0] == ray.row(k)[0]).all() and (here.row(k)[1] == ray.row(k)[1]).all() for k in range(300))
+    assert all(
+        (here.example(k)[0] == ray.example(k)[0]).all() and (here.example(k)[1] == ray.example(k)[1]).all()
+        for k in range(300)
+    )
     assert here_notes == ray_notes and len(here_notes.problems) == 1

@@ -12,7 +12,7 @@ from forgebook.runs import download, object_store
 
 def test_rows_from_a_bucket(s3, write_rows):
     s3.upload_file(write_rows([chat("q", "a")]), "forgebook", "data/rows.jsonl")
-    assert tokenize.read_rows("s3://forgebook/data/rows.jsonl")[0].messages[-1]["content"] == "a"
+    assert tokenize.read_examples("s3://forgebook/data/rows.jsonl")[0].messages[-1]["content"] == "a"
 
 
 def test_a_glob_in_a_bucket(s3, write_rows):

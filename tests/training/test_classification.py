@@ -7,7 +7,7 @@ from sklearn import metrics as sk
 
 from conftest import LORA, TINY_MODEL, chat, losses_of
 from forgebook.data import masking, tokenize
-from forgebook.data.row_formats import Row
+from forgebook.data.row_formats import Example
 from forgebook.inference.generate import load_for_generation
 from forgebook.launch.ray_train import fine_tune
 from forgebook.models import load
@@ -52,7 +52,11 @@ def test_only_the_last_label_is_trained(classifier):
     config = classifier()
     tokenizer = tokenizer_of(config)
     messages = [*chat("[[odd]] or [[even]]?", "[[odd]]")["messages"], *chat("and now?", "[[even]]", None)["messages"]]
-    [[encoded]] = tokenize.encode_rows([Row("f:1", messages=messages)], tokenizer, tokenize.Recipe.of(config))
+    [[encoded]] = tokenize.encode_examples(
+        [Example("f:1", messages=messages)],
+        tokenizer,
+        tokenize.EncodingOptions("classification", labels=tuple(config.classifier_config.label_tokens)),
+    )
     trained = [i for i, t in zip(encoded.input_ids, encoded.loss_mask, strict=True) if t]
     assert trained == classification.label_ids(tokenizer, ["[[even]]"]) and encoded.loss_mask.index(True) > 20
 

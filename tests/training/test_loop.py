@@ -102,7 +102,7 @@ def test_the_loss_equals_transformers_trainer(make_config, tokenizer, tmp_path):
     config = make_config(num_epochs=3, weight_decay=0.01)
     ours = losses_of(fine_tune(config))
     tokens = prepare(config, open_run(config)).train
-    sequences = batching.make_sequences(tokens, config)
+    sequences = batching.single_sequences(tokens)
     order = [
         row
         for epoch in range(3)
@@ -115,7 +115,7 @@ def test_the_loss_equals_transformers_trainer(make_config, tokenizer, tmp_path):
             return len(order)
 
         def __getitem__(self, k):
-            ids, trained = tokens.row(order[k])
+            ids, trained = tokens.example(order[k])
             ids = torch.tensor(ids, dtype=torch.long)
             return {"input_ids": ids, "labels": torch.where(torch.tensor(trained), ids, -100)}
 
