@@ -174,9 +174,9 @@ class Engine:
 
     @property
     def jobs(self) -> list[Job]:
-        """The jobs that are being answered and those that wait."""
+        """The jobs that have not ended: those being answered, then those that wait."""
         with self._changed:
-            return [*self._running, *self._waiting]
+            return [job for job in (*self._running, *self._waiting) if job.finish is None]
 
     def _work(self) -> None:
         while batch := self._next_batch():

@@ -20,9 +20,7 @@ from forgebook.errors import ConfigError, StorageError
 from forgebook.export.merge import merge_run
 from forgebook.inference.engine import Engine
 from forgebook.inference.generate import complete, load_for_generation
-from forgebook.inference.openai_api import ChunkWriter, read_request
 from forgebook.inference.server import MAX_BODY, is_loopback, make_app, name_models, serve
-from forgebook.inference.vllm_command import obstacle_for_vllm, vllm_command
 from forgebook.launch.ray_train import fine_tune
 from forgebook.runs.run import find_checkpoint
 
@@ -149,27 +147,6 @@ def test_eight_at_once_get_their_own_answers(served, client, expected):
         assert all(one.result().model == "two" for one in others)
 
 
-def test_prompts_are_those_of_training(served, client, tokenizer, monkeypatch):
-    _, engine = served
-    asked, submit = [], engine.submit
-    monkeypatch.setattr(engine, "submit", lambda ask, on_text: asked.append(ask) or submit(ask, on_text))
-    result = {"role": "tool", "tool_call_id": "call-1", "content": "rain"}
-    conversations = [
-        (QUESTIONS[0], None),
-        ([{"role": "user", "content": "special <|end|><|assistant|> stays text"}], None),
-        ([{"role": "user", "content": [{"type": "text", "text": "in parts"}]}], None),
-        ([*QUESTIONS[0], {"role": "assistant", "content": None, "tool_calls": [CALL]}, result], [WEATHER]),
-    ]
-    for messages, tools in conversations:
-        ask(client, messages, max_tokens=1, **({"tools": tools} if tools else {}))
-    call = {**CALL, "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
-    as_trained = [
-        conversations[0], conversations[1], ([{"role": "user", "content": "in parts"}], None),
-        ([*QUESTIONS[0], {"role": "assistant", "content": "", "tool_calls": [call]}, result], [WEATHER]),
-    ]  # fmt: skip
-    assert [one.input_ids for one in asked] == [encode_prompt(m, tokenizer, None, t) for m, t in as_trained]
-
-
 def test_two_adapters_in_one_process(served, client):
     _, engine = served
     assert engine.models["one"].loaded.model is engine.models["two"].loaded.model
@@ -245,55 +222,22 @@ def test_a_client_that_goes_away_ends_its_answer(served, client):
     assert ask(client, QUESTIONS[0], max_tokens=2).choices[0].message.content
 
 
-# Refusals ---------------------------------------------------------------------------------------------
+# Errors -----------------------------------------------------------------------------------------------
 
 USER = [{"role": "user", "content": "hello"}]
 GOOD = {"model": "one", "messages": USER, "max_tokens": 2}
 WRONG = {
     "not JSON": b"{",
     "no UTF-8": b'{"model": "\xff"}',
-    "a list": b"[1]",
-    "deep": b"[" * 100_000,
-    "half a character": json.dumps({**GOOD, "messages": [{"role": "user", "content": "\ud800"}]}).encode(),
-    "long number": b'{"seed": ' + b"9" * 5000 + b"}",
     "no messages": {"model": "one"},
-    "empty": {**GOOD, "messages": []},
-    "messages a text": {**GOOD, "messages": "hello"},
-    "message a number": {**GOOD, "messages": [1]},
     "bad role": {**GOOD, "messages": [{"role": "king", "content": "hello"}]},
-    "role a list": {**GOOD, "messages": [{"role": [], "content": "hello"}]},
-    "no content": {**GOOD, "messages": [{"role": "user"}]},
-    "content a number": {**GOOD, "messages": [{"role": "user", "content": 3}]},
-    "an image": {**GOOD, "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
-    "late system": {**GOOD, "messages": [*USER, {"role": "system", "content": "x"}]},
-    "private character": {**GOOD, "messages": [{"role": "user", "content": "\U000f0001"}]},
-    "model a number": {**GOOD, "model": 1},
-    "temperature a text": {**GOOD, "temperature": "hot"},
-    "temperature nan": b'{"model": "one", "messages": [], "temperature": NaN}',
-    "temperature -1": {**GOOD, "temperature": -1},
-    "top_p 0": {**GOOD, "top_p": 0},
-    "max_tokens 0": {**GOOD, "max_tokens": 0},
-    "max_tokens true": {**GOOD, "max_tokens": True},
-    "n 2": {**GOOD, "n": 2},
-    "stop a number": {**GOOD, "stop": 7},
-    "seed": {**GOOD, "seed": 2**70},
-    "logprobs": {**GOOD, "logprobs": True},
-    "json_object": {**GOOD, "response_format": {"type": "json_object"}},
     "unknown": {**GOOD, "best_of": 3},
-    "tools a text": {**GOOD, "tools": "weather"},
-    "tool a number": {**GOOD, "tools": [5]},
-    "tool without name": {**GOOD, "tools": [{"type": "function", "function": {}}]},
-    "calls of a user": {**GOOD, "messages": [{"role": "user", "content": "", "tool_calls": [CALL]}]},
-    "arguments no JSON": {
-        **GOOD,
-        "messages": [*USER, {"role": "assistant", "tool_calls": [{"function": {"name": "a", "arguments": "{"}}]}],
-    },
-    "tool_choice": {**GOOD, "tool_choice": "required"},
 }
 
 
 @pytest.mark.parametrize("body", WRONG.values(), ids=WRONG.keys())
-def test_malformed_requests_are_refused_in_openais_form(served, body):
+def test_malformed_requests_are_rejected_in_openais_format(served, body):
+    """All kinds of them: test_openai_api.py."""
     content = body if isinstance(body, bytes) else json.dumps(body)
     reply = httpx.post(
         f"{served[0]}/v1/chat/completions", content=content, headers={"content-type": "application/json"}
@@ -314,7 +258,7 @@ def test_the_client_sees_its_own_errors(client):
         client.models.retrieve("three")
 
 
-def test_other_requests_are_refused(served):
+def test_other_requests_are_rejected(served):
     address, _ = served
     json_type = {"content-type": "application/json"}
     assert httpx.get(f"{address}/nothing").json()["error"]["type"] == "invalid_request_error"
@@ -349,33 +293,7 @@ def test_other_machines_need_a_key(runs):
         serve(["no such run"])
 
 
-def test_the_words_before_a_call_are_streamed_and_the_call_is_held(served):
-    asked = read_request(json.dumps({**GOOD, "tools": [WEATHER]}).encode())
-    writer = ChunkWriter(asked)
-    told = [
-        chunk["choices"][0]["delta"]["content"]
-        for piece in ("I look ", "<tool", "_ca", "ndy>")
-        for chunk in writer.add(piece)
-    ]
-    assert told == ["I look", " <tool_candy>"]
-    assert writer.add("<tool_call>{") == []
-    assert ChunkWriter(asked).add("[1, 2]") == [] and ChunkWriter(asked).add(" {") == []
-
-
-# vLLM, and the command --------------------------------------------------------------------------------
-
-
-def test_vllm_is_given_the_base_the_adapters_and_the_template(runs):
-    folders = name_models([str(run.folder) for run in runs])
-    command = vllm_command(folders, host="127.0.0.1", port=8001)
-    first = folders["one"]
-    assert command[:3] == ["vllm", "serve", str(TINY_MODEL)]
-    at = command.index("--lora-modules")
-    assert command[at + 1 : at + 3] == [f"one={first}", f"two={folders['two']}"]
-    assert command[command.index("--max-lora-rank") + 1] == "8"
-    assert command[command.index("--chat-template") + 1] == str(first / "chat_template.jinja")
-    assert command[command.index("--tokenizer") + 1] == str(first) and "hermes" in command
-    assert obstacle_for_vllm(folders) is None
+# The command ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
