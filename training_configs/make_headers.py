@@ -221,7 +221,7 @@ def count(files: list[str]) -> None:
     """Count the rows of GSM8K by length, as the plan counts for a model whose tokenizer is not here."""
     config = FinetuneConfig(model_id="any", train_path=files, task="instruction_tuning")
     data = count_data(config)
-    facts = {"how": data.how, "rows": data.rows, "rows_by_length": dict(sorted(Counter(data.lengths).items()))}
+    facts = {"how": data.how, "rows": data.examples, "rows_by_length": dict(sorted(Counter(data.lengths).items()))}
     LENGTHS.write_text(json.dumps(facts) + "\n", encoding="utf-8")
 
 

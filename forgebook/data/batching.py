@@ -34,6 +34,7 @@ __all__ = [
     "make_batch",
     "make_sequences",
     "pack",
+    "padding_in",
     "padding_share",
     "single_sequences",
     "split_batch",
@@ -124,14 +125,23 @@ def padding_share(
 
     width: the tokens of every line, if not those of the longest sequence (`padding: max_length`).
     """
-    tokens_in, positions = 0, 0
-    for step in steps:
-        lengths = np.sort(_sequence_lengths(tokens, step))[::-1]
-        tokens_in += int(lengths.sum())
-        for micro in np.array_split(lengths, accumulation):
-            for part in (micro[rank::world] for rank in range(world)):
-                positions += max(1, len(part)) * (width or _round_up(int(part.max(initial=1))))
-    return max(0.0, 1 - tokens_in / positions) if positions else 0.0
+    micros = (
+        micro[rank::world]
+        for step in steps
+        for micro in np.array_split(np.sort(_sequence_lengths(tokens, step))[::-1], accumulation)
+        for rank in range(world)
+    )
+    return padding_in(micros, width)
+
+
+def padding_in(batches: Iterable[np.ndarray], width: int | None = None) -> float:
+    """Compute the share of padding in batches, each an array of the lengths of its sequences; width as above."""
+    tokens, positions = 0, 0
+    for lengths in batches:
+        tokens += int(lengths.sum())
+        # An empty part of a step still takes part in collectives, with one line.
+        positions += max(1, len(lengths)) * (width or _round_up(int(lengths.max(initial=1))))
+    return max(0.0, 1 - tokens / positions) if positions else 0.0
 
 
 def _round_up(length: int) -> int:

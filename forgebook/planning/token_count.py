@@ -1,4 +1,4 @@
-"""The tokens of the training rows, counted in about two seconds, without torch or transformers.
+"""The tokens of the training examples, counted in about two seconds, without torch or transformers.
 
 data = count_data(config)       Statistics, or None where the data cannot be read here
 """
@@ -24,44 +24,47 @@ __all__ = ["Statistics", "count_data", "data_is_here"]
 
 COUNTING_SECONDS = 2.0
 CHARACTERS_PER_TOKEN = 4
-# What a chat template adds to a message: the role, its marks, the end of the turn (five in Llama 3's).
+# What a chat template adds to a message: the role, its delimiters, the end-of-turn token (five in Llama 3's).
 TOKENS_PER_MESSAGE = 5
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Tokens of the training rows, by row. scale: how many times as many rows there are. how: the way of counting."""
+    """Tokens of the training examples, by example: two for a preference pair.
+
+    scale: how many times as many examples there are, if only a part was counted. how: the way of counting.
+    """
 
     lengths: tuple[int, ...]
     scale: float
     how: str
 
     @property
-    def rows(self) -> int:
-        """Count the rows of an epoch."""
+    def examples(self) -> int:
+        """Count the examples of an epoch."""
         return round(len(self.lengths) * self.scale)
 
     @property
     def tokens(self) -> int:
-        """Count the tokens of an epoch, none cut."""
+        """Count the tokens of an epoch, before truncation."""
         return round(sum(self.lengths) * self.scale)
 
     @property
     def p95(self) -> int:
-        """Name the length that 95 % of the rows do not exceed."""
+        """Return the length that 95% of the examples do not exceed."""
         return sorted(self.lengths)[math.ceil(0.95 * len(self.lengths)) - 1]
 
     @property
     def longest(self) -> int:
-        """Name the length of the longest row."""
+        """Return the length of the longest example."""
         return max(self.lengths)
 
 
 def count_data(config: FinetuneConfig) -> Statistics | None:
-    """Count the tokens of the training rows, within some seconds: of a part of them if they are many.
+    """Count the tokens of the training examples within a few seconds: of a part of them if there are many.
 
-    With the tokenizer.json of a local model; else about four characters are taken for a token. Rows that
-    cannot be used are left out. None if the data lies elsewhere (nothing is downloaded) or is not there.
+    Counts with the tokenizer.json of a local model, else assumes four characters per token. Bad examples are left out.
+    None if the data is stored elsewhere (nothing is downloaded) or does not exist.
     """
     if not data_is_here(config):
         return None
@@ -85,7 +88,7 @@ def count_data(config: FinetuneConfig) -> Statistics | None:
 
 
 def data_is_here(config: FinetuneConfig) -> bool:
-    """Tell whether the training data lies on this machine."""
+    """Check whether the training data is stored on this machine."""
     paths = [config.train_path] if isinstance(config.train_path, str) else config.train_path
     named = [one if isinstance(one, str) else one.path for one in paths]
     if any(object_store.is_remote(path) or path.startswith("hf://") for path in named):
@@ -94,18 +97,20 @@ def data_is_here(config: FinetuneConfig) -> bool:
 
 
 def _counter(config: FinetuneConfig):
-    """Make a function from a row to the tokens of its one or two sequences, and say how it counts."""
+    """Make a function from an example to the tokens of its one or two sequences, and describe how it counts."""
     file = model_folder(config.model_id) / "tokenizer.json"
     if file.is_file():
         from tokenizers import Tokenizer
 
         tokenizer = Tokenizer.from_file(str(file))
-        how = f"contents by the model's tokenizer, and {TOKENS_PER_MESSAGE} tokens per message for its template"
+        how = f"contents by the model's tokenizer, plus {TOKENS_PER_MESSAGE} tokens per message for its template"
 
         def tokens(texts: list[str]) -> int:
             return sum(len(one.ids) for one in tokenizer.encode_batch_fast(texts, add_special_tokens=False))
     else:
-        how = f"{CHARACTERS_PER_TOKEN} characters taken for a token, and {TOKENS_PER_MESSAGE} per message added"
+        how = (
+            f"estimated from {CHARACTERS_PER_TOKEN} characters per token, plus {TOKENS_PER_MESSAGE} tokens per message"
+        )
 
         def tokens(texts: list[str]) -> int:
             return math.ceil(sum(map(len, texts)) / CHARACTERS_PER_TOKEN)

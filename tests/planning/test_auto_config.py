@@ -85,8 +85,8 @@ def test_a_gpu_without_bfloat16_gets_float32_where_that_fits(config):
 
 def test_quantisation_is_the_last_resort(config):
     done, choices = chosen(config("meta-llama/Llama-3.3-70B-Instruct", "deepspeed=none"), "1xA100-80G")
-    assert done.quantization == "nf4" and "fits only so" in {c.key: c.reason for c in choices}["quantization"]
-    with pytest.raises(ResourceError, match=r"does not fit 1xT4 .* try .*offload"):
+    assert done.quantization == "nf4" and "does not fit otherwise" in {c.key: c.reason for c in choices}["quantization"]
+    with pytest.raises(ResourceError, match=r"does not fit 1xT4 .*: try .*offload"):
         chosen(config("meta-llama/Llama-3.3-70B-Instruct", "deepspeed=none"), "1xT4")
 
 
@@ -107,7 +107,7 @@ def test_the_context_holds_the_longest_row(config, longest, context):
     done, choices = chosen(config("Qwen/Qwen3-8B"), data=data)
     assert done.context_length == context
     reason = {choice.key: choice.reason for choice in choices}["context_length"]
-    assert f"{longest:,} tokens" in reason and ("1 training rows are longer" in reason) == (longest > 40_960)
+    assert f"{longest:,} tokens" in reason and ("1 training examples are longer" in reason) == (longest > 40_960)
 
 
 def test_validation_rows_are_held_too(config):
@@ -182,7 +182,7 @@ def test_what_is_given_wins(config, key):
     done, choices = chosen(config(LLAMA_8B, **{key: value}), "4xH200")
     plain = done.model_dump()[key]
     assert plain == value
-    assert {choice.key: choice.reason for choice in choices}.get(key, "given") == "given"
+    assert {choice.key: choice.reason for choice in choices}.get(key, "set in the config") == "set in the config"
     assert all(choice.reason for choice in choices)
 
 
@@ -191,7 +191,7 @@ def test_the_same_again_and_readable_back(config, tmp_path):
     again, _ = chosen(config(LLAMA_8B))
     assert once == again
     text = dump_config(once)
-    assert "context_length: 512  # auto: the longest row has 480 tokens" in text and "model_id: " in text
+    assert "context_length: 512  # auto: the longest example has 480 tokens" in text and "model_id: " in text
     (tmp_path / "again.yaml").write_text(text)
     assert config_differences(load_config(tmp_path / "again.yaml"), once) == []
     assert config_differences(once, load_config(tmp_path / "again.yaml", ["hardware=1xT4"])) == []
@@ -224,7 +224,10 @@ def test_plan_tells_the_choices(config, capsys, write_rows):
     told = json.loads(capsys.readouterr().out)
     reasons = {choice["key"]: choice["reason"] for choice in told["choices"]}
     assert (
-        told["fits"] and told["workers"] == 8 and reasons["hardware"] == "given" and "all of" in reasons["num_devices"]
+        told["fits"]
+        and told["workers"] == 8
+        and reasons["hardware"] == "set in the config"
+        and "all of" in reasons["num_devices"]
     )
     assert main(["plan", path, "--default", "--json", "num_devices=2"]) == 0
     assert json.loads(capsys.readouterr().out)["workers"] == 2

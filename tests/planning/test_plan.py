@@ -76,11 +76,11 @@ def test_counted_tokens_are_near_those_of_the_run(make_config):
     config = make_config(train_path=str(REPOSITORY / "data/quickstart/train.jsonl"))
     counted = count_data(config)
     options = tokenize.EncodingOptions(config.task)
-    whole = tokenize.read_examples(config.train_path, config.task, counted.rows, (), config.on_bad_rows)
+    whole = tokenize.read_examples(config.train_path, config.task, counted.examples, (), config.on_bad_rows)
     exact = sum(
         len(one.input_ids) for row in tokenize.encode_examples(whole, tokenizer_of(config), options) for one in row
     )
-    assert counted.rows == len(whole) and counted.tokens == pytest.approx(exact, rel=0.1)
+    assert counted.examples == len(whole) and counted.tokens == pytest.approx(exact, rel=0.1)
 
 
 def test_steps_are_those_of_the_run(make_config):
