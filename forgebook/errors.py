@@ -16,6 +16,7 @@ __all__ = [
     "TrainingError",
     "first_line",
     "near_miss",
+    "shown_value",
 ]
 
 
@@ -77,3 +78,9 @@ def first_line(error: object) -> str:
     """Return the first line of an error, or of a text, that is not blank; the error's class if there is none."""
     lines = (line.strip() for line in str(error).splitlines())
     return next(filter(None, lines), type(error).__name__)
+
+
+def shown_value(value: object, limit: int = 80) -> str:
+    """Write a value for a message, cut to `limit` characters."""
+    text = "nothing" if value is None else repr(value)
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."

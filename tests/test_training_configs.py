@@ -7,7 +7,8 @@ import sys
 import pytest
 
 from conftest import REPOSITORY
-from forgebook.config.parse import load_config, read_deepspeed_config
+from forgebook.config.deepspeed_file import read_deepspeed_config
+from forgebook.config.parse import load_config
 from forgebook.data.prompt_formats import render_prompt_format
 from forgebook.launch.ray_train import fine_tune
 from forgebook.runs.metrics import read_metrics

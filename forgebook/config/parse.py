@@ -33,10 +33,12 @@ from forgebook.config.blocks import (
     VisionLanguageConfig,
     models_in,
 )
-from forgebook.config.legacy_keys import DEEPSPEED_FILES, RetiredNameWarning, translate_retired
+from forgebook.config.deepspeed_file import REPOSITORY, SHIPPED, find_deepspeed_config
+from forgebook.config.legacy_keys import RetiredNameWarning, translate_retired
+from forgebook.config.rules import broken_rules, open_keys
 from forgebook.config.schema import DEFAULT_LORA, EVERY_EPOCH, FinetuneConfig, flatten, keys_without_effect, prefixes
 from forgebook.config.yaml_source import Places, apply_override, parse_yaml, place_of, read_text
-from forgebook.errors import ConfigError, near_miss
+from forgebook.errors import ConfigError, near_miss, shown_value
 
 __all__ = [
     "CheckpointFrequency",
@@ -55,13 +57,9 @@ __all__ = [
     "VisionLanguageConfig",
     "config_differences",
     "dump_config",
-    "find_deepspeed_config",
     "load_config",
-    "read_deepspeed_config",
 ]
 
-_REPOSITORY = Path(__file__).resolve().parents[2]
-_SHIPPED = _REPOSITORY / "deepspeed_configs"
 SECRET_KEY = re.compile(r"token|secret|api_?key|password", re.IGNORECASE)
 
 
@@ -75,7 +73,7 @@ def load_config(path_or_url: str | Path, overrides: Sequence[str] = (), default:
     source = str(path_or_url)
     values, places = parse_yaml(read_text(source), source)
     if not isinstance(values, dict):
-        found = "is empty" if values is None else f"holds {_show(values)}"
+        found = "is empty" if values is None else f"holds {shown_value(values)}"
         raise ConfigError(f"{source} {found}, must hold 'key: value' lines, at least model_id and train_path")
     notes, problems = translate_retired(values)
     for override in overrides:
@@ -90,11 +88,12 @@ def load_config(path_or_url: str | Path, overrides: Sequence[str] = (), default:
         values.setdefault("lora_config", dict(DEFAULT_LORA))
     if values.get("run_name") is None:
         values["run_name"] = PurePosixPath(source.partition("?")[0]).stem
+    config = None
     try:
         config = FinetuneConfig.model_validate(values)
     except ValidationError as error:
         problems += _explain(error, values, places, source)
-    if problems:
+    if problems or config is None:
         raise ConfigError("\n".join(problems))
 
     # A null that was filled in, such as an empty `learning_rate:`, was not chosen by the file.
@@ -107,7 +106,12 @@ def load_config(path_or_url: str | Path, overrides: Sequence[str] = (), default:
     config._is_default = default
     if config.hardware is not None:
         hardware_of(config.hardware)  # find a GPU that nobody knows now
-    read_deepspeed_config(config)  # find a bad file now, not on the workers
+    broken = broken_rules(config, open_keys(config) if default else ())
+    if broken:
+        raise ConfigError("\n".join(f"{rule} ({_where(rule.keys, places, source)})" for rule in broken))
+    if not all(logger.rank_zero_only for logger in config.loggers):
+        note = "metrics cover all workers and are sent once, by the process that started the run"
+        warnings.warn(f"logger.rank_zero_only: false has no effect: {note}", stacklevel=2)
     return config
 
 
@@ -146,58 +150,15 @@ def _comparable(config: FinetuneConfig) -> dict[str, Any]:
     return flatten(config.model_dump() | {"checkpoint_and_evaluation_frequency": every.model_dump()})
 
 
-# -- DeepSpeed files
-
-
-def find_deepspeed_config(config_path: str, config_source: str | None = None) -> Path:
-    """Look a DeepSpeed file up in the working directory, beside the config file, then in this repository."""
-    local = config_source is not None and "://" not in config_source
-    folders = [Path(), *([Path(config_source).parent] if local else []), _REPOSITORY]
-    for folder in folders:
-        path = (folder / config_path).resolve()
-        if path.is_file():
-            return path
-    # Configs from elsewhere name a folder of their own, such as configs/deepspeed/zero_3.json.
-    shipped = sorted(path.name for path in _SHIPPED.glob("*.json"))
-    name = PurePosixPath(config_path).name
-    name = DEEPSPEED_FILES.get(name, name)
-    if name in shipped:
-        warnings.warn(f"{config_path} does not exist: using {_SHIPPED.name}/{name}", stacklevel=2)
-        return _SHIPPED / name
-    searched = " nor in ".join(dict.fromkeys(str(folder.resolve()) for folder in folders))
-    raise ConfigError(
-        f"deepspeed.config_path: got {config_path!r}, which is not in {searched}; must be a file of yours or "
-        f"one of {_SHIPPED.name}/: {', '.join(shipped)}"
-    )
-
-
-def read_deepspeed_config(config: FinetuneConfig) -> dict[str, Any] | None:
-    """Read the DeepSpeed settings of a config; None means plain data parallelism."""
-    if config.deepspeed is None:
-        return None
-    path = find_deepspeed_config(config.deepspeed.config_path, config.source)
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"deepspeed.config_path: cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"deepspeed.config_path: {path} is not text, must be a JSON file") from None
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
-    if not isinstance(settings, dict):
-        raise ConfigError(f"{path} holds {_show(settings)}, must hold one JSON object of DeepSpeed settings")
-    return settings
-
-
 def _findable_anywhere(config: FinetuneConfig) -> FinetuneConfig:
     """Name a file found beside the config in full: the run folder's copy of the config must find it too."""
     if config.deepspeed is None:
         return config
     written = config.deepspeed.config_path
     path = find_deepspeed_config(written, config.source)
-    if path in ((folder / written).resolve() for folder in (Path(), _REPOSITORY)):
+    if path in ((folder / written).resolve() for folder in (Path(), REPOSITORY)):
         return config
-    stored = f"{_SHIPPED.name}/{path.name}" if path.parent == _SHIPPED else str(path)
+    stored = f"{SHIPPED.name}/{path.name}" if path.parent == SHIPPED else str(path)
     return config.model_copy(update={"deepspeed": DeepSpeed(config_path=stored)})
 
 
@@ -232,16 +193,20 @@ def _explain(error: ValidationError, values: dict[str, Any], places: Places, sou
         elif kind == "value_error":
             problem = f"{key}: {item['ctx']['error']}".removeprefix(": ")
         else:
-            problem = f"{key}: got {_show(value)}, must be "
+            problem = f"{key}: got {shown_value(value)}, must be "
             need = _NEEDS.get(kind, "").format_map(item.get("ctx", {}))
             need = need or item["msg"].removeprefix("Input should be ")
         problems.setdefault((key, problem), []).append(need)
     lines = []
     for (key, problem), needs in problems.items():
-        place = place_of(key, places)
-        where = f"{source}:{place}" if isinstance(place, int) else place or source
-        lines.append(f"{problem}{' or '.join(dict.fromkeys(needs))} ({where})")
+        lines.append(f"{problem}{' or '.join(dict.fromkeys(needs))} ({_where([key], places, source)})")
     return lines
+
+
+def _where(keys: Sequence[str], places: Places, source: str) -> str:
+    """Say where the first of these keys that was written is: `file:line`, or the override."""
+    place = next((place for key in keys if (place := place_of(key, places)) is not None), None)
+    return f"{source}:{place}" if isinstance(place, int) else place or source
 
 
 def _as_written(location: tuple[int | str, ...], value: Any) -> tuple[str, Any]:
@@ -262,11 +227,6 @@ def _known_keys(location: tuple[int | str, ...]) -> list[str]:
         if part in model.model_fields:
             model = next(models_in(model.model_fields[part].annotation), model)
     return list(model.model_fields)
-
-
-def _show(value: Any) -> str:
-    text = "nothing" if value is None else repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 # -- writing YAML

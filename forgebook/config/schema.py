@@ -22,6 +22,7 @@ from forgebook.config.blocks import (
     GenerationConfig,
     Int,
     LigerKernel,
+    Logger,
     Loggers,
     LoraBlock,
     Mark,
@@ -261,25 +262,6 @@ class FinetuneConfig(StrictBlock):
             filled["learning_rate"] = LEARNING_RATES["full" if filled.get("lora_config") is None else "lora"]
         return filled
 
-    @model_validator(mode="after")
-    def _agree(self) -> Self:
-        for block, task in TASK_OF_BLOCK.items():
-            if getattr(self, block) is not None and self.task != task:
-                raise ValueError(f"{block} means task: {task}, which contradicts task: {self.task}; drop one of them")
-        if self.task == "classification" and self.classifier_config is None:
-            raise ValueError("task: classification needs classifier_config with its label_tokens")
-        if self.task == "preference_tuning" and self.padding == "packed":
-            raise ValueError("padding: packed does not pack the pairs of preference_tuning; use longest")
-        if self.initial_adapter_model_ckpt_path is not None and not self.is_lora:
-            raise ValueError("initial_adapter_model_ckpt_path continues a LoRA adapter: it needs lora_config")
-        if self.quantization is not None and not self.is_lora:
-            raise ValueError(
-                f"quantization: {self.quantization} needs lora_config: quantised weights cannot be trained"
-            )
-        if self.quantization is not None and str(self.lora_config.get("init_lora_weights")).startswith("pissa"):
-            raise ValueError("init_lora_weights: pissa needs weights that are not quantised: drop quantization")
-        return self
-
     def __eq__(self, other: object) -> bool:
         """Compare values alone: where they came from does not matter."""
         return isinstance(other, FinetuneConfig) and self.model_dump() == other.model_dump()
@@ -295,6 +277,11 @@ class FinetuneConfig(StrictBlock):
         if self.train_batch_size_per_device is None:
             raise ValueError("train_batch_size_per_device is not chosen yet: resolve() it first")
         return self.train_batch_size_per_device * max(1, self.num_devices) * self.gradient_accumulation_steps
+
+    @property
+    def loggers(self) -> list[Logger]:
+        """List the experiment trackers."""
+        return self.logger if isinstance(self.logger, list) else [self.logger] if self.logger else []
 
     @property
     def source(self) -> str | None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -21,10 +21,11 @@ Places = dict[str, int | str]
 class _Loader(yaml.SafeLoader):
     """Leave dates as text: `run_name: 2024-06-01` is a name."""
 
-    yaml_implicit_resolvers: ClassVar = {
-        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 
 
 def read_text(source: str) -> str:
@@ -57,7 +58,7 @@ def parse_yaml(text: str, source: str) -> tuple[Any, Places]:
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
-        places = dict(_key_lines(node, source))
+        places: Places = dict(_key_lines(node, source))
         return None if node is None else loader.construct_document(node), places
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1

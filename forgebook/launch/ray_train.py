@@ -23,9 +23,10 @@ from rich.markup import escape
 
 from forgebook import ray_cluster as cluster
 from forgebook.config.blocks import needs_reference
-from forgebook.config.parse import FinetuneConfig, config_differences, dump_config, load_config, read_deepspeed_config
+from forgebook.config.parse import FinetuneConfig, config_differences, dump_config, load_config
+from forgebook.config.rules import check_rules
 from forgebook.data import token_store
-from forgebook.errors import ConfigError, ForgebookError, ResourceError, StorageError, TrainingError
+from forgebook.errors import ForgebookError, ResourceError, StorageError, TrainingError
 from forgebook.models import adapters
 from forgebook.models.tokenizer import locate
 from forgebook.planning import preflight
@@ -116,55 +117,12 @@ def fine_tune(config: FinetuneConfig) -> Run:
 
 def _refuse_impossible(config: FinetuneConfig, run: Run) -> None:
     """Refuse what this version cannot do, or this machine if it still has to."""
-    _refuse_unsupported(config)
+    check_rules(config)
     if config.initial_adapter_model_ckpt_path is not None:
         adapter = locate(config.initial_adapter_model_ckpt_path)
         adapters.check_adapter(adapter, config.lora_config, config.rope_scaling)
     if not run.is_complete:
         _check_devices(config)
-
-
-def _refuse_unsupported(config: FinetuneConfig) -> None:
-    """Refuse what a config may say but this version does not do yet, rather than ignore it."""
-    unsupported = {
-        f"task: {config.task}": config.task == "vision_language",
-    }
-    named = [name for name, is_asked in unsupported.items() if is_asked]
-    if named:
-        raise ConfigError(f"not supported yet: {', '.join(named)}: remove it from the config")
-    _refuse_with_deepspeed(config)
-
-
-def _refuse_with_deepspeed(config: FinetuneConfig) -> None:
-    """Refuse methods that the DeepSpeed stage in use would break or leave out."""
-    if config.min_devices is not None and config.deepspeed is not None:
-        raise ConfigError(
-            "min_devices does not go with DeepSpeed, whose shards of the training state are cut for the number of "
-            "workers that saved them: set deepspeed: none, or leave min_devices out"
-        )
-    zero = (read_deepspeed_config(config) or {}).get("zero_optimization", {})
-    lora = config.lora_config or {}
-    if zero.get("stage") == 3:
-        if config.quantization is not None:
-            raise ConfigError(
-                f"quantization: {config.quantization} does not go with ZeRO-3, which cannot partition "
-                "bitsandbytes' packed weights: set deepspeed: zero_2 or none"
-            )
-        if config.is_lora and config.classifier_config is not None:
-            raise ConfigError(
-                "classification with LoRA trains single rows of the embeddings, which PEFT cannot do under ZeRO-3: "
-                "set deepspeed: zero_2 or none"
-            )
-        if str(lora.get("init_lora_weights")).startswith("pissa"):
-            raise ConfigError(
-                "init_lora_weights: pissa does not go with ZeRO-3, which partitions the start its checkpoints need: "
-                "set deepspeed: zero_2 or none"
-            )
-    if config.optimizer == "adamw_8bit" and (zero.get("offload_optimizer") or {}).get("device", "none") != "none":
-        raise ConfigError(
-            "optimizer: adamw_8bit does not go with an offloaded optimizer, for which DeepSpeed has its own AdamW on "
-            "the CPU: set optimizer: adamw, or a deepspeed file without offload_optimizer"
-        )
 
 
 def _check_same(run: Run, prepared: Prepared) -> None:

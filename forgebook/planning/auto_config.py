@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from forgebook.catalog import Catalog, Gpu, Shape, read_catalog, shape_of
+from forgebook.config.rules import check_rules, open_keys
 from forgebook.config.schema import DEFAULT_LORA, LEARNING_RATES, auto_keys
 from forgebook.data import readers
 from forgebook.data.batching import group_size, padding_in
@@ -82,6 +83,7 @@ def choose_task(config: FinetuneConfig, raw: list[Any], catalog: Catalog | None 
         generation = config.generation_config.model_dump() | {"prompt_format": prompt_format}
         reason = "this model has no chat template: the format of its instruction-tuned family"
         config = config.resolve(generation_config=generation).explained({"generation_config.prompt_format": reason})
+    check_rules(config, open_keys(config) - {"task"})
     return config
 
 
@@ -144,6 +146,7 @@ def choose(
     config = _choose_machines(config, hardware, catalog)
     config = _choose_batch(config, shape, hardware, data)
     config = _choose_schedule(config, data, catalog)
+    check_rules(config)
     return config, choices_of(config)
 
 

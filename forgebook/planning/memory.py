@@ -19,7 +19,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from forgebook.config.parse import read_deepspeed_config
+from forgebook.config.deepspeed_file import read_deepspeed_config, zero_of
 from forgebook.data.batching import group_size
 
 if TYPE_CHECKING:
@@ -96,30 +96,25 @@ def sharding_of(config: FinetuneConfig, shape: Shape) -> Sharding:
     settings = read_deepspeed_config(config)
     if settings is None:
         return Sharding()
-    zero: dict[str, Any] = settings.get("zero_optimization", {})
-    stage = zero.get("stage", 0)
+    stated, zero = zero_of(settings), settings.get("zero_optimization", {})
     bucket = zero.get("reduce_bucket_size", 500_000_000)
     bucket = shape.hidden**2 if bucket == "auto" else int(bucket)
     # With overlap, one bucket is filled while the other is reduced; ZeRO-3 has one.
-    buckets = 2 if stage < 3 and zero.get("overlap_comm", False) else 1
+    buckets = 2 if stated.stage < 3 and zero.get("overlap_comm", False) else 1
 
     def elements(name: str) -> int:
         value = zero.get(name, 1_000_000_000)
         return 1_000_000_000 if value == "auto" else int(value)
 
     return Sharding(
-        stage,
-        _offloads(zero.get("offload_optimizer")),
-        _offloads(zero.get("offload_param")) and stage == 3,
+        stated.stage,
+        stated.offload_optimizer,
+        stated.offload_param,
         bucket,
-        buckets if zero.get("contiguous_gradients", True) and stage else 0,
+        buckets if zero.get("contiguous_gradients", True) and stated.stage else 0,
         elements("stage3_max_live_parameters"),
         elements("sub_group_size"),
     )
-
-
-def _offloads(block: dict[str, Any] | None) -> bool:
-    return block is not None and block.get("device", "none") != "none"
 
 
 def trainable_parameters(config: FinetuneConfig, shape: Shape) -> int:

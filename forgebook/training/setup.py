@@ -29,7 +29,7 @@ from accelerate.utils import (
 from transformers.integrations.neftune import activate_neftune
 
 from forgebook.config.blocks import PromptFormat
-from forgebook.config.parse import read_deepspeed_config
+from forgebook.config.deepspeed_file import read_deepspeed_config
 from forgebook.config.schema import ResolvedConfig
 from forgebook.errors import TrainingError
 from forgebook.models import adapters, load

@@ -16,15 +16,14 @@ import yaml
 from forgebook import errors
 from forgebook.config import parse as config_module
 from forgebook.config.blocks import LORA_KEYS
+from forgebook.config.deepspeed_file import find_deepspeed_config, read_deepspeed_config
 from forgebook.config.parse import (
     FinetuneConfig,
     PromptFormat,
     RetiredNameWarning,
     config_differences,
     dump_config,
-    find_deepspeed_config,
     load_config,
-    read_deepspeed_config,
 )
 from forgebook.errors import ConfigError, ForgebookError
 
@@ -236,8 +235,6 @@ def test_all_problems_are_reported_at_once_with_their_places(load):
         ("preference_tuning_config: {beta: 0.01}", "preference_tuning"),
         ("preference_tuning_config: {}", "preference_tuning"),
         ("task: preference_tuning", "preference_tuning"),
-        ("vision_language_config: {}", "vision_language"),
-        ("task: vision_language", "vision_language"),
     ],
 )
 def test_task_follows_its_block(load, text, task):
@@ -257,7 +254,7 @@ def test_task_follows_its_block(load, text, task):
     ],
 )
 def test_a_task_that_contradicts_a_block_is_refused(load, text):
-    assert "contradicts task" in refusal(load, text)
+    assert "contradicts" in refusal(load, text)
 
 
 def test_blocks_that_need_each_other(load):
@@ -551,7 +548,7 @@ def test_resolve_returns_a_checked_copy(load):
 
 
 def test_fewer_devices_may_go_on(load, tmp_path):
-    config = load("num_devices: {min: 1, max: 4}\n")
+    config = load("num_devices: {min: 1, max: 4}\ndeepspeed: none\n")
     assert (config.min_devices, config.num_devices) == (1, 4)
     assert config.origins["min_devices"] == config.origins["num_devices"] == "file"
     (tmp_path / "dumped.yaml").write_text(dump_config(config))

@@ -156,5 +156,5 @@ def test_a_run_with_8_bit_moments_continues_exactly(make_config):
 
 
 def test_8_bit_moments_are_refused_where_deepspeed_has_its_own(make_config):
-    with pytest.raises(ConfigError, match="adamw_8bit does not go with an offloaded optimizer"):
-        fine_tune(make_config(optimizer="adamw_8bit", deepspeed="zero_3_offload_optim+param"))
+    with pytest.raises(ConfigError, match="adamw_8bit does not work with an offloaded optimizer"):
+        make_config(optimizer="adamw_8bit", deepspeed="zero_3_offload_optim+param")

@@ -1,0 +1,145 @@
+"""What does not go together, in one table: asked when a config is loaded, planned, chosen for and launched.
+
+    check_rules(config)             ConfigError names every broken rule, and the fix
+    if not broken_rules(config):    a change that the plan may propose
+
+SUPPORT.md prints the table. What a machine lacks (a package, a GPU) is not here but in `training.kernels`.
+"""
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+from forgebook.config.deepspeed_file import Zero, read_deepspeed_config, zero_of
+from forgebook.config.schema import TASK_OF_BLOCK, FinetuneConfig, auto_keys
+from forgebook.errors import ConfigError
+
+__all__ = ["RULES", "Rule", "broken_rules", "check_rules", "open_keys"]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A combination that cannot be trained. keys: those that take part; an error points at the first one written."""
+
+    keys: tuple[str, ...]
+    is_broken: Callable[[FinetuneConfig, Zero], bool]
+    message: str
+    fix: str
+
+    def __str__(self) -> str:
+        return f"{self.message}: {self.fix}"
+
+
+def _is_pissa(config: FinetuneConfig) -> bool:
+    return str((config.lora_config or {}).get("init_lora_weights")).startswith("pissa")
+
+
+def _task_rule(block: str, task: str) -> Rule:
+    return Rule(
+        (block, "task"),
+        lambda config, zero: getattr(config, block) is not None and config.task != task,
+        f"{block} sets task: {task}, which contradicts task, or another block that sets it",
+        "remove one of them",
+    )
+
+
+_WITHOUT_ZERO_3 = "set deepspeed: zero_2 or none"
+
+RULES: tuple[Rule, ...] = (
+    # Tasks
+    *(_task_rule(block, task) for block, task in TASK_OF_BLOCK.items()),
+    Rule(
+        ("vision_language_config", "task"),
+        lambda config, zero: config.task == "vision_language",
+        "task: vision_language is not supported yet",
+        "choose another task",
+    ),
+    Rule(
+        ("task",),
+        lambda config, zero: config.task == "classification" and config.classifier_config is None,
+        "task: classification needs classifier_config",
+        "add classifier_config with its label_tokens",
+    ),
+    Rule(
+        ("padding", "task", "preference_tuning_config"),
+        lambda config, zero: config.task == "preference_tuning" and config.padding == "packed",
+        "padding: packed cannot pack the pairs of preference_tuning",
+        "set padding: longest",
+    ),
+    # LoRA and quantization
+    Rule(
+        ("initial_adapter_model_ckpt_path", "lora_config"),
+        lambda config, zero: config.initial_adapter_model_ckpt_path is not None and not config.is_lora,
+        "initial_adapter_model_ckpt_path continues a LoRA adapter and needs lora_config",
+        "add lora_config",
+    ),
+    Rule(
+        ("quantization", "lora_config"),
+        lambda config, zero: config.quantization is not None and not config.is_lora,
+        "quantization needs lora_config, because quantized weights cannot be trained",
+        "add lora_config, or remove quantization",
+    ),
+    Rule(
+        ("lora_config", "quantization"),
+        lambda config, zero: _is_pissa(config) and config.quantization is not None,
+        "init_lora_weights: pissa needs weights that are not quantized",
+        "remove quantization, or init_lora_weights",
+    ),
+    Rule(
+        ("lora_config",),
+        lambda config, zero: _is_pissa(config) and bool((config.lora_config or {}).get("use_dora")),
+        "init_lora_weights: pissa with use_dora cannot be saved as an adapter of the unchanged base model",
+        "remove one of them",
+    ),
+    # DeepSpeed
+    Rule(
+        ("min_devices", "deepspeed"),
+        lambda config, zero: config.min_devices is not None and config.deepspeed is not None,
+        "min_devices does not work with DeepSpeed, which shards the training state for a fixed number of workers",
+        "set deepspeed: none, or remove min_devices",
+    ),
+    Rule(
+        ("quantization", "deepspeed"),
+        lambda config, zero: config.quantization is not None and zero.stage == 3,
+        "quantization does not work with ZeRO-3, which cannot partition bitsandbytes' packed weights",
+        _WITHOUT_ZERO_3,
+    ),
+    Rule(
+        ("classifier_config", "lora_config", "deepspeed"),
+        lambda config, zero: config.is_lora and config.classifier_config is not None and zero.stage == 3,
+        "classification with LoRA trains single rows of the embedding matrix, which PEFT cannot do under ZeRO-3",
+        _WITHOUT_ZERO_3,
+    ),
+    Rule(
+        ("lora_config", "deepspeed"),
+        lambda config, zero: _is_pissa(config) and zero.stage == 3,
+        "init_lora_weights: pissa does not work with ZeRO-3, which partitions the initial weights its checkpoints need",
+        _WITHOUT_ZERO_3,
+    ),
+    Rule(
+        ("optimizer", "deepspeed"),
+        lambda config, zero: config.optimizer == "adamw_8bit" and zero.offload_optimizer,
+        "optimizer: adamw_8bit does not work with an offloaded optimizer, which is DeepSpeed's own AdamW on the CPU",
+        "set optimizer: adamw, or use a DeepSpeed file without offload_optimizer",
+    ),
+)
+
+
+def open_keys(config: FinetuneConfig) -> set[str]:
+    """List the keys that --default may choose because neither the file nor an override sets them."""
+    return {key for key in auto_keys() if key.split(".")[0] not in config.given}
+
+
+def broken_rules(config: FinetuneConfig, undecided: Collection[str] = ()) -> list[Rule]:
+    """List the rules that a config breaks, except those with a key that is still to be chosen.
+
+    Raises ConfigError if the DeepSpeed file cannot be read.
+    """
+    zero = zero_of(read_deepspeed_config(config))
+    return [rule for rule in RULES if rule.is_broken(config, zero) and set(undecided).isdisjoint(rule.keys)]
+
+
+def check_rules(config: FinetuneConfig, undecided: Collection[str] = ()) -> None:
+    """Raise ConfigError if the config breaks a rule; it names them all, each with the fix."""
+    broken = broken_rules(config, undecided)
+    if broken:
+        raise ConfigError("\n".join(map(str, broken)))
