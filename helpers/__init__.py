@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # for editors and mypy; at run time _ENGINE says the same
     from forgebook.data.tools import calls_of_message
     from forgebook.errors import DataError
     from forgebook.evaluation.statistics import compare_shares, estimate, gsm8k_number
-    from forgebook.evaluation.tool_accuracy import KINDS, find_mistake
+    from forgebook.evaluation.tool_accuracy import TOOL_CALL_MISTAKES, find_tool_call_mistake
     from forgebook.inference.generate import LoadedModel
     from forgebook.inference.vllm_command import vllm_command
     from forgebook.models.load import load_model
@@ -35,7 +35,7 @@ if TYPE_CHECKING:  # for editors and mypy; at run time _ENGINE says the same
 # The engine's own names: the module, and what the name is for.
 _ENGINE = {
     "DataError": ("errors", "raised for training data that cannot be used; its message names file:line"),
-    "KINDS": ("evaluation.tool_accuracy", "the kinds of mistakes that find_mistake names"),
+    "TOOL_CALL_MISTAKES": ("evaluation.tool_accuracy", "the kinds of mistakes in tool calls"),
     "calls_of_message": ("data.tools", "the tool calls of a message"),
     "compare_shares": ("evaluation.statistics", "whether two models differ in right answers: McNemar's exact test"),
     "cost_per_million_tokens": ("planning.plan", "USD per million tokens, from USD per hour and tokens/s"),
@@ -43,7 +43,7 @@ _ENGINE = {
     "encode_prompt": ("data.masking", "a conversation as token ids, up to where the answer begins"),
     "estimate": ("evaluation.statistics", "a mean with its 95% confidence interval"),
     "find_checkpoint": ("runs.run", "the folder of a run's best checkpoint, or of the one named"),
-    "find_mistake": ("evaluation.tool_accuracy", "what is wrong with an answer's tool calls; None if nothing is"),
+    "find_tool_call_mistake": ("evaluation.tool_accuracy", "what is wrong with an answer's tool calls, if anything"),
     "gsm8k_number": ("evaluation.statistics", "the final number of a GSM8K answer, by its authors' rule"),
     "learning_rates": ("training.optimizers", "the learning rate of every step of a schedule"),
     "load_config": ("config.parse", "a config file with `key=value` overrides, checked"),
@@ -57,10 +57,7 @@ _ENGINE = {
     "read_curve": ("runs.metrics", "a metric of a run: (steps, values)"),
     "read_examples": ("data.tokenize", "the examples of a file, pattern, bucket or hub data set, checked"),
     "render": ("data.chat_template", "a conversation as text, by the chat template or a prompt format"),
-    "show_example": (
-        "data.preview",
-        "a conversation as a model or a config file has it: tokens, those in the loss highlighted",
-    ),
+    "show_example": ("data.preview", "a conversation as a model or a config file encodes it, the loss highlighted"),
     "vllm_command": ("inference.vllm_command", "the command that serves models with vLLM"),
 }
 

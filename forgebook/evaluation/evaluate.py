@@ -195,7 +195,7 @@ def _turns(number: int, row: Example, every: bool) -> list[_Asked]:
 def _mistake(metric: str, asked: _Asked, answer: str) -> str | None:
     """Name what is wrong with an answer; None if it is right."""
     if metric == "tool_calls":
-        return tool_accuracy.find_mistake(answer, calls_of_message(asked.reference))
+        return tool_accuracy.find_tool_call_mistake(answer, calls_of_message(asked.reference))
     reference = asked.reference["content"]
     if metric == "gsm8k":
         if statistics.is_gsm8k_right(answer, reference):

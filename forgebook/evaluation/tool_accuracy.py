@@ -14,14 +14,22 @@ import numpy as np
 from forgebook.data.tools import ToolCall, read_tool_calls
 from forgebook.errors import DataError
 
-__all__ = ["KINDS", "find_mistake"]
+__all__ = ["TOOL_CALL_MISTAKES", "find_tool_call_mistake"]
 
 # The taxonomy of LLMForge's function-calling example.
-KINDS = ("unwanted", "missing", "wrong format", "wrong count", "wrong name", "wrong value", "missing argument")
+TOOL_CALL_MISTAKES = (
+    "unwanted",
+    "missing",
+    "wrong format",
+    "wrong count",
+    "wrong name",
+    "wrong value",
+    "missing argument",
+)
 
 
-def find_mistake(answer: str, expected: list[ToolCall]) -> str | None:
-    """Name what is wrong with the calls of an answer, one of KINDS; None if nothing is."""
+def find_tool_call_mistake(answer: str, expected: list[ToolCall]) -> str | None:
+    """Name what is wrong with the calls of an answer, one of TOOL_CALL_MISTAKES; None if nothing is."""
     try:
         calls = read_tool_calls(answer)
     except DataError:

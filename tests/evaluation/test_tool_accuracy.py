@@ -5,7 +5,7 @@ import json
 import pytest
 
 from forgebook.data.tools import ToolCall
-from forgebook.evaluation.tool_accuracy import KINDS, find_mistake
+from forgebook.evaluation.tool_accuracy import TOOL_CALL_MISTAKES, find_tool_call_mistake
 
 WEATHER = ToolCall("weather", {"city": "Paris", "days": 2})
 
@@ -38,14 +38,14 @@ def written(*calls: ToolCall) -> str:
     ],
 )  # fmt: skip
 def test_each_kind_of_mistake(answer, expected, kind):
-    assert find_mistake(answer, expected) == kind
-    assert kind is None or kind in KINDS
+    assert find_tool_call_mistake(answer, expected) == kind
+    assert kind is None or kind in TOOL_CALL_MISTAKES
 
 
 def test_parallel_calls_of_one_function_match_in_any_order():
     paris, rome = (ToolCall("weather", {"city": city}) for city in ("Paris", "Rome"))
-    assert find_mistake(written(rome, paris), [paris, rome]) is None
-    assert find_mistake(written(rome, rome), [paris, rome]) == "wrong value"
+    assert find_tool_call_mistake(written(rome, paris), [paris, rome]) is None
+    assert find_tool_call_mistake(written(rome, rome), [paris, rome]) == "wrong value"
 
 
 @pytest.mark.parametrize(
@@ -54,5 +54,5 @@ def test_parallel_calls_of_one_function_match_in_any_order():
     ids="one-true zero-false int-float nested text-number".split(),
 )
 def test_values_are_compared_as_json(want, have, same):
-    mistake = find_mistake(written(ToolCall("f", {"x": have})), [ToolCall("f", {"x": want})])
+    mistake = find_tool_call_mistake(written(ToolCall("f", {"x": have})), [ToolCall("f", {"x": want})])
     assert mistake == (None if same else "wrong value")
