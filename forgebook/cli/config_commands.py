@@ -118,7 +118,7 @@ def _write_fitting(
     fitting = fit(config, shape, hardware, data)
     if fitting is None:
         raise ResourceError(f"{config.model_id} fits {hardware[0]}x{hardware[1].name} with no settings: take more GPUs")
-    folder = Path(config.source).parent if "://" not in config.source else Path()
+    folder = Path() if config.source is None or "://" in config.source else Path(config.source).parent
     target = folder / f"{config.run_name}-fit.yaml"
     target.write_text(dump_config(fitting))
     print(f"wrote {target}", file=sys.stderr)

@@ -35,7 +35,7 @@ from forgebook.planning.plan_report import plan_as_json
 from forgebook.planning.prepare import Prepared, prepare
 from forgebook.reporting import console as consoles
 from forgebook.reporting import trackers
-from forgebook.reporting.run_text import print_choices, print_forecast, print_run, print_summary, write_summary
+from forgebook.reporting.run_text import print_choices, print_plan, print_run, print_summary, write_summary
 from forgebook.runs import atomic, upload, worker_upload
 from forgebook.runs import run as storage
 from forgebook.runs.run import Run
@@ -85,7 +85,7 @@ def fine_tune(config: FinetuneConfig) -> Run:
         storage.remove_run(run)
     _write_run(run, prepared, told)
     print_run(output, run, prepared)
-    print_forecast(output, told, [*worries, *filter(None, [note])])
+    print_plan(output, told, [*worries, *filter(None, [note])])
     with (
         consoles.quiet_descriptors(run.logs / "driver.log") as live,
         contextlib.ExitStack() as uploads,

@@ -1,10 +1,10 @@
-"""LoRA adapters: added, continued, and saved so that they fit the base that everyone has.
+"""LoRA adapters: added, continued, and saved so that they fit the public base model.
 
 model = add_lora(model, config.lora_config)       a new adapter; only it trains
 model = continue_lora(model, adapter_folder, ...) one trained before, trained further
 
 PiSSA (arXiv 2404.02948) takes the largest singular directions out of the base and trains those: W = W' + s B0 A0.
-Its adapter fits W', which nobody has. So it is saved as the difference from its start, which fits W itself:
+Its adapter fits W', which nobody else has. So it is saved as the difference from its start, which fits W itself:
 s (B A - B0 A0) = s [B, -B0] [A; A0], an ordinary adapter of twice the rank.
 """
 
@@ -37,12 +37,12 @@ __all__ = [
     "start_of",
 ]
 
-# How the base was made for training, where it was not as its own config.json says.
+# How the base was loaded for training, where it differs from its own config.json.
 OVERRIDES = "config_overrides.json"
 
 
 def add_lora(model: PreTrainedModel, lora_config: dict[str, Any]):
-    """Put a new LoRA adapter on a model; only the adapter trains. Raises ModelError if it fits nowhere."""
+    """Add a new LoRA adapter to a model; only the adapter trains. Raises ModelError if lora_config does not fit."""
     from peft import LoraConfig, get_peft_model
 
     try:
@@ -53,12 +53,12 @@ def add_lora(model: PreTrainedModel, lora_config: dict[str, Any]):
 
 
 def check_adapter(source: str, lora_config: dict[str, Any], rope_scaling: dict[str, Any] | None = None) -> None:
-    """Raise ModelError unless a saved adapter is the one that a config speaks of."""
+    """Raise ModelError unless a saved adapter matches the rope_scaling and lora_config of the config."""
     earlier, named = read_overrides(source).get("rope_scaling"), display_path(Path(source))
     if earlier != rope_scaling:
         raise ModelError(
             f"the adapter {named} was trained with rope_scaling: {earlier or 'null'}, the config says "
-            f"{rope_scaling or 'null'}: give it the same"
+            f"{rope_scaling or 'null'}: set it to the same"
         )
     with readable_model_errors(source, "adapter"):
         if Path(source).is_dir():  # PEFT is slow to import, and not quiet
@@ -71,7 +71,7 @@ def check_adapter(source: str, lora_config: dict[str, Any], rope_scaling: dict[s
         if key in lora_config and lora_config[key] != saved.get(key, False):
             raise ModelError(
                 f"the adapter {named} has {key}: {saved.get(key, False)}, lora_config says {lora_config[key]}: "
-                "an adapter is continued as it is; leave the key out or give it the same"
+                "a continued adapter keeps its settings; leave the key out or set it to the same"
             )
 
 
@@ -96,7 +96,7 @@ def continue_lora(
 
 
 def _in_dtype_of_base(model):
-    """Give the adapter the base's dtype, which PEFT cannot see in packed weights; the optimizer keeps float32."""
+    """Cast the adapter to the base's dtype, which PEFT cannot see in packed weights; the optimizer keeps float32."""
     for p in model.parameters():
         if p.requires_grad and p.dtype != model.dtype:
             p.data = p.data.to(model.dtype)
@@ -104,7 +104,7 @@ def _in_dtype_of_base(model):
 
 
 def read_overrides(folder: str | Path) -> dict[str, Any]:
-    """Read how an adapter's base was made: rope_scaling, quantization; empty where it was taken as it is."""
+    """Read how an adapter's base was loaded for training (rope_scaling, quantization); empty if unchanged."""
     path = Path(folder) / OVERRIDES
     return json.loads(path.read_text()) if path.exists() else {}
 
@@ -116,7 +116,7 @@ def read_lora_config(folder: str | Path) -> dict[str, Any] | None:
 
 
 def changes_base(model) -> bool:
-    """Say whether the model's adapter was begun by taking something out of its base."""
+    """Check whether the model's adapter was initialized by taking directions out of its base (PiSSA)."""
     config = model.peft_config["default"] if hasattr(model, "peft_config") else None
     return config is not None and str(config.init_lora_weights).startswith("pissa")
 
@@ -131,9 +131,9 @@ def start_of(model) -> dict[str, torch.Tensor]:
 
 
 def align_base(model, start: dict[str, torch.Tensor]) -> None:
-    """Make the base what it was when `start` was taken out of it: another machine finds other directions.
+    """Make the base what it was when `start` was taken out of it: another machine computes other directions.
 
-    model: loaded anew, its adapter fresh. Where the directions are the same, nothing changes.
+    model: freshly loaded, with a fresh adapter. Where the directions are the same, nothing changes.
     """
     import torch
 
@@ -153,14 +153,14 @@ def align_base(model, start: dict[str, torch.Tensor]) -> None:
 def fit_original_base(
     weights: dict[str, torch.Tensor], start: dict[str, torch.Tensor], trained: bool
 ) -> dict[str, torch.Tensor]:
-    """Turn an adapter of a changed base into one of the original base; its settings: `double_rank`.
+    """Turn an adapter of a changed base into one of the original base, of twice the rank (see `double_rank`).
 
-    Raises CheckpointError if it should be trained and is as it began.
+    trained: raise CheckpointError if the adapter equals its start.
     """
     import torch
 
     if trained and all(torch.equal(weights[name], first) for name, first in start.items()):
-        raise CheckpointError("the adapter is what it was at the start: it would change nothing")
+        raise CheckpointError("the adapter equals its start: it would change nothing")
     joined = dict(weights)
     for name, first in start.items():
         axis = _axis(name)
@@ -169,9 +169,9 @@ def fit_original_base(
 
 
 def double_rank(adapter_config: Path) -> None:
-    """Write into an adapter_config.json what holds of the adapter that `fit_original_base` made."""
+    """Update an adapter_config.json to the adapter that `fit_original_base` returns."""
     settings = json.loads(adapter_config.read_text())
-    # The scale is alpha / r, with rsLoRA alpha / sqrt(r); it stays.
+    # The scale must stay: it is alpha / r, with rsLoRA alpha / sqrt(r).
     growth = math.sqrt(2) if settings["use_rslora"] else 2
     settings["r"] *= 2
     settings["lora_alpha"] *= growth
@@ -182,7 +182,7 @@ def double_rank(adapter_config: Path) -> None:
 
 
 def _axis(name: str) -> int | None:
-    """Tell along which axis a matrix of the adapter has its rank; None for any other parameter."""
+    """Return the axis along which a matrix of the adapter has its rank; None for any other parameter."""
     if name.endswith((".lora_A.default.weight", ".lora_embedding_A.default")):
         return 0
     return 1 if name.endswith((".lora_B.default.weight", ".lora_embedding_B.default")) else None

@@ -14,19 +14,19 @@ __all__ = ["context_limit", "native_context_length"]
 
 
 def native_context_length(source: str) -> int:
-    """Read the longest context, in tokens, that a model was made for."""
+    """Read the longest context, in tokens, that a model was trained for. Raises ModelError if it has no such limit."""
     from transformers import AutoConfig
 
     with readable_model_errors(source, "model"):
         config: PretrainedConfig = AutoConfig.from_pretrained(source)
     native = getattr(config.get_text_config(), "max_position_embeddings", None)
     if native is None:  # Mamba has no such limit
-        raise ModelError(f"the config of {source} names no longest context: set context_length")
+        raise ModelError(f"the config of {source} has no max_position_embeddings: set context_length")
     return native
 
 
 def context_limit(source: str, rope_scaling: dict[str, Any] | None = None) -> int | None:
-    """Tell how long a context the model's positions reach, stretched as `rope_scaling` says; None if any."""
+    """Compute the longest context that the model's positions reach, extended by `rope_scaling`; None: no limit."""
     from transformers import AutoConfig
 
     with readable_model_errors(source, "model"):
@@ -34,7 +34,7 @@ def context_limit(source: str, rope_scaling: dict[str, Any] | None = None) -> in
     native = getattr(config, "max_position_embeddings", None)
     if native is None:
         return None
-    # Without one of ours: the base may be a checkpoint that was stretched already.
+    # Without a rope_scaling of this run: the base may be a checkpoint whose context was extended.
     scaling = rope_scaling or getattr(config, "rope_parameters", None) or {}
     original = scaling.get("original_max_position_embeddings") or native
     return max(native, int(original * (scaling.get("factor") or 1)))

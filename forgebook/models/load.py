@@ -7,6 +7,7 @@ model  = load_start(config, tokenizer)            what a run begins with: the ba
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from forgebook.errors import ModelError
@@ -22,23 +23,25 @@ if TYPE_CHECKING:
 __all__ = ["fit_vocabulary", "load_model", "load_start", "parameter_counts"]
 
 
-def fit_vocabulary(model: PreTrainedModel, tokenizer, config: FinetuneConfig) -> dict[str, Any]:
-    """Give the model a row for each token of its tokenizer; return what LoRA has to know to train the labels' rows."""
+def fit_vocabulary(
+    model: PreTrainedModel, tokenizer, labels: Sequence[str], lora_config: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Give the model an embedding for each token of its tokenizer; return additions to `lora_config` for the labels.
+
+    labels: a classifier's label tokens. An adapter alone would leave their embeddings untrained, so LoRA gets them as
+    trainable_token_indices, unless `lora_config` says itself how the embeddings are trained.
+    """
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
-    if config.classifier_config is None or not config.is_lora:
+    if not labels or lora_config is None:
         return {}
-    rows = [tokenizer.convert_tokens_to_ids(label) for label in config.classifier_config.label_tokens]
     layers = [model.get_input_embeddings(), model.get_output_embeddings()]
     names = {id(module): name.rsplit(".", 1)[-1] for name, module in model.named_modules()}
     is_tied = layers[0].weight is layers[1].weight
-    chosen = [names[id(layer)] for layer in layers[: 1 if is_tied else 2]]
-    # The config may say itself how the embeddings are trained; other modules to save train no label.
-    if "trainable_token_indices" in config.lora_config or set(chosen) & set(
-        config.lora_config.get("modules_to_save") or []
-    ):
+    embeddings = [names[id(layer)] for layer in layers[: 1 if is_tied else 2]]
+    if "trainable_token_indices" in lora_config or set(embeddings) & set(lora_config.get("modules_to_save") or []):
         return {}
-    return {"trainable_token_indices": dict.fromkeys(chosen, rows)}
+    return {"trainable_token_indices": dict.fromkeys(embeddings, tokenizer.convert_tokens_to_ids(list(labels)))}
 
 
 def load_model(
@@ -52,11 +55,11 @@ def load_model(
     device_map: str | None = None,
     on_gpu: bool | None = None,
 ) -> PreTrainedModel:
-    """Load a causal language model for training, on the CPU (ZeRO-3: in partitions, as DeepSpeed has arranged).
+    """Load a causal language model for training, on the CPU (under ZeRO-3 in partitions, one per rank).
 
-    device_map: "auto" loads it for use instead: on the GPU, or over several if one cannot hold it.
-    quantization: "nf4" or "int8": the linear layers but the output layer, for training an adapter on them; such
-    a model is loaded where it stays, on this process's GPU if there is one.
+    device_map: "auto" loads it for inference instead: on the GPU, or over several if one cannot hold it.
+    quantization: "nf4" or "int8" for all linear layers but the output layer, for training an adapter on them; such a
+    model is loaded where it stays, on this process's GPU if there is one.
     on_gpu: False if the model stays on the CPU; None: it runs on this process's GPU if there is one.
 
     Raises ModelError if there is none at `source`, ResourceError if `attention` cannot run here.
@@ -76,17 +79,17 @@ def load_model(
             **{"device_map": device_map, **_quantized(quantization, dtype)},
         )
     for module in model.modules():
-        # On some CPUs an evaluation would repack 4-bit weights for kernels that have no backward pass, for good.
+        # On some CPUs an evaluation would repack 4-bit weights, for good, for kernels without a backward pass.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     if gradient_checkpointing:
-        # The reentrant kind loses the gradients of LoRA when the inputs themselves need none.
+        # Reentrant checkpointing loses the gradients of LoRA when the inputs themselves need none.
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     return model
 
 
 def _quantized(kind: str | None, dtype: str) -> dict[str, Any]:
-    """Say to `from_pretrained` how bitsandbytes is to hold the weights."""
+    """Make the arguments of `from_pretrained` for weights held by bitsandbytes."""
     if kind is None:
         return {}
     import logging
@@ -94,7 +97,7 @@ def _quantized(kind: str | None, dtype: str) -> dict[str, Any]:
     import torch
     from transformers import BitsAndBytesConfig
 
-    # It tells of its float16 at every call of every layer.
+    # It logs a cast to float16 at every call of every layer.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     if kind == "nf4":  # as in the QLoRA paper, arXiv 2305.14314
         settings = BitsAndBytesConfig(
@@ -105,21 +108,24 @@ def _quantized(kind: str | None, dtype: str) -> dict[str, Any]:
         )
     else:
         settings = BitsAndBytesConfig(load_in_8bit=True)
-    place = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
-    return {"quantization_config": settings, "device_map": {"": place}}
+    device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+    return {"quantization_config": settings, "device_map": {"": device}}
 
 
 def load_start(config: FinetuneConfig, tokenizer) -> PreTrainedModel:
-    """Load what a run begins with, not to be trained: the base, with the adapter that it continues if it does."""
+    """Load what a run starts from, for use, not training: the base, with the adapter that it continues if any."""
     model = load_model(
-        locate(config.initial_base_model_ckpt_path or config.model_id), dtype=config.dtype, attention=config.attention,
-        rope_scaling=config.rope_scaling, quantization=config.quantization,
-    )  # fmt: skip
-    fit_vocabulary(model, tokenizer, config)
-    if config.initial_adapter_model_ckpt_path is not None:
-        adapter = locate(config.initial_adapter_model_ckpt_path)
-        model = continue_lora(model, adapter, config.lora_config, config.rope_scaling)
-    return model
+        locate(config.initial_base_model_ckpt_path or config.model_id),
+        dtype=config.dtype,
+        attention=config.attention,
+        rope_scaling=config.rope_scaling,
+        quantization=config.quantization,
+    )
+    fit_vocabulary(model, tokenizer, (), None)
+    if config.initial_adapter_model_ckpt_path is None:
+        return model
+    adapter = locate(config.initial_adapter_model_ckpt_path)
+    return continue_lora(model, adapter, config.lora_config or {}, config.rope_scaling)
 
 
 def parameter_counts(model) -> tuple[int, int]:

@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
     from forgebook.config.parse import FinetuneConfig, HubRepo
 
-__all__ = ["load_tokenizer", "locate", "readable_model_errors", "tokenizer_of", "tokenizer_source"]
+__all__ = ["label_tokens", "load_tokenizer", "locate", "readable_model_errors", "tokenizer_of", "tokenizer_source"]
 
 
 def locate(model: str | HubRepo) -> str:
     """Turn a config's model path, URI, hub id or {repo_id: ...} into what `from_pretrained` takes.
 
-    Raises StorageError for a URI or path that holds nothing.
+    Raises StorageError for a URI or path with nothing there, ModelError if the hub cannot be reached.
     """
     if not isinstance(model, str):
         return _fetch_repo(model)
@@ -51,7 +51,7 @@ def _fetch_repo(repo: HubRepo) -> str:
 
 
 def tokenizer_source(config: FinetuneConfig) -> str:
-    """Name where the tokenizer comes from: the checkpoint continued from, if it has one, else the base model."""
+    """Return where the tokenizer comes from: the checkpoint that is continued, if it has one, else the base model."""
     for start in (config.initial_adapter_model_ckpt_path, config.initial_base_model_ckpt_path):
         if start is not None:
             source = locate(start)
@@ -61,31 +61,35 @@ def tokenizer_source(config: FinetuneConfig) -> str:
 
 
 def tokenizer_of(config: FinetuneConfig) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that a config trains with; a classifier's labels are tokens of it."""
-    labels = config.classifier_config.label_tokens if config.classifier_config else []
-    return load_tokenizer(tokenizer_source(config), labels)
+    """Load the tokenizer that a config trains with, a classifier's labels added as tokens."""
+    return load_tokenizer(tokenizer_source(config), label_tokens(config))
+
+
+def label_tokens(config: FinetuneConfig) -> list[str]:
+    """List the labels that a classifier learns as tokens; none for other tasks."""
+    return config.classifier_config.label_tokens if config.classifier_config else []
 
 
 def load_tokenizer(source: str, labels: Sequence[str] = ()) -> PreTrainedTokenizerBase:
-    """Load a tokenizer that can pad on the right; add a token for each label that it does not have."""
+    """Load a fast tokenizer that pads on the right; add a token for each label that it lacks. Raises ModelError."""
     from tokenizers import AddedToken
     from transformers import AutoTokenizer
 
     with readable_model_errors(source, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(source)
     if not tokenizer.is_fast:
-        raise ModelError(f"the tokenizer of {source} has no fast version, which the masks need (character offsets)")
+        raise ModelError(f"the tokenizer of {source} has no fast version, whose character offsets the loss mask needs")
     if tokenizer.pad_token is None:
-        # Harmless: masks go by position, so padding with the end token hides no end token.
+        # Masks go by position, so padding with the end token hides no end token.
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
-    # Not "special" ones: they are answers, to be seen when a text is decoded. A word is a label only as a whole.
+    # Not "special" tokens: they are answers, and must show when text is decoded. A word is a label only as a whole.
     tokenizer.add_tokens([AddedToken(label, normalized=False, single_word=label.isalnum()) for label in labels])
     return tokenizer
 
 
 class readable_model_errors:
-    """Turn what transformers raises for a missing or broken model into a ModelError of one sentence."""
+    """Turn what transformers raises for a missing or broken model into a ModelError with one readable sentence."""
 
     def __init__(self, source: str, what: str):
         self.source, self.what = source, what

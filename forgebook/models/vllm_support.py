@@ -17,7 +17,7 @@ VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def vllm_loads(model_config: dict[str, Any]) -> str:
-    """Say whether vLLM can load a whole model with this config.json: "yes" or "perhaps: why"."""
+    """Report whether vLLM can load a whole model with this config.json: "yes" or "perhaps: why"."""
     names = model_config.get("architectures") or ["an architecture without a name"]
     native = {family.architecture for family in read_catalog().families.values() if family.vllm}
     if native.intersection(names):
@@ -26,7 +26,7 @@ def vllm_loads(model_config: dict[str, Any]) -> str:
 
 
 def vllm_serves(lora_config: dict[str, Any]) -> str:
-    """Say whether vLLM can load an adapter of these settings on top of its base: "yes" or "no: why"."""
+    """Report whether vLLM can load an adapter of these settings on top of its base: "yes" or "no: why"."""
     targets = lora_config.get("target_modules") or []
     ends = ("embed_tokens", "lm_head")
     if isinstance(targets, str):  # a pattern over whole names; all-linear leaves the output layer out

@@ -1,7 +1,7 @@
 """One clean stream for the person who waits: the plan, a progress bar with time left, evaluations, the summary.
 
-What Ray, DeepSpeed and torch print goes to `<run>/logs/driver.log` meanwhile (workers have their own logs
-there), and its last lines are shown when something fails.
+Meanwhile what Ray, DeepSpeed and torch print goes to `<run>/logs/driver.log` (workers have their own logs there), and
+its last lines are shown when something fails.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from forgebook.runs import metrics
@@ -24,14 +24,14 @@ from forgebook.runs import metrics
 __all__ = ["last_lines", "make_console", "make_table", "progress_bar", "quiet_descriptors", "show_progress"]
 
 POLL_SECONDS = 0.2
-# Without a terminal a run is told in about this many lines, a long one in a line every so many seconds.
+# Without a terminal a run prints about this many lines, a long one a line at least every so many seconds.
 LINES_PER_RUN, SECONDS_PER_LINE = 12, 300
 
 
 def make_console() -> Console:
     """Make the console that everything is printed on: colors and a live bar in a terminal, else plain lines.
 
-    A notebook gives its cells' processes a terminal that cannot move its cursor: it counts as none.
+    A notebook gives its cells' processes a terminal that cannot move its cursor: it counts as no terminal.
     """
     if sys.stdout.isatty() and "JPY_PARENT_PID" not in os.environ:
         return Console(highlight=False, soft_wrap=True)
@@ -42,8 +42,8 @@ def make_console() -> Console:
 def quiet_descriptors(log: Path) -> Iterator[Console]:
     """Send file descriptors 1 and 2 to `log` for the length of a block; yield a console on the real output.
 
-    It works on descriptors because native libraries print too. Where sys.stdout is not the process's own
-    (a notebook kernel, a test), printing is left as it is.
+    Descriptors, because native libraries print too. Where sys.stdout is not the process's own (a notebook kernel, a
+    test), printing is left alone.
     """
     console = make_console()
     if sys.stdout is not sys.__stdout__:
@@ -97,7 +97,7 @@ class _Bar:
             TextColumn("left"),
             console=console,
         )
-        self._task = None
+        self._task: TaskID | None = None
 
     def show(self, event: dict[str, Any]) -> None:
         if event["kind"] == "evaluation":
@@ -107,7 +107,7 @@ class _Bar:
                 self._task, completed=event["step"], facts=_facts(event), description=f"epoch {event['epoch']}"
             )
         elif event["text"] == "training":
-            # A restarted run starts a new bar: the pace of the time lost would spoil the time left.
+            # A restarted run gets a new bar: the time lost would distort the time left.
             self.close()
             self._progress.start()
             self._task = self._progress.add_task("epoch 1", total=event["steps"], completed=event["start"], facts="")
@@ -128,15 +128,15 @@ class _Lines:
     def __init__(self, console: Console):
         self._console = console
         self._steps = self._start = 0
-        self._began = self._told = 0.0
+        self._began = self._printed = 0.0
 
     def show(self, event: dict[str, Any]) -> None:
         if event["kind"] == "evaluation":
             self._console.print(_evaluation_text(event))
         elif event["kind"] == "step":
             is_due = event["step"] % max(1, self._steps // LINES_PER_RUN) == 0 or event["step"] == self._start + 1
-            if is_due or time.monotonic() - self._told > SECONDS_PER_LINE:
-                self._told = time.monotonic()
+            if is_due or time.monotonic() - self._printed > SECONDS_PER_LINE:
+                self._printed = time.monotonic()
                 self._console.print(self._step_text(event))
         elif event["text"] == "training":
             self._steps, self._start, self._began = event["steps"], event["start"], time.monotonic()
@@ -145,8 +145,8 @@ class _Lines:
             self._console.print(event["text"])
 
     def _step_text(self, event: dict[str, Any]) -> str:
-        pace = (time.monotonic() - self._began) / (event["step"] - self._start)
-        left = time.strftime("%H:%M:%S", time.gmtime(pace * (self._steps - event["step"])))
+        seconds_per_step = (time.monotonic() - self._began) / (event["step"] - self._start)
+        left = time.strftime("%H:%M:%S", time.gmtime(seconds_per_step * (self._steps - event["step"])))
         return f"epoch {event['epoch']}  step {event['step']}/{self._steps}  {_facts(event)}  {left} left"
 
     def close(self) -> None:
@@ -154,7 +154,7 @@ class _Lines:
 
 
 def _facts(event: dict[str, Any]) -> str:
-    """Tell a step's loss and pace; on a GPU that the catalog has also the MFU and the money so far."""
+    """Write a step's loss and throughput; on a GPU of the catalog also the MFU and the cost so far."""
     facts = f"loss {event['train_loss_batch']:.4f}  {event['trained_tokens_throughput']:,.0f} tok/s"
     facts += f"  MFU {event['mfu']:.0%}" if "mfu" in event else ""
     return facts + (f"  ${event['cost_usd']:,.2f} so far" if "cost_usd" in event else "")
@@ -162,12 +162,12 @@ def _facts(event: dict[str, Any]) -> str:
 
 def _started_text(event: dict[str, Any]) -> str:
     share = event["trainable_parameters"] / event["parameters"]
-    again = ""
+    resumed = ""
     if event["start"]:
-        again = f", continuing after step {event['start']} with {event['workers']} worker{'s' * (event['workers'] > 1)}"
+        resumed = f", resumed after step {event['start']} with {event['workers']} worker{'s' * (event['workers'] > 1)}"
     return (
         f"training {event['trainable_parameters']:,} of {event['parameters']:,} parameters ({share:.1%}), "
-        f"{event['steps']} steps{again}"
+        f"{event['steps']} steps{resumed}"
     )
 
 
@@ -184,31 +184,39 @@ def _evaluation_text(event: dict[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def progress_bar(console: Console, what: str) -> Iterator[Callable[[str, int, int], None]]:
-    """Yield a function to call with (name, done, total): a bar with time left in a terminal, else nothing."""
+def progress_bar(console: Console, action: str) -> Iterator[Callable[[str, int, int], None]]:
+    """Yield a function to call with (name, done, total): in a terminal a bar with count, rate and time left."""
     if not console.is_terminal:
         yield lambda name, done, total: None
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(compact=True),
+        TextColumn("left"),
+    )
     with Progress(*columns, console=console, transient=True) as bar:
-        tasks: dict[str, Any] = {}
+        tasks: dict[str, TaskID] = {}
 
-        def tell(name: str, done: int, total: int) -> None:
+        def show(name: str, done: int, total: int) -> None:
             if name not in tasks:
-                tasks[name] = bar.add_task(f"{what} {name}")
-            bar.update(tasks[name], completed=done, total=total)
+                tasks[name] = bar.add_task(f"{action} {name}", total=total, rate="")
+            seconds = bar.tasks[bar.task_ids.index(tasks[name])].elapsed
+            bar.update(tasks[name], completed=done, total=total, rate=f"{done / seconds:,.0f}/s" if seconds else "")
 
-        yield tell
+        yield show
 
 
 def make_table(title: str, columns: list[str], rows: Iterable[Iterable[str]]) -> Table:
     """Make a table for the console."""
-    made = Table(title=title or None, title_justify="left", title_style="bold", expand=False)
+    table = Table(title=title or None, title_justify="left", title_style="bold", expand=False)
     for column in columns:
-        made.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold")
     for row in rows:
-        made.add_row(*map(escape, row))  # square brackets are text here
-    return made
+        table.add_row(*map(escape, row))  # square brackets are text here
+    return table
 
 
 def last_lines(folder: Path, count: int = 8) -> str:

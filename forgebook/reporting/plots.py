@@ -1,7 +1,7 @@
 """The figures that runs and notebooks show, in one style: legible at README width, on light and dark pages.
 
 plot_losses(read_metrics(run.metrics))                          training and evaluation loss of one run
-plot_lines({"LoRA": (steps, losses)}, "step", "loss (nats)")    any curves that are to be compared
+plot_lines({"LoRA": (steps, losses)}, "step", "loss (nats)")    any curves to compare
 plot_bars({"base": 0.02, "tuned": 0.94}, "accuracy")            one figure per name
 """
 
@@ -30,8 +30,8 @@ WIDTH, HEIGHT = 7.0, 3.5  # inches
 def new_figure(panels: int = 1, height: float = HEIGHT) -> tuple[Figure, list[Axes]]:
     """Make an empty figure of panels side by side, without a background of its own. height: inches."""
     figure = _figure_class()(figsize=(WIDTH, height), dpi=120, layout="constrained", facecolor="none")
-    made = [figure.add_subplot(1, panels, k + 1, facecolor="none") for k in range(panels)]
-    for axes in made:
+    all_axes = [figure.add_subplot(1, panels, k + 1, facecolor="none") for k in range(panels)]
+    for axes in all_axes:
         axes.tick_params(colors=GRAY)
         for line in axes.spines.values():
             line.set_color(GRAY)
@@ -40,21 +40,21 @@ def new_figure(panels: int = 1, height: float = HEIGHT) -> tuple[Figure, list[Ax
         axes.set_axisbelow(True)
         for label in (axes.xaxis.label, axes.yaxis.label, axes.title):
             label.set_color(GRAY)
-    return figure, made
+    return figure, all_axes
 
 
 @functools.cache
 def _figure_class() -> type[Figure]:
-    """Make figures without pyplot, so without a window or global state, that a notebook shows all the same."""
+    """Make a figure class without pyplot (no window, no global state) that a notebook still displays."""
     from matplotlib.figure import Figure
 
-    class Shown(Figure):
+    class DisplayedFigure(Figure):
         def _repr_png_(self) -> bytes:
-            picture = io.BytesIO()
-            self.savefig(picture, format="png")
-            return picture.getvalue()
+            png = io.BytesIO()
+            self.savefig(png, format="png")
+            return png.getvalue()
 
-    return Shown
+    return DisplayedFigure
 
 
 def plot_lines(
@@ -66,9 +66,9 @@ def plot_lines(
     from_zero: bool = False,
     path: Path | None = None,
 ) -> Figure:
-    """Draw curves, each a pair (x values, y values) under its name; save as PNG if `path` is given.
+    """Draw curves, each a pair (x values, y values) under its name; save as PNG if there is a `path`.
 
-    from_zero: let the y axis begin at 0.
+    from_zero: start the y axis at 0.
     """
     figure, (axes,) = new_figure()
     for (label, (x, y)), color in zip(series.items(), _colors(len(series)), strict=True):
@@ -89,7 +89,7 @@ def plot_bars(
     form: str = "{:.3g}",
     path: Path | None = None,
 ) -> Figure:
-    """Draw one bar per name, or per name a group of named bars; each carries its value, written by `form`.
+    """Draw one bar per name, or per name a group of named bars, each labeled with its value in the format `form`.
 
     errors: for names with one bar, the ends (low, high) of an interval around the value.
     """
@@ -98,15 +98,21 @@ def plot_bars(
     kinds = list(dict.fromkeys(kind for values in nested.values() for kind in values))
     width = 0.8 / len(kinds)
     for k, (kind, color) in enumerate(zip(kinds, _colors(len(kinds)), strict=True)):
-        places = [place + (k - (len(kinds) - 1) / 2) * width for place in range(len(nested))]
+        positions = [position + (k - (len(kinds) - 1) / 2) * width for position in range(len(nested))]
         values = [one.get(kind, 0.0) for one in nested.values()]
-        axes.bar(places, values, width * 0.92, color=color, label=kind)
-        for name, place, value in zip(nested, places, values, strict=True):
+        axes.bar(positions, values, width * 0.92, color=color, label=kind)
+        for name, position, value in zip(nested, positions, values, strict=True):
             low, high = (errors or {}).get(name, (value, value))
             if high > low:
-                axes.errorbar(place, value, yerr=[[value - low], [high - value]], color=GRAY, capsize=4)
+                axes.errorbar(position, value, yerr=[[value - low], [high - value]], color=GRAY, capsize=4)
             axes.annotate(
-                form.format(value), (place, high), (0, 3), textcoords="offset points", ha="center", color=GRAY, size=9
+                form.format(value),
+                (position, high),
+                (0, 3),
+                textcoords="offset points",
+                ha="center",
+                color=GRAY,
+                size=9,
             )
     axes.set_xticks(range(len(nested)), list(nested))
     axes.set_ylabel(ylabel)
@@ -131,21 +137,28 @@ def plot_histogram(
 
 
 def plot_losses(metrics: list[dict[str, Any]], path: Path | None = None) -> Figure:
-    """Draw training and evaluation loss over steps; save as PNG if `path` is given.
+    """Draw training and evaluation loss over steps; save as PNG if there is a `path`.
 
     metrics: the lines of a run's metrics.jsonl (forgebook.runs.metrics.read_metrics).
     """
-    steps = [row for row in metrics if "train_loss_batch" in row]
-    evaluations = [row for row in metrics if "eval_loss" in row]
+    steps = [record for record in metrics if "train_loss_batch" in record]
+    evaluations = [record for record in metrics if "eval_loss" in record]
     figure, (axes,) = new_figure()
-    numbers, losses = [row["step"] for row in steps], [row["train_loss_batch"] for row in steps]
+    numbers, losses = [record["step"] for record in steps], [record["train_loss_batch"] for record in steps]
     train, evaluation = COLORS[:2]
     axes.plot(numbers, losses, color=train, alpha=0.35, linewidth=1, label="training, per step")
     axes.plot(numbers, _smoothed(losses), color=train, linewidth=2, label="training, smoothed")
     if evaluations:
-        seen = [row["step"] for row in evaluations], [row["eval_loss"] for row in evaluations]
-        axes.plot(*seen, color=evaluation, marker="o", linewidth=2, label="evaluation")
-    axes.set(xlabel="optimizer step", ylabel="loss (nats per trained token)", ylim=(0, None))
+        evaluated_at = [record["step"] for record in evaluations]
+        axes.plot(
+            evaluated_at,
+            [record["eval_loss"] for record in evaluations],
+            color=evaluation,
+            marker="o",
+            linewidth=2,
+            label="evaluation",
+        )
+    axes.set(xlabel="optimizer step", ylabel="loss (nats per supervised token)", ylim=(0, None))
     axes.legend(frameon=False, labelcolor=GRAY)
     return _saved(figure, path)
 
@@ -162,9 +175,10 @@ def _saved(figure: Figure, path: Path | None) -> Figure:
 
 def _smoothed(values: list[float], weight: float = 0.9) -> list[float]:
     """Average exponentially, without the start's bias towards zero (as Adam does)."""
-    mean, seen, smoothed = 0.0, 0.0, []
+    mean, weight_sum = 0.0, 0.0
+    smoothed: list[float] = []
     for value in values:
         mean = weight * mean + (1 - weight) * value
-        seen = weight * seen + (1 - weight)
-        smoothed.append(mean / seen)
+        weight_sum = weight * weight_sum + (1 - weight)
+        smoothed.append(mean / weight_sum)
     return smoothed

@@ -1,4 +1,4 @@
-"""What a person reads of a run: what it trains on and how, the plan and its warnings; at the end its results."""
+"""What a run prints: before it starts, what it will do, its plan and warnings; at the end, its results."""
 
 from __future__ import annotations
 
@@ -27,82 +27,89 @@ from forgebook.runs.run import display_path
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from forgebook.config.parse import FinetuneConfig
+    from forgebook.config.schema import ResolvedConfig
     from forgebook.planning.plan import Plan
     from forgebook.runs.run import Run
 
-__all__ = ["print_choices", "print_forecast", "print_run", "print_summary", "write_summary"]
+__all__ = ["print_choices", "print_plan", "print_run", "print_summary", "write_summary"]
 
 PACKAGES = ("torch", "ray", "transformers", "peft", "accelerate", "deepspeed")
 
 
 def print_choices(output: Console, prepared: Prepared) -> None:
-    """Say what --default chose, and why."""
+    """Print what --default chose, and why."""
     choices = choice_rows(choices_of(prepared.config))
     output.print(make_table("Chosen (--default)", ["key", "value", "reason"], choices))
 
 
 def print_run(output: Console, run: Run, prepared: Prepared) -> None:
-    """Say in a few lines what is about to happen."""
+    """Print in a few lines what is about to happen, and what the data or the config should make the user look at."""
     config, report = prepared.config, prepared.report
-    method = f"LoRA r={config.lora_config.get('r', 8)}" if config.is_lora else "full parameter"
+    method = "full fine-tuning" if config.lora_config is None else f"LoRA r={config.lora_config.get('r', 8)}"
     steps = schedule.steps_per_epoch(report["train"]["sequences"], config.global_batch_size)
     sharding = Path(config.deepspeed.config_path).stem if config.deepspeed else "no DeepSpeed"
-    workers = f"{config.num_devices} worker{'s' * (config.num_devices > 1)}" if config.num_devices else "this process"
-    unit = "packed sequences" if config.padding == "packed" else "rows"
+    plural = "s" if config.num_devices > 1 else ""
+    workers = f"{config.num_devices} worker{plural}" if config.num_devices else "this process"
+    unit = "packed sequences" if config.padding == "packed" else "examples"
     capped = f", at most {config.max_steps}" if config.max_steps else ""
     output.print(f"[bold]{run.name}[/bold]  {config.model_id}, {method}, {config.task}, {config.dtype}")
     output.print(make_table("", ["", "training", "validation"][: len(report_rows(report)[0])], report_rows(report)))
     lost = sum(report[name]["answer_tokens_cut"] for name in ("train", "valid") if name in report)
     if lost:
-        output.print(f"  [yellow]{lost:,} trained tokens are lost (truncation: {config.truncation})[/yellow]")
+        output.print(f"  [yellow]{lost:,} supervised tokens are cut off (truncation: {config.truncation})[/yellow]")
     if report.get("overlap", {}).get("rows"):
         output.print(
-            f"  [yellow]{report['overlap']['rows']:,} validation rows are training rows, too: their loss says nothing "
-            f"({report['overlap']['places'][0]})[/yellow]"
+            f"  [yellow]{report['overlap']['rows']:,} validation examples are also training examples, so their loss "
+            f"measures nothing ({report['overlap']['places'][0]})[/yellow]"
         )
     output.print(
         f"  steps  {config.num_epochs} epochs of {steps}{capped}, {config.global_batch_size} {unit} each, "
         f"learning rate {config.learning_rate:g} {config.lr_scheduler_type}"
     )
-    base = locate(config.initial_base_model_ckpt_path or config.model_id)
-    limit = context_limit(base, config.rope_scaling)
-    if limit is not None and config.context_length > limit:
-        cure = "raise its factor" if config.rope_scaling else "rope_scaling stretches it"
-        output.print(
-            f"  [yellow]context_length {config.context_length:,} is beyond the {limit:,} positions of "
-            f"{display_path(Path(base))}: {cure}[/yellow]"
-        )
+    _print_context_warning(output, config)
     output.print(f"  where  {workers}, {sharding}; run folder {run.place}")
-    if config.is_lora:
+    if config.lora_config is not None:
         output.print(f"  vLLM can serve the adapter: {vllm_serves(config.lora_config)}")
     if config.is_lora and config.initial_base_model_ckpt_path and not config.initial_adapter_model_ckpt_path:
         output.print(
-            "  [yellow]a LoRA adapter on a checkpoint of its own: whoever serves it needs that whole checkpoint as its "
-            "base, which no other adapter shares[/yellow]"
+            "  [yellow]the adapter's base is a checkpoint of yours: serving it needs that whole checkpoint, which no "
+            "other adapter shares[/yellow]"
         )
     if config.trainer_resources:
         output.print("  [yellow]trainer_resources are not reserved: Ray Train gives every worker the same[/yellow]")
 
 
-def print_forecast(output: Console, told: Plan | None, worries: list[str]) -> None:
-    """Tell the plan, and what of it should worry."""
-    if told:
-        output.print(f"  plan   {plan_summary(told)}")
-    for text in worries:
+def _print_context_warning(output: Console, config: ResolvedConfig) -> None:
+    """Warn if context_length is beyond the positions that the base model was trained for."""
+    base = locate(config.initial_base_model_ckpt_path or config.model_id)
+    limit = context_limit(base, config.rope_scaling)
+    if limit is not None and config.context_length > limit:
+        fix = "raise the factor of rope_scaling" if config.rope_scaling else "set rope_scaling to extend it"
+        output.print(
+            f"  [yellow]context_length {config.context_length:,} is beyond the {limit:,} positions of "
+            f"{display_path(Path(base))}: {fix}[/yellow]"
+        )
+
+
+def print_plan(output: Console, plan: Plan | None, warnings: list[str]) -> None:
+    """Print the plan in one line, and its warnings."""
+    if plan:
+        output.print(f"  plan   {plan_summary(plan)}")
+    for text in warnings:
         output.print(f"  [yellow]{escape(text)}[/yellow]")
 
 
-def write_summary(run: Run, config: FinetuneConfig, told: Plan | None, result: dict[str, Any], seconds: float) -> str:
-    """Write what came of the run beside what was planned, and draw its loss curve; keep its pace for later plans.
+def write_summary(run: Run, config: ResolvedConfig, plan: Plan | None, result: dict[str, Any], seconds: float) -> str:
+    """Write summary.json, planned beside measured figures, and the loss curve; save the throughput for later plans.
 
-    Returns a note if that could not be.
+    result: of the training loop. Returns a note if the throughput could not be saved, else "".
     """
-    steps = [row for row in read_metrics(run.metrics) if "train_loss_batch" in row]
-    figures = preflight.compare_run(told, run, result, steps)
-    note = preflight.record_run(told, config, result, figures)
+    records = read_metrics(run.metrics)
+    steps = [record for record in records if "train_loss_batch" in record]
+    figures = preflight.compare_run(plan, run, result, steps)
+    note = preflight.record_run(plan, config, result, figures)
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-    plot_losses(read_metrics(run.metrics), run.loss_curve)
+    plot_losses(records, run.loss_curve)
     write_json(
         run.summary,
         {
@@ -111,7 +118,7 @@ def write_summary(run: Run, config: FinetuneConfig, told: Plan | None, result: d
             "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "job_id": _job_id(),
             **result,
-            "vllm_serves": vllm_serves(config.lora_config) if config.is_lora else None,
+            "vllm_serves": vllm_serves(config.lora_config) if config.lora_config is not None else None,
             "total_seconds": round(seconds, 1),
             **figures,
             "versions": versions,
@@ -121,13 +128,13 @@ def write_summary(run: Run, config: FinetuneConfig, told: Plan | None, result: d
 
 
 def _job_id() -> str | None:
-    """Name the Ray job that this process is the entry point of, if it is one's."""
+    """Return the id of the Ray job that this process is the entry point of; None outside a job."""
     settings = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
     return settings.get("metadata", {}).get("job_submission_id")
 
 
 def print_summary(output: Console, run: Run) -> None:
-    """Tell in some lines what came of a run."""
+    """Print a finished run's results in a few lines."""
     summary = read_json(run.summary)
     if summary["eval_loss"] is not None:
         perplexity = f", perplexity {summary['perplexity']:.3f}" if summary["perplexity"] else ""
@@ -141,4 +148,4 @@ def print_summary(output: Console, run: Run) -> None:
     best = display_path(run.folder / summary["best_checkpoint"])
     output.print(f"  best checkpoint  {best}  loss curve  {display_path(run.loss_curve)}")
     if run.uri:
-        output.print(f"  kept in          {run.uri}")
+        output.print(f"  stored in        {run.uri}")

@@ -33,7 +33,7 @@ from forgebook.config.deepspeed_file import read_deepspeed_config
 from forgebook.config.schema import ResolvedConfig
 from forgebook.errors import TrainingError
 from forgebook.models import adapters, load
-from forgebook.models.tokenizer import locate, tokenizer_of
+from forgebook.models.tokenizer import label_tokens, locate, tokenizer_of
 from forgebook.training import distributed, kernels, optimizers
 from forgebook.training.losses import SupervisedLM
 
@@ -160,7 +160,7 @@ def _load_model(config: ResolvedConfig, tokenizer: Any, base: str, adapter: str 
         quantization=config.quantization,
         gradient_checkpointing=config.gradient_checkpointing,
     )
-    new_token_settings = load.fit_vocabulary(model, tokenizer, config)
+    new_token_settings = load.fit_vocabulary(model, tokenizer, label_tokens(config), config.lora_config)
     if config.liger_kernel.enabled:
         kernels.use_liger(model, {str(name): on for name, on in config.liger_kernel.kwargs.items()})
     if adapter is not None:

@@ -15,7 +15,7 @@ from forgebook.errors import CheckpointError, ModelError, StorageError
 from forgebook.export.merge import mean_kl, merge_run, report_lines
 from forgebook.inference.generate import load_for_generation
 from forgebook.models import adapters, load
-from forgebook.models.tokenizer import load_tokenizer, tokenizer_of
+from forgebook.models.tokenizer import label_tokens, load_tokenizer, tokenizer_of
 from forgebook.training import checkpoints
 
 LABELS = ["[[yes]]", "[[no]]"]
@@ -46,7 +46,7 @@ def make_checkpoint(make_config, write_rows, tmp_path):
         model = load.load_model(
             str(TINY_MODEL), dtype="float32", rope_scaling=config.rope_scaling, quantization=config.quantization
         )
-        extra = load.fit_vocabulary(model, tokenizer, config)
+        extra = load.fit_vocabulary(model, tokenizer, label_tokens(config), config.lora_config)
         model = adapters.add_lora(model, {**config.lora_config, **extra})
         torch.manual_seed(0)
         for name, p in model.named_parameters():

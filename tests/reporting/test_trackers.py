@@ -8,14 +8,18 @@ import struct
 import subprocess
 import sys
 import time
+import typing
 import urllib.request
 
 import pytest
 import yaml
 
+from forgebook import ray_cluster
+from forgebook.config.blocks import Logger
 from forgebook.config.parse import load_config
 from forgebook.errors import ConfigError
 from forgebook.launch.ray_train import fine_tune
+from forgebook.reporting.trackers import TRACKERS
 from forgebook.runs.metrics import read_metrics
 
 SECRET = "b" * 40
@@ -171,7 +175,7 @@ def test_dead_and_missing_trackers_cost_a_sentence(make_config, capsys, monkeypa
     run = fine_tune(make_config(logger=logger))
     told = " ".join(capsys.readouterr().out.split())
     assert run.is_complete
-    assert told.count("logger: mlflow fails") == 1 and "logger: mlflow has not got 5 of the lines" in told
+    assert told.count("logger: mlflow fails") == 1 and "logger: mlflow did not receive 5 lines" in told
     assert "pip install tensorboardX" in told
     assert re.search(r"logger: wandb fails \(TypeError: .*no_such_argument", told)
 
@@ -198,6 +202,17 @@ def test_a_dead_wandb_server_lets_the_process_end(make_config, tmp_path):
 def test_mistakes_are_found_before_the_run(make_config, logger, said):
     with pytest.raises(ConfigError, match=re.escape(said)):
         make_config(logger=logger)
+
+
+@pytest.mark.parametrize("name", sorted(TRACKERS))
+def test_a_trackers_variables_reach_other_machines(name):
+    """A run that is submitted as a job, or a trial of a sweep, sends to its trackers from there."""
+    passed_on = {*ray_cluster.SECRETS, *ray_cluster.SETTINGS, *ray_cluster.WITH_PASSWORD}
+    assert set(TRACKERS[name].environment) <= passed_on, "add them to forgebook/ray_cluster.py"
+
+
+def test_every_tracker_that_a_config_may_name_has_a_row():
+    assert set(TRACKERS) == set(typing.get_args(Logger.model_fields["provider"].annotation))
 
 
 def test_secrets_stay_out_of_the_run_folder(make_config):

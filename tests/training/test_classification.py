@@ -11,7 +11,7 @@ from forgebook.data.row_formats import Example
 from forgebook.inference.generate import load_for_generation
 from forgebook.launch.ray_train import fine_tune
 from forgebook.models import load
-from forgebook.models.tokenizer import load_tokenizer, tokenizer_of
+from forgebook.models.tokenizer import label_tokens, load_tokenizer, tokenizer_of
 from forgebook.runs.metrics import read_metrics
 from forgebook.training import classification
 
@@ -82,9 +82,16 @@ def test_the_loss_is_that_of_a_hand_computation(classifier, method):
 def test_other_modules_to_save_leave_the_labels_trained(classifier):
     config = classifier(lora_config=LORA | {"modules_to_save": ["norm"]})
     model = load.load_model(str(TINY_MODEL), dtype="float32")
-    assert len(load.fit_vocabulary(model, tokenizer_of(config), config)["trainable_token_indices"]) == 1
+    assert (
+        len(
+            load.fit_vocabulary(model, tokenizer_of(config), label_tokens(config), config.lora_config)[
+                "trainable_token_indices"
+            ]
+        )
+        == 1
+    )
     own = classifier(lora_config=LORA | {"modules_to_save": ["embed_tokens"]})
-    assert load.fit_vocabulary(model, tokenizer_of(own), own) == {}
+    assert load.fit_vocabulary(model, tokenizer_of(own), label_tokens(own), own.lora_config) == {}
 
 
 def test_only_the_rows_of_the_labels_move(classifier):
