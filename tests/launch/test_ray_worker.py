@@ -74,6 +74,23 @@ def test_two_machines_that_share_a_bucket_alone(make_config, write_rows, door, t
 
 
 @pytest.mark.slow
+def test_full_weights_continue_with_another_number_of_workers(make_config, tmp_path):
+    """Stopped with two workers on a shared disk, continued by one: equal to one process all the way."""
+    alone = fine_tune(make_config(run_name="alone", num_epochs=2))
+    settings = {"num_devices": {"min": 1, "max": 2}, "train_batch_size_per_device": 4, "num_epochs": 2}
+    job = make_job(make_config(run_name="both", **settings), tmp_path / "here/both")
+    (job.run.folder / ".stop").touch()
+    results = results_of(start_workers(job, tmp_path, [tmp_path / "cache"] * 2), tmp_path)
+    assert results[0]["error"] == results[1]["error"] and "step 1 is saved" in results[0]["error"]
+    (job.run.folder / ".stop").unlink()
+    [result] = results_of(start_workers(job, tmp_path, [tmp_path / "cache"]), tmp_path)
+    assert result["error"] is None and result["metrics"]["step"] == 6
+    assert result["checkpoint"] == str(job.run.checkpoints / "epoch-2")
+    workers = [event["workers"] for event in read_metrics(job.run.logs / "progress.jsonl") if "workers" in event]
+    assert workers == [2, 1] and losses_of(job.run) == pytest.approx(losses_of(alone), abs=1e-3)
+
+
+@pytest.mark.slow
 def test_a_machine_that_does_not_see_the_folder_names_storage_path(make_config, tmp_path):
     """The error is returned: Ray would start a worker that raises it again and again."""
     job = make_job(make_config(run_name="both", num_devices=1), tmp_path / "here/both")
