@@ -1,6 +1,6 @@
 """The Ray cluster: this machine's own, or a larger one that RAY_ADDRESS or `address:` names.
 
-A larger one gets this repository, so that its workers find `helpers`, and the secrets of this environment: by a
+A larger one gets this repository, so that its workers can import `forgebook`, and the secrets of this environment: by a
 function that each worker process runs first, never by an argument, a file, a log or Ray's own records.
 """
 
@@ -31,7 +31,7 @@ SECRETS = ("HF_TOKEN", "WANDB_API_KEY", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_
 SETTINGS = ("AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "WANDB_BASE_URL", "HF_HOME")
 WITH_PASSWORD = ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_TOKEN")
 # How libraries behave; Ray's workers on this machine get them by themselves, those on others do not.
-_BEHAVIOUR = ("TOKENIZERS_PARALLELISM", "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "HF_HUB_OFFLINE", "AWS_MAX_ATTEMPTS")
+_BEHAVIOR = ("TOKENIZERS_PARALLELISM", "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "HF_HUB_OFFLINE", "AWS_MAX_ATTEMPTS")
 
 ANSWER_SECONDS = 60  # for a machine of the cluster to answer a question
 
@@ -41,7 +41,7 @@ EXCLUDED = [".git", ".venv", "runs", "__pycache__", ".pytest_cache", ".ruff_cach
 
 
 def name_address(address: str | None) -> None:
-    """Let a config name the cluster, unless RAY_ADDRESS does: a job of Ray's finds its own cluster there."""
+    """Let a config name the cluster, unless RAY_ADDRESS does: in a Ray job that is the job's own cluster."""
     if address is None or os.environ.get("RAY_ADDRESS"):
         return
     if "://" in address:
@@ -53,7 +53,7 @@ def name_address(address: str | None) -> None:
 
 
 def is_joined() -> bool:
-    """Tell whether the cluster is one that others started, whose workers may be on other machines."""
+    """Return whether the cluster is one that others started, whose workers may be on other machines."""
     return os.environ.get("RAY_ADDRESS", "local") not in ("", "local")
 
 
@@ -116,7 +116,7 @@ def machines_without(is_there: Callable[[], bool], needed: dict[str, float]) -> 
 
 
 def _start_here(quiet: dict[str, Any], cores: int | None) -> None:
-    """Start a cluster on this machine: without a dashboard, on loopback; Ray asks for a token by itself.
+    """Start a cluster on this machine: without a dashboard, on loopback; Ray sets a token by itself.
 
     Ray gives its own processes half a minute to answer, which on a busy machine is not always enough.
     """
@@ -155,16 +155,16 @@ def _without_dashboard() -> Iterator[None]:
 
 
 def _runtime_env() -> dict[str, Any]:
-    """Say what every worker gets: this repository, unless it came here with a job, and its environment."""
-    names = (*SECRETS, *SETTINGS, *WITH_PASSWORD, *_BEHAVIOUR)
-    hook = {"worker_process_setup_hook": _preparing({name: os.environ[name] for name in names if name in os.environ})}
+    """Build what every worker gets: this repository, unless it came here with a job, and its environment."""
+    names = (*SECRETS, *SETTINGS, *WITH_PASSWORD, *_BEHAVIOR)
+    hook = {"worker_process_setup_hook": _worker_hook({name: os.environ[name] for name in names if name in os.environ})}
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
         return hook
     return {"working_dir": str(REPOSITORY), "excludes": EXCLUDED, **hook}
 
 
-def _preparing(given: dict[str, str]) -> Callable[[], None]:
-    """Make the function that a worker process runs first; it is sent as it stands, with what it knows."""
+def _worker_hook(variables: dict[str, str]) -> Callable[[], None]:
+    """Make the function that a worker process runs first; it is sent by value, with the variables in it."""
 
     def prepare_worker() -> None:
         import os
@@ -172,7 +172,7 @@ def _preparing(given: dict[str, str]) -> Callable[[], None]:
         import psutil
         import ray
 
-        for name, value in given.items():
+        for name, value in variables.items():
             os.environ.setdefault(name, value)
         # Workers talk to each other where Ray's nodes do. gloo would take the address of the host's name, which
         # often is loopback; NCCL the first interface.

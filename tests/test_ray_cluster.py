@@ -13,6 +13,7 @@ from conftest import LORA, REPOSITORY, losses_of, uneven_rows
 from forgebook import ray_cluster
 from forgebook.errors import ConfigError
 from forgebook.launch.ray_train import fine_tune
+from forgebook.planning.hardware import found_hardware
 from forgebook.runs import object_store
 from forgebook.runs.atomic import read_json
 from forgebook.runs.metrics import read_metrics
@@ -211,6 +212,20 @@ def elsewhere(monkeypatch):
 def test_an_address_from_outside_the_cluster(elsewhere, make_config, address):
     with pytest.raises(ConfigError, match=r"must be HOST:PORT of the head .* python main.py submit"):
         fine_tune(make_config(address=address))
+
+
+@pytest.mark.parametrize(
+    ("address", "is_joined"), [("", False), ("local", False), ("auto", True), ("10.0.0.1:6379", True)]
+)
+def test_only_a_cluster_of_others_is_joined(elsewhere, monkeypatch, address, is_joined):
+    """With RAY_ADDRESS=local the GPUs to plan for are this machine's."""
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    assert ray_cluster.is_joined() == is_joined
+    if is_joined:
+        with pytest.raises(ConfigError, match="the run goes to a Ray cluster"):
+            found_hardware()
+    else:
+        found_hardware()
 
 
 def test_the_environment_counts_more_than_the_file(monkeypatch):

@@ -150,12 +150,12 @@ def preview_command(arguments: list[str]) -> int:
 def tune_command(arguments: list[str]) -> int:
     """Sweep over values of some keys."""
     words = parse_words("tune", arguments)
-    from forgebook.launch.ray_tune import as_json, print_sweep, tune
+    from forgebook.launch.ray_tune import print_sweep, sweep_as_json, tune
 
     samples, is_json = words.options.get("samples"), words.flags.json
     sweep = tune(words.target, words.rest, samples, words.flags.default, silent=is_json)
     if is_json:
-        print(json.dumps(as_json(sweep), indent=2))
+        print(json.dumps(sweep_as_json(sweep), indent=2))
     else:
         print_sweep(sweep)
     return 0
@@ -177,8 +177,8 @@ def submit_command(arguments: list[str]) -> int:
         return 0
     from forgebook.launch import ray_jobs
 
-    address = ray_jobs.find_address(options.get("address"))
-    job = ray_jobs.submit(config, overrides, address)
+    address = ray_jobs.find_job_server(options.get("address"))
+    job = ray_jobs.submit_job(config, overrides, address)
     there = f" address={address}" if "address" in options else ""
     print(
         f"job {job} at {address}\n  python main.py status {job}{there}\n  python main.py stop {job}{there}", flush=True
@@ -186,11 +186,11 @@ def submit_command(arguments: list[str]) -> int:
     if flags.no_follow:
         return 0
     try:
-        state = ray_jobs.follow(job, address)
+        state = ray_jobs.follow_job(job, address)
     except KeyboardInterrupt:
         print(f"the job is still running: python main.py status {job}{there}", file=sys.stderr)
         return 130
-    message = "" if state == "SUCCEEDED" else f": {ray_jobs.status(job, address)['message']}"
+    message = "" if state == "SUCCEEDED" else f": {ray_jobs.job_status(job, address)['message']}"
     print(f"job {job} {state.lower()}{message}")
     return 0 if state == "SUCCEEDED" else 1
 
@@ -215,17 +215,17 @@ def _print_job_file(kind: str, config: FinetuneConfig, overrides: list[str], wor
 def _job_of(name: str, arguments: list[str]) -> tuple[str, str]:
     """Read the words of a command about one job: its id, and the address of its cluster."""
     words = parse_words(name, arguments)
-    from forgebook.launch.ray_jobs import find_address
+    from forgebook.launch.ray_jobs import find_job_server
 
-    return words.target, find_address(words.options.get("address"))
+    return words.target, find_job_server(words.options.get("address"))
 
 
 def status_command(arguments: list[str]) -> int:
     """Print the state of a job."""
     job, address = _job_of("status", arguments)
-    from forgebook.launch.ray_jobs import status
+    from forgebook.launch.ray_jobs import job_status
 
-    for name, value in status(job, address).items():
+    for name, value in job_status(job, address).items():
         if value is not None:
             print(f"{name:<11}{value}")
     return 0
@@ -234,8 +234,8 @@ def status_command(arguments: list[str]) -> int:
 def stop_command(arguments: list[str]) -> int:
     """Stop a job."""
     job, address = _job_of("stop", arguments)
-    from forgebook.launch.ray_jobs import ENDED, stop
+    from forgebook.launch.ray_jobs import ENDED, stop_job
 
-    state = stop(job, address)
+    state = stop_job(job, address)
     print(f"job {job} had already {state.lower()}" if state in ENDED else f"job {job} is stopping")
     return 0

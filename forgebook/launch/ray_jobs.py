@@ -1,11 +1,11 @@
 """The same run as a job: on a Ray cluster through its Jobs API, or as a file that KubeRay or Anyscale takes.
 
-    job = submit(config, overrides, "http://head:8265")     ships this repository, returns the job's id
-    follow(job, address) -> "SUCCEEDED"                     prints its log until it ends
+    job = submit_job(config, overrides, "http://head:8265")     ships this repository, returns the job's id
+    follow_job(job, address) -> "SUCCEEDED"                     prints its log until it ends
     kuberay_manifest(...), anyscale_job(...) -> dict        to be written as YAML
 
-Secrets are taken from the environment here and given to the job's environment there: never to its arguments, to
-a file or to what is printed. Whoever may read the job list of a Ray cluster can read them: it needs a token.
+Secrets are taken from the environment here and set in the job's environment there: never in its arguments, in a file
+or in what is printed. Whoever may read the job list of a Ray cluster can read them: it needs a token.
 """
 
 from __future__ import annotations
@@ -29,23 +29,24 @@ from forgebook.errors import ConfigError, ResourceError, StorageError, TrainingE
 from forgebook.ray_cluster import EXCLUDED, REPOSITORY, SECRETS, SETTINGS, WITH_PASSWORD
 
 __all__ = [
+    "ENDED",
     "anyscale_job",
-    "find_address",
-    "follow",
+    "find_job_server",
+    "follow_job",
+    "job_status",
     "kuberay_manifest",
-    "status",
-    "stop",
-    "submit",
+    "stop_job",
+    "submit_job",
 ]
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 
 
-def find_address(given: str | None = None) -> str:
-    """Name the job server: `given`, RAY_API_SERVER_ADDRESS, RAY_ADDRESS if it is an http address, or this machine's."""
-    for address in (given, os.environ.get("RAY_API_SERVER_ADDRESS"), os.environ.get("RAY_ADDRESS")):
-        if address and (address == given or "://" in address):
+def find_job_server(option: str | None = None) -> str:
+    """Return the job server's address: `option`, RAY_API_SERVER_ADDRESS, an http RAY_ADDRESS, or this machine's."""
+    for address in (option, os.environ.get("RAY_API_SERVER_ADDRESS"), os.environ.get("RAY_ADDRESS")):
+        if address and (address == option or "://" in address):
             if not re.match(r"https?://[^/]+", address):
                 raise ConfigError(f"address: got {address!r}, must be the job server's, such as {DEFAULT_ADDRESS}")
             return address.rstrip("/")
@@ -55,7 +56,7 @@ def find_address(given: str | None = None) -> str:
 # A job on a running cluster ---------------------------------------------------------------------------
 
 
-def submit(config: FinetuneConfig, overrides: Sequence[str], address: str) -> str:
+def submit_job(config: FinetuneConfig, overrides: Sequence[str], address: str) -> str:
     """Ship this repository to the cluster, start the run there, and return the job's id.
 
     config: as loaded from a file of this repository (or an https:// address) with `overrides`.
@@ -75,13 +76,13 @@ def submit(config: FinetuneConfig, overrides: Sequence[str], address: str) -> st
             metadata={"run_name": config.run_name},
         )
     except (RuntimeError, ValueError, OSError) as error:
-        raise ResourceError(f"{address} did not take the job: {_first_line(error)}") from None
+        raise ResourceError(f"{address} did not take the job: {_cause(error)}") from None
 
 
-def follow(job: str, address: str) -> str:
+def follow_job(job: str, address: str) -> str:
     """Print the job's log as it grows, and return the state it ends in."""
     client = _client(address)
-    _known(client, job)
+    _job_details(client, job)
 
     async def tail() -> None:
         async for text in client.tail_job_logs(job):
@@ -91,31 +92,31 @@ def follow(job: str, address: str) -> str:
         asyncio.run(tail())
     except RuntimeError as error:
         raise TrainingError(
-            f"the log of {job} broke off: {_first_line(error)}. The job may go on: python main.py status {job}"
+            f"the log of {job} ended early: {_cause(error)}. The job may still be running: python main.py status {job}"
         ) from None
     return str(client.get_job_status(job).value)
 
 
-def status(job: str, address: str) -> dict[str, Any]:
-    """Tell a job's state, entry point, start and end (seconds since 1970), and Ray's message."""
-    details = _known(_client(address), job)
+def job_status(job: str, address: str) -> dict[str, Any]:
+    """Return a job's state, entry point, start and end (seconds since 1970), and Ray's message."""
+    details = _job_details(_client(address), job)
     return {
         "job": job,
         "status": str(details.status.value),
         "entrypoint": details.entrypoint,
         "started": details.start_time and details.start_time / 1000,
         "ended": details.end_time and details.end_time / 1000,
-        "message": _first_line(details.message) if details.message else None,
+        "message": _cause(details.message) if details.message else None,
     }
 
 
-def stop(job: str, address: str) -> str:
-    """Ask a job to stop and return the state it was found in; one that ended already is left as it is."""
+def stop_job(job: str, address: str) -> str:
+    """Request a job to stop and return the state it was in; one that has ended is left as it is."""
     client = _client(address)
-    found = str(_known(client, job).status.value)
-    if found not in ENDED:
+    state = str(_job_details(client, job).status.value)
+    if state not in ENDED:
         client.stop_job(job)
-    return found
+    return state
 
 
 def _client(address: str):
@@ -139,7 +140,7 @@ def _client(address: str):
     try:
         return JobSubmissionClient(address, headers={"Authorization": f"Bearer {token}"} if token else None)
     except Exception as error:  # whatever answered, it was no job server of Ray's
-        raise ResourceError(f"no job server answers at {address} ({_first_line(error)}). {how}") from None
+        raise ResourceError(f"no job server answers at {address} ({_cause(error)}). {how}") from None
 
 
 def _token() -> str | None:
@@ -150,20 +151,20 @@ def _token() -> str | None:
     return path.read_text().strip() if path.is_file() else None
 
 
-def _known(client, job: str):
-    """Ask for a job's details; raise ConfigError if the cluster knows no such job."""
+def _job_details(client, job: str):
+    """Fetch a job's details; raise ConfigError if the cluster has no such job."""
     try:
         return client.get_job_info(job)
     except RuntimeError as error:
         if "404" not in str(error) and "does not exist" not in str(error):
-            raise ResourceError(f"{job}: {_first_line(error)}") from None
-        known = [details.submission_id for details in client.list_jobs() if details.submission_id]
-        listed = f"its last ones are {', '.join(known[-3:])}" if known else "it has none"
-        raise ConfigError(f"the cluster knows no job {job!r}; {listed}") from None
+            raise ResourceError(f"{job}: {_cause(error)}") from None
+        jobs = [details.submission_id for details in client.list_jobs() if details.submission_id]
+        latest = f"its latest are {', '.join(jobs[-3:])}" if jobs else "it has none"
+        raise ConfigError(f"the cluster has no job {job!r}; {latest}") from None
 
 
 def _entrypoint(config: FinetuneConfig, overrides: Sequence[str]) -> str:
-    """Write the command that runs there; refuse what would not arrive, be lost, or be read by others."""
+    """Build the job's command; refuse what would not arrive, be lost, or be read by others."""
     for override in overrides:
         key = override.partition("=")[0]
         if SECRET_KEY.search(key):
@@ -173,30 +174,34 @@ def _entrypoint(config: FinetuneConfig, overrides: Sequence[str]) -> str:
             )
     if "://" not in config.storage_path and not Path(config.storage_path).expanduser().is_absolute():
         raise StorageError(
-            f"storage_path: got {config.storage_path!r}, which in a job lies in a folder that is deleted with it: "
-            "give a bucket, or an absolute path on a disk that every machine shares"
+            f"storage_path: got {config.storage_path!r}, which in a job is below a folder that is deleted with it: "
+            "set a bucket, or an absolute path on a disk that every machine shares"
         )
     source = config.source
+    if source is None:
+        raise ConfigError(
+            "a job needs a config file: save this config as YAML in the repository and load it from there"
+        )
     if "://" not in source:
         path = Path(source).resolve()
         if not path.is_relative_to(REPOSITORY):
-            raise ConfigError(f"{source} lies outside {REPOSITORY}, which is what travels with the job: put it there")
+            raise ConfigError(f"{source} is outside {REPOSITORY}, which is what is sent with the job: move it there")
         source = str(path.relative_to(REPOSITORY))
         if _is_ignored(source):
-            raise ConfigError(f"{source} is named by .gitignore, and so does not travel with the job: move it")
+            raise ConfigError(f"{source} is ignored by .gitignore and not sent with the job: move it")
     return shlex.join(["python", "main.py", source, *overrides])
 
 
 def _is_ignored(path: str) -> bool:
-    """Ask git whether .gitignore names a file; without git nothing is taken to be ignored."""
+    """Return whether .gitignore names a file, as git says; without git, False."""
     try:
         return subprocess.run(["git", "check-ignore", "-q", path], cwd=REPOSITORY, stderr=-3).returncode == 0
     except OSError:
         return False
 
 
-def _first_line(error: object) -> str:
-    """Take the line of Ray's message that says what happened: of a traceback the last, else the first."""
+def _cause(error: object) -> str:
+    """Return the line of Ray's message that says what happened: of a traceback the last, else the first."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return (lines[-1] if "Traceback" in str(error) else lines[0])[:300]
 
@@ -261,7 +266,7 @@ def kuberay_manifest(
                 "template": {"spec": {"containers": [container]}},
             }
         ]
-    name = re.sub(r"[^a-z0-9]+", "-", config.run_name.lower()).strip("-")[:40].strip("-") or "forgebook"
+    name = re.sub(r"[^a-z0-9]+", "-", str(config.run_name).lower()).strip("-")[:40].strip("-") or "forgebook"
     return {"apiVersion": "ray.io/v1", "kind": "RayJob", "metadata": {"name": name}, "spec": spec}
 
 

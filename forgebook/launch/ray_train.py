@@ -56,7 +56,7 @@ RESIZE_SECONDS = 15.0
 def fine_tune(config: FinetuneConfig) -> Run:
     """Fine-tune as `config` says, or continue the run of that name, and return its folder.
 
-    Raises a ForgebookError with one readable sentence for whatever the user can mend.
+    Raises a ForgebookError with one readable sentence for whatever the user can fix.
     """
     started = time.perf_counter()
     cluster.name_address(config.address)
@@ -64,7 +64,7 @@ def fine_tune(config: FinetuneConfig) -> Run:
     run = storage.open_run(config)
     if not config.is_default:
         _refuse_impossible(config, run)
-    with consoles.progress_bar(output, "tokenising") as on_progress:
+    with consoles.progress_bar(output, "tokenizing") as on_progress:
         prepared = prepare(config, run, on_progress)
     if config.is_default:
         print_choices(output, prepared)
@@ -120,7 +120,7 @@ def _refuse_impossible(config: FinetuneConfig, run: Run) -> None:
     check_rules(config)
     if config.initial_adapter_model_ckpt_path is not None:
         adapter = locate(config.initial_adapter_model_ckpt_path)
-        adapters.check_adapter(adapter, config.lora_config, config.rope_scaling)
+        adapters.check_adapter(adapter, config.lora_config or {}, config.rope_scaling)
     if not run.is_complete:
         _check_devices(config)
 

@@ -3,7 +3,7 @@
     sweep = tune("config.yaml", ["learning_rate=[1.0e-4,3.0e-4]", "lora_config.r=[8,16]"])
 
 A trial is a run like any other, in `<storage_path>/<run_name>-tune/<its values>`: its folder can be evaluated,
-and one that was stopped early can be continued. The same sweep again takes up what is there.
+and one that was stopped early can be resumed. The same sweep again reuses the trials that are there.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from forgebook.runs.metrics import read_metrics, watch_lines
 from forgebook.runs.object_store import is_remote
 from forgebook.runs.run import Run, display_path
 
-__all__ = ["Sweep", "Trial", "as_json", "is_searched", "print_sweep", "tune", "variants"]
+__all__ = ["Sweep", "Trial", "print_sweep", "sweep_as_json", "tune", "variants"]
 
-DRAWN = re.compile(r"(uniform|loguniform)\(\s*([^,]+?)\s*,\s*([^,]+?)\s*\)")
+SAMPLED = re.compile(r"(uniform|loguniform)\(\s*([^,]+?)\s*,\s*([^,]+?)\s*\)")
 LONGEST_NAME = 120
 
 
@@ -55,13 +55,13 @@ class Trial:
 
     @property
     def eval_loss(self) -> float | None:
-        """Tell the lowest evaluation loss, or None before the first."""
+        """Return the lowest evaluation loss, None before the first evaluation."""
         return min((loss for _, loss in self.curve), default=None)
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What came of a sweep: its trials, the best first; `command` runs the best one's values again."""
+    """The results of a sweep: its trials, the best first; `command` runs the best one's values again."""
 
     folder: Path
     trials: list[Trial]
@@ -72,18 +72,18 @@ class Sweep:
 def tune(
     config_path: str, words: Sequence[str], samples: int | None = None, default: bool = False, silent: bool = False
 ) -> Sweep:
-    """Run all variants of a config that `words` asks for, and rank them by their lowest evaluation loss.
+    """Run all variants of a config that `words` name, and rank them by their lowest evaluation loss.
 
     words: overrides; a list, `uniform(a,b)` or `loguniform(a,b)` as the value is searched (see `variants`).
-    samples: how often values are drawn; needed if any is. All variants are checked before the first one starts.
+    samples: how many values are sampled; needed if any is. All variants are checked before the first one starts.
 
     Raises ConfigError, StorageError; TrainingError if every trial failed.
     """
-    fixed = [word for word in words if not is_searched(word)]
+    fixed = [word for word in words if not _is_searched(word)]
     base = load_config(config_path, fixed, default)
-    chosen = variants([word for word in words if is_searched(word)], samples, base.seed)
+    chosen = variants([word for word in words if _is_searched(word)], samples, base.seed)
     if base.valid_path is None:
-        raise ConfigError("tune compares evaluation losses: give valid_path, the validation rows")
+        raise ConfigError("tune compares evaluation losses: set valid_path, the validation examples")
     if is_remote(base.storage_path):
         raise StorageError(f"storage_path {base.storage_path}: a sweep needs a local folder, or one that is mounted")
     folder = Path(base.storage_path).expanduser().resolve() / f"{base.run_name}-tune"
@@ -104,13 +104,17 @@ def tune(
         _outcome(Run(folder / name), values, reasons.get(name, ""))
         for name, values in zip(configs, _unique(chosen), strict=True)
     ]
-    # The best first; a trial that was stopped had no chance to improve, one that failed has no say.
+    # The best first; a trial that was stopped early is below all that were completed, whatever its loss.
     trials.sort(key=lambda trial: (trial.state != "complete", trial.eval_loss is None, trial.eval_loss or 0.0))
     if all(trial.state == "failed" for trial in trials):
         raise TrainingError(f"all {len(trials)} trials failed, the first one with: {trials[0].reason}")
     best = overrides[trials[0].run.name]
     flags = ["--default"] if default else []
-    curves = {_label(trial.values): tuple(zip(*trial.curve, strict=True)) for trial in trials if trial.curve}
+    curves = {
+        _label(trial.values): ([step for step, _ in trial.curve], [loss for _, loss in trial.curve])
+        for trial in trials
+        if trial.curve
+    }
     shown_best = dict(list(curves.items())[: len(plots.COLORS)])
     plots.plot_lines(shown_best, "optimizer step", "evaluation loss (nats)", markers=True, path=folder / "tune.png")
     command = shlex.join(["python", "main.py", config_path, *flags, *fixed, *best])
@@ -120,24 +124,25 @@ def tune(
 # What is tried ----------------------------------------------------------------------------------------
 
 
-def is_searched(word: str) -> bool:
-    """Tell whether an override names values to try instead of one."""
+def _is_searched(word: str) -> bool:
+    """Return whether an override names values to try instead of one."""
     value = word.partition("=")[2].strip()
-    return value.startswith("[") or DRAWN.fullmatch(value) is not None
+    return value.startswith("[") or SAMPLED.fullmatch(value) is not None
 
 
 def variants(searched: Sequence[str], samples: int | None, seed: int) -> list[dict[str, Any]]:
-    """List the values of every trial, by dotted key: each combination of the lists, each draw of the ranges.
+    """List the values of every trial, by dotted key: each combination of the lists, each sample of the ranges.
 
-    `key=[a, b]` tries a and b; `key=uniform(a, b)` and `key=loguniform(a, b)` draw `samples` numbers, always the
-    same ones for one seed. Where lists and ranges meet, each combination gets the same draws.
+    `key=[a, b]` tries a and b; `key=uniform(a, b)` and `key=loguniform(a, b)` sample `samples` numbers, always
+    the same ones for one seed. With both lists and ranges, each combination gets the same samples.
     """
     lists: dict[str, list[Any]] = {}
     ranges: dict[str, tuple[str, float, float]] = {}
     for word in searched:
         key, _, text = word.partition("=")
-        if drawn := DRAWN.fullmatch(text.strip()):
-            ranges[key] = _range(key, *drawn.groups())
+        if match := SAMPLED.fullmatch(text.strip()):
+            kind, low, high = match.groups()
+            ranges[key] = _range(key, kind, low, high)
             continue
         try:
             values = yaml.safe_load(text)
@@ -149,12 +154,14 @@ def variants(searched: Sequence[str], samples: int | None, seed: int) -> list[di
     if not lists and not ranges:
         raise ConfigError("tune needs values to try, such as 'learning_rate=[1.0e-4,3.0e-4]' 'lora_config.r=[8,16]'")
     if bool(ranges) != (samples is not None):
-        named = f"{next(iter(ranges))} is drawn: say how often, samples=8" if ranges else "samples= draws nothing"
+        named = (
+            f"{next(iter(ranges))} is sampled: set how often, samples=8" if ranges else "samples= has nothing to sample"
+        )
         raise ConfigError(f"tune: {named}: it belongs to key=uniform(a,b) or key=loguniform(a,b)")
     generator = random.Random(seed)
-    draws = [{key: _draw(generator, *given) for key, given in ranges.items()} for _ in range(samples or 1)]
+    samplings = [{key: _sample(generator, *range_) for key, range_ in ranges.items()} for _ in range(samples or 1)]
     grid = [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
-    return [point | draw for point in grid for draw in draws]
+    return [point | sampling for point in grid for sampling in samplings]
 
 
 def _range(key: str, kind: str, low: str, high: str) -> tuple[str, float, float]:
@@ -170,8 +177,8 @@ def _range(key: str, kind: str, low: str, high: str) -> tuple[str, float, float]
     return kind, least, most
 
 
-def _draw(generator: random.Random, kind: str, low: float, high: float) -> float:
-    """Draw a number and keep four digits: what is run is what is display_path."""
+def _sample(generator: random.Random, kind: str, low: float, high: float) -> float:
+    """Sample a number and keep four digits: what runs is what is shown."""
     if kind == "loguniform":
         return float(f"{math.exp(generator.uniform(math.log(low), math.log(high))):.4g}")
     return float(f"{generator.uniform(low, high):.4g}")
@@ -210,7 +217,7 @@ def _run_all(configs: dict[str, FinetuneConfig], num_devices: int, folder: Path,
     from ray import tune as ray_tune
     from ray.tune.schedulers import ASHAScheduler
 
-    class Telling(ray_tune.Callback):
+    class TrialPrinter(ray_tune.Callback):
         def __reduce__(self):  # Ray Tune stores its callbacks, and a console cannot be stored
             return ray_tune.Callback, ()
 
@@ -226,31 +233,33 @@ def _run_all(configs: dict[str, FinetuneConfig], num_devices: int, folder: Path,
     at_once = None if num_devices == 0 else max(1, int(gpus // num_devices))
     trainable = functools.partial(_trial, configs=configs, folder=str(Path.cwd()))
     scheduler = ASHAScheduler(time_attr="training_iteration", max_t=10_000, grace_period=1, reduction_factor=2)
-    kept = folder / ".ray"
-    shutil.rmtree(kept, ignore_errors=True)
+    state_folder = folder / ".ray"
+    shutil.rmtree(state_folder, ignore_errors=True)
     tuner = ray_tune.Tuner(
         ray_tune.with_resources(trainable, own),
         param_space={"name": ray_tune.grid_search(list(configs))},
         tune_config=ray_tune.TuneConfig(
             metric="eval_loss", mode="min", scheduler=scheduler, max_concurrent_trials=at_once
         ),
-        run_config=ray_tune.RunConfig(name="sweep", storage_path=str(kept), callbacks=[Telling()], verbose=0),
+        run_config=ray_tune.RunConfig(
+            name="sweep", storage_path=str(state_folder), callbacks=[TrialPrinter()], verbose=0
+        ),
     )
     reasons = {}
     for name, result in zip(configs, tuner.fit(), strict=True):
         if result.error is not None:
             lines = [line.strip() for line in str(result.error).splitlines() if line.strip()]
             reasons[name] = re.sub(r"^[\w.]+Error: ", "", lines[-1]) if lines else type(result.error).__name__
-    shutil.rmtree(kept, ignore_errors=True)
+    shutil.rmtree(state_folder, ignore_errors=True)
     return reasons
 
 
-def _trial(given: dict[str, Any], configs: dict[str, FinetuneConfig], folder: str) -> None:
+def _trial(parameters: dict[str, Any], configs: dict[str, FinetuneConfig], folder: str) -> None:
     """Fine-tune one variant in a process of Ray Tune's."""
     if os.path.isdir(folder):
         os.chdir(folder)
-    config = configs[given["name"]]
-    run = Run(Path(config.storage_path) / config.run_name)
+    config = configs[parameters["name"]]
+    run = Run(Path(config.storage_path) / str(config.run_name))
     if config.on_existing == "overwrite":
         shutil.rmtree(run.folder, ignore_errors=True)
     with _reporting(run):
@@ -279,7 +288,7 @@ def _reporting(run: Run) -> Iterator[None]:
 
 
 def _outcome(run: Run, values: dict[str, Any], reason: str) -> Trial:
-    """Read what a trial left; of one that was stopped in the middle of a write, sweep the half-written away."""
+    """Read a trial's results; delete what a trial that was stopped in the middle of a write left half-written."""
     metrics = read_metrics(run.metrics) if run.metrics.exists() else []
     curve = [(row["step"], row["eval_loss"]) for row in metrics if "eval_loss" in row]
     state = "complete" if run.is_complete else "failed" if reason else "stopped"
@@ -289,7 +298,7 @@ def _outcome(run: Run, values: dict[str, Any], reason: str) -> Trial:
     return Trial(run, values, state, curve, reason)
 
 
-# Telling ----------------------------------------------------------------------------------------------
+# Printing ---------------------------------------------------------------------------------------------
 
 
 def print_sweep(sweep: Sweep) -> None:
@@ -314,7 +323,7 @@ def print_sweep(sweep: Sweep) -> None:
     output.print(f"  figure           {display_path(sweep.plot)}\n  again            {sweep.command}", markup=False)
 
 
-def as_json(sweep: Sweep) -> dict[str, Any]:
+def sweep_as_json(sweep: Sweep) -> dict[str, Any]:
     """Turn a sweep into plain values."""
     return {
         "folder": str(sweep.folder),

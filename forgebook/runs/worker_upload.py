@@ -53,7 +53,7 @@ LOGS_SECONDS = 20  # between uploads of logs
 # Where the run was started ----------------------------------------------------------------------------
 
 
-def send_inputs(folder: Path, uri: str, warn: upload.Tell) -> None:
+def send_inputs(folder: Path, uri: str, warn: upload.Warn) -> None:
     """Upload what workers start from: the run's own files, and `tokens/` with its shards."""
 
     def send() -> None:
@@ -115,7 +115,8 @@ def fetch_inputs(uri: str, folder: Path) -> None:
     state = upload.newest_state(upload.complete_folders(uri, there))
     if state:
         object_store.download_folder(f"{uri}/{state}", folder / state)
-    if not object_store.download_folder(f"{uri}/{TOKENS}", folder / ".tokens"):
+    is_there = f"{TOKENS}/{object_store.MANIFEST}" in there
+    if not is_there or not object_store.download_folder(f"{uri}/{TOKENS}", folder / ".tokens"):
         raise StorageError(f"{uri}/{TOKENS} is not complete: start the run again")
     for view in (folder / ".tokens").glob("*.np[yz]"):
         shutil.copy2(view, folder / "tokens" / view.name)

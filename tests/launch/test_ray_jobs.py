@@ -123,7 +123,7 @@ def test_a_job_is_stopped(head, tmp_path, capsys):
 @pytest.mark.parametrize("verb", ["status", "stop"])
 def test_an_unknown_job(head, capsys, verb):
     assert main([verb, "none", f"address={head}"]) == 2
-    assert "knows no job 'none'" in capsys.readouterr().err
+    assert "has no job 'none'" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -164,11 +164,11 @@ def test_mistakes_end_with_two_and_a_sentence(capsys, arguments, said):
     assert said in told and "Traceback" not in told
 
 
-def test_a_config_elsewhere_does_not_travel(tmp_path, capsys):
+def test_a_config_elsewhere_is_not_sent(tmp_path, capsys):
     path = tmp_path / "c.yaml"
     path.write_text((REPOSITORY / CONFIG).read_text())
     assert main(["submit", str(path), "storage_path=/x"]) == 2
-    assert "lies outside" in capsys.readouterr().err
+    assert "is outside" in capsys.readouterr().err
 
 
 # Job files --------------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ def test_ranges_are_drawn_the_same_for_a_seed():
         (["learning_rate=loguniform(0,1)"], 2, "above 0"),
         (["learning_rate=uniform(2,1)"], 2, "the lower one first"),
         (["learning_rate=uniform(1,2)"], None, "samples=8"),
-        (["learning_rate=[1]"], 3, "draws nothing"),
+        (["learning_rate=[1]"], 3, "has nothing to sample"),
     ],
     ids="none empty broken zero order often needless".split(),
 )
@@ -54,7 +54,7 @@ def test_what_cannot_be_tried_is_refused(words, samples, said):
     [
         (["learning_rate=[1.0e-3,many]"], "learning_rate: got 'many'"),
         (["learning_rat=[1,2]"], "did you mean 'learning_rate'?"),
-        (["learning_rate=[1.0e-3]", "valid_path=null"], "give valid_path"),
+        (["learning_rate=[1.0e-3]", "valid_path=null"], "set valid_path"),
         (["learning_rate=[1.0e-3]", "samples=none"], "samples must be a whole number"),
     ],
     ids="value key valid samples".split(),
