@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from forgebook.runs.run import cache_folder
+from forgebook.runs.download import cache_folder
 
 __all__ = [
     "RunKind",

@@ -166,7 +166,8 @@ def plan(
     gpu = device if isinstance(device, Gpu) else None
     need = memory_of(resolved, shape, workers=workers, length=longest, on_gpu=not isinstance(device, Cpu))
     does_fit = fits(need, device) if device else None
-    changes, changed = (), None
+    changes: tuple[str, ...] = ()
+    changed: Memory | None = None
     if device is not None and not does_fit:
         changes, changed = cheapest_change(resolved, shape, workers, longest, device)
     speed = _speed_of(device, resolved, shape, mfu, throughputs)

@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from forgebook.catalog import model_folder
-from forgebook.data import readers as rows
+from forgebook.data import readers
 from forgebook.data.row_formats import Example, parse_chunk
 from forgebook.errors import DataError
 from forgebook.runs import object_store
 
 if TYPE_CHECKING:
-    from forgebook.config.parse import FinetuneConfig
+    from forgebook.config.schema import FinetuneConfig
 
 __all__ = ["Statistics", "count_data", "data_is_here"]
 
@@ -68,10 +69,11 @@ def count_data(config: FinetuneConfig) -> Statistics | None:
     """
     if not data_is_here(config):
         return None
-    count, how = _counter(config)
+    assert config.task is not None  # filled in when the config is checked
+    count, how = _counter(config.model_id)
     labels = config.classifier_config.label_tokens if config.classifier_config else ()
-    sources = rows.find_sources(config.train_path)
-    chunks = [(source.weight, chunk) for source in sources for chunk in rows.split_source(source.uri)]
+    sources = readers.find_sources(config.train_path)
+    chunks = [(source.weight, chunk) for source in sources for chunk in readers.split_source(source.uri)]
     lengths: list[int] = []
     read = 0
     until = time.monotonic() + COUNTING_SECONDS
@@ -79,7 +81,7 @@ def count_data(config: FinetuneConfig) -> Statistics | None:
         if lengths and time.monotonic() > until:
             break
         parsed = parse_chunk(chunk, config.task, labels)
-        lengths += [length for one in parsed if not isinstance(one, DataError) for length in count(one[0])]
+        lengths += [length for item in parsed if not isinstance(item, DataError) for length in count(item[0])]
         read += 1
     if not lengths:
         return None
@@ -90,15 +92,15 @@ def count_data(config: FinetuneConfig) -> Statistics | None:
 def data_is_here(config: FinetuneConfig) -> bool:
     """Check whether the training data is stored on this machine."""
     paths = [config.train_path] if isinstance(config.train_path, str) else config.train_path
-    named = [one if isinstance(one, str) else one.path for one in paths]
-    if any(object_store.is_remote(path) or path.startswith("hf://") for path in named):
+    names = [path if isinstance(path, str) else path.path for path in paths]
+    if any(object_store.is_remote(name) or name.startswith("hf://") for name in names):
         return False
-    return all(any(sign in path for sign in "*?[") or Path(path).expanduser().is_file() for path in named)
+    return all(any(sign in name for sign in "*?[") or Path(name).expanduser().is_file() for name in names)
 
 
-def _counter(config: FinetuneConfig):
+def _counter(model_id: str) -> tuple[Callable[[Example], list[int]], str]:
     """Make a function from an example to the tokens of its one or two sequences, and describe how it counts."""
-    file = model_folder(config.model_id) / "tokenizer.json"
+    file = model_folder(model_id) / "tokenizer.json"
     if file.is_file():
         from tokenizers import Tokenizer
 
@@ -106,7 +108,7 @@ def _counter(config: FinetuneConfig):
         how = f"contents by the model's tokenizer, plus {TOKENS_PER_MESSAGE} tokens per message for its template"
 
         def tokens(texts: list[str]) -> int:
-            return sum(len(one.ids) for one in tokenizer.encode_batch_fast(texts, add_special_tokens=False))
+            return sum(len(encoding.ids) for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False))
     else:
         how = (
             f"estimated from {CHARACTERS_PER_TOKEN} characters per token, plus {TOKENS_PER_MESSAGE} tokens per message"
@@ -122,10 +124,12 @@ def _counter(config: FinetuneConfig):
         ]
         return tokens([*texts, extra]) + TOKENS_PER_MESSAGE * len(messages)
 
-    def count(row: Example) -> list[int]:
-        if row.messages is None:
-            return [tokens([row.text or ""]) + 1]
-        extra = str(row.tools) if row.tools else ""
-        return [of_messages(messages, extra) for messages in (row.messages, row.rejected) if messages is not None]
+    def count(example: Example) -> list[int]:
+        if example.messages is None:
+            return [tokens([example.text or ""]) + 1]
+        extra = str(example.tools) if example.tools else ""
+        return [
+            of_messages(messages, extra) for messages in (example.messages, example.rejected) if messages is not None
+        ]
 
     return count, how

@@ -7,6 +7,7 @@ from conftest import config_for
 from forgebook.catalog import read_catalog
 from forgebook.planning.hardware import (
     Cpu,
+    TensorMemory,
     cpu_share,
     gpu_named,
     hardware_for,
@@ -83,3 +84,44 @@ def test_the_peak_of_memory_is_seen_and_forgotten():
     reset_peak()
     now, peak = resident_memory()
     assert now <= peak < before + 10**8
+
+
+# -- the memory of tensors
+
+
+def test_tensors_are_measured_at_their_peak():
+    import torch
+
+    before = torch.zeros(1_000_000)
+    with TensorMemory() as none:
+        pass
+    with TensorMemory(hidden=1000) as memory:
+        large = torch.ones(5_000_000)
+        del large
+        small = torch.ones(1_000)
+    assert none.peak >= before.nbytes
+    # The large tensor is gone at the end, but was there; what existed before counts, too, and its views count once.
+    assert memory.peak - none.peak == pytest.approx(20_000_000 + 1000, abs=100_000)
+    with TensorMemory() as views:
+        kept = [before[k:] for k in range(10)]
+    assert views.peak - none.peak < 100_000 and len(kept) == 10 and small.numel() == 1_000
+
+
+def test_the_backward_pass_is_measured_too():
+    import torch
+
+    weights = torch.ones(1_000_000, requires_grad=True)
+    with TensorMemory() as nothing:
+        pass
+    with TensorMemory() as memory:
+        (weights * 2).exp().sum().backward()
+    # weights * 2 and its exp; in the backward pass of exp one more, then the gradient.
+    assert memory.peak - nothing.peak == pytest.approx(3 * weights.nbytes, rel=0.4)
+
+
+def test_a_profiler_that_runs_already_costs_the_figure_alone():
+    import torch
+
+    with torch.profiler.profile(), TensorMemory() as memory:
+        torch.ones(1_000_000)
+    assert memory.peak == 0 or memory.peak >= 4_000_000
