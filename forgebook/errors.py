@@ -1,7 +1,7 @@
 """What a user can get wrong: each message names the value got, the value needed and the place to change."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 __all__ = [
     "BucketBusyError",
@@ -15,6 +15,7 @@ __all__ = [
     "StorageError",
     "TrainingError",
     "first_line",
+    "last_line",
     "near_miss",
     "shown_value",
 ]
@@ -75,9 +76,17 @@ def near_miss(key: object, known: Iterable[str]) -> str:
 
 
 def first_line(error: object) -> str:
-    """Return the first line of an error, or of a text, that is not blank; the error's class if there is none."""
-    lines = (line.strip() for line in str(error).splitlines())
-    return next(filter(None, lines), type(error).__name__)
+    """Return the first line of an error's message, or of a text, that is not blank; else the name of its class."""
+    return next(_lines(error), type(error).__name__)
+
+
+def last_line(error: object) -> str:
+    """Return the last such line, without its full stop: in a traceback, the one that says what happened."""
+    return [type(error).__name__, *_lines(error)][-1].rstrip(".")
+
+
+def _lines(error: object) -> Iterator[str]:
+    return filter(None, map(str.strip, str(error).splitlines()))
 
 
 def shown_value(value: object, limit: int = 80) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from forgebook.errors import ConfigError, ResourceError
+from forgebook.errors import ConfigError, ResourceError, last_line
 
 __all__ = [
     "EXCLUDED",
@@ -79,7 +79,7 @@ def start_ray(cores: int | None = None) -> None:
         ray.init(address=address, runtime_env=_runtime_env(), **quiet)
     except (ConnectionError, RuntimeError) as error:
         raise ResourceError(
-            f"no Ray cluster could be joined at {address}: {_last_line(error)}. Is it up (ray status), and is its "
+            f"no Ray cluster could be joined at {address}: {last_line(error).rstrip('.')}. Is it up (ray status), and is its "
             "token here (RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token)? Without RAY_ADDRESS and address: this machine alone"
         ) from None
 
@@ -131,7 +131,9 @@ def _start_here(quiet: dict[str, Any], cores: int | None) -> None:
             if "timed out during startup" not in str(error):
                 raise
             if not attempts_left:
-                raise ResourceError(f"Ray could not be started here, three times: {_last_line(error)}") from None
+                raise ResourceError(
+                    f"Ray could not be started here, three times: {last_line(error).rstrip('.')}"
+                ) from None
             ray.shutdown()
 
 
@@ -183,8 +185,3 @@ def _worker_hook(variables: dict[str, str]) -> Callable[[], None]:
                 os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
 
     return prepare_worker
-
-
-def _last_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1].rstrip(".") if lines else type(error).__name__

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from forgebook.config.parse import DataSource
-from forgebook.errors import DataError, StorageError
+from forgebook.errors import DataError, StorageError, first_line
 from forgebook.runs import atomic, download
 
 __all__ = ["FileChunk", "Source", "content_key", "find_sources", "read_chunk", "split_source"]
@@ -306,7 +306,7 @@ def _split_parquet(uri: str, path: Path) -> Iterator[FileChunk]:
     try:
         about = pq.ParquetFile(path).metadata
     except (ArrowException, OSError) as error:
-        raise DataError(f"{uri}: not a readable Parquet file ({str(error).splitlines()[0]}): copy it again") from None
+        raise DataError(f"{uri}: not a readable Parquet file ({first_line(error)}): copy it again") from None
     first = 1
     for group in range(about.num_row_groups):
         yield FileChunk(uri, "parquet", group, group + 1, first)
@@ -346,7 +346,7 @@ def _hub_dataset(uri: str):
     try:
         return datasets.load_dataset("/".join(owner_and_name), config, split=split)
     except Exception as error:  # the library raises whatever its readers, the hub and the network raise
-        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+        reason = first_line(error)
         raise StorageError(f"{uri} could not be loaded: {reason}") from None
 
 

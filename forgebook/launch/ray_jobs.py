@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from forgebook.config.parse import SECRET_KEY, FinetuneConfig
-from forgebook.errors import ConfigError, ResourceError, StorageError, TrainingError
+from forgebook.errors import ConfigError, ResourceError, StorageError, TrainingError, first_line, last_line
 from forgebook.ray_cluster import EXCLUDED, REPOSITORY, SECRETS, SETTINGS, WITH_PASSWORD
 
 __all__ = [
@@ -202,8 +202,7 @@ def _is_ignored(path: str) -> bool:
 
 def _cause(error: object) -> str:
     """Return the line of Ray's message that says what happened: of a traceback the last, else the first."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return (lines[-1] if "Traceback" in str(error) else lines[0])[:300]
+    return (last_line(error) if "Traceback" in str(error) else first_line(error))[:300]
 
 
 # A job as a file --------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from forgebook.config.blocks import needs_reference
 from forgebook.config.parse import FinetuneConfig, config_differences, dump_config, load_config
 from forgebook.config.rules import check_rules
 from forgebook.data import token_store
-from forgebook.errors import ForgebookError, ResourceError, StorageError, TrainingError
+from forgebook.errors import ForgebookError, ResourceError, StorageError, TrainingError, last_line
 from forgebook.models import adapters
 from forgebook.models.tokenizer import locate
 from forgebook.planning import preflight
@@ -102,7 +102,7 @@ def fine_tune(config: FinetuneConfig) -> Run:
             raise
         except Exception as error:
             raise TrainingError(
-                f"training failed: {_short(error)}\n{consoles.last_lines(run.logs)}\n"
+                f"training failed: {last_line(error)}\n{consoles.last_lines(run.logs)}\n"
                 f"The logs are in {run.logs}; the same command continues from the last complete state"
             ) from error
         note = write_summary(run, config, told, result, time.perf_counter() - started)
@@ -340,8 +340,3 @@ def _check_cluster(workers: int, each: dict[str, float], total: dict[str, float]
 def _warner(output: Console) -> Callable[[str], None]:
     """Return a function that prints a warning while the run trains."""
     return lambda text: output.print(f"[yellow]{escape(text)}[/yellow]")
-
-
-def _short(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__

@@ -15,7 +15,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from forgebook.errors import CheckpointError, ModelError
+from forgebook.errors import CheckpointError, ModelError, first_line
 from forgebook.models.tokenizer import readable_model_errors
 from forgebook.runs.run import display_path
 
@@ -49,7 +49,7 @@ def add_lora(model: PreTrainedModel, lora_config: dict[str, Any]):
         config = LoraConfig(**{"task_type": "CAUSAL_LM", **lora_config})
         return _in_dtype_of_base(get_peft_model(model, config, autocast_adapter_dtype=False))
     except (ValueError, TypeError, NotImplementedError) as error:
-        raise ModelError(f"lora_config does not fit this model: {_first_line(error)}") from None
+        raise ModelError(f"lora_config does not fit this model: {first_line(error)}") from None
 
 
 def check_adapter(source: str, lora_config: dict[str, Any], rope_scaling: dict[str, Any] | None = None) -> None:
@@ -186,7 +186,3 @@ def _axis(name: str) -> int | None:
     if name.endswith((".lora_A.default.weight", ".lora_embedding_A.default")):
         return 0
     return 1 if name.endswith((".lora_B.default.weight", ".lora_embedding_B.default")) else None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).strip().splitlines()[0]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from forgebook.catalog import TINY_MODEL
-from forgebook.errors import ModelError
+from forgebook.errors import ModelError, first_line
 from forgebook.runs.download import fetch_folder
 from forgebook.runs.object_store import is_remote
 
@@ -47,7 +47,7 @@ def _fetch_repo(repo: HubRepo) -> str:
     try:
         return snapshot_download(repo.repo_id, revision=repo.revision)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ModelError(f"{repo.repo_id} could not be fetched from the hub: {_first_line(error)}") from None
+        raise ModelError(f"{repo.repo_id} could not be fetched from the hub: {first_line(error)}") from None
 
 
 def tokenizer_source(config: FinetuneConfig) -> str:
@@ -100,8 +100,4 @@ class readable_model_errors:
     def __exit__(self, kind, error, traceback) -> None:
         # OSError: not there, no network; ValueError: unknown architecture, unusable attention; KeyError: bad config.
         if isinstance(error, OSError | ValueError | KeyError) and not isinstance(error, ModelError):
-            raise ModelError(f"no {self.what} could be loaded from {self.source!r}: {_first_line(error)}") from None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).strip().splitlines()[0]
+            raise ModelError(f"no {self.what} could be loaded from {self.source!r}: {first_line(error)}") from None

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from forgebook import errors
 from forgebook.config import parse as config_module
 from forgebook.config.blocks import LORA_KEYS
 from forgebook.config.deepspeed_file import find_deepspeed_config, read_deepspeed_config
@@ -25,7 +24,7 @@ from forgebook.config.parse import (
     dump_config,
     load_config,
 )
-from forgebook.errors import ConfigError, ForgebookError
+from forgebook.errors import ConfigError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 FREQUENCY = "checkpoint_and_evaluation_frequency"
@@ -69,18 +68,6 @@ def refusal(call, *args, **kwargs):
     message = str(caught.value)
     assert "pydantic" not in message and "Input should" not in message, message
     return message
-
-
-# -- errors
-
-
-@pytest.mark.parametrize("name", [name for name in errors.__all__ if name.endswith("Error")])
-def test_errors_survive_pickling_and_say_how_to_exit(name):
-    kind = getattr(errors, name)
-    copy = pickle.loads(pickle.dumps(kind("train_path: no such file")))
-    assert type(copy) is kind and str(copy) == "train_path: no such file"
-    assert isinstance(copy, ForgebookError)
-    assert copy.exit_code == {"CheckpointError": 1, "TrainingError": 1, "StoppedError": 143}.get(name, 2)
 
 
 # -- values and defaults
