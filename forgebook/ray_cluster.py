@@ -79,7 +79,7 @@ def start_ray(cores: int | None = None) -> None:
         ray.init(address=address, runtime_env=_runtime_env(), **quiet)
     except (ConnectionError, RuntimeError) as error:
         raise ResourceError(
-            f"no Ray cluster could be joined at {address}: {last_line(error).rstrip('.')}. Is it up (ray status), and is its "
+            f"no Ray cluster could be joined at {address}: {last_line(error)}. Is it up (ray status), and is its "
             "token here (RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token)? Without RAY_ADDRESS and address: this machine alone"
         ) from None
 
@@ -131,9 +131,7 @@ def _start_here(quiet: dict[str, Any], cores: int | None) -> None:
             if "timed out during startup" not in str(error):
                 raise
             if not attempts_left:
-                raise ResourceError(
-                    f"Ray could not be started here, three times: {last_line(error).rstrip('.')}"
-                ) from None
+                raise ResourceError(f"Ray could not be started here, three times: {last_line(error)}") from None
             ray.shutdown()
 
 

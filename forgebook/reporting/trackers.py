@@ -272,4 +272,5 @@ def _plain(config: FinetuneConfig) -> dict[str, Any]:
 
 
 def _short(error: BaseException) -> str:
-    return f"{type(error).__name__}: {first_line(error)[:200]}"
+    line = first_line(error)[:200]
+    return line if line == type(error).__name__ else f"{type(error).__name__}: {line}"
