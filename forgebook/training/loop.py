@@ -1,47 +1,40 @@
-"""The loop, once, for every way to run it: one process or many, plain DDP or DeepSpeed ZeRO 1-3.
+"""The training loop, the same for every way to run it: one process or many, plain DDP or DeepSpeed ZeRO 1-3.
 
-`train_loop(config, run)` runs in each worker (forgebook.launch.ray_train starts them). It reads tokenised rows from the
-run folder, writes metrics, checkpoints and its own training state there, and continues from the newest state
-it finds: a restarted worker and a second `python main.py` are the same case.
+`train_loop(config, run)` runs in each worker (forgebook.launch.ray_train starts them). It reads tokenized examples from
+the run folder and writes metrics, checkpoints and its training state there. It resumes from the newest state that it
+finds: a restarted worker and a second `python main.py` are the same case.
 """
 
 from __future__ import annotations
 
-import collections
 import contextlib
-import functools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 
-from forgebook.config.blocks import ClassifierConfig
 from forgebook.config.schema import ResolvedConfig
 from forgebook.data import batching as batches
 from forgebook.data import token_store as tokens
-from forgebook.data.token_store import Tokens
 from forgebook.errors import StoppedError
 from forgebook.planning import hardware, schedule
 from forgebook.planning.plan import running_figures
 from forgebook.runs import atomic
 from forgebook.runs.metrics import Progress
 from forgebook.runs.run import Run
-from forgebook.training import (  # fmt: skip
-    checkpoints,
-    classification,
-    distributed,
-    optimizers,
-)
+from forgebook.training import checkpoints, distributed, objectives, optimizers, training_state
 from forgebook.training.losses import check_isolation
-from forgebook.training.objectives import Objective
+from forgebook.training.objectives import Objective, Sums
 from forgebook.training.reference import ExampleSet, with_reference
 from forgebook.training.setup import Worker, base_overrides, make_accelerator, make_worker, prompt_format_text
-from forgebook.training.step_metrics import EpochSums, Step, check_step
+from forgebook.training.step_metrics import EpochSums, Step, StepMemory, check_step
+from forgebook.training.training_state import Position
 
 __all__ = ["train_loop"]
 
@@ -49,31 +42,28 @@ __all__ = ["train_loop"]
 Report = Callable[[dict[str, Any], str | None], None]
 # Between the steps reported when nothing is evaluated: Ray takes reports every two seconds, and workers wait for it.
 REPORT_SECONDS = 10.0
-# What a worker sums over its micro batches: the loss, tokens with padding, and what the task measures.
-Sums = collections.Counter[str]
 
 
 def train_loop(config: ResolvedConfig, run: Run, report: Report = lambda metrics, checkpoint: None) -> dict[str, Any]:
     """Fine-tune as `config` says; return what summary.json reports, the same on every rank.
 
-    config: with context length, batch sizes and epochs resolved. report: called after each evaluation, and every
-    REPORT_SECONDS between, on all ranks. Collective: call it once per worker, inside an initialized process group or
-    none.
+    report: called on all ranks after each evaluation and every REPORT_SECONDS between. Collective: call it once per
+    worker, inside an initialized process group or none.
 
     Raises TrainingError if the loss is not finite or the gradient is zero; CheckpointError; ModelError; StoppedError
-    once the state is saved, if the run is asked to stop.
+    once the state is saved, if the run is requested to stop.
     """
-    # (1) Place. The accelerator comes first: under ZeRO-3, DeepSpeed's config must exist before the weights.
+    # (1) The process group. Under ZeRO-3, DeepSpeed's config must exist before the weights are loaded.
     accelerator = make_accelerator(config)
     torch.manual_seed(config.seed)
     hardware.reset_peak()
-    before, gpu = hardware.resident_memory()[0], hardware.this_gpu()
-    saved = checkpoints.latest_resume(run.resume)
-    place: dict[str, Any] = saved[1] if saved else {"step": 0, "trained_tokens": 0, "seconds": 0.0, "losses": {}}
-    progress = Progress(run, place["step"], silent=not accelerator.is_main_process)
-    began = time.perf_counter() - place["seconds"]
+    memory_before, gpu = hardware.resident_memory()[0], hardware.this_gpu()
+    saved = training_state.latest_state(run.resume)
+    start = saved[1] if saved else Position()
+    progress = Progress(run, start.step, silent=not accelerator.is_main_process)
+    started = time.perf_counter() - start.seconds
 
-    # (2) Data: mapped into memory, tokenised before any worker started.
+    # (2) Data: mapped into memory, tokenized before any worker started.
     train = tokens.load_view(run.tokens / "train.npz")
     valid = tokens.load_view(run.tokens / "valid.npz") if config.valid_path else None
     sequences = batches.make_sequences(train, config.padding, config.context_length, batches.group_size(config.task))
@@ -82,7 +72,7 @@ def train_loop(config: ResolvedConfig, run: Run, report: Report = lambda metrics
 
     # (3) Model, optimizer, and the learning rate of every step.
     compiles = config.deepspeed is not None and not saved
-    stage = "loading the model" if saved else "loading the model, rehearsing a checkpoint"
+    stage = "loading the model" if saved else "loading the model, test-saving a checkpoint"
     progress.stage(stage + compiles * "; DeepSpeed compiles an extension at its first use (a minute)")
     worker = make_worker(config, accelerator)
     # New weights, as an adapter's, are the same on every rank; dropout from here on is each rank's own.
@@ -90,7 +80,6 @@ def train_loop(config: ResolvedConfig, run: Run, report: Report = lambda metrics
     rates = optimizers.learning_rates(
         config.lr_scheduler_type, config.learning_rate, config.num_warmup_steps, last_step
     )
-    parameters, trainable = worker.parameters
     if config.padding == "packed":
         check_isolation(worker.wrapped, accelerator.device)
     objective = Objective(config.preference_tuning_config)
@@ -104,127 +93,121 @@ def train_loop(config: ResolvedConfig, run: Run, report: Report = lambda metrics
         valid_sequences = batches.single_sequences(valid, batches.group_size(config.task))
         valid_sequences.sort(key=lambda sequence: -int(valid.lengths[sequence].sum()))
         batch_size = config.eval_batch_size_per_device * accelerator.num_processes
-        evaluate = functools.partial(
-            _evaluate, worker, objective, valid_set, valid_sequences, batch_size, config.classifier_config
-        )
+        classifier = config.classifier_config
+        evaluate = partial(objectives.evaluate, objective, worker, valid_set, valid_sequences, batch_size, classifier)
 
-    # (4) Continue from the last complete state, or rehearse a save: a full disk shows now, not after the night.
-    beside: dict[str, Any] = {
+    # (4) Resume from the last complete state, or test-save: a full disk shows now, not after hours of training.
+    checkpoint_settings: dict[str, Any] = {
         "prompt_format": prompt_format_text(config.generation_config.prompt_format),
         "overrides": base_overrides(config.rope_scaling, config.quantization) if config.is_lora else None,
-        "start": checkpoints.keep_start(worker.model, run.adapter_start, is_continued=bool(saved)),
+        "start": checkpoints.save_start(worker.model, run.adapter_start, is_resumed=bool(saved)),
     }
+    weights = worker.model, worker.optimizer, worker.deepspeed_engine
     if saved:
-        is_elastic = config.min_devices is not None
-        checkpoints.load_resume(*saved, worker.model, worker.optimizer, worker.deepspeed_engine, is_elastic=is_elastic)
+        training_state.load_state(*saved, *weights, is_elastic=config.min_devices is not None)
     else:
-        checkpoints.rehearse(
-            worker.model, worker.tokenizer, run.checkpoints, copies=config.num_checkpoints_to_keep, **beside
-        )
+        copies = config.num_checkpoints_to_keep
+        checkpoints.try_save(worker.model, worker.tokenizer, run.checkpoints, copies=copies, **checkpoint_settings)
     if config.eval_first and evaluate and not saved:
         progress.evaluation(step=0, epoch=0, **evaluate())
-    start, losses, trained_tokens = place["step"], dict(place["losses"]), place["trained_tokens"]
-    step = start
+    step, losses, trained_tokens = start.step, dict(start.losses), start.trained_tokens
+    parameters, trainable = worker.parameters
     progress.stage(
-        "training", steps=last_step, steps_per_epoch=steps_per_epoch, start=start, workers=accelerator.num_processes,
+        "training", steps=last_step, steps_per_epoch=steps_per_epoch, start=step, workers=accelerator.num_processes,
         parameters=parameters, trainable_parameters=trainable,
     )  # fmt: skip
 
-    # (5) Steps, counted from 1 over the whole run. Their rows depend on the seed and the epoch alone.
+    # (5) Steps, counted from 1 over the whole run. Their examples depend on the seed and the epoch alone.
     every = config.checkpoint_and_evaluation_frequency
-    events = schedule.evaluation_steps(steps_per_epoch, last_step, *((every.unit, every.frequency) if every else ()))
-    flops_of_token = atomic.read_json(run.plan)["flops_per_token"] if run.plan.exists() else None
+    checkpoint_names = schedule.evaluation_steps(steps_per_epoch, last_step, every.unit, every.frequency)
+    flops_per_token = atomic.read_json(run.plan)["flops_per_token"] if run.plan.exists() else None
     # Fewer workers than num_devices (min_devices) take more micro batches each: a step has the same examples.
     devices = max(1, config.num_devices)
     accumulation = math.ceil(config.gradient_accumulation_steps * devices / accelerator.num_processes)
-    measured_step, step_memory = None, 0
-    sums, epoch_order, saved_at = EpochSums(**place.get("epoch_sums", {})), None, time.perf_counter()
-    reported_at = -math.inf  # the first step is reported at once
+    sums, epoch_order, memory = EpochSums(**start.epoch_sums), None, StepMemory(worker)
+    saved_at, reported_at = time.perf_counter(), -math.inf  # the first step is reported at once
     while step < last_step:
         epoch, index = divmod(step, steps_per_epoch)
         if index == 0 or epoch_order is None:
             epoch_order = batches.epoch_batches(train, sequences, config.global_batch_size, config.seed, epoch)
         if index == 0:
             sums = EpochSums()
-        if measured_step is None:
-            measured_step = step - index + _widest_step(train, epoch_order, index, index + last_step - step)
-        with _measure_memory(worker) if step == measured_step else contextlib.nullcontext() as memory:
-            done = _train_step(
+        with memory.measured(train.lengths, epoch_order[index : index + last_step - step]):
+            measured = _train_step(
                 worker, objective, train_set, epoch_order[index], rates[step], accumulation, config.max_grad_norm
             )
-        step_memory = memory.peak if memory else step_memory
         step += 1
-        check_step(done, step, is_first=step == start + 1)
-        sums.add(done)
-        trained_tokens += done.tokens
+        check_step(measured, step, is_first=step == start.step + 1)
+        sums.add(measured)
+        trained_tokens += measured.tokens
 
         # (6) Report.
-        paced, seconds = sums.metrics(), time.perf_counter() - began
-        world, pace = accelerator.num_processes, paced["trained_tokens_throughput"]
+        averages, seconds = sums.metrics(), time.perf_counter() - started
+        speed = averages["trained_tokens_throughput"]
         latest: dict[str, Any] = {
             "step": step, "total_trained_steps": step, "epoch": epoch + 1, "num_iterations": steps_per_epoch,
-            "learning_rate": rates[step - 1], **done.metrics(), **paced, "trained_tokens": trained_tokens,
-            "time_total_s": seconds, **running_figures(gpu, world, flops_of_token, pace, seconds),
+            "learning_rate": rates[step - 1], **measured.metrics(), **averages, "trained_tokens": trained_tokens,
+            "time_total_s": seconds,
+            **running_figures(gpu, accelerator.num_processes, flops_per_token, speed, seconds),
         }  # fmt: skip
         progress.step(**latest)
 
         # (7) Evaluate, then save. Between evaluations only the training state is saved, by the clock.
-        if step in events:
-            name = events[step]
-            found = evaluate() if evaluate else {}
+        name = checkpoint_names.get(step)
+        if name is not None:
+            evaluation = evaluate() if evaluate else {}
+            losses[name] = evaluation.get("eval_loss")
             if worker.deepspeed_engine:
                 # ZeRO-3 may be prefetching the next batch's first weights, which a save could not gather.
                 worker.deepspeed_engine.empty_partition_cache()
-            # A warm-up begins at 0: a checkpoint after its first step alone is as it was made.
-            moved = any(rates[:step]) or step == last_step
+            # A warm-up starts at a learning rate of 0: after its first step alone an adapter is still all zero.
+            has_moved = any(rates[:step]) or step == last_step
             folder = run.checkpoints / name
-            checkpoints.save_checkpoint(worker.model, worker.tokenizer, folder, trained=moved, **beside)
-            losses[name] = found.get("eval_loss")
+            checkpoints.save_checkpoint(
+                worker.model, worker.tokenizer, folder, trained=has_moved, **checkpoint_settings
+            )
             checkpoints.publish(run, folder, name)
-            best = _keep_best(config, run, losses)
-            evaluation = {**found, **sums.totals(), "checkpoint_dir_name": name, "is_best": name == best}
+            best = checkpoints.keep_best(run, losses, config.num_checkpoints_to_keep)
+            evaluation |= {**sums.totals(), "checkpoint_dir_name": name, "is_best": name == best}
             progress.evaluation(step=step, epoch=epoch + 1, **evaluation)
             latest |= evaluation
         now = time.perf_counter()
-        since_state, since_report, is_stopping = _agreed(worker, now - saved_at, now - reported_at, run)
+        since_state, since_report, is_stopping = _agreed(accelerator, now - saved_at, now - reported_at, run)
         is_due = config.save_state_minutes and since_state > 60 * config.save_state_minutes
-        if step in events or is_due or is_stopping:
-            seconds = time.perf_counter() - began
-            place = {"step": step, "trained_tokens": trained_tokens, "seconds": seconds, "losses": losses}
-            place["epoch_sums"] = sums.state()
-            checkpoints.save_resume(run, place, worker.model, worker.optimizer, worker.deepspeed_engine)
+        if name is not None or is_due or is_stopping:
+            position = Position(step, trained_tokens, time.perf_counter() - started, losses, sums.state())
+            training_state.save_state(run, position, *weights)
             saved_at = time.perf_counter()
-        if step in events or since_report > REPORT_SECONDS:
-            report(latest, events.get(step))
+        if name is not None or since_report > REPORT_SECONDS:
+            report(latest, name)
             reported_at = time.perf_counter()
         if is_stopping and step < last_step:
-            raise StoppedError(f"stopped by SIGTERM; step {step} is saved, and the same command continues after it")
+            raise StoppedError(f"stopped by SIGTERM; step {step} is saved, and the same command resumes after it")
 
-    best = _keep_best(config, run, losses)
-    has_perplexity = losses[best] is not None and objective.preference is None
+    # (8) What summary.json reports.
+    best = checkpoints.keep_best(run, losses, config.num_checkpoints_to_keep)
+    best_loss = losses[best]
     return {
         "best_checkpoint": f"checkpoints/{best}",
-        "eval_loss": losses[best],
-        "perplexity": _perplexity(losses[best]) if has_perplexity else None,
+        "eval_loss": best_loss,
+        "perplexity": None if best_loss is None or objective.preference else objectives.perplexity(best_loss),
         "steps": step,
         "epochs": round(step / steps_per_epoch, 4),
         "trained_tokens": trained_tokens,
-        "training_seconds": time.perf_counter() - began,
+        "training_seconds": time.perf_counter() - started,
         "parameters": parameters,
         "trainable_parameters": trainable,
         "workers": accelerator.num_processes,
         "zero_stage": worker.deepspeed_engine.zero_optimization_stage() if worker.deepspeed_engine else None,
         "device": accelerator.device.type,
         "device_name": gpu.name if gpu else hardware.cpu_share(1).name,
-        "peak_memory_bytes_per_worker": _peak_memory(worker),
-        "memory_before_bytes_per_worker": _gathered(worker, 0 if gpu else before),
-        "step_memory_bytes_per_worker": _gathered(
-            worker, torch.cuda.max_memory_allocated() if accelerator.device.type == "cuda" else step_memory
-        ),
+        "peak_memory_bytes_per_worker": distributed.gathered(memory.process_peak()),
+        "memory_before_bytes_per_worker": distributed.gathered(0 if gpu else memory_before),
+        "step_memory_bytes_per_worker": distributed.gathered(memory.step_peak()),
     }
 
 
-# One step, one evaluation -------------------------------------------------------------------------------
+# One step ---------------------------------------------------------------------------------------------
 
 
 def _train_step(
@@ -253,7 +236,7 @@ def _train_step(
         gradient = float(torch.nn.utils.clip_grad_norm_(trained, max_grad_norm or math.inf))
         worker.optimizer.step()
         worker.optimizer.zero_grad()
-    totals = _summed(accelerator, sums, ("loss", "padded", *objective.metric_names))
+    totals = objectives.summed(accelerator, sums, ("loss", "padded", *objective.metric_names))
     return Step(
         loss=totals.pop("loss") / units,
         gradient=gradient,
@@ -275,7 +258,7 @@ def _forward_backward(
     # DDP and DeepSpeed average over workers, DeepSpeed over micro batches too. The loss is to be the mean over all
     # supervised tokens (or pairs) of the global batch, wherever they are: so undo their averages and divide once.
     scale = accelerator.num_processes * (len(parts) if engine else 1) / units
-    sums: Sums = collections.Counter()
+    sums: Sums = Counter()
     forward_seconds = backward_seconds = 0.0
     for index, part in enumerate(parts):
         batch = train.batch(part)
@@ -297,54 +280,6 @@ def _forward_backward(
     return sums, forward_seconds, backward_seconds
 
 
-def _summed(accelerator: Accelerator, sums: Sums, names: Sequence[str]) -> dict[str, float]:
-    """Add named sums over the ranks; a rank without examples in a batch lacks names, which count as 0. Collective."""
-    own = torch.tensor([sums.get(name, 0.0) for name in names], dtype=torch.float64)
-    total = accelerator.reduce(own.to(accelerator.device), "sum")
-    return dict(zip(names, total.tolist(), strict=True))
-
-
-@torch.no_grad()
-def _evaluate(
-    worker: Worker,
-    objective: Objective,
-    valid: ExampleSet,
-    sequences: list[batches.Sequence],
-    batch_size: int,
-    classifier: ClassifierConfig | None,
-) -> dict[str, float]:
-    """Measure the mean loss over the validation examples, and what the task measures beside it. Collective.
-
-    sequences: the longest first, so that memory that does not suffice shows at once. batch_size: over all workers.
-    """
-    accelerator, started = worker.accelerator, time.perf_counter()
-    label_ids = classification.label_ids(worker.tokenizer, classifier.label_tokens) if classifier else None
-    sums: Sums = collections.Counter()
-    predictions: list[tuple[list[float], int]] = []
-    worker.wrapped.eval()
-    for start in range(0, len(sequences), batch_size):
-        batch = sequences[start : start + batch_size]
-        [part] = batches.split_batch(batch, valid.tokens, accelerator.num_processes, 1)[accelerator.process_index]
-        measurement = objective.measure(worker.wrapped, valid.batch(part), valid.reference_of(part), label_ids)
-        sums.update({"loss": float(measurement.loss)})
-        sums.update({name: float(value) for name, value in measurement.sums.items()})
-        predictions += measurement.predictions
-    worker.wrapped.train()
-    units = objective.count_units(valid.tokens, np.arange(len(valid.tokens)))
-    totals = _summed(accelerator, sums, ("loss", *objective.metric_names))
-    means = {f"eval_{name}": total / units for name, total in totals.items()}
-    if objective.preference is None:  # the loss of a pair is no token's
-        means["perplexity"] = _perplexity(means["eval_loss"])
-    if classifier:
-        probabilities, truth = (np.array(column) for column in zip(*gather_object(predictions), strict=True))
-        means |= classification.scores(probabilities, truth, classifier.eval_metrics)
-    return {**means, "eval_time_per_epoch": time.perf_counter() - started}
-
-
-def _perplexity(loss: float) -> float:
-    return math.exp(min(loss, 700.0))  # above, exp overflows
-
-
 def _now(accelerator: Accelerator) -> float:
     """Read the clock once the device has finished its queue."""
     if accelerator.device.type == "cuda":
@@ -352,46 +287,11 @@ def _now(accelerator: Accelerator) -> float:
     return time.perf_counter()
 
 
-def _agreed(worker: Worker, since_state: float, since_report: float, run: Run) -> tuple[float, float, bool]:
-    """Take rank 0's clocks (seconds), and its word on whether to stop, so that all ranks decide alike."""
+def _agreed(accelerator: Accelerator, since_state: float, since_report: float, run: Run) -> tuple[float, float, bool]:
+    """Return rank 0's clocks (seconds) and whether to stop, so that all ranks decide alike. Collective."""
     own = [0.0, 0.0, 0.0]
-    if worker.accelerator.is_main_process:
+    if accelerator.is_main_process:
         own = [since_state, since_report, float(distributed.is_stop_requested(run.folder))]
-    if worker.accelerator.num_processes > 1:
-        own = worker.accelerator.reduce(torch.tensor(own, device=worker.accelerator.device), "sum").tolist()
+    if accelerator.num_processes > 1:
+        own = accelerator.reduce(torch.tensor(own, device=accelerator.device), "sum").tolist()
     return own[0], own[1], bool(own[2])
-
-
-def _keep_best(config: ResolvedConfig, run: Run, losses: dict[str, float | None]) -> str:
-    """Delete all but the best checkpoints; every rank learns the best one's name."""
-    uri = f"{run.uri}/{run.checkpoints.name}" if run.uri else None
-    with distributed.raised_everywhere():
-        return checkpoints.keep_best(run.checkpoints, losses, config.num_checkpoints_to_keep, uri)
-
-
-def _peak_memory(worker: Worker) -> list[int]:
-    """List each worker's peak: of GPU memory, or on a CPU of the process's resident memory (bytes)."""
-    if worker.accelerator.device.type == "cuda":
-        return _gathered(worker, torch.cuda.max_memory_allocated())
-    return _gathered(worker, hardware.resident_memory()[1])
-
-
-def _widest_step(train: Tokens, steps: list[list[batches.Sequence]], first: int, end: int) -> int:
-    """Return the index of the step with the longest sequence, from `first` on: the one that needs the most memory."""
-    return max(range(first, min(end, len(steps))), key=lambda k: max(train.lengths[s].sum() for s in steps[k]))
-
-
-def _measure_memory(worker: Worker) -> contextlib.AbstractContextManager[hardware.TensorMemory | None]:
-    """Measure the tensors of a step on a CPU; a GPU's allocator keeps this statistic by itself."""
-    if worker.accelerator.device.type == "cuda":
-        return contextlib.nullcontext()
-    # After a step, DDP's buckets are the only trace of the gradients, and Python does not see them.
-    has_buckets = worker.accelerator.num_processes > 1 and worker.deepspeed_engine is None
-    trained = [p for p in worker.model.parameters() if p.requires_grad and p.grad is None]
-    return hardware.TensorMemory(hidden=has_buckets * sum(p.numel() * p.element_size() for p in trained))
-
-
-def _gathered(worker: Worker, size: int) -> list[int]:
-    """List a number of every worker."""
-    shared = torch.tensor([size], dtype=torch.int64, device=worker.accelerator.device)
-    return worker.accelerator.gather(shared).tolist()

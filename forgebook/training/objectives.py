@@ -9,19 +9,34 @@ preference_tuning      DPO and its variants        pairs (a chosen and a rejecte
 
 from __future__ import annotations
 
+import math
+import time
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import nn
 
-from forgebook.config.blocks import PreferenceTuningConfig
+from forgebook.config.blocks import ClassifierConfig, PreferenceTuningConfig
+from forgebook.data import batching
 from forgebook.data.token_store import Tokens
+from forgebook.training import classification
 from forgebook.training.losses import IGNORED
 from forgebook.training.preference import METRICS, PairLogps, preference_loss, preference_metrics
 
-__all__ = ["Measurement", "Objective"]
+if TYPE_CHECKING:
+    from forgebook.training.reference import ExampleSet
+    from forgebook.training.setup import Worker
+
+__all__ = ["Measurement", "Objective", "evaluate", "perplexity", "summed"]
+
+# What a worker sums over its micro batches: the loss, tokens with padding, and what the task measures.
+Sums = Counter[str]
 
 
 @dataclass(frozen=True)
@@ -105,3 +120,55 @@ def _measure_pairs(
     with torch.no_grad():
         sums = {name: values.sum() for name, values in preference_metrics(pairs, preference.beta).items()}
     return Measurement(loss.sum(), sums, [])
+
+
+# Over all workers ---------------------------------------------------------------------------------------
+
+
+def summed(accelerator: Accelerator, sums: Sums, names: Sequence[str]) -> dict[str, float]:
+    """Add named sums over the ranks; a rank without examples in a batch lacks names, which count as 0. Collective."""
+    own = torch.tensor([sums.get(name, 0.0) for name in names], dtype=torch.float64)
+    total = accelerator.reduce(own.to(accelerator.device), "sum")
+    return dict(zip(names, total.tolist(), strict=True))
+
+
+@torch.no_grad()
+def evaluate(
+    objective: Objective,
+    worker: Worker,
+    valid: ExampleSet,
+    sequences: list[batching.Sequence],
+    batch_size: int,
+    classifier: ClassifierConfig | None,
+) -> dict[str, float]:
+    """Measure the mean loss over the validation examples, and what the task measures beside it. Collective.
+
+    sequences: the longest first, so that memory that does not suffice shows at once. batch_size: over all workers.
+    """
+    accelerator, started = worker.accelerator, time.perf_counter()
+    label_ids = classification.label_ids(worker.tokenizer, classifier.label_tokens) if classifier else None
+    sums: Sums = Counter()
+    predictions: list[tuple[list[float], int]] = []
+    worker.wrapped.eval()
+    for start in range(0, len(sequences), batch_size):
+        batch = sequences[start : start + batch_size]
+        [part] = batching.split_batch(batch, valid.tokens, accelerator.num_processes, 1)[accelerator.process_index]
+        measurement = objective.measure(worker.wrapped, valid.batch(part), valid.reference_of(part), label_ids)
+        sums.update({"loss": float(measurement.loss)})
+        sums.update({name: float(value) for name, value in measurement.sums.items()})
+        predictions += measurement.predictions
+    worker.wrapped.train()
+    units = objective.count_units(valid.tokens, np.arange(len(valid.tokens)))
+    totals = summed(accelerator, sums, ("loss", *objective.metric_names))
+    means = {f"eval_{name}": total / units for name, total in totals.items()}
+    if objective.preference is None:  # the loss of a pair is no token's
+        means["perplexity"] = perplexity(means["eval_loss"])
+    if classifier:
+        probabilities, truth = (np.array(column) for column in zip(*gather_object(predictions), strict=True))
+        means |= classification.scores(probabilities, truth, classifier.eval_metrics)
+    return {**means, "eval_time_per_epoch": time.perf_counter() - started}
+
+
+def perplexity(loss: float) -> float:
+    """Return exp(loss) of a mean loss per token."""
+    return math.exp(min(loss, 700.0))  # above, exp overflows

@@ -7,13 +7,22 @@ sums = EpochSums()            sums.add(step) after each step; sums.metrics(), su
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
+
+from forgebook.data import batching
 from forgebook.errors import TrainingError
+from forgebook.planning import hardware
 
-__all__ = ["EpochSums", "Step", "check_step"]
+if TYPE_CHECKING:
+    from forgebook.training.setup import Worker
+
+__all__ = ["EpochSums", "Step", "StepMemory", "check_step"]
 
 
 @dataclass(frozen=True)
@@ -128,3 +137,46 @@ class EpochSums:
 
 def _added(totals: dict[str, int], counts: dict[str, int]) -> dict[str, int]:
     return {kind: totals.get(kind, 0) + count for kind, count in counts.items()}
+
+
+class StepMemory:
+    """Measure the memory of the largest step that a process runs: the one with the longest sequence.
+
+    On a GPU the allocator keeps this statistic. On a CPU the tensors of that one step are measured, since the resident
+    memory of the process is mostly libraries.
+    """
+
+    def __init__(self, worker: Worker):
+        self._worker = worker
+        self._is_gpu = worker.accelerator.device.type == "cuda"
+        self._largest: int | None = None  # steps from the first one
+        self._count = 0
+        self._tensors: hardware.TensorMemory | None = None
+
+    def measured(
+        self, lengths: np.ndarray, steps: list[list[batching.Sequence]]
+    ) -> contextlib.AbstractContextManager[Any]:
+        """Return a context for the next step, which measures it if it is the largest.
+
+        lengths: of all examples. steps: the next one and those after it in its epoch.
+        """
+        if self._largest is None:
+            self._largest = max(range(len(steps)), key=lambda k: max(lengths[s].sum() for s in steps[k]))
+        self._count += 1
+        if self._is_gpu or self._count != self._largest + 1:
+            return contextlib.nullcontext()
+        # After a step, DDP's buckets are the only trace of the gradients, and Python does not see them.
+        has_buckets = self._worker.accelerator.num_processes > 1 and self._worker.deepspeed_engine is None
+        trained = [p for p in self._worker.model.parameters() if p.requires_grad and p.grad is None]
+        self._tensors = hardware.TensorMemory(has_buckets * sum(p.numel() * p.element_size() for p in trained))
+        return self._tensors
+
+    def step_peak(self) -> int:
+        """Return the bytes of tensors at the peak of the largest step; 0 where it was not measured."""
+        if self._is_gpu:
+            return torch.cuda.max_memory_allocated()
+        return self._tensors.peak if self._tensors else 0
+
+    def process_peak(self) -> int:
+        """Return the peak of GPU memory, or on a CPU of the process's resident memory (bytes)."""
+        return torch.cuda.max_memory_allocated() if self._is_gpu else hardware.resident_memory()[1]

@@ -1,19 +1,19 @@
 """Checkpoints are complete or absent, and what is saved is worth keeping."""
 
 import json
+import types
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import TINY_MODEL
-from forgebook.errors import CheckpointError
+from forgebook.errors import CheckpointError, ModelError
 from forgebook.models.adapters import add_lora
 from forgebook.models.load import load_model
 from forgebook.runs import atomic
 from forgebook.runs.run import Run
 from forgebook.training import checkpoints
-from forgebook.training.optimizers import AdamW
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_an_adapter_of_zeros_is_found(saved):
 
 
 def test_missing_tensors_are_found(saved):
-    with pytest.raises(CheckpointError, match=r"holds 8 tensors, 9 were to be saved"):
+    with pytest.raises(CheckpointError, match=r"holds 8 tensors instead of 9"):
         checkpoints.verify_checkpoint(saved, 9)
     (saved / "adapter_model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="holds 0 tensors"):
@@ -113,41 +113,112 @@ def test_an_unwritable_place_is_a_checkpoint_error(adapter, tokenizer, tmp_path)
     ],
 )
 def test_the_best_are_kept(tmp_path, losses, keep, kept):
+    run = Run(tmp_path)
     for name in losses:
-        (tmp_path / name).mkdir()
-    assert checkpoints.keep_best(tmp_path, losses, keep) == kept[0]
-    assert sorted(path.name for path in tmp_path.iterdir()) == kept
+        (run.checkpoints / name).mkdir(parents=True)
+    assert checkpoints.keep_best(run, losses, keep) == kept[0]
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == kept
 
 
-def test_training_state_comes_back(adapter, tmp_path):
-    trained = [p for p in adapter.parameters() if p.requires_grad]
-    optimizer = AdamW(trained, lr=0.1)
-    for p in trained:
-        p.grad = torch.ones_like(p)
-    optimizer.step()
-    checkpoints.save_resume(Run(tmp_path), {"step": 7, "note": "x"}, adapter, optimizer)
-    after_saving = torch.rand(3)
-    values = [p.detach().clone() for p in trained]
-    for p in trained:
-        p.data.zero_()
-    fresh = AdamW(trained, lr=0.1)
-    state, place = checkpoints.latest_resume(tmp_path / "resume")
-    checkpoints.load_resume(state, place, adapter, fresh)
-    assert place["step"] == 7 and place["note"] == "x"
-    assert all(torch.equal(p, v) for p, v in zip(trained, values, strict=True))
-    assert torch.equal(torch.rand(3), after_saving)
-    assert fresh.state_dict()["state"].keys() == optimizer.state_dict()["state"].keys()
+class Bucket:
+    """Record what `checkpoints` requests of a bucket."""
+
+    def __init__(self, monkeypatch):
+        self.requests = []
+        self.folders = ["epoch-1", "epoch-2", "epoch-3"]
+        monkeypatch.setattr(checkpoints, "worker_upload", self)
+        monkeypatch.setattr(checkpoints, "object_store", self)
+
+    def start_folder(self, uri):
+        self.requests.append(f"start {uri}")
+
+    def send_folder(self, folder, uri):
+        self.requests.append(f"send {uri}")
+        return {path.name: path.stat().st_size for path in folder.iterdir()}
+
+    def send_run_files(self, folder, uri):
+        self.requests.append(f"metrics {uri}")
+
+    def finish_folder(self, uri, manifest):
+        self.requests.append(f"finish {uri} {manifest}")
+
+    def list_folders(self, uri):
+        return self.folders
+
+    def remove_folder(self, uri):
+        self.requests.append(f"remove {uri}")
 
 
-def test_only_the_newest_complete_state_is_kept(adapter, tmp_path):
-    optimizer = AdamW([p for p in adapter.parameters() if p.requires_grad], lr=0.1)
-    for step in (9, 10):
-        checkpoints.save_resume(Run(tmp_path), {"step": step}, adapter, optimizer)
-    (tmp_path / "resume/step-11").mkdir()  # without its place: not complete
-    assert checkpoints.latest_resume(tmp_path / "resume")[0].name == "step-10"
-    assert not (tmp_path / "resume/step-9").exists()
+def test_a_folder_in_a_bucket_is_complete_once_all_of_it_and_its_metrics_are_there(tmp_path, monkeypatch):
+    bucket = Bucket(monkeypatch)
+    (tmp_path / "checkpoints/epoch-1").mkdir(parents=True)
+    (tmp_path / "checkpoints/epoch-1/weights").write_text("12345")
+    checkpoints.publish(Run(tmp_path), tmp_path / "checkpoints/epoch-1", "epoch-1")
+    assert bucket.requests == []  # a run without a bucket
+    checkpoints.publish(Run(tmp_path, uri="s3://b/run"), tmp_path / "checkpoints/epoch-1", "epoch-1")
+    uri = "s3://b/run/checkpoints/epoch-1"
+    assert bucket.requests == [
+        f"start {uri}", f"send {uri}", "metrics s3://b/run", f"finish {uri} {{'weights': 5}}",
+    ]  # fmt: skip
 
 
-def test_another_number_of_workers_is_refused(adapter, tmp_path):
-    with pytest.raises(CheckpointError, match=r"saved by 2 workers .* set num_devices=2"):
-        checkpoints.load_resume(tmp_path, {"world_size": 2}, adapter, None)
+def test_all_but_the_best_leave_the_bucket_too(tmp_path, monkeypatch):
+    bucket = Bucket(monkeypatch)
+    losses = {"epoch-1": 3.0, "epoch-2": 1.0, "epoch-3": 2.0}
+    assert checkpoints.keep_best(Run(tmp_path, uri="s3://b/run"), losses, 2) == "epoch-2"
+    assert bucket.requests == ["remove s3://b/run/checkpoints/epoch-1"]
+
+
+def test_a_save_is_tried_before_the_first_step(adapter, tokenizer, tmp_path):
+    untrained = add_lora(load_model(str(TINY_MODEL)), {"r": 2, "target_modules": ["q_proj"]})
+    checkpoints.try_save(untrained, tokenizer, tmp_path, copies=2)  # all zero, as every adapter before its first step
+    assert list(tmp_path.iterdir()) == []
+    for p in adapter.parameters():
+        p.data.fill_(float("nan"))
+    with pytest.raises(CheckpointError, match="NaN"):
+        checkpoints.try_save(adapter, tokenizer, tmp_path, copies=2)
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (
+            RuntimeError("basic_ios::clear: iostream error: No space left on device"),
+            r"the disk of .* is full: make room",
+        ),
+        (OSError(28, "No space left on device"), r"the disk of .* is full: make room"),
+        (PermissionError(13, "Permission denied", "x"), r"could not be written: .*Permission denied"),
+    ],
+)
+def test_a_failed_write_is_a_checkpoint_error(tmp_path, error, text):
+    """Libraries report a full disk in words of their own."""
+    with pytest.raises(CheckpointError, match=text), checkpoints.write_errors(tmp_path / "not" / "there"):
+        raise error
+
+
+def test_other_errors_of_a_write_stay_what_they_are(tmp_path):
+    with pytest.raises(ZeroDivisionError), checkpoints.write_errors(tmp_path):
+        raise ZeroDivisionError
+    with pytest.raises(ModelError), checkpoints.write_errors(tmp_path):
+        raise ModelError("as it is")
+
+
+def test_a_disk_with_no_room_is_full_whatever_the_error_says(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
+    with pytest.raises(CheckpointError, match="is full"), checkpoints.write_errors(tmp_path):
+        raise RuntimeError("unexpected pos 64 vs 0")
+
+
+@pytest.mark.parametrize("method", ["pissa", True])
+def test_the_start_of_an_adapter_that_changed_its_base_is_saved_and_read_again(tmp_path, method):
+    def make():
+        return add_lora(
+            load_model(str(TINY_MODEL)), {"r": 2, "target_modules": ["q_proj"], "init_lora_weights": method}
+        )
+
+    start = checkpoints.save_start(make(), tmp_path / "start.safetensors", is_resumed=False)
+    if method is True:
+        assert start is None and not (tmp_path / "start.safetensors").exists()
+        return
+    again = checkpoints.save_start(make(), tmp_path / "start.safetensors", is_resumed=True)
+    assert start.keys() == again.keys() and all(torch.equal(start[name], again[name]) for name in start)

@@ -88,6 +88,11 @@ def test_resuming_gives_the_same_run(make_config, method):
     assert [row["step"] for row in read_metrics(whole.metrics)][-1] == 4
     halves = fine_tune(halves)
     assert losses_of(halves) == losses_of(whole)
+    averages = [
+        [row["avg_train_loss_epoch"] for row in read_metrics(run.metrics) if "avg_train_loss_epoch" in row]
+        for run in (whole, halves)
+    ]
+    assert averages[0] == averages[1] and len(averages[0]) == 6  # interrupted in the middle of an epoch
     last = "checkpoints/step-4"
     names = sorted(path.name for path in (whole.folder / last).glob("*.safetensors"))
     for name in names:
@@ -282,7 +287,7 @@ def test_nothing_trainable_is_an_error(make_config, monkeypatch):
         fine_tune(make_config(lora_config=LORA))
 
 
-def test_a_full_disk_shows_in_the_rehearsal(make_config, monkeypatch):
+def test_a_full_disk_shows_before_the_first_step(make_config, monkeypatch):
     import shutil
 
     from forgebook.training import checkpoints

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import LORA, TINY_MODEL, losses_of
+from conftest import LORA, TINY_MODEL, fine_tune_until, losses_of
 from forgebook.data import masking
 from forgebook.launch.ray_train import fine_tune
 from forgebook.models.tokenizer import load_tokenizer
@@ -98,22 +98,8 @@ def test_a_continued_run_compares_with_the_same_reference(preferences, tmp_path)
     """The reference is kept beside the tokens: the moved weights are not taken for it."""
     straight = fine_tune(preferences(run_name="straight", num_epochs=2))
     config = preferences(run_name="halves", num_epochs=2)
-    from forgebook.training import checkpoints, loop
-
-    original, saves = checkpoints.save_resume, []
-
-    def stop_after_first(*arguments, **keywords):
-        original(*arguments, **keywords)
-        saves.append(1)
-        if len(saves) == 1:
-            raise KeyboardInterrupt
-
-    loop.checkpoints.save_resume = stop_after_first
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            fine_tune(config)
-    finally:
-        loop.checkpoints.save_resume = original
+    with pytest.raises(KeyboardInterrupt):
+        fine_tune_until(config, step=4)  # one step after the first state is saved
     assert losses_of(fine_tune(config)) == losses_of(straight)
 
 
