@@ -24,7 +24,7 @@ from forgebook.planning.token_count import Statistics
 
 if TYPE_CHECKING:
     from forgebook.catalog import Gpu, Shape
-    from forgebook.config.schema import FinetuneConfig
+    from forgebook.config.schema import FinetuneConfig, ResolvedConfig
 
 __all__ = [
     "Work",
@@ -65,28 +65,29 @@ class Work:
 
 
 def work_of(config: FinetuneConfig, data: Statistics) -> Work:
-    """Count what a run goes through. config: with its context length and batch size chosen."""
-    context = config.context_length
-    parts = [fit_length(length, context, config.truncation) for length in data.lengths]
-    lengths = [part.stop - part.start for part in parts if part is not None]
-    if not lengths:
-        raise ConfigError(f"context_length: {context} is shorter than every row, and truncation: drop leaves none")
-    micro = config.train_batch_size_per_device
+    """Count what a run processes. config: with its context length and batch size chosen.
+
+    Raises ConfigError if truncation leaves no example.
+    """
+    context, micro = config.context_length or 0, config.train_batch_size_per_device or 1
+    lengths = _cut_lengths(config, data)
     pairs = group_size(config.task)
     tokens = sum(lengths)
+    sequences: float = len(lengths) / pairs
     if config.padding == "packed":
-        sequences, positions, longest = math.ceil(tokens / context), tokens, context
+        sequences, positions = math.ceil(tokens / context), tokens
     elif config.padding == "max_length":
-        sequences, positions, longest = len(lengths) / pairs, context * len(lengths), context
+        positions = context * len(lengths)
     else:
         batches = [lengths[k : k + micro * pairs] for k in range(0, len(lengths), micro * pairs)]
-        sequences, positions, longest = len(lengths) / pairs, sum(max(b) * len(b) for b in batches), max(lengths)
-    epoch_steps = schedule.steps_per_epoch(sequences * data.scale, config.global_batch_size)
+        positions = sum(max(batch) * len(batch) for batch in batches)
+    per_step = micro * max(1, config.num_devices) * config.gradient_accumulation_steps
+    epoch_steps = schedule.steps_per_epoch(sequences * data.scale, per_step)
     epochs = config.num_epochs or schedule.epochs_for(config.min_update_steps, epoch_steps)
     total = schedule.total_steps(epochs, epoch_steps, config.max_steps)
     share = data.scale * total / epoch_steps
     mean = sum(length * length for length in lengths) / tokens
-    return Work(total, round(tokens * share), round(positions * share), longest, mean)
+    return Work(total, round(tokens * share), round(positions * share), longest_sequence(config, data), mean)
 
 
 def longest_sequence(config: FinetuneConfig, data: Statistics | None) -> int:
@@ -97,17 +98,28 @@ def longest_sequence(config: FinetuneConfig, data: Statistics | None) -> int:
 
 
 def _cut_lengths(config: FinetuneConfig, data: Statistics) -> list[int]:
-    """Cut the lengths of the examples, or leave examples out, as `truncation` says."""
+    """Return the lengths of the examples after truncation, without those that it drops."""
     context = config.context_length or 0
-    lengths = [min(length, context) for length in data.lengths if config.truncation != "drop" or length <= context]
+    parts = [fit_length(length, context, config.truncation) for length in data.lengths]
+    lengths = [part.stop - part.start for part in parts if part is not None]
     if not lengths:
         raise ConfigError(f"context_length: {context} is shorter than every example, and truncation: drop leaves none")
     return lengths
 
 
-def without_gaps(config: FinetuneConfig, shape: Shape, data: Statistics | None) -> FinetuneConfig:
-    """Choose what the config leaves open, as the run will: the context length, then the batch size."""
-    return config.resolve(**_open_sizes(config, shape, data))
+def without_gaps(config: FinetuneConfig, shape: Shape, data: Statistics | None) -> ResolvedConfig:
+    """Choose what the config leaves open, as the run will: context length, batch sizes and epochs.
+
+    Where the data is not counted, one epoch stands for the number that is not known.
+    """
+    config = config.resolve(**_open_sizes(config, shape, data))
+    epochs = config.num_epochs
+    if epochs is None and data is not None:
+        once = work_of(config.resolve(num_epochs=1, max_steps=None), data)
+        epochs = schedule.epochs_for(config.min_update_steps, once.steps)
+    evaluated = config.eval_batch_size_per_device or config.train_batch_size_per_device
+    run_name = config.run_name or "run"
+    return config.resolved(num_epochs=epochs or 1, eval_batch_size_per_device=evaluated, run_name=run_name)
 
 
 def _open_sizes(config: FinetuneConfig, shape: Shape, data: Statistics | None) -> dict[str, int]:
