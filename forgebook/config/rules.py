@@ -37,7 +37,7 @@ def _task_rule(block: str, task: str) -> Rule:
     return Rule(
         (block, "task"),
         lambda config, zero: getattr(config, block) is not None and config.task != task,
-        f"{block} sets task: {task}, which contradicts task, or another block that sets it",
+        f"{block} sets task: {task}, which contradicts the config's task",
         "remove one of them",
     )
 
