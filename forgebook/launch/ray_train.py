@@ -23,8 +23,9 @@ from rich.markup import escape
 
 from forgebook import ray_cluster as cluster
 from forgebook.config.blocks import needs_reference
-from forgebook.config.parse import FinetuneConfig, config_differences, dump_config, load_config
+from forgebook.config.parse import config_differences, dump_config, load_config
 from forgebook.config.rules import check_rules
+from forgebook.config.schema import FinetuneConfig, ResolvedConfig
 from forgebook.data import token_store
 from forgebook.errors import ForgebookError, ResourceError, StorageError, TrainingError, last_line
 from forgebook.models import adapters
@@ -69,8 +70,8 @@ def fine_tune(config: FinetuneConfig) -> Run:
     if config.is_default:
         print_choices(output, prepared)
         _refuse_impossible(prepared.config, run)
-    config = prepared.config
-    is_overwritten = config.on_existing == "overwrite"
+    resolved = prepared.config
+    is_overwritten = resolved.on_existing == "overwrite"
     if run.config.exists() and not is_overwritten:
         _check_same(run, prepared)
         if run.is_complete:
@@ -79,25 +80,22 @@ def fine_tune(config: FinetuneConfig) -> Run:
             output.print(f"{run.place} is complete already (on_existing=overwrite runs it again)")
             print_summary(output, run)
             return run
-    told, note = preflight.plan_run(prepared)
-    worries = preflight.check_plan(told, run.folder, force=config.force) if told else []
+    plan, note = preflight.plan_run(prepared)
+    warnings = preflight.check_plan(plan, run.folder, force=resolved.force) if plan else []
     if is_overwritten:
         storage.remove_run(run)
-    _write_run(run, prepared, told)
+    _write_run(run, prepared, plan)
     print_run(output, run, prepared)
-    print_plan(output, told, [*worries, *filter(None, [note])])
+    print_plan(output, plan, [*warnings, *filter(None, [note])])
     with (
         consoles.quiet_descriptors(run.logs / "driver.log") as live,
         contextlib.ExitStack() as uploads,
-        trackers.tracking(config, run, live.print),
+        trackers.tracking(resolved, run, live.print),
     ):
         try:
             with consoles.show_progress(run.logs / "progress.jsonl", live):
-                if config.num_devices == 0:
-                    uploads.enter_context(upload.uploading(run.folder, run.uri, _warner(live)))
-                    result = _run_here(config, run)
-                else:
-                    result = _run_on_ray(config, run, live, uploads)
+                run_loop = _run_on_ray if resolved.num_devices else _run_here
+                result = run_loop(resolved, run, live, uploads)
         except ForgebookError:
             raise
         except Exception as error:
@@ -105,7 +103,7 @@ def fine_tune(config: FinetuneConfig) -> Run:
                 f"training failed: {last_line(error)}\n{consoles.last_lines(run.logs)}\n"
                 f"The logs are in {run.logs}; the same command continues from the last complete state"
             ) from error
-        note = write_summary(run, config, told, result, time.perf_counter() - started)
+        note = write_summary(run, resolved, plan, result, time.perf_counter() - started)
     print_summary(output, run)
     if note:
         output.print(f"  [yellow]{escape(note)}[/yellow]")
@@ -126,7 +124,7 @@ def _refuse_impossible(config: FinetuneConfig, run: Run) -> None:
 
 
 def _check_same(run: Run, prepared: Prepared) -> None:
-    """Raise StorageError unless an existing run folder was made by this config and this data."""
+    """Raise StorageError unless an existing run folder has this config and this data."""
     earlier = load_config(run.config)
     differences = config_differences(earlier, prepared.config)
     if differences:
@@ -166,8 +164,8 @@ def _check_devices(config: FinetuneConfig) -> None:
         )
 
 
-def _write_run(run: Run, prepared: Prepared, told: Plan | None) -> None:
-    """Make the run folder: config, data report, plan and tokens."""
+def _write_run(run: Run, prepared: Prepared, plan: Plan | None) -> None:
+    """Write the run folder: config, data report, plan and tokens."""
     try:
         run.folder.mkdir(parents=True, exist_ok=True)
         run.config.write_text(dump_config(prepared.config))  # first: it makes the folder a run's
@@ -177,23 +175,25 @@ def _write_run(run: Run, prepared: Prepared, told: Plan | None) -> None:
         if prepared.valid is not None:
             token_store.save_view(prepared.valid, run.tokens / "valid.npz")
         atomic.write_json(run.data_report, prepared.report)
-        if told:
-            atomic.write_json(run.plan, plan_as_json(told))
+        if plan:
+            atomic.write_json(run.plan, plan_as_json(plan))
     except OSError as error:
-        raise StorageError(f"{run.folder} cannot be written: {error}: set storage_path to another place") from None
+        raise StorageError(f"{run.folder} cannot be written: {error}: set storage_path to another location") from None
 
 
 # The workers ------------------------------------------------------------------------------------------
 
 
-def _run_here(config: FinetuneConfig, run: Run) -> dict[str, Any]:
+def _run_here(config: ResolvedConfig, run: Run, output: Console, uploads: contextlib.ExitStack) -> dict[str, Any]:
+    """Run the loop in this process; uploads: as for `_run_on_ray`."""
     from forgebook.training.loop import train_loop
 
+    uploads.enter_context(upload.uploading(run.folder, run.uri, _warner(output)))
     with distributed.handle_sigterm(run.folder):
         return train_loop(config, Run(run.folder))
 
 
-def _run_on_ray(config: FinetuneConfig, run: Run, output: Console, uploads: contextlib.ExitStack) -> dict[str, Any]:
+def _run_on_ray(config: ResolvedConfig, run: Run, output: Console, uploads: contextlib.ExitStack) -> dict[str, Any]:
     """Run the loop in one Ray Train worker per device; failed workers are restarted and continue.
 
     uploads: where the upload of the run's folder to its bucket is entered, to end when the summary is written.
@@ -230,7 +230,7 @@ def _run_on_ray(config: FinetuneConfig, run: Run, output: Console, uploads: cont
     return result
 
 
-def _make_job(config: FinetuneConfig, run: Run, per_worker: dict[str, float]) -> Job:
+def _make_job(config: ResolvedConfig, run: Run, per_worker: dict[str, float]) -> Job:
     """Decide where the workers save: in the run's folder if all machines see it, else in its bucket.
 
     Raises StorageError if some machine does not see the folder and there is no bucket.
@@ -238,13 +238,12 @@ def _make_job(config: FinetuneConfig, run: Run, per_worker: dict[str, float]) ->
     from forgebook.launch import ray_worker
 
     job = ray_worker.Job(config, run, uuid.uuid4().hex, str(Path.cwd()))
+    job.write_mark()
     if not cluster.is_joined():
-        job.write_mark()
         return job
     # Shards in this machine's cache are in no other's.
     for view in run.tokens.glob("*.npz"):
         token_store.collect_shards(view, run.tokens / "shards")
-    job.write_mark()
     see = functools.partial(ray_worker.sees_folder, run.folder, job.mark)
     blind = cluster.machines_without(see, per_worker)
     if blind and run.uri is None:
@@ -289,7 +288,7 @@ def _fit(job: Job, use_gpu: bool, per_worker: dict[str, float], output: Console)
         ),
     )
     if _scorers(config):
-        output.print("[dim]starting the workers that score the reference[/dim]")
+        output.print("[dim]starting the workers of the reference model[/dim]")
         reference.start_stage(config, run)
     _forget_earlier(file_system, path)
     try:
@@ -310,7 +309,7 @@ def _forget_earlier(file_system: FileSystem, path: str) -> None:
 
 
 def _resources_per_worker(config: FinetuneConfig, use_gpu: bool, cluster: dict[str, float]) -> dict[str, float]:
-    """Give a worker one GPU, or its share of the cores; and what worker_resources asks for beside."""
+    """Give a worker one GPU, or its share of the cores; and what worker_resources adds."""
     # A cluster of CPUs is shared out evenly: torch uses as many threads as the worker has cores.
     cores = int(cluster.get("CPU", 1)) - _scorers(config)
     base = {"GPU": 1, "CPU": 1} if use_gpu else {"CPU": max(1, cores // config.num_devices)}
@@ -318,7 +317,7 @@ def _resources_per_worker(config: FinetuneConfig, use_gpu: bool, cluster: dict[s
 
 
 def _scorers(config: FinetuneConfig) -> int:
-    """Count the workers beside the training ones, one core each: those that score the reference of preferences."""
+    """Count the workers, one core each, that compute the reference's log-probabilities beside the training workers."""
     preference = config.preference_tuning_config
     if preference is None or not needs_reference(preference.loss) or not preference.logprob_processor_scaling_config:
         return 0
@@ -326,7 +325,7 @@ def _scorers(config: FinetuneConfig) -> int:
 
 
 def _check_cluster(workers: int, each: dict[str, float], total: dict[str, float], free: dict[str, float]) -> None:
-    """Raise ResourceError if the cluster could never hold the workers; Ray would wait for ever."""
+    """Raise ResourceError if the cluster could never hold the workers; Ray would wait forever."""
     short = {name: amount * workers for name, amount in each.items() if amount * workers > total.get(name, 0)}
     if short:
         needs = ", ".join(f"{amount:g} {name}" for name, amount in short.items())

@@ -22,7 +22,7 @@ import ray.train
 from pyarrow import fs
 from ray.train import Checkpoint, CheckpointUploadMode, UserCallback
 
-from forgebook.config.schema import FinetuneConfig
+from forgebook.config.schema import ResolvedConfig
 from forgebook.errors import ForgebookError, StorageError
 from forgebook.runs import object_store, worker_upload
 from forgebook.runs.download import cache_folder
@@ -41,7 +41,7 @@ class Job:
     mark: what the run folder's MARK holds, new for each start. through_bucket: not all machines see the folder.
     """
 
-    config: FinetuneConfig
+    config: ResolvedConfig
     run: Run
     mark: str
     working_directory: str
