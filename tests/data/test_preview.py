@@ -1,5 +1,6 @@
-"""Rows shown as they will be trained."""
+"""Examples shown as the model will see them, truncated as the run truncates them."""
 
+import html
 import json
 
 import pytest
@@ -8,7 +9,7 @@ from conftest import chat, uneven_rows
 from forgebook.cli.main import main
 from forgebook.data.chat_template import render
 from forgebook.data.masking import encode
-from forgebook.data.preview import example_as_json, pieces_of, preview_examples, show
+from forgebook.data.preview import example_as_json, pieces_of, preview_examples, show, show_example
 from forgebook.errors import DataError
 from forgebook.planning.prepare import prepare
 from forgebook.runs.run import open_run
@@ -46,6 +47,51 @@ def test_truncation_is_shown(make_config, write_rows, truncation, tokens, note):
     assert note in row.note and (tokens is None or len(row.encoded.input_ids) == tokens)
 
 
+LONG = "where is the lamp of Maria near the old door "
+QUESTIONS = [chat(LONG * repeats, "on the table") for repeats in (1, 8, 2)]
+
+
+@pytest.mark.parametrize(
+    ("truncation", "kept", "notes"),
+    [
+        ("drop", [0, 2], ["", "dropped", ""]),
+        ("right", [0, 2], ["", "dropped", ""]),
+        ("left", [0, 1, 2], ["", "cut", ""]),
+    ],
+)
+def test_a_preview_truncates_as_the_run_does(make_config, write_rows, truncation, kept, notes):
+    """An answer beyond the context leaves nothing of the loss: the run drops that example, and so says the preview."""
+    config = make_config(train_path=write_rows(QUESTIONS), context_length=40, truncation=truncation)
+    previewed = preview_examples(config, 3)
+    train = prepare(config, open_run(config)).train
+    assert [example.note.partition(",")[0].partition(" from")[0] for example in previewed] == notes
+    assert [previewed[k].encoded.input_ids for k in kept] == [train.example(k)[0].tolist() for k in range(len(train))]
+    assert [previewed[k].encoded.loss_mask for k in kept] == [train.example(k)[1].tolist() for k in range(len(train))]
+
+
+def test_a_pair_is_dropped_as_one(make_config, write_rows):
+    pair = {"chosen": chat("q", LONG * 8)["messages"], "rejected": chat("q", "a")["messages"]}
+    rows = write_rows([pair, {**pair, "chosen": chat("q", "b")["messages"]}])
+    config = make_config(
+        train_path=rows, valid_path=None, task="preference_tuning", context_length=40, truncation="drop"
+    )
+    chosen, rejected, *others = preview_examples(config, 4)
+    assert chosen.note.startswith("dropped, longer than context_length 40")
+    assert rejected.note == "dropped with the other answer of its pair"
+    assert [example.note for example in others] == ["", ""]
+    prepared = prepare(config, open_run(config))
+    assert len(prepared.train) == 2
+    assert (prepared.report["train"]["rows_cut"], prepared.report["train"]["rows_dropped"]) == (0, 2)
+
+
+def test_show_example_follows_the_model_or_the_config(make_config, tmp_path):
+    messages = chat("Where?", "On the table.")["messages"]
+    chat_format = {"system": "S{instruction}", "user": "U{instruction}", "assistant": "A{instruction}<|end|>"}
+    make_config(generation_config={"prompt_format": chat_format})
+    assert "<|user|>" in html.unescape(show_example(messages, "tiny").data)
+    assert "UWhere?" in html.unescape(show_example(messages, tmp_path / "run.yaml").data)
+
+
 def test_bad_rows_are_told(make_config, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"messages": []}')
     with pytest.raises(DataError, match=r"bad\.jsonl:1: messages is \[\]; expected a non-empty list"):
@@ -72,9 +118,9 @@ def test_the_verb(make_config, tmp_path, capsys):
 
 def test_show_highlights_the_tokens_in_the_loss(tokenizer):
     messages = chat("Where?", "On the table.")["messages"]
-    html = show(encode(messages, tokenizer), tokenizer).data
-    assert html.count('background:#2e7d3244;">On the table.</span>') == 1 and "&lt;|end|&gt;" in html
-    assert f"{sum(encode(messages, tokenizer).loss_mask)} of" in html
+    page = show(encode(messages, tokenizer), tokenizer).data
+    assert page.count('background:#2e7d3244;">On the table.</span>') == 1 and "&lt;|end|&gt;" in page
+    assert f"{sum(encode(messages, tokenizer).loss_mask)} of" in page
 
 
 def test_pieces_join_to_the_text(tokenizer):

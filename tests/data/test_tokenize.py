@@ -1,11 +1,14 @@
-"""Reading rows, refusing bad ones, and making tokens of them."""
+"""Examples read, bad rows rejected, tokens cached, one progress bar over all sources."""
 
+import hashlib
 import json
 
+import pyarrow as pa
 import pytest
 
 from conftest import chat
-from forgebook.data import tokenize
+from forgebook.config.parse import PromptFormat
+from forgebook.data import readers, tokenize
 from forgebook.data.row_formats import Example
 from forgebook.errors import DataError, StorageError
 
@@ -95,9 +98,89 @@ def test_an_empty_answer_still_has_its_end_of_turn_token_in_the_loss(tokenizer):
 
 def test_an_example_without_a_token_in_the_loss_is_rejected(tokenizer):
     """Peers' point 1."""
-    from forgebook.config.parse import PromptFormat
-
     silent = PromptFormat(system="{instruction}", user="{instruction}", assistant="{instruction}")
     rows = [Example("f:7", messages=chat("q", "")["messages"])]
     [error] = tokenize.encode_examples(rows, tokenizer, tokenize.EncodingOptions(prompt_format=silent))
     assert isinstance(error, DataError) and "f:7: no token of this example is in the loss" in str(error)
+
+
+# The cache --------------------------------------------------------------------------------------------
+
+CALL = {"type": "function", "function": {"name": "find", "arguments": {"city": "Rome"}}}
+# A row of each format, and of everything else that changes tokens.
+GOLDEN = [
+    chat("Where is the lamp?", "On the table."),
+    chat("What is <|end|>?", "<|end|> ends a turn.", system=None),
+    {"conversations": [{"from": "human", "value": "Where?"}, {"from": "gpt", "value": "Here."}], "system": "Be short."},
+    {"instruction": "Add.", "input": "1 and 2", "output": "3"},
+    {"prompt": "The lamp is", "completion": " on the table."},
+    {"messages": [*chat("a?", "A.")["messages"], *chat("b?", "B.", system=None)["messages"]]},
+    {"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So.", "thinking": "Hm."}]},
+    {
+        "messages": [
+            {"role": "user", "content": "Rome?"},
+            {"role": "assistant", "content": None, "tool_calls": [CALL]},
+            {"role": "tool", "content": "found"},
+            {"role": "assistant", "content": "Found."},
+        ],
+        "tools": [{"type": "function", "function": {"name": "find", "parameters": {"type": "object"}}}],
+    },
+]
+FORMAT = PromptFormat(system="S{instruction}", user="U{system}{instruction}", assistant="A{instruction}<|end|>")
+
+
+def test_cached_tokens_are_those_of_this_code(tmp_path, write_rows, tokenizer):
+    """Cached tokens are named by CACHE_VERSION: with it older tokens would pass for those of changed code."""
+    sources = readers.find_sources(write_rows([*GOLDEN, {"text": "The lamp."}]))
+    digest = hashlib.sha256()
+    for options in (
+        tokenize.EncodingOptions(),
+        tokenize.EncodingOptions(train_on="last"),
+        tokenize.EncodingOptions("causal_lm"),
+        tokenize.EncodingOptions(prompt_format=FORMAT),
+    ):
+        tokens, notes = tokenize.tokenize(sources, tokenizer, options, tmp_path)
+        [shard] = {file for file, _ in tokens.files}
+        digest.update(repr(pa.ipc.open_file(shard).read_all().to_pydict()).encode())
+        digest.update(repr((notes.rows, notes.turns, notes.formats, notes.ignored)).encode())
+    golden = (1, "7ecc5c9e8c4d9709")
+    assert (tokenize.CACHE_VERSION, digest.hexdigest()[:16]) == golden, (
+        "the tokens of the same rows, or their shards, changed: bump CACHE_VERSION and re-pin"
+    )
+
+
+def test_the_cache_version_names_cached_tokens(tmp_path, write_rows, tokenizer, monkeypatch):
+    sources = readers.find_sources(write_rows(GOLDEN))
+    tokenize.tokenize(sources, tokenizer, tokenize.EncodingOptions(), tmp_path)
+    monkeypatch.setattr(tokenize, "CACHE_VERSION", tokenize.CACHE_VERSION + 1)
+    tokenize.tokenize(sources, tokenizer, tokenize.EncodingOptions(), tmp_path)
+    assert len(list(tmp_path.glob("*/notes.json"))) == 2
+
+
+def test_progress_counts_the_chunks_of_all_sources(tmp_path, write_rows, tokenizer, monkeypatch):
+    monkeypatch.setattr(readers, "CHUNK_BYTES", 400)
+    paths = [write_rows([chat(f"{name} {k}", "a") for k in range(9)], f"{name}.jsonl") for name in ("x", "y")]
+    sources = readers.find_sources(paths)
+    expected = sum(len(readers.split_source(source.uri)) for source in sources)
+    calls = []
+    for _ in range(2):
+        tokens, _ = tokenize.tokenize(
+            sources, tokenizer, tokenize.EncodingOptions(), tmp_path, on_progress=lambda *call: calls.append(call)
+        )
+    assert expected >= 6 and calls == [(k, expected) for k in range(1, expected + 1)]  # nothing for cached tokens
+    assert [tokens.where(k) for k in (0, 8, 9, 17)] == ["x.jsonl:1", "x.jsonl:9", "y.jsonl:1", "y.jsonl:9"]
+
+
+def test_weights_repeat_and_sample_the_examples_of_a_source(tmp_path, write_rows, tokenizer):
+    paths = [write_rows([chat(f"{name}{k}", "a") for k in range(10)], f"{name}.jsonl") for name in ("x", "y")]
+    sources = [readers.Source(paths[0], 2.0), readers.Source(paths[1], 0.5)]
+    tokens, notes = tokenize.tokenize(sources, tokenizer, tokenize.EncodingOptions(), tmp_path)
+    names = [tokens.where(k)[0] for k in range(len(tokens))]
+    assert names.count("x") == 20 and names.count("y") == 5 and notes.rows == 20
+
+
+def test_a_classification_example_has_its_label_alone_in_the_loss(tokenizer):
+    options = tokenize.EncodingOptions("classification", labels=("<|user|>",))
+    examples = [Example("f:1", messages=chat("q", "x")["messages"])]
+    [error] = tokenize.encode_examples(examples, tokenizer, options)
+    assert "no token of this example is in the loss" in str(error)

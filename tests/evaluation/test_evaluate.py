@@ -95,6 +95,22 @@ def test_perplexity_is_that_of_the_training_loop(by_heart):
     assert score.difference.p < 0.01 and found.mistakes == []
 
 
+@pytest.mark.parametrize("truncation", ["error", "left", "right"])
+def test_perplexity_truncates_as_the_run_does(learn, write_rows, truncation):
+    """An answer beyond the context: cut to its end, as in training, or left out and reported."""
+    short = [chat("where is the lamp", "on the table") for _ in range(4)]
+    long = [*short, chat("where is the lamp of Maria near the old door " * 8, "on the table")]
+    trained = short if truncation == "error" else long
+    run = learn(f"cut-{truncation}", trained, num_epochs=1, context_length=40, truncation=truncation)
+    evaluation = evaluate(run, path=write_rows(long, "long.jsonl"), metric="perplexity")
+    left_out = 0 if truncation == "left" else 1
+    assert (evaluation.rows, evaluation.left_out) == (5 - left_out, left_out)
+    assert evaluation.summary().get("rows_left_out", 0) == left_out
+    assert ("1 left out" in results.figure_lines(evaluation)[0]) == bool(left_out)
+    logged = min(row["eval_loss"] for row in read_metrics(run.metrics) if "eval_loss" in row)
+    assert evaluation.scores[0].after.value == pytest.approx(np.exp(logged), rel=1e-4)
+
+
 def test_the_judge_sees_both_orders(by_heart, held_out, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "none")
 
