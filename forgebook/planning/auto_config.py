@@ -26,7 +26,7 @@ from forgebook.data.batching import group_size, padding_in
 from forgebook.data.row_formats import parse_row
 from forgebook.errors import DataError, ModelError, ResourceError
 from forgebook.planning import schedule
-from forgebook.planning.feasibility import capacity, cheapest_change, fit, work_of
+from forgebook.planning.feasibility import capacity, cheapest_change, fit, longest_sequence
 from forgebook.planning.memory import memory_of
 from forgebook.planning.token_count import Statistics
 
@@ -197,10 +197,9 @@ def _choose_padding(config: FinetuneConfig, data: Statistics | None) -> Finetune
 def _padding_share(lengths: tuple[int, ...]) -> float:
     """Estimate the share of padding in batches of examples that are grouped by length, some thousand at a time."""
     parts = (lengths[start : start + SORTED_EXAMPLES] for start in range(0, len(lengths), SORTED_EXAMPLES))
+    ordered = (np.sort(part) for part in parts)
     return padding_in(
-        np.array(ordered[k : k + EXAMPLES_PER_BATCH])
-        for ordered in map(sorted, parts)
-        for k in range(0, len(ordered), EXAMPLES_PER_BATCH)
+        part[k : k + EXAMPLES_PER_BATCH] for part in ordered for k in range(0, len(part), EXAMPLES_PER_BATCH)
     )
 
 
@@ -225,7 +224,7 @@ def _choose_batch(
         fitted = _without_gpu(config, shape, data, fixed)
     else:
         fitted = _on_gpus(config, shape, hardware, data, fixed)
-    workers, length = max(1, fitted.num_devices), _longest(fitted, data)
+    workers, length = max(1, fitted.num_devices), longest_sequence(fitted, data)
     need = memory_of(fitted, shape, workers=workers, length=length, on_gpu=hardware is not None)
     memory = f"{need.total / 1e9:,.1f} GB" + (f" of {capacity(hardware[1]) / 1e9:,.1f} per GPU" if hardware else "")
     only_way = f"it does not fit otherwise: {memory}"
@@ -238,10 +237,6 @@ def _choose_batch(
     }
     fitted = fitted.explained({key: reason for key, reason in reasons.items() if key not in fixed})
     return take(fitted, "eval_batch_size_per_device", fitted.train_batch_size_per_device, "what fits in training")
-
-
-def _longest(config: FinetuneConfig, data: Statistics | None) -> int:
-    return work_of(config, data).longest if data else _chosen(config.context_length)
 
 
 def _first_batch(config: FinetuneConfig, data: Statistics | None) -> tuple[int, int, str]:
@@ -265,8 +260,8 @@ def _without_gpu(config: FinetuneConfig, shape: Shape, data: Statistics | None, 
     config = take(config, "deepspeed", None, "")
     if config.padding == "longest" and data and data.longest <= EAGER_TOKENS:
         config = take(config, "attention", "eager", "fastest on CPU for short sequences")
-    fitted = fit(config, shape, (max(1, config.num_devices), LAPTOP), data, fixed | {"deepspeed"})
-    return fitted or config.resolve(gradient_checkpointing=True)
+    laptop = (max(1, config.num_devices), LAPTOP)
+    return fit(config, shape, laptop, data, fixed | {"deepspeed"}) or config.resolve(gradient_checkpointing=True)
 
 
 def _on_gpus(
@@ -282,7 +277,7 @@ def _on_gpus(
         offloads = fitted.deepspeed is not None and "offload" in fitted.deepspeed.config_path
         if not (offloads and fitted.dtype == "float32" and not gpu.bfloat16):
             return fitted.explained({"dtype": reason}) if "dtype" not in fixed else fitted
-    changes, _ = cheapest_change(config, shape, workers, _longest(config, data), gpu)
+    changes, _ = cheapest_change(config, shape, workers, longest_sequence(config, data), gpu)
     fix = f"try {' '.join(changes)}" if changes else "use more or larger GPUs"
     raise ResourceError(f"{config.model_id} does not fit {workers}x{gpu.name} with the values of the config: {fix}")
 
@@ -341,9 +336,6 @@ def _choose_learning_rate(config: FinetuneConfig, catalog: Catalog) -> FinetuneC
     if config.task == "preference_tuning":
         rate, reason = rate * PREFERENCE_SHARE, f"{reason}; a twentieth for preference pairs"
     return take(config, "learning_rate", rate, reason)
-
-
-# The choices, with their reasons ------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

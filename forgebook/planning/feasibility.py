@@ -25,6 +25,7 @@ from forgebook.planning.token_count import Statistics
 if TYPE_CHECKING:
     from forgebook.catalog import Gpu, Shape
     from forgebook.config.schema import FinetuneConfig, ResolvedConfig
+    from forgebook.data.token_store import Truncation
 
 __all__ = [
     "Work",
@@ -64,43 +65,45 @@ class Work:
     mean: float
 
 
-def work_of(config: FinetuneConfig, data: Statistics) -> Work:
-    """Count what a run processes. config: with its context length and batch size chosen.
-
-    Raises ConfigError if truncation leaves no example.
-    """
-    context, micro = config.context_length or 0, config.train_batch_size_per_device or 1
-    lengths = _cut_lengths(config, data)
-    pairs = group_size(config.task)
+def work_of(config: ResolvedConfig, data: Statistics) -> Work:
+    """Count what a run processes. Raises ConfigError if truncation leaves no example."""
+    context, lengths = config.context_length, _cut_lengths(config.context_length, config.truncation, data)
     tokens = sum(lengths)
-    sequences: float = len(lengths) / pairs
+    longest = max(lengths) if config.padding == "longest" else context
     if config.padding == "packed":
-        sequences, positions = math.ceil(tokens / context), tokens
+        positions = tokens
     elif config.padding == "max_length":
         positions = context * len(lengths)
     else:
-        batches = [lengths[k : k + micro * pairs] for k in range(0, len(lengths), micro * pairs)]
+        size = config.train_batch_size_per_device * group_size(config.task)
+        batches = [lengths[k : k + size] for k in range(0, len(lengths), size)]
         positions = sum(max(batch) * len(batch) for batch in batches)
-    per_step = micro * max(1, config.num_devices) * config.gradient_accumulation_steps
-    epoch_steps = schedule.steps_per_epoch(sequences * data.scale, per_step)
-    epochs = config.num_epochs or schedule.epochs_for(config.min_update_steps, epoch_steps)
-    total = schedule.total_steps(epochs, epoch_steps, config.max_steps)
-    share = data.scale * total / epoch_steps
+    epoch_steps = _epoch_steps(config, context, data)
+    steps = schedule.total_steps(config.num_epochs, epoch_steps, config.max_steps)
+    share = data.scale * steps / epoch_steps
     mean = sum(length * length for length in lengths) / tokens
-    return Work(total, round(tokens * share), round(positions * share), longest_sequence(config, data), mean)
+    return Work(steps, round(tokens * share), round(positions * share), longest, mean)
+
+
+def _epoch_steps(config: FinetuneConfig, context: int, data: Statistics) -> int:
+    """Count the optimizer steps of an epoch. config: with its batch size chosen."""
+    lengths = _cut_lengths(context, config.truncation, data)
+    is_packed = config.padding == "packed"
+    sequences = math.ceil(sum(lengths) / context) if is_packed else len(lengths) / group_size(config.task)
+    return schedule.steps_per_epoch(sequences * data.scale, config.global_batch_size)
 
 
 def longest_sequence(config: FinetuneConfig, data: Statistics | None) -> int:
     """Count the tokens of the longest sequence in a batch. config: with its context length chosen."""
-    if data is None or config.padding != "longest":
-        return config.context_length or 0
-    return max(_cut_lengths(config, data))
-
-
-def _cut_lengths(config: FinetuneConfig, data: Statistics) -> list[int]:
-    """Return the lengths of the examples after truncation, without those that it drops."""
     context = config.context_length or 0
-    parts = [fit_length(length, context, config.truncation) for length in data.lengths]
+    if data is None or config.padding != "longest":
+        return context
+    return max(_cut_lengths(context, config.truncation, data))
+
+
+def _cut_lengths(context: int, truncation: Truncation, data: Statistics) -> list[int]:
+    """Cut the lengths of the examples, or leave examples out, as `truncation` says."""
+    parts = (fit_length(length, context, truncation) for length in data.lengths)
     lengths = [part.stop - part.start for part in parts if part is not None]
     if not lengths:
         raise ConfigError(f"context_length: {context} is shorter than every example, and truncation: drop leaves none")
@@ -108,18 +111,20 @@ def _cut_lengths(config: FinetuneConfig, data: Statistics) -> list[int]:
 
 
 def without_gaps(config: FinetuneConfig, shape: Shape, data: Statistics | None) -> ResolvedConfig:
-    """Choose what the config leaves open, as the run will: context length, batch sizes and epochs.
+    """Choose what the config leaves open, as the run will: context length, batch sizes, epochs.
 
-    Where the data is not counted, one epoch stands for the number that is not known.
+    If the data is not counted, num_epochs may be 1 for want of a better number: no figure of a plan depends on it.
     """
-    config = config.resolve(**_open_sizes(config, shape, data))
+    sizes = _open_sizes(config, shape, data)
+    sized = config.resolve(**sizes)
     epochs = config.num_epochs
     if epochs is None and data is not None:
-        once = work_of(config.resolve(num_epochs=1, max_steps=None), data)
-        epochs = schedule.epochs_for(config.min_update_steps, once.steps)
-    evaluated = config.eval_batch_size_per_device or config.train_batch_size_per_device
-    run_name = config.run_name or "run"
-    return config.resolved(num_epochs=epochs or 1, eval_batch_size_per_device=evaluated, run_name=run_name)
+        epochs = schedule.epochs_for(config.min_update_steps, _epoch_steps(sized, sizes["context_length"], data))
+    return sized.resolved(
+        eval_batch_size_per_device=config.eval_batch_size_per_device or sizes["train_batch_size_per_device"],
+        num_epochs=epochs or 1,
+        run_name=config.run_name or "run",
+    )
 
 
 def _open_sizes(config: FinetuneConfig, shape: Shape, data: Statistics | None) -> dict[str, int]:
