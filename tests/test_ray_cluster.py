@@ -13,7 +13,7 @@ from conftest import LORA, REPOSITORY, losses_of, uneven_rows
 from forgebook import ray_cluster
 from forgebook.errors import ConfigError
 from forgebook.launch.ray_train import fine_tune
-from forgebook.planning.hardware import found_hardware
+from forgebook.planning.hardware import local_hardware
 from forgebook.runs import object_store
 from forgebook.runs.atomic import read_json
 from forgebook.runs.metrics import read_metrics
@@ -223,9 +223,9 @@ def test_only_a_cluster_of_others_is_joined(elsewhere, monkeypatch, address, is_
     assert ray_cluster.is_joined() == is_joined
     if is_joined:
         with pytest.raises(ConfigError, match="the run goes to a Ray cluster"):
-            found_hardware()
+            local_hardware()
     else:
-        found_hardware()
+        local_hardware()
 
 
 def test_the_environment_counts_more_than_the_file(monkeypatch):
