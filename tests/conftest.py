@@ -3,6 +3,7 @@
 import json
 import os
 import tempfile
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,27 @@ def make_config(tmp_path, write_rows):
         return load_config(path)
 
     return make
+
+
+@pytest.fixture
+def write_yaml(tmp_path):
+    """Write YAML text to a file and return its path."""
+
+    def write(text, name="tiny.yaml"):
+        path = tmp_path / name
+        path.write_text(textwrap.dedent(text), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def load_yaml(write_yaml):
+    """Load a config of the two required keys plus some YAML text, from the third line on."""
+    from forgebook.config.parse import load_config
+    from support_config import MINIMAL
+
+    return lambda text="", *overrides, **kwargs: load_config(write_yaml(MINIMAL + text), overrides, **kwargs)
 
 
 def config_for(model_id: str, **values):

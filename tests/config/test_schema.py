@@ -1,10 +1,12 @@
 """The two config classes: as written, and ready to train; and what the marks of their keys say."""
 
+import inspect
 import pickle
 
 import pytest
 from pydantic import ValidationError
 
+from forgebook.config import parse as config_module
 from forgebook.config.schema import (
     EVERY_EPOCH,
     FinetuneConfig,
@@ -13,6 +15,7 @@ from forgebook.config.schema import (
     flatten,
     keys_without_effect,
 )
+from support_config import refusal
 
 CHOSEN = {
     "context_length": 512,
@@ -77,3 +80,112 @@ def test_a_resolved_config_carries_the_same_marks():
         assert set(map(str, field.metadata)) >= {
             str(mark) for mark in FinetuneConfig.model_fields[name].metadata if str(mark).startswith("Mark.")
         }, name
+
+
+# -- as written
+
+
+def test_two_keys_are_enough(load_yaml):
+    config = load_yaml()
+    assert (config.model_id, config.train_path) == ("org/model", "train.jsonl")
+    assert config.run_name == "tiny"
+    assert config.task == "causal_lm"
+    assert config.learning_rate == 1e-5 and not config.is_lora
+    assert config.deepspeed.config_path == "deepspeed_configs/zero_3_offload_optim+param.json"
+    assert config.gradient_checkpointing and config.padding == "longest" and config.truncation == "error"
+
+
+def test_lora_raises_the_default_learning_rate(load_yaml):
+    config = load_yaml("lora_config: {r: 8}")
+    assert config.is_lora and config.learning_rate == 1e-4 and config.origins["learning_rate"] == "auto"
+    assert load_yaml("lora_config: {r: 8}\nlearning_rate: 3e-5").learning_rate == 3e-5
+
+
+def test_every_field_is_documented():
+    blocks = [kind for kind in vars(config_module).values() if inspect.isclass(kind) and hasattr(kind, "model_fields")]
+    blocks = [kind for kind in blocks if kind.__name__ != "BaseModel"]
+    assert FinetuneConfig in blocks and len(blocks) > 10
+    missing = [f"{kind.__name__}.{name}" for kind in blocks for name, field in kind.model_fields.items()
+               if not field.description]  # fmt: skip
+    assert not missing
+
+
+def test_configs_are_frozen(load_yaml):
+    with pytest.raises(Exception, match="frozen"):
+        load_yaml().num_epochs = 3
+
+
+@pytest.mark.parametrize(
+    ("text", "task"),
+    [
+        ("", "causal_lm"),
+        ("task: instruction_tuning", "instruction_tuning"),
+        ("task:", "causal_lm"),
+        ("classifier_config: {label_tokens: [a, b]}", "classification"),
+        ("preference_tuning_config: {beta: 0.01}", "preference_tuning"),
+        ("preference_tuning_config: {}", "preference_tuning"),
+        ("task: preference_tuning", "preference_tuning"),
+    ],
+)
+def test_task_follows_its_block(load_yaml, text, task):
+    config = load_yaml(text)
+    assert config.task == task
+    assert config.origins["task"] == ("file" if "task: " in text else "auto")
+    if task == "preference_tuning":
+        assert config.preference_tuning_config.beta > 0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "task: causal_lm\nclassifier_config: {label_tokens: [a, b]}",
+        "task: classification\npreference_tuning_config: {beta: 0.1}",
+        "classifier_config: {label_tokens: [a, b]}\npreference_tuning_config: {beta: 0.1}",
+    ],
+)
+def test_a_task_that_contradicts_a_block_is_refused(load_yaml, text):
+    assert "contradicts" in refusal(load_yaml, text)
+
+
+def test_blocks_that_need_each_other(load_yaml):
+    assert "needs classifier_config" in refusal(load_yaml, "task: classification")
+    assert "needs lora_config" in refusal(load_yaml, "initial_adapter_model_ckpt_path: s3://b/a")
+
+
+def test_origins_tell_who_set_a_value(load_yaml):
+    config = load_yaml("num_epochs: 3\nlogger: {provider: wandb}\nlearning_rate:\n", "seed=1", "deepspeed=zero_2")
+    assert {key: config.origins[key] for key in (
+        "num_epochs", "logger.provider", "logger.rank_zero_only", "seed", "deepspeed.config_path",
+        "learning_rate", "task", "run_name", "padding", "context_length",
+    )} == {
+        "num_epochs": "file", "logger.provider": "file", "logger.rank_zero_only": "default",
+        "seed": "override", "deepspeed.config_path": "override",
+        "learning_rate": "auto", "task": "auto", "run_name": "auto",
+        "padding": "default", "context_length": "default",
+    }  # fmt: skip
+    assert set(config.origins.values()) <= {"file", "override", "default", "auto"}
+
+
+def test_resolve_returns_a_checked_copy(load_yaml):
+    config = load_yaml("num_devices: 4\ntrain_batch_size_per_device: 2\nseed: 1\n")
+    resolved = config.resolve(context_length=512, train_batch_size_per_device=8, seed=1)
+    assert (config.context_length, resolved.context_length) == (None, 512)
+    assert resolved.origins["context_length"] == resolved.origins["train_batch_size_per_device"] == "auto"
+    assert resolved.origins["seed"] == resolved.origins["num_devices"] == "file"
+    assert resolved.source == config.source
+    with pytest.raises(ValueError, match="context_length"):
+        config.resolve(context_length=-1)
+
+
+@pytest.mark.parametrize(("devices", "rows"), [(0, 8), (1, 8), (4, 32)])
+def test_global_batch_size(load_yaml, devices, rows):
+    config = load_yaml(f"num_devices: {devices}\ngradient_accumulation_steps: 4\n")
+    with pytest.raises(ValueError, match="train_batch_size_per_device"):
+        _ = config.global_batch_size
+    assert config.resolve(train_batch_size_per_device=2).global_batch_size == rows
+
+
+def test_configs_cross_process_borders(load_yaml):
+    config = load_yaml("num_epochs: 3")
+    copy = pickle.loads(pickle.dumps(config))
+    assert copy == config and copy.origins == config.origins and copy.source == config.source
