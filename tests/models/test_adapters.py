@@ -13,7 +13,7 @@ from forgebook.data import batching
 from forgebook.errors import CheckpointError, ConfigError, ModelError
 from forgebook.inference.generate import load_for_generation
 from forgebook.launch.ray_train import fine_tune
-from forgebook.models import adapters, families, load, vllm_support
+from forgebook.models import adapters, load
 from forgebook.planning.prepare import prepare
 from forgebook.runs.atomic import read_json
 from forgebook.runs.metrics import read_metrics
@@ -339,13 +339,6 @@ def test_a_context_beyond_the_models_positions_is_told(make_config, capsys, cont
     assert ("is beyond the" in " ".join(capsys.readouterr().out.split())) == warned
 
 
-def test_context_limits():
-    source = str(TINY_MODEL)
-    assert families.context_limit(source) == 1024
-    assert families.context_limit(source, {"rope_type": "linear", "factor": 2.0}) == 2048
-    assert families.context_limit(source, {**ROPES["llama3"], "original_max_position_embeddings": 256}) == 2048
-
-
 # Embedding noise --------------------------------------------------------------------------------------
 
 
@@ -360,26 +353,6 @@ def test_packing_is_not_refused_for_noise_or_dropout(make_config):
 
 
 # Serving ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("settings", "told"),
-    [
-        ({"r": 8, "target_modules": "all-linear"}, "yes"),
-        ({"r": 8, "target_modules": ["q_proj", "v_proj"], "use_rslora": True}, "yes"),
-        ({"target_modules": r".*\.(q|v)_proj"}, "yes"),
-        ({"target_modules": ["q_proj", "embed_tokens", "lm_head"]}, "no: target_modules include embed_tokens, lm_head"),
-        ({"target_modules": r".*(q_proj|lm_head)"}, "no: target_modules include lm_head"),
-        (
-            {"target_modules": "all-linear", "modules_to_save": ["embed_tokens", "lm_head"]},
-            "no: modules_to_save include embed_tokens, lm_head",
-        ),
-        ({"target_modules": "all-linear", "use_dora": True, "bias": "all"}, "no: use_dora is set; bias is all"),
-        ({"r": 512, "init_lora_weights": "pissa"}, "no: its rank is 1024, above 512"),
-    ],
-)
-def test_what_vllm_can_serve(settings, told):
-    assert vllm_support.vllm_serves(settings) == told
 
 
 def test_the_summary_and_the_plan_say_whether_vllm_can_serve(make_config, capsys):

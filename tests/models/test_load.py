@@ -7,35 +7,8 @@ import pytest
 import torch
 
 from conftest import LORA, REPOSITORY, TINY_MODEL
-from forgebook.config.parse import HubRepo
-from forgebook.errors import ModelError, StorageError
+from forgebook.errors import ModelError
 from forgebook.models import adapters, families, load
-from forgebook.models.tokenizer import load_tokenizer, locate
-
-
-def test_locate():
-    assert locate("tiny") == str(TINY_MODEL)
-    assert locate(str(TINY_MODEL)) == str(TINY_MODEL)
-    assert locate("owner/name") == "owner/name"
-    with pytest.raises(StorageError, match=r"folder \./nothing does not exist"):
-        locate("./nothing")
-
-
-def test_a_hub_id_is_asked_of_the_hub():
-    """Real calls; there is no network here (or no such model), which is told in one sentence."""
-    with pytest.raises(ModelError, match="no tokenizer could be loaded from 'no-such-owner/no-such-model'"):
-        load_tokenizer("no-such-owner/no-such-model")
-    with pytest.raises(ModelError, match="no-such-owner/no-such-model could not be fetched from the hub"):
-        locate(HubRepo(repo_id="no-such-owner/no-such-model"))
-
-
-def test_a_tokenizer_without_a_pad_token_pads_with_its_end_token(tmp_path):
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
-    tokenizer.pad_token = None
-    tokenizer.save_pretrained(tmp_path)
-    assert load_tokenizer(str(tmp_path)).pad_token == tokenizer.eos_token
 
 
 def test_lora_trains_only_the_adapter_and_takes_the_dtype_of_its_base():

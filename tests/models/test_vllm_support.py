@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 
 from forgebook.errors import ConfigError
-from forgebook.models.vllm_support import choose_engine, vllm_loads, vllm_max_rank
+from forgebook.models.vllm_support import choose_engine, vllm_loads, vllm_max_rank, vllm_serves
 
 
 def nobody_asks() -> str | None:
@@ -44,3 +44,23 @@ def test_architectures_that_vllm_runs_natively():
     assert vllm_loads({"architectures": ["LlamaForCausalLM"]}) == "yes"
     assert vllm_loads({"architectures": ["OddForCausalLM"]}).startswith("perhaps: OddForCausalLM")
     assert vllm_loads({}).startswith("perhaps: an architecture without a name")
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"r": 8, "target_modules": "all-linear"}, "yes"),
+        ({"r": 8, "target_modules": ["q_proj", "v_proj"], "use_rslora": True}, "yes"),
+        ({"target_modules": r".*\.(q|v)_proj"}, "yes"),
+        ({"target_modules": ["q_proj", "embed_tokens", "lm_head"]}, "no: target_modules include embed_tokens, lm_head"),
+        ({"target_modules": r".*(q_proj|lm_head)"}, "no: target_modules include lm_head"),
+        (
+            {"target_modules": "all-linear", "modules_to_save": ["embed_tokens", "lm_head"]},
+            "no: modules_to_save include embed_tokens, lm_head",
+        ),
+        ({"target_modules": "all-linear", "use_dora": True, "bias": "all"}, "no: use_dora is set; bias is all"),
+        ({"r": 512, "init_lora_weights": "pissa"}, "no: its rank is 1024, above 512"),
+    ],
+)
+def test_what_vllm_can_serve(settings, told):
+    assert vllm_serves(settings) == told

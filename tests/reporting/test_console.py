@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from forgebook.reporting import console as consoles
-from forgebook.runs.metrics import Progress, read_metrics
+from forgebook.runs.metrics import Progress
 from forgebook.runs.run import Run
 
 STEP = {"epoch": 1, "train_loss_batch": 1.25, "trained_tokens_throughput": 1234.5}
@@ -72,14 +72,3 @@ def test_the_last_lines_of_every_log(tmp_path):
     (tmp_path / "worker-1.log").write_text("")
     quoted = consoles.last_lines(tmp_path, 2)
     assert quoted == "--- worker-0.log, last lines ---\nline 18\nline 19"
-
-
-def test_a_continued_run_takes_back_what_it_will_write_again(tmp_path):
-    run = Run(tmp_path)
-    first = Progress(run)
-    for step in (1, 2, 3):
-        first.step(step=step)
-    with open(run.metrics, "a") as file:
-        file.write('{"step": 4, "tra')  # killed while writing
-    Progress(run, resume_step=2).step(step=3, again=True)
-    assert read_metrics(run.metrics) == [{"step": 1}, {"step": 2}, {"step": 3, "again": True}]

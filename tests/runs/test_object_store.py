@@ -1,8 +1,12 @@
 """Reading and writing on a real S3 server over HTTP, and what is said when it refuses."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
-from conftest import TINY_MODEL, chat, uneven_rows
+from conftest import REPOSITORY, TINY_MODEL, chat, uneven_rows
 from forgebook.data import tokenize
 from forgebook.errors import BucketBusyError, StorageError
 from forgebook.launch.ray_train import fine_tune
@@ -77,6 +81,7 @@ def test_no_credentials_are_told_from_wrong_ones(door, monkeypatch):
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/nowhere")
     door.answers = lambda method, path: "no right"
     with pytest.raises(StorageError, match="no credentials were found"):
         download.fetch_file("s3://forgebook/rows.jsonl")
@@ -133,3 +138,33 @@ def test_a_file_that_is_not_what_was_uploaded_is_found(door, folder, tmp_path):
     with pytest.raises(StorageError, match="has 6 bytes, its manifest says 1"):
         object_store.download_folder("s3://forgebook/short", tmp_path / "got")
     assert not (tmp_path / "got").exists()
+
+
+def test_the_engine_needs_no_boto3():
+    """pyarrow finds credentials itself; boto3 is for notebooks and tests that act as a user."""
+    code = "import sys; sys.modules['boto3'] = None; from forgebook.runs import object_store as o; o.open_bucket('s3://b/k')"
+    subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, check=True, env=os.environ | {"AWS_REGION": "eu-west-1"}
+    )
+
+
+def test_the_region_is_the_environments_or_the_buckets_own(monkeypatch):
+    from pyarrow import fs
+
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_DEFAULT_REGION", "AWS_REGION"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(fs, "resolve_s3_region", lambda bucket: {"far": "ap-southeast-2"}[bucket])
+    assert object_store.open_bucket("s3://far/rows.jsonl")[0].region == "ap-southeast-2"
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-west-3")
+    assert object_store.open_bucket("s3://far/rows.jsonl")[0].region == "eu-west-3"
+    monkeypatch.setenv("AWS_REGION", "eu-north-1")
+    assert object_store.open_bucket("s3://far/rows.jsonl")[0].region == "eu-north-1"
+
+
+def test_a_public_object_is_read_without_credentials(s3, monkeypatch, tmp_path):
+    s3.put_object(Bucket="forgebook", Key="public", Body=b"x", ACL="public-read")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    assert object_store.read_file("s3://forgebook/public") == b"x"

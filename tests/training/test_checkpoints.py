@@ -11,7 +11,6 @@ from conftest import TINY_MODEL
 from forgebook.errors import CheckpointError, ModelError
 from forgebook.models.adapters import add_lora
 from forgebook.models.load import load_model
-from forgebook.runs import atomic
 from forgebook.runs.run import Run
 from forgebook.training import checkpoints
 
@@ -82,17 +81,6 @@ def test_a_failed_save_leaves_the_old_checkpoint_and_no_half_of_a_new_one(adapte
         checkpoints.save_checkpoint(adapter, tokenizer, saved)
     assert (saved / "adapter_model.safetensors").read_bytes() == before
     assert [path.name for path in saved.parent.iterdir()] == [saved.name]
-
-
-def test_a_folder_is_published_whole_or_not_at_all(tmp_path):
-    with pytest.raises(RuntimeError), atomic.atomic_folder(tmp_path / "f") as aside:
-        (aside / "a").write_text("a")
-        raise RuntimeError
-    assert not list(tmp_path.iterdir())
-    with atomic.atomic_folder(tmp_path / "f") as aside:
-        (aside / "a").write_text("a")
-        assert not (tmp_path / "f").exists()
-    assert (tmp_path / "f/a").read_text() == "a"
 
 
 def test_an_unwritable_place_is_a_checkpoint_error(adapter, tokenizer, tmp_path):
