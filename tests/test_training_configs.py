@@ -107,7 +107,7 @@ def test_a_header_says_what_of_llmforge_does_not_fit(headers, tmp_path):
     path = REPOSITORY / "training_configs/custom/mistralai/Mixtral-8x7B/lora/16xA10G-4096.yaml"
     told = "\n".join(headers.header(headers.facts_of(path)))
     assert "train_batch_size_per_device=8 gradient_accumulation_steps=1 takes" in told and "it does not fit" in told
-    assert "gradient_accumulation_steps=2, made here" in told
+    assert "gradient_accumulation_steps=2, applied here" in told
     with pytest.raises(SystemExit, match="needs the lines"):
         headers.between("model_id: tiny\n", headers.START, headers.END, [], path)
 

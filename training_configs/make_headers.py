@@ -1,10 +1,10 @@
-"""Write what the plan says of each config into its header, and of all into the table of training_configs/README.md.
+"""Write the plan of each config into its header, and of all into the table of training_configs/README.md.
 
     python training_configs/make_headers.py                   the same as `make configs`
-    python training_configs/make_headers.py count FILE...     rows of GSM8K -> gsm8k_lengths.json, once
+    python training_configs/make_headers.py count FILE...     lengths of GSM8K -> gsm8k_lengths.json, once
 
 Only the lines between two marks are written; the rest of a file is its author's. Where LLMForge's file had other
-values, a file says so above its marks, for this script: `# LLMForge: key=value ...`.
+values, a file lists them above its marks, for this script: `# LLMForge: key=value ...`.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ LENGTHS = FOLDER / "gsm8k_lengths.json"
 START, END = "# -- plan (`make configs` writes these lines)", "# -- end of plan"
 TABLE_START, TABLE_END = "<!-- table (`make configs` writes it) -->", "<!-- end of table -->"
 
-A_ROW = {"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "#### 4"}]}
+AN_EXAMPLE = {"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "#### 4"}]}
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What is told of one config. gpus: all that it takes, those of a preference run's reference too.
+    """The plans of one config. gpus: all that it needs, with those of a preference run's reference model.
 
-    worst: planned with every row as long as the context; gsm8k: with GSM8K's rows; theirs: with LLMForge's values.
-    faster: of a config that offloads, the sharding that moves less and fits as well.
+    worst: planned with every sequence as long as the context; gsm8k: with GSM8K's examples; theirs: with LLMForge's
+    values. faster: of a config that offloads, the sharding that offloads less and fits as well.
     """
 
     path: Path
@@ -56,17 +56,17 @@ class Facts:
 
     @property
     def hardware(self) -> str:
-        """Name the GPUs to rent."""
+        """Return the GPUs to rent."""
         return f"{self.gpus}x{self.gpu.name}"
 
     @property
     def seconds(self) -> float:
-        """Tell how long GSM8K takes."""
+        """Return how long GSM8K takes."""
         return next(one.seconds for one in self.gsm8k.costs if one.gpu == self.gpu.name)
 
     @property
     def cost(self) -> float:
-        """Tell what GSM8K costs, in USD."""
+        """Return what GSM8K costs, in USD."""
         return self.seconds / 3600 * self.gpus * self.gpu.price
 
 
@@ -77,7 +77,7 @@ def config_paths() -> list[Path]:
 
 @functools.cache
 def gsm8k() -> Statistics:
-    """Read GSM8K's lengths, in an order that is random but always the same: batches of it are padded."""
+    """Read GSM8K's lengths, in a fixed random order: its batches are padded."""
     facts = json.loads(LENGTHS.read_text(encoding="utf-8"))
     lengths = [int(length) for length, rows in facts["rows_by_length"].items() for _ in range(rows)]
     random.Random(0).shuffle(lengths)
@@ -92,11 +92,11 @@ def facts_of(path: Path) -> Facts:
     config = load_config(path, default=is_default)
     hardware = hardware_in(config)
     data = gsm8k()
-    if config.task == "preference_tuning":  # each row stands for a pair of answers of its length
+    if config.task == "preference_tuning":  # each example is a pair of answers of its length
         data = Statistics(tuple(length for length in data.lengths for _ in range(2)), data.scale, data.how)
-    if is_default:  # as on that hardware with these rows; GSM8K's are conversations
-        config, _ = choose(choose_task(config, [A_ROW]), shape_of(config.model_id), hardware, data)
-    # Default mode chooses the context from the data; elsewhere memory must do for rows that fill the context.
+    if is_default:  # as on that hardware with these examples, which are conversations
+        config, _ = choose(choose_task(config, [AN_EXAMPLE]), shape_of(config.model_id), hardware, data)
+    # Default mode chooses the context from the data; elsewhere memory must suffice for sequences that fill the context.
     longest = data if is_default else None
     differs = re.search(r"^# LLMForge: (.+)$", text, flags=re.MULTILINE)
     theirs = None
@@ -132,10 +132,10 @@ def _reference_gpus(config: FinetuneConfig) -> int:
 
 
 def header(facts: Facts) -> list[str]:
-    """Write the lines between the marks of one config."""
+    """Format the lines between the marks of one config."""
     worst, rows = facts.worst, facts.gsm8k
-    length = f"rows of {worst.longest_row:,} tokens" if worst.longest_row < worst.context_length else (
-        f"rows as long as the context, {worst.context_length:,} tokens"
+    length = f"sequences of {worst.longest_row:,} tokens" if worst.longest_row < worst.context_length else (
+        f"sequences as long as the context, {worst.context_length:,} tokens"
     )  # fmt: skip
     verdict = "" if worst.fits else "; IT DOES NOT FIT"
     million = next(one.cost_per_million_tokens for one in worst.costs if one.gpu == facts.gpu.name)
@@ -147,24 +147,24 @@ def header(facts: Facts) -> list[str]:
         f"          {_gb(worst.memory.host)} per worker on the host; {_gb(worst.disk_bytes)} on disk",
         f"GSM8K     {rows.steps:,} steps, {_duration(facts.seconds)}, ${facts.cost:,.2f}; "
         f"${million:,.2f} per million tokens at the length above",
-        f"          taken for granted: {MFU:.0%} MFU; {read_catalog().priced}",
+        f"          assumes {MFU:.0%} MFU; {read_catalog().priced}",
     ]
     if _offloads(facts.config):
-        lines.append("          and no time for what moves to and from the host: two or three times as long is likely")
+        lines.append("          and that offloading takes no time: two or three times as long is likely")
     if facts.faster:
         name, planned = facts.faster
-        lines.append(f"faster    deepspeed={name} fits as well, {_gb(planned.memory.total)} per GPU, and moves less")
+        lines.append(f"faster    deepspeed={name} fits as well, {_gb(planned.memory.total)} per GPU, and offloads less")
     if facts.theirs:
         overrides, planned = facts.theirs
         fit = "fits as well" if planned.fits else "does not fit"
         lines.append(f"LLMForge  its {' '.join(overrides)} takes {_gb(planned.memory.total)} per GPU: it {fit};")
-        made = load_config(facts.path, " ".join(planned.changes).split()) == facts.config
+        is_applied = load_config(facts.path, " ".join(planned.changes).split()) == facts.config
         if planned.fits:
             lines.append(f"          here: {_here(overrides, facts.config)}")
         else:
-            named = " ".join(planned.changes) or "none"
-            here = "made here" if made else f"here instead: {_here(overrides, facts.config)}"
-            lines.append(f"          the cheapest change that plan names: {named}, {here}")
+            changes = " ".join(planned.changes) or "none"
+            here = "applied here" if is_applied else f"here instead: {_here(overrides, facts.config)}"
+            lines.append(f"          the cheapest change that plan names: {changes}, {here}")
     return [f"# {line}" for line in lines]
 
 
@@ -184,7 +184,7 @@ def _duration(seconds: float) -> str:
 
 
 def table() -> list[str]:
-    """Write the table of all configs, as Markdown."""
+    """Format the table of all configs, as Markdown."""
     lines = ["| config | method | hardware | context | per GPU | GSM8K | cost |", "|---|---|---|---|---|---|---|"]
     for facts in map(facts_of, config_paths()):
         name = facts.path.relative_to(FOLDER)
@@ -210,7 +210,7 @@ def between(text: str, start: str, end: str, lines: list[str], where: Path) -> s
 
 
 def written(path: Path) -> str:
-    """Tell the text that a config, or the README, is to have."""
+    """Return the text that a config, or the README, is to have."""
     text = path.read_text(encoding="utf-8")
     if path == README:
         return between(text, TABLE_START, TABLE_END, table(), path)
@@ -218,7 +218,7 @@ def written(path: Path) -> str:
 
 
 def count(files: list[str]) -> None:
-    """Count the rows of GSM8K by length, as the plan counts for a model whose tokenizer is not here."""
+    """Count the examples of GSM8K by length, as the plan does for a model whose tokenizer is not on this machine."""
     config = FinetuneConfig(model_id="any", train_path=files, task="instruction_tuning")
     data = count_data(config)
     facts = {"how": data.how, "rows": data.examples, "rows_by_length": dict(sorted(Counter(data.lengths).items()))}
