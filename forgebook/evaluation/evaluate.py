@@ -271,7 +271,7 @@ def _classification(held_out: list[Example], config: FinetuneConfig, told: Told,
 
 
 def _metric(name: str) -> Callable[[np.ndarray, np.ndarray], float]:
-    return lambda probabilities, truth: classification.scores(probabilities, truth, [name])[f"eval_{name}"]
+    return lambda probabilities, truth: classification.score_predictions(probabilities, truth, [name])[f"eval_{name}"]
 
 
 def _preference(held_out: list[Example], config: FinetuneConfig, told: Told, on_progress: Tell) -> Evaluation:

@@ -1,47 +1,48 @@
-"""Labels as tokens, and how well they are told apart.
+"""Labels as tokens, and how well a classifier tells them apart.
 
-A classifier here is a language model that answers with one token. Each label becomes one token of the tokenizer,
-the loss is on that token alone, and the probability of a label is the softmax over the labels' logits.
+A classifier here is a language model that answers with one token. Each label becomes one token of the tokenizer, the
+loss is on that token alone, and the probability of a label is the softmax over the labels' logits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-__all__ = ["label_ids", "scores"]
+__all__ = ["label_ids", "score_predictions"]
 
 
-def label_ids(tokenizer, labels: Sequence[str]) -> list[int]:
-    """List the token of each label; models.load_tokenizer has added them."""
+def label_ids(tokenizer: Any, labels: Sequence[str]) -> list[int]:
+    """Return the token id of each label; `models.tokenizer.load_tokenizer` has added the tokens."""
     return [tokenizer.convert_tokens_to_ids(label) for label in labels]
 
 
-def scores(probabilities: np.ndarray, truth: np.ndarray, metrics: Sequence[str]) -> dict[str, float]:
-    """Score predictions with scikit-learn.
+def score_predictions(probabilities: np.ndarray, labels: np.ndarray, metrics: Sequence[str]) -> dict[str, float]:
+    """Compute scikit-learn's metrics of predictions, under the names eval_accuracy and so on.
 
-    probabilities: [rows, labels], rows summing to 1; truth: [rows] the right label's number.
-    metrics: accuracy, f1, precision, recall, prauc, rocauc. With two labels they are those of the second, as
-    usual; with more, the plain mean over the labels that occur (macro).
+    probabilities: [examples, labels], each example's summing to 1; labels: [examples] index of the correct one.
+    metrics: accuracy, f1, precision, recall, prauc, rocauc. With two labels they are those of the second, as usual;
+    with more, the unweighted mean over the labels that occur (macro).
     """
     from sklearn import metrics as sk
 
     predicted = probabilities.argmax(1)
     count = probabilities.shape[1]
     average = {"average": "binary"} if count == 2 else {"average": "macro"}
-    # Averages over labels leave out those that never occur: they have no curve.
-    seen = [label for label in range(count) if (truth == label).any()] if count > 2 else [1]
-    found = {}
+    # A label that never occurs, or always, has no curve: macro averages leave it out.
+    positives = [label for label in range(count) if (labels == label).any()] if count > 2 else [1]
+    with_curve = [label for label in positives if 0 < (labels == label).sum() < len(labels)]
+    values = {}
     for name in metrics:
         if name == "accuracy":
-            found[name] = sk.accuracy_score(truth, predicted)
+            values[name] = sk.accuracy_score(labels, predicted)
         elif name in ("f1", "precision", "recall"):
             score = {"f1": sk.f1_score, "precision": sk.precision_score, "recall": sk.recall_score}[name]
-            found[name] = score(truth, predicted, zero_division=0, **average)
+            values[name] = score(labels, predicted, zero_division=0, **average)
         else:
-            curve = sk.average_precision_score if name == "prauc" else sk.roc_auc_score
-            both = [label for label in seen if 0 < (truth == label).sum() < len(truth)]
-            areas = [curve(truth == label, probabilities[:, label]) for label in both]
-            found[name] = float(np.mean(areas)) if areas else float("nan")
-    return {f"eval_{name}": round(float(value), 6) for name, value in found.items()}
+            area = sk.average_precision_score if name == "prauc" else sk.roc_auc_score
+            areas = [area(labels == label, probabilities[:, label]) for label in with_curve]
+            values[name] = float(np.mean(areas)) if areas else float("nan")
+    return {f"eval_{name}": round(float(value), 6) for name, value in values.items()}

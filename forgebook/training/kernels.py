@@ -1,6 +1,6 @@
 """What makes a step faster or smaller, where the machine has it: Liger kernels, torch.compile, bitsandbytes.
 
-refuse_missing(config)             before a run, and in every worker: all that is asked for must be here
+refuse_missing(config)             before a run and in every worker: all that the config requests must be installed
 use_liger(model, switches)         patches a model in place
 compile_decoder(model, options)    likewise
 """
@@ -24,27 +24,25 @@ OUR_LOSS = {"cross_entropy": False, "fused_linear_cross_entropy": False}
 
 
 def refuse_missing(config: FinetuneConfig) -> None:
-    """Raise ResourceError if this machine lacks a package, a compiler or a GPU that the config asks for."""
+    """Raise ResourceError if this machine lacks a package, a compiler or a GPU that the config requests."""
     import torch
 
     has_gpu = torch.cuda.is_available()
-    for key, is_asked in {
+    for key, is_requested in {
         f"quantization: {config.quantization}": config.quantization is not None,
         f"optimizer: {config.optimizer}": config.optimizer == "adamw_8bit",
     }.items():
-        if is_asked and not _has("bitsandbytes"):
-            raise ResourceError(f"{key} needs the package bitsandbytes: pip install it as requirements-gpu.txt says")
+        if is_requested and not _has("bitsandbytes"):
+            raise ResourceError(f"{key} needs the package bitsandbytes: install it from requirements-gpu.txt")
     if config.liger_kernel.enabled and not has_gpu:
         raise ResourceError(
             "liger_kernel.enabled: its kernels run on a GPU, and this machine has none: set it to false"
         )
     if config.liger_kernel.enabled and not _has("liger_kernel"):
-        raise ResourceError(
-            "liger_kernel.enabled needs the package liger-kernel: pip install it as requirements-gpu.txt says"
-        )
+        raise ResourceError("liger_kernel.enabled needs the package liger-kernel: install it from requirements-gpu.txt")
     if config.attention == "flex" and not has_gpu:
         raise ResourceError(
-            "attention: flex has no backward pass on a CPU, and this machine has no GPU: choose attention: sdpa"
+            "attention: flex has no backward pass on a CPU, and this machine has no GPU: set attention: sdpa"
         )
     choose_attention(config.attention, attention_facts(config.dtype))
     if config.torch_compile and not has_gpu and not shutil.which("g++"):
@@ -52,6 +50,7 @@ def refuse_missing(config: FinetuneConfig) -> None:
 
 
 def _has(package: str) -> bool:
+    # Without importing it: these packages load CUDA.
     return importlib.util.find_spec(package) is not None
 
 

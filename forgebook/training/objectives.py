@@ -165,7 +165,7 @@ def evaluate(
         means["perplexity"] = perplexity(means["eval_loss"])
     if classifier:
         probabilities, truth = (np.array(column) for column in zip(*gather_object(predictions), strict=True))
-        means |= classification.scores(probabilities, truth, classifier.eval_metrics)
+        means |= classification.score_predictions(probabilities, truth, classifier.eval_metrics)
     return {**means, "eval_time_per_epoch": time.perf_counter() - started}
 
 

@@ -4,7 +4,7 @@
     losses = preference_loss("dpo", logps, beta=0.1)        one loss per pair; the caller averages
 
 Notation of the formulas below: w is the chosen answer and l the rejected one, p(y) the model's probability of an
-answer, r(y) the reference model's, |y| the number of trained tokens of y, s the logistic function.
+answer, r(y) the reference model's, |y| the number of supervised tokens of y, s the logistic function.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ METRICS = ("reward_chosen", "reward_rejected", "reward_margin", "reward_accuracy
 
 @dataclass(frozen=True)
 class PairLogps:
-    """Log-probabilities of pairs of answers, each summed over the answer's trained tokens; float32 [pairs]."""
+    """Log-probabilities of pairs of answers, each summed over the answer's supervised tokens; float32 [pairs]."""
 
     chosen: Tensor
     rejected: Tensor
     chosen_tokens: Tensor
-    """Number of trained tokens of each chosen answer."""
+    """Number of supervised tokens of each chosen answer."""
     rejected_tokens: Tensor
-    """Number of trained tokens of each rejected answer."""
+    """Number of supervised tokens of each rejected answer."""
     reference_chosen: Tensor | None = None
     """The same of the reference model; None for losses that have none."""
     reference_rejected: Tensor | None = None
@@ -46,25 +46,25 @@ class PairLogps:
 
 
 def preference_loss(kind: str, logps: PairLogps, beta: float, **options) -> Tensor:
-    """Return one loss per pair, [pairs]; the mean over the pairs of the whole global batch is what to minimise.
+    """Return one loss per pair, [pairs]; the mean over the pairs of the whole global batch is what to minimize.
 
     kind, formula, options:
 
     dpo    Rafailov et al. 2023, arXiv 2305.18290, eq. 7:
            -log s(beta m), m = log p(w)/r(w) - log p(l)/r(l).
-           label_smoothing e (0): the share of pairs believed to be labelled the wrong way round,
+           label_smoothing e (0): the share of pairs believed to be labeled the wrong way round,
            -(1 - e) log s(beta m) - e log s(-beta m) ("conservative DPO").
     ipo    Azar et al. 2023, arXiv 2310.12036, eq. 17, each log-ratio divided by its answer's tokens (as TRL does):
            (m - 1 / (2 beta))^2, m = 1/|w| log p(w)/r(w) - 1/|l| log p(l)/r(l).
     simpo  Meng et al. 2024, arXiv 2405.14734, eq. 6, no reference:
            -log s(beta (1/|w| log p(w) - 1/|l| log p(l)) - gamma).
-           gamma_beta_ratio (0.5): gamma / beta, the margin that is asked for.
+           gamma_beta_ratio (0.5): gamma / beta, the requested margin.
     orpo   Hong et al. 2024, arXiv 2403.07691, eq. 6 and 7, no reference; beta is the paper's lambda:
            -1/|w| log p(w) - beta log s(log odds(w) - log odds(l)), odds(y) = q / (1 - q), q = p(y)^(1/|y|).
     kto    Ethayarajh et al. 2024, arXiv 2402.01306, eq. 7 and 8, both weights 1; every chosen answer is desirable
            and every rejected one undesirable, and a pair's loss is the mean of its two answers':
            1/2 (1 - s(beta (log p(w)/r(w) - kl))) + 1/2 (1 - s(beta (kl - log p(l)/r(l)))).
-           kl (0): the reference point z_0, an estimate of KL(p, r) >= 0 that is the caller's to make, say from
+           kl (0): the reference point z_0, an estimate of KL(p, r) >= 0 computed by the caller, for example from
            mismatched prompts and answers of the global batch. It is a constant here: no gradient flows into it.
     """
     match kind:
@@ -83,7 +83,7 @@ def preference_loss(kind: str, logps: PairLogps, beta: float, **options) -> Tens
 
 @torch.no_grad()
 def preference_metrics(logps: PairLogps, beta: float) -> dict[str, Tensor]:
-    """Return what to log of each pair: METRICS -> [pairs] each.
+    """Return what is logged of each pair: METRICS -> [pairs] each.
 
     An answer's reward is beta (log p(y) - log r(y)), or beta/|y| log p(y) where there is no reference.
     The margin is chosen - rejected; the accuracy is 1 where it is positive, 0 where negative, a half where neither
@@ -124,12 +124,12 @@ def _kto(logps: PairLogps, beta: float, kl: float | Tensor = 0.0) -> Tensor:
 
 
 def _log_odds(logp: Tensor) -> Tensor:
-    """log(p / (1 - p)) of log p < 0, exact where p is near 0 and where it is near 1."""
-    # A token of probability 1 in float32 would have infinite odds, and no gradient to leave them by.
+    """Return log(p / (1 - p)) of log p < 0, exact where p is near 0 and where it is near 1."""
+    # A token of probability 1 in float32 would have infinite odds, and a gradient that is not finite.
     logp = logp.clamp(max=-torch.finfo(logp.dtype).eps)
     return logp - torch.log(-torch.expm1(logp))
 
 
 def _count(tokens: Tensor) -> Tensor:
-    """At least one token: an answer without any has log-probability 0, not 0 / 0."""
+    """Return at least one token: an answer without any has log-probability 0, not 0 / 0."""
     return tokens.clamp(min=1)

@@ -126,7 +126,7 @@ def _save(values: np.ndarray, path: Path) -> None:
         np.save(file, values)
 
 
-# Ray Data workers beside the training -------------------------------------------------------------------
+# Ray Data workers, while training runs -------------------------------------------------------------------
 
 
 def _blocks(config: ResolvedConfig, tokens: Tokens) -> list[np.ndarray]:

@@ -108,19 +108,21 @@ def test_scores_are_those_of_scikit_learn():
     rng = np.random.default_rng(0)
     truth, raw = rng.integers(0, 4, 200), rng.random((200, 4))
     probabilities = (raw + 0.7 * np.eye(4)[truth]) / (raw + 0.7 * np.eye(4)[truth]).sum(1, keepdims=True)
-    found = classification.scores(probabilities, truth, ["accuracy", "f1", "precision", "recall", "prauc", "rocauc"])
+    computed = classification.score_predictions(
+        probabilities, truth, ["accuracy", "f1", "precision", "recall", "prauc", "rocauc"]
+    )
     predicted = probabilities.argmax(1)
-    assert found["eval_accuracy"] == pytest.approx(sk.accuracy_score(truth, predicted), abs=1e-6)
-    assert found["eval_f1"] == pytest.approx(sk.f1_score(truth, predicted, average="macro"), abs=1e-6)
-    assert found["eval_prauc"] == pytest.approx(
+    assert computed["eval_accuracy"] == pytest.approx(sk.accuracy_score(truth, predicted), abs=1e-6)
+    assert computed["eval_f1"] == pytest.approx(sk.f1_score(truth, predicted, average="macro"), abs=1e-6)
+    assert computed["eval_prauc"] == pytest.approx(
         sk.average_precision_score(np.eye(4)[truth], probabilities, average="macro"), abs=1e-6
     )
-    assert found["eval_rocauc"] == pytest.approx(
+    assert computed["eval_rocauc"] == pytest.approx(
         sk.roc_auc_score(truth, probabilities, multi_class="ovr", average="macro"), abs=1e-6
     )
 
 
 def test_scores_of_two_labels_are_those_of_the_second():
     probabilities = np.array([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4], [0.3, 0.7]])
-    found = classification.scores(probabilities, np.array([0, 1, 1, 0]), ["precision", "recall", "prauc"])
-    assert found == {"eval_precision": 0.5, "eval_recall": 0.5, "eval_prauc": pytest.approx(0.833333)}
+    computed = classification.score_predictions(probabilities, np.array([0, 1, 1, 0]), ["precision", "recall", "prauc"])
+    assert computed == {"eval_precision": 0.5, "eval_recall": 0.5, "eval_prauc": pytest.approx(0.833333)}

@@ -20,30 +20,30 @@ without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine
 
 @without_gpu
 @pytest.mark.parametrize(
-    ("values", "told"),
+    ("values", "message"),
     [
         ({"attention": "flex"}, "attention: flex has no backward pass on a CPU"),
         ({"liger_kernel": {"enabled": True}}, "liger_kernel.enabled: its kernels run on a GPU"),
     ],
 )
-def test_what_needs_a_gpu_is_refused_without_one(make_config, tmp_path, values, told):
-    with pytest.raises(ResourceError, match=told):
+def test_what_needs_a_gpu_is_refused_without_one(make_config, tmp_path, values, message):
+    with pytest.raises(ResourceError, match=message):
         fine_tune(make_config(**values))
     assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(
-    ("values", "told"),
+    ("values", "message"),
     [
         ({"quantization": "nf4", "lora_config": LORA}, "quantization: nf4 needs the package bitsandbytes"),
         ({"optimizer": "adamw_8bit"}, "optimizer: adamw_8bit needs the package bitsandbytes"),
         ({"liger_kernel": {"enabled": True}}, "liger_kernel.enabled needs the package liger-kernel"),
     ],
 )
-def test_a_missing_package_is_named(make_config, monkeypatch, values, told):
+def test_a_missing_package_is_named(make_config, monkeypatch, values, message):
     monkeypatch.setattr(kernels, "_has", lambda package: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(ResourceError, match=told):
+    with pytest.raises(ResourceError, match=message):
         kernels.refuse_missing(make_config(**values))
 
 

@@ -24,12 +24,12 @@ def example(positions, dtype, width=32, vocabulary=500, spread=1.0):
 def test_fused_loss_and_gradients_equal_the_plain_ones(positions):
     hidden, weight, labels = example(positions, torch.float32)
     (3 * fused_linear_cross_entropy(hidden, weight, labels)).backward()
-    found = hidden.grad.clone(), weight.grad.clone()
+    computed = hidden.grad.clone(), weight.grad.clone()
     hidden.grad = weight.grad = None
     loss = plain_loss(hidden, weight, labels)
     (3 * loss).backward()
     assert fused_linear_cross_entropy(hidden, weight, labels).item() == pytest.approx(loss.item(), rel=1e-6)
-    torch.testing.assert_close(found, (hidden.grad, weight.grad), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(computed, (hidden.grad, weight.grad), rtol=1e-4, atol=1e-5)
 
 
 def test_fused_loss_in_bfloat16_stays_within_a_thousandth_of_float32():
@@ -62,11 +62,11 @@ def test_no_supervised_position_gives_zero_and_a_gradient():
 
 def test_nothing_as_large_as_the_logits_is_kept_for_backward():
     hidden, weight, labels = example(4 * LOSS_CHUNK, torch.float32)
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
         fused_linear_cross_entropy(hidden, weight, labels)
         chunked_cross_entropy(hidden, labels, lambda h: h @ weight.detach().T)
-    assert max(kept) < len(labels) * len(weight)
+    assert max(saved) < len(labels) * len(weight)
 
 
 def tiny_families():
@@ -116,8 +116,8 @@ def test_the_loss_of_each_family_equals_its_own(family):
     targets[:, :-1] = labels[:, 1:]
     ours = SupervisedLM(model)(ids, targets) / (targets != -100).sum()
     assert ours.item() == pytest.approx(theirs.loss.item(), abs=1e-5)
-    found = torch.autograd.grad(ours, model.get_input_embeddings().weight)[0]
-    torch.testing.assert_close(found, gradients, rtol=1e-3, atol=1e-6)
+    computed = torch.autograd.grad(ours, model.get_input_embeddings().weight)[0]
+    torch.testing.assert_close(computed, gradients, rtol=1e-3, atol=1e-6)
 
 
 def test_lora_on_the_output_layer():

@@ -15,10 +15,10 @@ from forgebook.training.preference import PairLogps, preference_loss
 
 
 def pair(k):
-    asked = {"role": "user", "content": "the lamp " * (1 + k % 5)}
+    question = {"role": "user", "content": "the lamp " * (1 + k % 5)}
     return {
-        "chosen": [asked, {"role": "assistant", "content": "on the table " * (1 + k % 3)}],
-        "rejected": [asked, {"role": "assistant", "content": "no"}],
+        "chosen": [question, {"role": "assistant", "content": "on the table " * (1 + k % 3)}],
+        "rejected": [question, {"role": "assistant", "content": "no"}],
     }
 
 
@@ -95,7 +95,7 @@ def test_accumulation_does_not_change_the_loss_of_pairs(preferences):
 
 
 def test_a_continued_run_compares_with_the_same_reference(preferences, tmp_path):
-    """The reference is kept beside the tokens: the moved weights are not taken for it."""
+    """The reference is saved with the tokens: the weights, which have moved, are not taken for it."""
     straight = fine_tune(preferences(run_name="straight", num_epochs=2))
     config = preferences(run_name="halves", num_epochs=2)
     with pytest.raises(KeyboardInterrupt):

@@ -68,10 +68,10 @@ def loss_as_named(name, logps):
 
 
 def test_the_log_probabilities_are_those_that_trl_computed(policy, reference):
-    found = logps_of(policy, reference)
+    computed = logps_of(policy, reference)
     for name, values in ORACLE["logps"].items():
         torch.testing.assert_close(
-            getattr(found, name).detach().float(), torch.tensor(values).float(), rtol=0, atol=1e-3
+            getattr(computed, name).detach().float(), torch.tensor(values).float(), rtol=0, atol=1e-3
         )
 
 
