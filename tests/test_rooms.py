@@ -86,16 +86,14 @@ def test_help_imports_only_what_it_prints():
 
 @pytest.mark.parametrize("path", FILES, ids=str)
 def test_a_file_is_no_longer_than_400_lines(path):
-    limit = 410 if path.name == "auto_config.py" else 400
-    assert len((REPOSITORY / path).read_text().splitlines()) <= limit
+    assert len((REPOSITORY / path).read_text().splitlines()) <= 400
 
 
 def test_every_file_has_its_tests():
     """They are in tests/<room>/test_<file>.py. The list of files still without them only gets shorter."""
     still_without = """
-    cli/config_commands cli/model_commands cli/run_commands config/blocks config/deepspeed_file config/legacy_keys
-    config/yaml_source evaluation/logprobs evaluation/results models/families models/tokenizer planning/feasibility
-    reporting/run_text runs/atomic runs/download runs/metrics runs/registry
+    cli/config_commands cli/model_commands cli/run_commands evaluation/logprobs evaluation/results planning/feasibility
+    reporting/run_text
     """.split()
     tests = {
         path: REPOSITORY / "tests" / path.relative_to("forgebook").with_name(f"test_{path.name}") for path in MODULES
