@@ -1,7 +1,6 @@
 """main.py as a user runs it: exit codes, one readable sentence, no traceback, nothing half-written."""
 
 import contextlib
-import json
 import os
 import pty
 import signal
@@ -89,21 +88,6 @@ def test_retired_names_are_noted_once(here, capsys):
     assert main(["c.yaml"]) == 0
     told = capsys.readouterr().err
     assert told.count("no_gradient_checkpoint is retired") == 1 and "gradient_checkpointing" in told
-
-
-def test_models_are_listed_shown_and_deleted(here, capsys, monkeypatch):
-    assert main(["models"]) == 0 and "no models under runs" in capsys.readouterr().out
-    assert main(["c.yaml", "max_steps=1", "deepspeed=none"]) == 0
-    capsys.readouterr()
-    assert main(["models", "--json"]) == 0
-    [record] = json.loads(capsys.readouterr().out)
-    assert record["id"] == "c" and record["is_complete"]
-    assert (
-        main(["models", "show", "c"]) == 0 and "ft_type            instruction_tuning, full" in capsys.readouterr().out
-    )
-    monkeypatch.setattr("builtins.input", lambda asked: "")
-    assert main(["models", "delete", "c"]) == 0 and (here / "runs/c/config.yaml").exists()
-    assert main(["models", "delete", "c", "--yes"]) == 0 and not (here / "runs/c").exists()
 
 
 def test_the_command_as_a_process(here):

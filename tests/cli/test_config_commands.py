@@ -1,0 +1,77 @@
+"""plan, preview, submit, status, stop: what they print, write and hand to the engine."""
+
+import json
+
+import pytest
+
+from conftest import TINY_MODEL
+from forgebook.cli.main import main
+from forgebook.launch import ray_jobs
+
+
+@pytest.fixture
+def config(make_config, tmp_path, monkeypatch):
+    """A small config's file, in the working directory."""
+    make_config()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FORGEBOOK_CACHE", str(tmp_path / "cache"))
+    return "run.yaml"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["plan", "run.yaml", "mfu=0"], "plan: mfu must be a share"),
+        (["plan", "run.yaml", "fit=true"], "plan: fit=true needs the hardware to fit, such as hardware=8xA100-80G"),
+        (["plan", "run.yaml", "hardware=8xB9000"], "hardware: got '8xB9000'"),
+        (["preview", "run.yaml", "n=none"], "preview: n must be a whole number"),
+        (["submit", "run.yaml", "image=a"], "submit: image has no effect on a job on a running cluster"),
+        (
+            ["submit", "run.yaml", "--format", "anyscale", "secret=a"],
+            "secret has no effect on --format anyscale",
+        ),
+        (["submit", "run.yaml", "--format", "kuberay"], "--format kuberay needs image="),
+        (["status"], "status needs a JOB: the id that submit printed"),
+        (["plna", "run.yaml"], "'plna' is neither a command nor a config file: did you mean 'plan'?"),
+    ],
+)
+def test_mistakes_are_one_sentence(config, capsys, arguments, message):
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_file_named_almost_like_a_command_is_a_config(config, tmp_path):
+    (tmp_path / "plans").write_text((tmp_path / config).read_text().replace('"num_epochs": 1', '"num_epochs": -1'))
+    assert main(["plans"]) == 2
+
+
+def test_fit_writes_the_settings_that_fit(config, capsys, tmp_path):
+    assert main(["plan", config, "hardware=1xA100-80G", "fit=true", "--json"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["fits"] and printed.err == "wrote run-fit.yaml\n"
+    assert "hardware: 1xA100-80G" in (tmp_path / "run-fit.yaml").read_text()
+
+
+def test_preview_prints_examples_or_json(config, capsys):
+    assert main(["preview", config, "n=2", "--json"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and all(isinstance(json.loads(line), dict) for line in lines)
+    assert main(["preview", config]) == 0 and capsys.readouterr().out.count("train.jsonl:") == 3
+
+
+def test_a_jobs_state_is_printed_and_a_job_is_stopped_once(config, capsys, monkeypatch):
+    monkeypatch.setattr(
+        ray_jobs, "job_status", lambda job, address: {"state": "RUNNING", "message": None, "at": address}
+    )
+    monkeypatch.setattr(ray_jobs, "stop_job", lambda job, address: {"old": "SUCCEEDED"}.get(job, "RUNNING"))
+    assert main(["status", "job", "address=http://head:8265"]) == 0
+    assert capsys.readouterr().out == "state      RUNNING\nat         http://head:8265\n"
+    assert main(["stop", "job"]) == main(["stop", "old"]) == 0
+    assert capsys.readouterr().out == "job job is stopping\njob old had already succeeded\n"
+
+
+def test_fine_tuning_is_what_a_config_alone_does(config, monkeypatch):
+    started = []
+    monkeypatch.setattr("forgebook.launch.ray_train.fine_tune", started.append)
+    assert main([config, "num_epochs=2"]) == 0
+    assert started[0].num_epochs == 2 and started[0].model_id == str(TINY_MODEL)
