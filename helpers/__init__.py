@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for editors and mypy; at run time _ENGINE says the same
     from forgebook.catalog import read_catalog
-    from forgebook.config.parse import FinetuneConfig, load_config
+    from forgebook.config.parse import load_config
+    from forgebook.config.schema import FinetuneConfig
     from forgebook.data.batching import make_batch
     from forgebook.data.chat_template import render
     from forgebook.data.masking import encode, encode_prompt

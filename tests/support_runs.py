@@ -16,7 +16,8 @@ from accelerate.state import AcceleratorState
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from conftest import LORA, TINY_MODEL, chat, uneven_rows
-from forgebook.config.parse import FinetuneConfig, load_config
+from forgebook.config.parse import load_config
+from forgebook.config.schema import FinetuneConfig
 from forgebook.data import batching
 from forgebook.data.token_store import load_view
 from forgebook.errors import ForgebookError

@@ -22,7 +22,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 from forgebook.catalog import Gpu, Shape, read_catalog, shape_of  # noqa: E402
-from forgebook.config.parse import FinetuneConfig, load_config  # noqa: E402
+from forgebook.config.parse import load_config  # noqa: E402
+from forgebook.config.schema import FinetuneConfig  # noqa: E402
 from forgebook.planning.auto_config import choose, choose_task  # noqa: E402
 from forgebook.planning.hardware import hardware_in  # noqa: E402
 from forgebook.planning.plan import MFU, Plan, plan  # noqa: E402

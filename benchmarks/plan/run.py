@@ -113,7 +113,7 @@ def write_model(name: str, folder: Path) -> None:
 
 def config_of(case: str, folder: str = "model"):
     """Make the config of a case."""
-    from forgebook.config.parse import FinetuneConfig
+    from forgebook.config.schema import FinetuneConfig
 
     _, rows, length, workers, settings = CASES[case]
     return FinetuneConfig.model_validate(

@@ -4,7 +4,7 @@
     load_config("https://host/tiny.yaml", ["num_epochs=1"])         a URL and an override
     load_config("tiny.yaml", ["lora_config.r=16", "deepspeed=none"])
 
-The keys and their meaning are in `schema`; `legacy_keys` knows the names of older files; `yaml_source` reads the text.
+The keys are defined in `schema`; `legacy_keys` translates the names of older files; `yaml_source` reads the text.
 """
 
 import json
@@ -18,21 +18,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from forgebook.catalog import hardware_of
-from forgebook.config.blocks import (
-    CheckpointFrequency,
-    ClassifierConfig,
-    DataSource,
-    DeepSpeed,
-    GenerationConfig,
-    HubRepo,
-    LigerKernel,
-    Logger,
-    LogprobProcessor,
-    PreferenceTuningConfig,
-    PromptFormat,
-    VisionLanguageConfig,
-    models_in,
-)
+from forgebook.config.blocks import DeepSpeed, models_in
 from forgebook.config.deepspeed_file import REPOSITORY, SHIPPED, find_deepspeed_config
 from forgebook.config.legacy_keys import RetiredNameWarning, translate_retired
 from forgebook.config.rules import broken_rules, open_keys
@@ -40,25 +26,7 @@ from forgebook.config.schema import DEFAULT_LORA, EVERY_EPOCH, FinetuneConfig, f
 from forgebook.config.yaml_source import Places, apply_override, parse_yaml, place_of, read_text
 from forgebook.errors import ConfigError, near_miss, shown_value
 
-__all__ = [
-    "CheckpointFrequency",
-    "ClassifierConfig",
-    "DataSource",
-    "DeepSpeed",
-    "FinetuneConfig",
-    "GenerationConfig",
-    "HubRepo",
-    "LigerKernel",
-    "Logger",
-    "LogprobProcessor",
-    "PreferenceTuningConfig",
-    "PromptFormat",
-    "RetiredNameWarning",
-    "VisionLanguageConfig",
-    "config_differences",
-    "dump_config",
-    "load_config",
-]
+__all__ = ["SECRET_KEY", "config_differences", "dump_config", "load_config"]
 
 SECRET_KEY = re.compile(r"token|secret|api_?key|password", re.IGNORECASE)
 
@@ -73,12 +41,13 @@ def load_config(path_or_url: str | Path, overrides: Sequence[str] = (), default:
     source = str(path_or_url)
     values, places = parse_yaml(read_text(source), source)
     if not isinstance(values, dict):
-        found = "is empty" if values is None else f"holds {shown_value(values)}"
-        raise ConfigError(f"{source} {found}, must hold 'key: value' lines, at least model_id and train_path")
+        content = "is empty" if values is None else f"holds {shown_value(values)}"
+        raise ConfigError(f"{source} {content}, must hold 'key: value' lines, at least model_id and train_path")
     notes, problems = translate_retired(values)
     for override in overrides:
-        for heard, more in zip((notes, problems), apply_override(override, values, places), strict=True):
-            heard += more
+        more_notes, more_problems = apply_override(override, values, places)
+        notes += more_notes
+        problems += more_problems
     for note in notes:
         warnings.warn(note, RetiredNameWarning, stacklevel=2)
     _divide_devices(values, places)
@@ -97,15 +66,15 @@ def load_config(path_or_url: str | Path, overrides: Sequence[str] = (), default:
         raise ConfigError("\n".join(problems))
 
     # A null that was filled in, such as an empty `learning_rate:`, was not chosen by the file.
-    given = {
+    origins = {
         key: "override" if isinstance(place_of(key, places), str) else "file"
         for key, value in written.items()
         if value is not None or getattr(config, key, None) is None
     }
-    config = _findable_anywhere(config.with_origins(given, source))
+    config = _findable_anywhere(config.with_origins(origins, source))
     config._is_default = default
     if config.hardware is not None:
-        hardware_of(config.hardware)  # find a GPU that nobody knows now
+        hardware_of(config.hardware)  # reject an unknown GPU now, not when the run is planned
     broken = broken_rules(config, open_keys(config) if default else ())
     if broken:
         raise ConfigError("\n".join(f"{rule} ({_where(rule.keys, places, source)})" for rule in broken))
@@ -151,7 +120,7 @@ def _comparable(config: FinetuneConfig) -> dict[str, Any]:
 
 
 def _findable_anywhere(config: FinetuneConfig) -> FinetuneConfig:
-    """Name a file found beside the config in full: the run folder's copy of the config must find it too."""
+    """Store the full path of a file beside the config: the copy of the config in the run folder must find it, too."""
     if config.deepspeed is None:
         return config
     written = config.deepspeed.config_path
@@ -162,7 +131,7 @@ def _findable_anywhere(config: FinetuneConfig) -> FinetuneConfig:
     return config.model_copy(update={"deepspeed": DeepSpeed(config_path=stored)})
 
 
-# -- saying what is wrong
+# -- error messages
 
 _NEEDS = {
     "bool_type": "true or false",
@@ -180,7 +149,7 @@ _NEEDS = {
 
 
 def _explain(error: ValidationError, values: dict[str, Any], places: Places, source: str) -> list[str]:
-    """Say in one line per key what pydantic found, in the words and with the place of the config."""
+    """Turn pydantic's errors into one line per key, in the terms of the config and with its place in the file."""
     problems: dict[tuple[str, str], list[str]] = {}  # several needs where each member of a union has its own
     for item in error.errors(include_url=False):
         location, kind = item["loc"], item["type"]

@@ -126,7 +126,7 @@ RULES: tuple[Rule, ...] = (
 
 def open_keys(config: FinetuneConfig) -> set[str]:
     """List the keys that --default may choose because neither the file nor an override sets them."""
-    return {key for key in auto_keys() if key.split(".")[0] not in config.given}
+    return {key for key in auto_keys() if key.split(".")[0] not in config.explicit_keys}
 
 
 def broken_rules(config: FinetuneConfig, undecided: Collection[str] = ()) -> list[Rule]:

@@ -211,7 +211,7 @@ class FinetuneConfig(StrictBlock):
     vision_language_config: VisionLanguageConfig | None = None
     """Images in the examples; sets the task to `vision_language`, which is not supported yet."""
 
-    _given: dict[str, str] = PrivateAttr(default_factory=dict)  # dotted key -> file, override, auto, auto: reason
+    _origins: dict[str, str] = PrivateAttr(default_factory=dict)  # dotted key -> file, override, auto, auto: reason
     _is_default: bool = PrivateAttr(default=False)  # --default: planning.auto_config chooses the rest
     _source: str | None = PrivateAttr(default=None)  # the path or URL that was loaded
 
@@ -268,7 +268,7 @@ class FinetuneConfig(StrictBlock):
 
     @property
     def is_lora(self) -> bool:
-        """Say whether an adapter is trained instead of all parameters."""
+        """Report whether an adapter is trained instead of all parameters."""
         return self.lora_config is not None
 
     @property
@@ -285,22 +285,22 @@ class FinetuneConfig(StrictBlock):
 
     @property
     def source(self) -> str | None:
-        """Tell the path or URL that the config was loaded from."""
+        """Return the path or URL that the config was loaded from."""
         return self._source
 
     @property
     def is_default(self) -> bool:
-        """Say whether what the file leaves open is to be chosen (--default)."""
+        """Report whether --default chooses what the file leaves open."""
         return self._is_default
 
     @property
-    def given(self) -> frozenset[str]:
-        """Name the keys that the file or an override gives, whole or in part."""
-        return frozenset(key.split(".")[0] for key, origin in self._given.items() if origin in ("file", "override"))
+    def explicit_keys(self) -> frozenset[str]:
+        """List the top-level keys that the file or an override sets, in whole or in part."""
+        return frozenset(key.split(".")[0] for key, origin in self._origins.items() if origin in ("file", "override"))
 
     @property
     def origins(self) -> dict[str, str]:
-        """Tell of every dotted key where its value came from: file, override, default, auto, or `auto: reason`."""
+        """Map every dotted key to where its value came from: file, override, default, auto, or `auto: reason`."""
         return {key: self._origin_of(key) for key in flatten(self.model_dump())}
 
     def resolve(self, **values: Any) -> Self:
@@ -320,29 +320,29 @@ class FinetuneConfig(StrictBlock):
         """Check and copy into a class of configs, with the origins, the source and whether --default chooses."""
         copy = kind.model_validate(self.model_dump() | values)
         changed = {name for name in values if getattr(copy, name) != getattr(self, name)}
-        unchanged = {key: origin for key, origin in self._given.items() if key.split(".")[0] not in changed}
+        unchanged = {key: origin for key, origin in self._origins.items() if key.split(".")[0] not in changed}
         copy._is_default = self._is_default
         return copy.with_origins(unchanged | dict.fromkeys(changed, "auto"), self._source)
 
     def explained(self, reasons: dict[str, str]) -> Self:
-        """Return a copy that notes why the program chose the values of these dotted keys."""
+        """Return a copy that records why the program chose the values of these dotted keys."""
         noted = {key: f"auto: {reason}" for key, reason in reasons.items()}
         blocks = {key.split(".")[0]: "auto" for key in reasons if "." in key}
         copy = self.model_copy()
-        copy._given = self._given | blocks | noted
+        copy._origins = self._origins | blocks | noted
         return copy
 
-    def with_origins(self, given: dict[str, str], source: str | None) -> Self:
-        """Note which dotted keys were given, by what, and the path or URL of the file."""
-        self._given, self._source = given, source
+    def with_origins(self, origins: dict[str, str], source: str | None) -> Self:
+        """Record which dotted keys were set, by what, and the path or URL of the file."""
+        self._origins, self._source = origins, source
         return self
 
     def _origin_of(self, key: str) -> str:
         *_, field = parents = prefixes(key)
-        for parent in parents:  # `deepspeed=zero_2` gives deepspeed.config_path
-            if parent in self._given:
-                return self._given[parent]
-        untouched = not any(given.startswith(f"{field}.") for given in self._given)
+        for parent in parents:  # `deepspeed=zero_2` sets deepspeed.config_path
+            if parent in self._origins:
+                return self._origins[parent]
+        untouched = not any(origin.startswith(f"{field}.") for origin in self._origins)
         optional = FinetuneConfig.model_fields[field].default is None
         return "auto" if optional and untouched and getattr(self, field) is not None else "default"
 

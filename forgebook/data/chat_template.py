@@ -28,7 +28,7 @@ from forgebook.runs import run
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from forgebook.config.parse import PromptFormat
+    from forgebook.config.blocks import PromptFormat
 
 __all__ = ["Message", "RenderedText", "render", "render_for_training", "render_prompt"]
 

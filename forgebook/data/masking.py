@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
     from transformers import PreTrainedTokenizerBase
 
-    from forgebook.config.parse import PromptFormat
+    from forgebook.config.blocks import PromptFormat
 
 __all__ = ["Encoded", "encode", "encode_many", "encode_prompt", "encode_text"]
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
-from forgebook.config.parse import FinetuneConfig, load_config
+from forgebook.config.parse import load_config
+from forgebook.config.schema import FinetuneConfig
 from forgebook.data import batching, tokenize
 from forgebook.data.masking import Encoded, encode
 from forgebook.data.special_tokens import special_ids

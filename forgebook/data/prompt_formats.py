@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from forgebook.config.parse import PromptFormat
+from forgebook.config.blocks import PromptFormat
 from forgebook.errors import DataError
 
 __all__ = ["as_chat_template", "read_prompt_format", "render_prompt_format"]

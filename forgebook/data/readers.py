@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from forgebook.config.parse import DataSource
+from forgebook.config.blocks import DataSource
 from forgebook.errors import DataError, StorageError, first_line
 from forgebook.runs import atomic, download
 

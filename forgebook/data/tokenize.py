@@ -37,7 +37,7 @@ from forgebook.errors import DataError
 from forgebook.runs import atomic
 
 if TYPE_CHECKING:
-    from forgebook.config.parse import PromptFormat
+    from forgebook.config.blocks import PromptFormat
 
 __all__ = [
     "DatasetNotes",

@@ -22,7 +22,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from forgebook.config.parse import FinetuneConfig, load_config
+from forgebook.config.parse import load_config
+from forgebook.config.schema import FinetuneConfig
 from forgebook.data import batching, tokenize
 from forgebook.data.row_formats import Example
 from forgebook.data.token_store import Tokens, fit_tokens

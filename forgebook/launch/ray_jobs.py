@@ -24,7 +24,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from forgebook.config.parse import SECRET_KEY, FinetuneConfig
+from forgebook.config.parse import SECRET_KEY
+from forgebook.config.schema import FinetuneConfig
 from forgebook.errors import ConfigError, ResourceError, StorageError, TrainingError, first_line, last_line
 from forgebook.ray_cluster import EXCLUDED, REPOSITORY, SECRETS, SETTINGS, WITH_PASSWORD
 

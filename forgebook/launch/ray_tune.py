@@ -27,7 +27,8 @@ from typing import Any
 import yaml
 
 from forgebook import ray_cluster
-from forgebook.config.parse import FinetuneConfig, load_config
+from forgebook.config.parse import load_config
+from forgebook.config.schema import FinetuneConfig
 from forgebook.errors import ConfigError, ForgebookError, StorageError, TrainingError
 from forgebook.launch.ray_train import fine_tune
 from forgebook.reporting import plots

@@ -18,7 +18,7 @@ from forgebook.models.tokenizer import locate, readable_model_errors
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from forgebook.config.parse import FinetuneConfig
+    from forgebook.config.schema import FinetuneConfig
 
 __all__ = ["fit_vocabulary", "load_model", "load_start", "parameter_counts"]
 

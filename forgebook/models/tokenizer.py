@@ -19,7 +19,8 @@ from forgebook.runs.object_store import is_remote
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from forgebook.config.parse import FinetuneConfig, HubRepo
+    from forgebook.config.blocks import HubRepo
+    from forgebook.config.schema import FinetuneConfig
 
 __all__ = ["label_tokens", "load_tokenizer", "locate", "readable_model_errors", "tokenizer_of", "tokenizer_source"]
 

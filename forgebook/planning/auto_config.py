@@ -74,7 +74,7 @@ def first_rows(config: FinetuneConfig, count: int = 20) -> list[Any]:
 
 def choose_task(config: FinetuneConfig, raw: list[Any], catalog: Catalog | None = None) -> FinetuneConfig:
     """Choose the task from the first rows, and a prompt format for models that have no chat template."""
-    if not config.given & {"task", "classifier_config", "preference_tuning_config", "vision_language_config"}:
+    if not config.explicit_keys & {"task", "classifier_config", "preference_tuning_config", "vision_language_config"}:
         task, reason = _task_of(raw)
         config = config.resolve(task=task).explained({"task": reason})
     prompt_format = (catalog or read_catalog()).formats.get(config.model_id.lower())
@@ -138,7 +138,7 @@ def choose(
     catalog = catalog or read_catalog()
     if config.valid_path is None:
         config = config.explained({"valid_path": "no evaluation loss; the last checkpoint counts as the best"})
-    if "lora_config" not in config.given:
+    if "lora_config" not in config.explicit_keys:
         reason = "rank 8 on all linear layers: close to full fine-tuning, with little memory"
         config = config.resolve(lora_config=dict(DEFAULT_LORA)).explained({"lora_config.r": reason})
     config = _choose_length(config, shape, data, longest_valid)
@@ -349,7 +349,7 @@ class Choice:
 
 def is_open(config: FinetuneConfig, key: str) -> bool:
     """Check whether the config leaves a key open."""
-    return key not in config.given or (getattr(config, key) is None and key not in NULL_IS_A_CHOICE)
+    return key not in config.explicit_keys or (getattr(config, key) is None and key not in NULL_IS_A_CHOICE)
 
 
 def take(config: FinetuneConfig, key: str, value: Any, reason: str) -> FinetuneConfig:

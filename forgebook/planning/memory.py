@@ -24,7 +24,7 @@ from forgebook.data.batching import group_size
 
 if TYPE_CHECKING:
     from forgebook.catalog import Shape
-    from forgebook.config.parse import FinetuneConfig
+    from forgebook.config.schema import FinetuneConfig
 
 __all__ = ["LOSS_CHUNK", "Memory", "Sharding", "memory_of", "sharding_of", "trainable_parameters"]
 

@@ -25,8 +25,9 @@ from typing import Any
 
 import yaml
 
-from forgebook.config.parse import FinetuneConfig, Logger, dump_config
-from forgebook.config.schema import flatten
+from forgebook.config.blocks import Logger
+from forgebook.config.parse import dump_config
+from forgebook.config.schema import FinetuneConfig, flatten
 from forgebook.errors import first_line
 from forgebook.runs.atomic import read_json
 from forgebook.runs.metrics import read_new_lines

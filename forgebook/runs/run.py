@@ -24,7 +24,7 @@ from forgebook.runs.download import cache_folder
 from forgebook.runs.object_store import is_remote
 
 if TYPE_CHECKING:
-    from forgebook.config.parse import FinetuneConfig
+    from forgebook.config.schema import FinetuneConfig
 
 __all__ = [
     "Run",

@@ -15,7 +15,7 @@ from forgebook.errors import ConfigError, ModelError, ResourceError, first_line
 from forgebook.models.attention import attention_facts, choose_attention
 
 if TYPE_CHECKING:
-    from forgebook.config.parse import FinetuneConfig
+    from forgebook.config.schema import FinetuneConfig
 
 __all__ = ["compile_decoder", "refuse_missing", "use_liger"]
 

@@ -3,7 +3,7 @@
 import copy
 
 from conftest import CONVERSATION, supervised_text
-from forgebook.config.parse import PromptFormat
+from forgebook.config.blocks import PromptFormat
 from forgebook.data.masking import encode, encode_prompt, encode_text
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from conftest import CONVERSATION, chat, supervised_text
-from forgebook.config.parse import PromptFormat
+from forgebook.config.blocks import PromptFormat
 from forgebook.data.chat_template import render
 from forgebook.data.masking import encode
 from forgebook.errors import DataError

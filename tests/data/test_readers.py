@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from conftest import chat
-from forgebook.config.parse import DataSource
+from forgebook.config.blocks import DataSource
 from forgebook.data import readers
 from forgebook.data.tokenize import read_examples
 from forgebook.errors import DataError, StorageError

@@ -3,7 +3,7 @@
 import pytest
 
 from conftest import chat, supervised_text
-from forgebook.config.parse import PromptFormat
+from forgebook.config.blocks import PromptFormat
 from forgebook.data.masking import encode, encode_prompt, encode_text
 from forgebook.errors import DataError
 

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from conftest import chat
-from forgebook.config.parse import PromptFormat
+from forgebook.config.blocks import PromptFormat
 from forgebook.data import readers, tokenize
 from forgebook.data.row_formats import Example
 from forgebook.errors import DataError, StorageError

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from conftest import LORA, TINY_MODEL, uneven_rows
-from forgebook.config.parse import PromptFormat
+from forgebook.config.blocks import PromptFormat
 from forgebook.data.masking import encode_prompt
 from forgebook.data.prompt_formats import as_chat_template, render_prompt_format
 from forgebook.errors import CheckpointError, ModelError, StorageError

@@ -36,7 +36,7 @@ def test_rope_scaling_reaches_the_model():
 def test_zero_3_never_holds_the_whole_model_on_a_rank():
     """The DeepSpeed config exists before the weights are read: every parameter arrives partitioned."""
     code = f"""
-from forgebook.config.parse import FinetuneConfig
+from forgebook.config.schema import FinetuneConfig
 from forgebook.models import load as models
 from forgebook.training import setup as worker
 config = FinetuneConfig(model_id="tiny", train_path="-", deepspeed="zero_3", train_batch_size_per_device=1)

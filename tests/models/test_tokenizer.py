@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from conftest import REPOSITORY, TINY_MODEL
-from forgebook.config.parse import HubRepo
+from forgebook.config.blocks import HubRepo
 from forgebook.errors import ModelError, StorageError
 from forgebook.models.tokenizer import label_tokens, load_tokenizer, locate, tokenizer_of, tokenizer_source
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import TINY_MODEL
-from forgebook.config.parse import PromptFormat
+from forgebook.config.blocks import PromptFormat
 from forgebook.data.masking import Encoded, encode, encode_many, encode_prompt
 from forgebook.data.special_tokens import special_ids
 
