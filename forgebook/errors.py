@@ -1,4 +1,4 @@
-"""What a user can get wrong: each message names the value got, the value needed and the place to change."""
+"""The errors that users see: each message says what is wrong, where, and what to do."""
 
 import difflib
 from collections.abc import Iterable, Iterator
@@ -28,43 +28,43 @@ class ForgebookError(Exception):
 
 
 class ConfigError(ForgebookError):
-    """Refuse a config file, an override, or values that contradict each other."""
+    """A config file, an override, or values that contradict each other."""
 
 
 class DataError(ForgebookError):
-    """Refuse rows, naming `file:line`."""
+    """Malformed examples, named by `file:line`."""
 
 
 class ModelError(ForgebookError):
-    """Refuse a model, a tokenizer or an adapter that cannot be used as asked."""
+    """A model, a tokenizer or an adapter that cannot be used for this."""
 
 
 class ResourceError(ForgebookError):
-    """Refuse a run that the machines at hand cannot hold."""
+    """A run that needs more than these machines have."""
 
 
 class StorageError(ForgebookError):
-    """Refuse a path or bucket that cannot be read or written, or a run folder that is in use."""
+    """A path or bucket that cannot be read or written, or a run folder that is in use."""
 
 
 class BucketBusyError(StorageError):
-    """Report a bucket that does not answer or is overloaded: the same request may go well later."""
+    """A bucket that does not answer or is overloaded: the same request may succeed later."""
 
 
 class CheckpointError(ForgebookError):
-    """Report a checkpoint that is damaged or incomplete."""
+    """A checkpoint that is damaged or incomplete."""
 
     exit_code = 1
 
 
 class StoppedError(ForgebookError):
-    """Report a run that was asked to stop and has saved its state; the code is that of a process ended by SIGTERM."""
+    """A run that received SIGTERM and saved its state; the exit code is that of a process ended by SIGTERM."""
 
     exit_code = 143
 
 
 class TrainingError(ForgebookError):
-    """Report training that went wrong, such as a loss that is NaN or gradients that are all zero."""
+    """Training that failed, such as a loss that is NaN or gradients that are all zero."""
 
     exit_code = 1
 

@@ -9,7 +9,7 @@ __all__ = ["DEEPSPEED_FILES", "RetiredNameWarning", "translate_retired"]
 
 
 class RetiredNameWarning(UserWarning):
-    """A config uses a retired name; the text gives the form of today."""
+    """A config uses a retired name; the message shows the current form."""
 
 
 # DeepSpeed files that early trees kept per model, and the shipped one that holds the same settings.
@@ -26,7 +26,7 @@ DEEPSPEED_FILES = dict.fromkeys(
 
 _FREQUENCY = "checkpoint_and_evaluation_frequency"
 
-# A value of the wrong type passes unchanged, so that the schema refuses it under its new name.
+# A value of the wrong type passes unchanged, so that the schema rejects it under its new name.
 _RENAMED = {
     "checkpoint_every_n_epochs": (_FREQUENCY, lambda n: {"unit": "epochs", "frequency": n}),
     "flash_attention_2": ("attention", lambda on: ("auto" if on else "sdpa") if isinstance(on, bool) else on),
@@ -40,7 +40,7 @@ _RENAMED = {
 }
 
 _IGNORED = {
-    "dataset_size_scaling_factor": "data sets have no size limit any more",
+    "dataset_size_scaling_factor": "data sets no longer have a size limit",
     "forward_checkpoint_config": "every fine-tuned model is listed; name it with custom_model_tag",
     "output_dir": "it was scratch space on one machine; storage_path says where runs go",
 }
@@ -55,7 +55,7 @@ def translate_retired(values: dict[str, Any], num_epochs: object = None) -> tupl
         if value is None:
             return
         if block.get(new) is not None:
-            problems.append(f"{old} and {new} are both given: {old} is the retired name, keep {new} alone")
+            problems.append(f"{old} and {new} are both set: {old} is the retired name; keep only {new}")
             return
         block[new] = convert(value)
         notes.append(f"{old} is retired: read as {new}: {json.dumps(block[new], default=str)}")

@@ -1,4 +1,4 @@
-"""The text of a config, from a file, a URL and overrides; and where in it every key was written."""
+"""The text of a config, from a file, a URL and overrides, and the line of every key."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,7 +41,7 @@ def read_text(source: str) -> str:
 
 
 def _download(url: str) -> str:
-    from http.client import HTTPException  # together a fifth of this module's import time, and seldom needed
+    from http.client import HTTPException  # a fifth of this module's import time, and rarely needed
     from urllib.request import urlopen
 
     if not url.startswith("https://"):
@@ -68,14 +68,14 @@ def parse_yaml(text: str, source: str) -> tuple[Any, Places]:
 
 
 def _key_lines(node: yaml.Node | None, source: str, prefix: str = "") -> Iterator[tuple[str, int]]:
-    """Yield each dotted key and its line; refuse a key with two values, of which YAML would drop one."""
+    """Yield each dotted key and its line; reject a key with two values, of which YAML would drop one."""
     if not isinstance(node, yaml.MappingNode):
         return
     first: dict[str, yaml.Node] = {}
     for key, value in node.value:
         dotted, line = f"{prefix}{key.value}", key.start_mark.line + 1
         before = first.setdefault(dotted, value)
-        # Published configs repeat a line here and there, which does no harm.
+        # Some published configs repeat a line, which does no harm.
         if before is not value and yaml.serialize(before) != yaml.serialize(value):
             raise ConfigError(f"{source}:{line}: key {dotted!r} has another value in line {before.start_mark.line + 1}")
         yield dotted, line
@@ -83,7 +83,7 @@ def _key_lines(node: yaml.Node | None, source: str, prefix: str = "") -> Iterato
 
 
 def apply_override(override: str, values: dict[str, Any], places: Places) -> tuple[list[str], list[str]]:
-    """Set the value of `key=value` in place; return what `translate_retired` says of it."""
+    """Set the value of `key=value` in place; return the notes and problems of `translate_retired`."""
     key, equals, text = override.partition("=")
     path = key.strip().split(".")
     if not equals or not text.strip() or not all(path):
@@ -112,5 +112,5 @@ def apply_override(override: str, values: dict[str, Any], places: Places) -> tup
 
 
 def place_of(key: str, places: Places) -> int | str | None:
-    """Tell where a dotted key, or the nearest block around it, was written."""
+    """Return where a dotted key, or the nearest block around it, was written."""
     return next((places[prefix] for prefix in prefixes(key) if prefix in places), None)

@@ -142,7 +142,7 @@ def _check_same(run: Run, prepared: Prepared) -> None:
 
 
 def _check_devices(config: FinetuneConfig) -> None:
-    """Refuse what this machine cannot do, before a local Ray cluster is started for nothing."""
+    """Raise ResourceError for what this machine cannot run, before a local Ray cluster is started."""
     if cluster.is_joined():
         return
     import torch

@@ -17,7 +17,7 @@ from support_config import FREQUENCY, refusal
         ("max_num_checkpoints: 10\nnum_epochs: 3", {FREQUENCY: ("epochs", 1)}, "frequency"),
         ("max_num_checkpoints: 2\nnum_epochs: 5", {FREQUENCY: ("epochs", 3)}, "frequency"),
         ("max_num_checkpoints: 2", {FREQUENCY: None}, "without num_epochs, every epoch ends with one"),
-        ("dataset_size_scaling_factor: 1e10", {}, "ignored: data sets have no size limit"),
+        ("dataset_size_scaling_factor: 1e10", {}, "ignored: data sets no longer have a size limit"),
         ("output_dir: /mnt/local_storage", {"storage_path": "runs"}, "storage_path says where runs go"),
         ("num_data_blocks: 20", {"num_data_blocks_per_device": 20}, "read as num_data_blocks_per_device: 20"),
         ("min_num_update_steps: 24", {"min_update_steps": 24}, "read as min_update_steps: 24"),
@@ -69,7 +69,7 @@ def test_retired_resources_of_the_reference_workers(load_yaml):
 def test_an_old_and_a_new_name_together_are_refused(load_yaml, text):
     refused = refusal(load_yaml, text)
     assert all(line.split(":")[0] in refused for line in text.splitlines() if "num_epochs" not in line)
-    assert "both given" in refused
+    assert "both set" in refused
 
 
 @pytest.mark.filterwarnings("ignore::forgebook.config.legacy_keys.RetiredNameWarning")
