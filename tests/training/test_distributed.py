@@ -40,10 +40,12 @@ BLOCKS = {
 }
 
 
-def raise_each(rank: int) -> dict[str, list[str]]:
+def raise_each(rank: int) -> dict:
     """Raise what BLOCKS says of a rank; return what the block raised: its type, text and cause."""
     outcomes = {
-        "who": [distributed.rank(), distributed.world_size(), distributed.is_main(), distributed.is_first_here()]
+        "rank": [distributed.rank(), distributed.world_size()],
+        "writes": [distributed.is_main(), distributed.is_first_here()],
+        "gathered": distributed.gathered(f"of rank {rank}"),
     }
     for name, raised in BLOCKS.items():
         outcomes[name] = outcome(raised[rank])
@@ -71,6 +73,7 @@ def outcomes(tmp_path_factory):
 def test_each_process_knows_its_rank(outcomes):
     assert [each["rank"] for each in outcomes] == [[0, 2], [1, 2]]
     assert [each["writes"] for each in outcomes] == [[True, True], [False, False]]
+    assert [each["gathered"] for each in outcomes] == [["of rank 0", "of rank 1"]] * 2
 
 
 def test_a_block_without_errors_raises_nothing(outcomes):
