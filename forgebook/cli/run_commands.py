@@ -56,9 +56,9 @@ def generate_command(arguments: list[str]) -> int:
     elif len(prompts) == 1:
         print(answers[0])
     else:
-        from forgebook.evaluation.results import as_read
+        from forgebook.evaluation.results import conversation_text
 
-        rows = [(as_read(prompt.messages), answers[prompt.number]) for prompt in prompts]
+        rows = [(conversation_text(prompt.messages), answers[prompt.number]) for prompt in prompts]
         make_console().print(make_table("", ["prompt", "answer"], rows))
     return 0
 

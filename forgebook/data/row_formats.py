@@ -55,6 +55,13 @@ class Example:
     tools: list[dict] | None = None
     rejected: list[Message] | None = None
 
+    @property
+    def conversation(self) -> list[Message]:
+        """The messages. Raises DataError for plain text."""
+        if self.messages is None:
+            raise DataError(f"{self.where}: this is a text; expected messages")
+        return self.messages
+
 
 @dataclass(frozen=True)
 class RowNotes:

@@ -1,10 +1,10 @@
-"""A language model as judge: which of two answers is better, asked of any OpenAI-compatible endpoint.
+"""A language model as judge of which of two answers is better, at any OpenAI-compatible endpoint.
 
     judge = Judge("gpt-5-mini")                                  or base_url="http://localhost:8000/v1"
     verdicts = judge_all(judge, [AnswerPair(conversation, base_answer, tuned_answer, reference), ...])
 
-Judges favour the answer they read first, so each pair is judged twice, once in each order; what one order says and
-the other does not is half a win.
+Judges favor the answer they read first, so each pair is judged twice, once in each order; a verdict that the other
+order contradicts is half a win.
 """
 
 from __future__ import annotations
@@ -57,62 +57,55 @@ def judge_all(
 ) -> list[float | None]:
     """Judge each pair in both orders, several at once.
 
-    Returns for each what the tuned answer won: 1, 0, or between them for ties and verdicts that depend on the
-    order; None where the judge gave no verdict in either order.
+    Returns for each pair the points of the tuned answer: 1, 0, or between them for ties and verdicts that depend on
+    the order; None without a verdict in either order.
 
-    Raises ConfigError without the package or a key, ResourceError if the endpoint refuses or cannot be reached.
+    Raises ConfigError without the package or a key, ResourceError if the endpoint fails or cannot be reached.
     """
     try:
         import openai
     except ImportError:
         raise ConfigError("metric=judge needs the package openai: pip install -r requirements-dev.txt") from None
     if not os.environ.get("OPENAI_API_KEY"):
-        raise ConfigError(
-            "metric=judge needs a key in OPENAI_API_KEY (any text will do for an endpoint that asks for none)"
-        )
+        raise ConfigError("metric=judge needs a key in OPENAI_API_KEY (any text for an endpoint that requires none)")
     client = openai.OpenAI(base_url=judge.base_url, max_retries=5)  # it waits longer before each retry
-    asked = [(pair, is_swapped) for pair in pairs for is_swapped in (False, True)]
-    won = []
+    questions = [(pair, is_swapped) for pair in pairs for is_swapped in (False, True)]
+    points: list[float | None] = []
     try:
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            for points in pool.map(lambda pair: _points(client, judge.model, *pair), asked):
-                won.append(points)
-                on_progress(len(won) // 2)
+            for one in pool.map(lambda question: _points(client, judge.model, *question), questions):
+                points.append(one)
+                on_progress(len(points) // 2)
     except openai.OpenAIError as error:
         raise ResourceError(
-            f"the judge {judge.model} at {client.base_url} gave no answer: {error}. Are base_url, judge and "
-            "OPENAI_API_KEY right?"
+            f"the judge {judge.model} at {client.base_url} gave no answer: {error}. Check base_url, judge and "
+            "OPENAI_API_KEY"
         ) from None
-    pairs = ([points for points in won[k : k + 2] if points is not None] for k in range(0, len(won), 2))
-    return [sum(pair) / len(pair) if pair else None for pair in pairs]
+    verdicts = ([one for one in points[k : k + 2] if one is not None] for k in range(0, len(points), 2))
+    return [sum(both) / len(both) if both else None for both in verdicts]
 
 
 def _points(client, model: str, pair: AnswerPair, is_swapped: bool) -> float | None:
-    """Ask once; return what the tuned answer won, None without a verdict. A is the base's answer unless swapped."""
+    """Return the points of the tuned answer in one order, None without a verdict. A is the base's unless swapped."""
     import openai
 
-    asked = {
-        "model": model,
-        "messages": [
-            {"role": "system", "content": INSTRUCTIONS},
-            {"role": "user", "content": _question(pair, is_swapped)},
-        ],
-    }
+    messages = [{"role": "system", "content": INSTRUCTIONS}, {"role": "user", "content": _question(pair, is_swapped)}]
     try:
-        reply = client.chat.completions.create(**asked, temperature=0)
+        reply = client.chat.completions.create(model=model, messages=messages, temperature=0)
     except openai.BadRequestError as error:
         if "temperature" not in str(error):
             raise
-        reply = client.chat.completions.create(**asked)  # models that reason take no temperature
-    found = VERDICT.findall((reply.choices[0].message.content or "") if reply.choices else "")
-    if not found:
+        # Reasoning models take no temperature.
+        reply = client.chat.completions.create(model=model, messages=messages)
+    verdicts = VERDICT.findall((reply.choices[0].message.content or "") if reply.choices else "")
+    if not verdicts:
         return None
-    verdict = found[-1].upper()
+    verdict = verdicts[-1].upper()
     return 0.5 if verdict == "TIE" else float(verdict == ("A" if is_swapped else "B"))
 
 
 def _question(pair: AnswerPair, is_swapped: bool) -> str:
     first, second = (pair.tuned, pair.base) if is_swapped else (pair.base, pair.tuned)
-    spoken = "\n\n".join(f"[{message['role']}]\n{message['content']}" for message in pair.messages)
+    conversation = "\n\n".join(f"[{message['role']}]\n{message['content']}" for message in pair.messages)
     right = f"\n\n# A right answer, for comparison\n{pair.reference}" if pair.reference else ""
-    return f"# Conversation\n{spoken}{right}\n\n# Answer A\n{first}\n\n# Answer B\n{second}"
+    return f"# Conversation\n{conversation}{right}\n\n# Answer A\n{first}\n\n# Answer B\n{second}"

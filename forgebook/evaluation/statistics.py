@@ -7,6 +7,7 @@ else. Tests are paired: both models answered the same examples, so only those on
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -109,6 +110,7 @@ def bootstrap(statistic: Callable[..., float], *columns: Column, resamples: int 
 
     columns: [examples, ...] each, resampled together; statistic: of the columns, one number.
     """
+    from scipy.stats import DegenerateDataWarning
     from scipy.stats import bootstrap as scipy_bootstrap
 
     arrays = [np.asarray(column) for column in columns]
@@ -116,15 +118,17 @@ def bootstrap(statistic: Callable[..., float], *columns: Column, resamples: int 
     if count < 2:  # nothing to resample, which scipy rejects
         return Figure(value, value, value)
     # What is resampled is the examples' numbers: columns may have several values per example.
-    result = scipy_bootstrap(
-        (np.arange(count),),
-        lambda chosen: statistic(*(array[chosen] for array in arrays)),
-        n_resamples=resamples,
-        batch=100,  # bounds memory
-        vectorized=False,
-        method="percentile",
-        rng=np.random.default_rng(0),
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DegenerateDataWarning)  # about scipy's own interval, which is not used
+        result = scipy_bootstrap(
+            (np.arange(count),),
+            lambda chosen: statistic(*(array[chosen] for array in arrays)),
+            n_resamples=resamples,
+            batch=100,  # bounds memory
+            vectorized=False,
+            method="percentile",
+            rng=np.random.default_rng(0),
+        )
     # Not scipy's own interval: a resample may lack the examples that a statistic needs, which makes it NaN.
     low, high = np.nanquantile(result.bootstrap_distribution, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return Figure(value, float(low), float(high))
@@ -149,15 +153,15 @@ def compare_statistics(
     count = len(pairs[0][0])
 
     def value(is_after: np.ndarray) -> float:
-        """Compute the statistic of a mixture: which model's values each example has."""
+        """Compute the statistic of a mixture of both models; is_after: whose values each example has."""
         wide = (is_after.reshape(-1, *[1] * (one.ndim - 1)) for one, _ in pairs)
-        return statistic(*(np.where(chosen, other, one) for chosen, (one, other) in zip(wide, pairs, strict=True)))
+        return statistic(*(np.where(choice, other, one) for choice, (one, other) in zip(wide, pairs, strict=True)))
 
     first, second = (bootstrap(statistic, *columns, resamples=resamples) for columns in (before, after))
     p = 1.0
-    # Of one example nothing can be said, and NaN is no difference.
+    # One example shows nothing, and NaN is no difference.
     if count > 1 and np.isfinite(second.value - first.value):
-        p = permutation_test(
+        result = permutation_test(
             (np.zeros(count, bool), np.ones(count, bool)),
             lambda swapped, rest: value(rest) - value(swapped),
             permutation_type="samples",
@@ -165,5 +169,6 @@ def compare_statistics(
             batch=100,
             vectorized=False,
             rng=np.random.default_rng(0),
-        ).pvalue
-    return first, second, Difference(second.value - first.value, float(p), "paired permutation test")
+        )
+        p = float(result.pvalue)
+    return first, second, Difference(second.value - first.value, p, "paired permutation test")

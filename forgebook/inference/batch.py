@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from forgebook.data import masking, tokenize
-from forgebook.errors import DataError, ResourceError, StorageError
+from forgebook.errors import ResourceError, StorageError
 from forgebook.inference import generate
 from forgebook.inference.sampling import Sampling, prompt_seed
 from forgebook.models import adapters
@@ -55,9 +55,7 @@ def read_prompts(path: str, count: int | None = None) -> list[Prompt]:
     """
     prompts = []
     for number, example in enumerate(tokenize.read_examples(path, "causal_lm", count)):
-        messages = example.messages
-        if messages is None:
-            raise DataError(f"{example.where}: this is a text; expected messages that end with a question")
+        messages = example.conversation
         has_answer = messages[-1]["role"] == "assistant"
         reference = messages[-1]["content"] if has_answer else None
         prompts.append(Prompt(number, messages[:-1] if has_answer else messages, example.tools, reference))

@@ -126,8 +126,8 @@ def engine_request(request: ChatRequest, models: Mapping[str, ServedModel]) -> G
     served = models[request.model]
     loaded = served.loaded
     try:
-        row, _ = parse_row({"messages": request.messages, "tools": request.offered_tools}, "request", "causal_lm")
-        ids = masking.encode_prompt(row.messages, loaded.tokenizer, loaded.prompt_format, row.tools)
+        example, _ = parse_row({"messages": request.messages, "tools": request.offered_tools}, "request", "causal_lm")
+        ids = masking.encode_prompt(example.conversation, loaded.tokenizer, loaded.prompt_format, example.tools)
     except (DataError, RecursionError) as error:
         raise ApiError(400, str(error), "messages", "invalid_value") from None
     room = served.context - len(ids)

@@ -89,7 +89,10 @@ def test_a_busy_endpoint_is_asked_again():
 
 
 def test_what_cannot_be_asked_is_told(monkeypatch):
-    with endpoint(lambda question: 401) as (url, _), pytest.raises(ResourceError, match="OPENAI_API_KEY right"):
+    with (
+        endpoint(lambda question: 401) as (url, _),
+        pytest.raises(ResourceError, match="Check base_url, judge and OPENAI_API_KEY"),
+    ):
         judge_all(Judge("m", url), answer_pairs(1))
     monkeypatch.delenv("OPENAI_API_KEY")
     with pytest.raises(ConfigError, match="OPENAI_API_KEY"):

@@ -92,7 +92,7 @@ def test_columns_are_resampled_together():
 def test_resamples_without_a_value_are_left_out_of_the_interval():
     values = [0.0] * 5 + [1.0]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # scipy's own interval is NaN
+        warnings.simplefilter("error")
         figure = bootstrap(lambda column: np.mean(column) if column.max() > 0 else float("nan"), values)
     assert 0 < figure.low <= figure.value <= figure.high
     assert bootstrap(np.mean, [0.25]) == Figure(0.25, 0.25, 0.25)
