@@ -287,7 +287,7 @@ def _classification(
 
 
 def _classifier_metric(name: str) -> Callable[[np.ndarray, np.ndarray], float]:
-    return lambda probabilities, truth: classification.scores(probabilities, truth, [name])[f"eval_{name}"]
+    return lambda probabilities, truth: classification.score_predictions(probabilities, truth, [name])[f"eval_{name}"]
 
 
 def _preference(measured: logprobs.Measured) -> Evaluation:
