@@ -15,7 +15,7 @@ from forgebook.errors import ConfigError, near_miss
 if TYPE_CHECKING:
     from forgebook.config.schema import FinetuneConfig
 
-__all__ = ["COMMANDS", "Command", "Flag", "Option", "Words", "load_noting_retired", "parse_words"]
+__all__ = ["COMMANDS", "Words", "load_noting_retired", "parse_words"]
 
 A_CONFIG = "CONFIG: a YAML file or an https:// URL"
 A_RUN = "RUN: a run's folder, its s3:// or gs:// URI, or its name under runs/"

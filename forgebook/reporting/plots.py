@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["COLORS", "new_figure", "plot_bars", "plot_histogram", "plot_lines", "plot_losses"]
+__all__ = ["COLORS", "plot_bars", "plot_histogram", "plot_lines", "plot_losses"]
 
 # Distinguishable with color-blind eyes, on white and on black; after Okabe and Ito (2008).
 COLORS = ("#4c8fd0", "#e0703c", "#3aa17e", "#c86fa8", "#c9a227", "#7c7cd0", "#8a8f98")
@@ -27,7 +27,7 @@ GRAY = "#7d838c"
 WIDTH, HEIGHT = 7.0, 3.5  # inches
 
 
-def new_figure(panels: int = 1, height: float = HEIGHT) -> tuple[Figure, list[Axes]]:
+def _new_figure(panels: int = 1, height: float = HEIGHT) -> tuple[Figure, list[Axes]]:
     """Make an empty figure of panels side by side, without a background of its own. height: inches."""
     figure = _figure_class()(figsize=(WIDTH, height), dpi=120, layout="constrained", facecolor="none")
     all_axes = [figure.add_subplot(1, panels, k + 1, facecolor="none") for k in range(panels)]
@@ -70,7 +70,7 @@ def plot_lines(
 
     from_zero: start the y axis at 0.
     """
-    figure, (axes,) = new_figure()
+    figure, (axes,) = _new_figure()
     for (label, (x, y)), color in zip(series.items(), _colors(len(series)), strict=True):
         axes.plot(x, y, color=color, linewidth=2, marker="o" if markers else None, label=label)
     axes.set(xlabel=xlabel, ylabel=ylabel)
@@ -93,7 +93,7 @@ def plot_bars(
 
     errors: for names with one bar, the ends (low, high) of an interval around the value.
     """
-    figure, (axes,) = new_figure()
+    figure, (axes,) = _new_figure()
     nested = {name: value if isinstance(value, Mapping) else {"": value} for name, value in groups.items()}
     kinds = list(dict.fromkeys(kind for values in nested.values() for kind in values))
     width = 0.8 / len(kinds)
@@ -127,7 +127,7 @@ def plot_histogram(
     values: Sequence[float], xlabel: str, ylabel: str, *, marks: Mapping[str, float] | None = None, bins: int = 30
 ) -> Figure:
     """Draw how often values occur. marks: values under their names, each a line across the figure."""
-    figure, (axes,) = new_figure(height=2.8)
+    figure, (axes,) = _new_figure(height=2.8)
     axes.hist(values, bins=bins, color=COLORS[0])
     for (name, value), color in zip((marks or {}).items(), itertools.cycle(COLORS[1:])):
         axes.axvline(value, color=color, linewidth=2, linestyle="--")
@@ -143,7 +143,7 @@ def plot_losses(metrics: list[dict[str, Any]], path: Path | None = None) -> Figu
     """
     steps = [record for record in metrics if "train_loss_batch" in record]
     evaluations = [record for record in metrics if "eval_loss" in record]
-    figure, (axes,) = new_figure()
+    figure, (axes,) = _new_figure()
     numbers, losses = [record["step"] for record in steps], [record["train_loss_batch"] for record in steps]
     train, evaluation = COLORS[:2]
     axes.plot(numbers, losses, color=train, alpha=0.35, linewidth=1, label="training, per step")
