@@ -6,6 +6,7 @@ show(encode(messages, tokenizer), tokenizer)        the same in a notebook
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,11 +92,11 @@ def _fit(
     fitted = fit_tokens(
         Tokens.from_examples((one.input_ids, one.loss_mask) for one in encoded), context_length, truncation, group
     )
-    shown, stays = [], iter(range(len(fitted.tokens)))
-    for one, kept, lost in zip(encoded, fitted.kept, fitted.lost, strict=True):
+    shown, number = [], itertools.count()
+    for one, stays, lost in zip(encoded, fitted.stays, fitted.lost, strict=True):
         length = len(one.input_ids)
-        if kept:
-            ids, mask = fitted.tokens.example(next(stays))
+        if stays:
+            ids, mask = fitted.tokens.example(next(number))
             note = f"cut from {length} tokens, {lost} of them in the loss (truncation: {truncation})"
             shown.append((Encoded(ids.tolist(), mask.tolist()), note if length > context_length else ""))
         elif truncation == "error" and lost:

@@ -280,12 +280,12 @@ def fit_length(length: int, context_length: int, truncation: Truncation) -> slic
 class Fitted:
     """What truncation leaves of a set.
 
-    tokens: the examples that stay, cut. kept: [examples before] whether each stays. lost: [examples before] its
+    tokens: the examples that stay, cut. stays: [examples before] whether it does. lost: [examples before] its
     tokens in the loss that are cut off, all of them if it is dropped for its length.
     """
 
     tokens: Tokens
-    kept: np.ndarray
+    stays: np.ndarray
     lost: np.ndarray
 
 
@@ -295,19 +295,19 @@ def fit_tokens(tokens: Tokens, context_length: int, truncation: Truncation, grou
     group: this many adjacent examples are kept or dropped together: 2 for preference pairs.
     """
     begin, end, supervised = tokens.begin.copy(), tokens.end.copy(), tokens.supervised.copy()
-    kept = np.ones(len(tokens), bool)
+    stays = np.ones(len(tokens), bool)
     for k in np.flatnonzero(tokens.lengths > context_length):
         part = fit_length(int(tokens.lengths[k]), context_length, truncation)
         if part is None:
-            supervised[k], kept[k] = 0, False
+            supervised[k], stays[k] = 0, False
             continue
         supervised[k] = tokens.example(k)[1][part][1:].sum()
         begin[k], end[k] = tokens.begin[k] + part.start, tokens.begin[k] + part.stop
-        kept[k] = supervised[k] == tokens.supervised[k] if truncation == "error" else supervised[k] > 0
+        stays[k] = supervised[k] == tokens.supervised[k] if truncation == "error" else supervised[k] > 0
     lost = tokens.supervised - supervised
-    kept = np.repeat(kept.reshape(-1, group).all(axis=1), group)
-    fitted = replace(tokens, begin=begin, end=end, supervised=supervised).select(np.flatnonzero(kept))
-    return Fitted(fitted, kept, lost)
+    stays = np.repeat(stays.reshape(-1, group).all(axis=1), group)
+    fitted = replace(tokens, begin=begin, end=end, supervised=supervised).select(np.flatnonzero(stays))
+    return Fitted(fitted, stays, lost)
 
 
 def truncation_losses(tokens: Tokens, context_length: int) -> dict[str, int]:
@@ -335,14 +335,14 @@ def fit_context(
             f"{context_length} and would lose {lost} tokens of the loss: set context_length to {tokens.lengths.max()} "
             "to lose none, or truncation to drop, left or right"
         )
-    if not fitted.kept.any():
+    if not fitted.stays.any():
         raise DataError(
             f"no example of {name} has a token in the loss within context_length {context_length}: "
             f"the longest has {tokens.lengths.max()} tokens"
         )
     return fitted.tokens, {
-        "rows_cut": int((long & fitted.kept).sum()),
-        "rows_dropped": int((~fitted.kept).sum()),
+        "rows_cut": int((long & fitted.stays).sum()),
+        "rows_dropped": int((~fitted.stays).sum()),
         "tokens_cut": int(tokens.lengths.sum() - fitted.tokens.lengths.sum()),
         "answer_tokens_cut": int(tokens.supervised.sum() - fitted.tokens.supervised.sum()),
     }

@@ -109,7 +109,7 @@ def measure(
         tokens = Tokens.from_examples((one.input_ids, one.loss_mask) for pieces in encoded for one in pieces)
         owners = np.repeat(np.arange(len(encoded)), [len(pieces) for pieces in encoded])
         fitted = fit_tokens(tokens, context_length, truncation, group)
-        tokens, owners = fitted.tokens, owners[fitted.kept]
+        tokens, owners = fitted.tokens, owners[fitted.stays]
         report = functools.partial(_report, on_progress, name, len(tokens))
         with loaded.active() as model:
             logs = log_probabilities(model, loaded.tokenizer, tokens, on_progress=report)

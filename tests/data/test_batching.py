@@ -20,7 +20,7 @@ def epoch(tokens, batch, seed=0, number=0):
 
 
 @pytest.mark.parametrize(("rows", "batch"), [(64, 8), (61, 8), (3, 8), (1000, 16)])
-def test_an_epoch_holds_every_row_once(rows, batch):
+def test_an_epoch_holds_every_example_once(rows, batch):
     steps = epoch(make_tokens(np.random.default_rng(0).integers(2, 90, rows)), batch, seed=1)
     assert sorted(np.concatenate([row for step in steps for row in step])) == list(range(rows))
     assert [len(step) for step in steps[:-1]] == [batch] * (len(steps) - 1)
@@ -37,7 +37,7 @@ def test_epochs_and_seeds_differ_and_repeat():
 
 @pytest.mark.parametrize("count", [16, 13, 1])
 @pytest.mark.parametrize(("world", "accumulation"), [(1, 1), (2, 1), (1, 4), (2, 2), (4, 4)])
-def test_a_step_has_the_same_rows_however_it_is_divided(count, world, accumulation):
+def test_a_step_has_the_same_examples_however_it_is_divided(count, world, accumulation):
     rows = list(np.arange(count)[:, None])
     parts = batching.split_batch(rows, make_tokens(range(2, 30)), world, accumulation)
     assert [len(part) for part in parts] == [accumulation] * world
@@ -59,7 +59,7 @@ def test_collate_predicts_the_next_token_and_stops_at_the_last_trained_one():
     assert not batch["input_ids"][:, 3:].any() and (batch["labels"][:, 3:] == -100).all()
 
 
-def test_collate_of_no_rows_is_one_dead_token():
+def test_collate_of_no_examples_is_one_dead_token():
     batch = batching.collate(make_tokens([5]), [], pad_id=3)
     assert (batch["input_ids"] == 3).all() and (batch["labels"] == -100).all() and len(batch["labels"]) == 1
 
@@ -68,7 +68,7 @@ def test_collate_of_no_rows_is_one_dead_token():
 
 
 @given(st.lists(st.integers(1, 64), min_size=1, max_size=200))
-def test_packing_holds_every_row_once_within_its_room_and_near_the_fewest_bins(lengths):
+def test_packing_holds_every_example_once_within_its_room_and_near_the_fewest_bins(lengths):
     lengths = np.array(lengths)
     packed = batching.pack(lengths, 64)
     assert sorted(np.concatenate(packed)) == list(range(len(lengths)))
@@ -78,7 +78,7 @@ def test_packing_holds_every_row_once_within_its_room_and_near_the_fewest_bins(l
     assert len(packed) <= max(fewest, largest_alone) * 11 / 9 + 1
 
 
-def test_positions_restart_with_every_packed_row():
+def test_positions_restart_with_every_packed_example():
     tokens = Tokens.from_examples([([7, 8, 9], [False, False, True]), ([5, 6], [False, True])])
     batch = batching.collate(tokens, [np.array([0, 1])], pad_id=0, pad_to=6, packed=True)
     assert batch["input_ids"].tolist() == [[7, 8, 5, 0, 0, 0]]

@@ -92,7 +92,7 @@ def test_show_example_follows_the_model_or_the_config(make_config, tmp_path):
     assert "UWhere?" in html.unescape(show_example(messages, tmp_path / "run.yaml").data)
 
 
-def test_bad_rows_are_told(make_config, tmp_path):
+def test_bad_rows_are_reported(make_config, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"messages": []}')
     with pytest.raises(DataError, match=r"bad\.jsonl:1: messages is \[\]; expected a non-empty list"):
         preview_examples(make_config(train_path=str(tmp_path / "bad.jsonl")))

@@ -1,11 +1,13 @@
 """LLMForge's prompt formats, field by field."""
 
 import pytest
+from jinja2 import TemplateError
 
 from conftest import CONVERSATION, chat, supervised_text
 from forgebook.config.blocks import PromptFormat
 from forgebook.data.chat_template import render
 from forgebook.data.masking import encode
+from forgebook.data.prompt_formats import as_chat_template, render_prompt_format
 from forgebook.errors import DataError
 
 LLAMA_2 = PromptFormat(
@@ -76,3 +78,39 @@ def test_two_system_messages_are_rejected(tokenizer):
     rows = [{"role": "system", "content": "a"}] * 2 + chat("q", "a", system=None)["messages"]
     with pytest.raises(DataError, match="2 system messages; expected one at most"):
         render(rows, tokenizer, LLAMA_2)
+
+
+# As a chat template -----------------------------------------------------------------------------------
+
+FORMAT = {
+    "system": "S {instruction}\n",
+    "user": 'Q "{instruction}" }}{{ é😀\n',
+    "assistant": " A {instruction}<|end|>",
+}
+FORMATS = {
+    "plain": {},
+    "bos and default": {"bos": "<|begin|>", "default_system_message": " be brief ", "trailing_assistant": " A"},
+    "empty tags": {"add_system_tags_even_if_message_is_empty": True},
+    "in user": {"user": "Q {system}{instruction}", "system_in_user": True},
+    "in last user": {"user": "Q {system}{instruction}", "system_in_user": True, "system_in_last_user": True},
+    "unstripped": {"strip_whitespace": False, "default_system_message": " x "},
+}
+
+
+@pytest.mark.parametrize("settings", FORMATS.values(), ids=FORMATS.keys())
+def test_a_prompt_format_as_a_chat_template_renders_the_same(tokenizer, settings):
+    fmt = PromptFormat(**FORMAT | settings)
+    template = as_chat_template(fmt)
+    turns = [
+        {"role": "user", "content": " one {system} {{ x }}"},
+        {"role": "assistant", "content": " two "},
+        {"role": "user", "content": "three\n"},
+    ]
+    for system in ([], [{"role": "system", "content": " be {instruction} "}], [{"role": "system", "content": ""}]):
+        for messages, generates in ((system + turns, True), (system + turns[:2], False), (system + turns[:1], True)):
+            written = tokenizer.apply_chat_template(
+                messages, chat_template=template, tokenize=False, add_generation_prompt=generates
+            )
+            assert written == render_prompt_format(messages, fmt, generates)
+    with pytest.raises(TemplateError, match="no tools"):
+        tokenizer.apply_chat_template([{"role": "tool", "content": "x"}], chat_template=template, tokenize=False)

@@ -1,4 +1,4 @@
-"""Files of every kind, and what is said of damaged ones: an error with its line, never a traceback or a hang."""
+"""Files of every kind, and what is message of damaged ones: an error with its line, never a traceback or a hang."""
 
 import csv
 import gzip
@@ -154,7 +154,7 @@ def test_a_line_of_50_megabytes_is_named_and_the_rest_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         (b'{"messages": [}', "not valid JSON"),
         (b"\xff\xfe", "not UTF-8 text"),
@@ -169,30 +169,30 @@ def test_a_line_of_50_megabytes_is_named_and_the_rest_read(tmp_path):
         (b'{"messages": {"role": "user"}}', "expected a non-empty list"),
     ],
 )
-def test_a_bad_line_is_told_in_its_place(tmp_path, line, said):
+def test_a_bad_line_is_reported_in_its_place(tmp_path, line, message):
     path = tmp_path / "r.jsonl"
     good = json.dumps(ROWS[0]).encode()
     path.write_bytes(good + b"\n" + line + b"\n" + good)
-    with pytest.raises(DataError, match=rf"1 of 3 rows .*\n  r\.jsonl:2: .*{said}"):
+    with pytest.raises(DataError, match=rf"1 of 3 rows .*\n  r\.jsonl:2: .*{message}"):
         read_examples(str(path))
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ('[{"messages": 1},\n {"messages": 2},\n oops]', r"r\.json:3: not valid JSON"),
         ('[{"a": 1}]\n[]', r"r\.json:1: there is text after the end"),
         ('[{"a": 1},\n', r"r\.json:2: not valid JSON"),
     ],
 )
-def test_a_damaged_json_array_is_told_its_line(tmp_path, text, said):
+def test_a_damaged_json_array_is_reported_with_its_line(tmp_path, text, message):
     (tmp_path / "r.json").write_text(text)
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=message):
         read_examples(str(tmp_path / "r.json"))
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (b'messages\n"[{oops"\n', r"r\.csv:2: messages: not valid JSON"),
         (b"prompt,completion\na,b,c\n", r"r\.csv:2: more or fewer cells than the header"),
@@ -200,14 +200,14 @@ def test_a_damaged_json_array_is_told_its_line(tmp_path, text, said):
         (b'prompt,completion\n"a,b\n', r"r\.csv:2: not valid CSV"),
     ],
 )
-def test_a_damaged_csv_is_told_its_line(tmp_path, content, said):
+def test_a_damaged_csv_is_reported_with_its_line(tmp_path, content, message):
     (tmp_path / "r.csv").write_bytes(content)
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=message):
         read_examples(str(tmp_path / "r.csv"))
 
 
 @pytest.mark.parametrize("content", [b"PAR1 this is not parquet", b"\0\1\2\3" * 100])
-def test_other_files_are_refused(tmp_path, content):
+def test_other_files_are_rejected(tmp_path, content):
     (tmp_path / "r.parquet").write_bytes(content)
     with pytest.raises(DataError, match=r"not a readable Parquet file|neither text nor Parquet"):
         read_examples(str(tmp_path / "r.parquet"))

@@ -85,7 +85,7 @@ def test_reasoning_has_one_name():
         assert row.messages[1]["reasoning_content"] == "hm" and not notes.ignored
 
 
-def test_preference_rows():
+def test_preference_pairs():
     chosen, rejected = [Q, A], [Q, A | {"content": "b"}]
     for raw in (
         {"chosen": chosen, "rejected": rejected, "num_words_chosen": 1},
@@ -141,7 +141,7 @@ def test_preference_rows():
         ),
     ],
 )
-def test_a_bad_row_is_told_its_field_and_mend(raw, task, message):
+def test_a_bad_row_is_reported_with_its_field_and_fix(raw, task, message):
     with pytest.raises(DataError, match=message):
         parse(raw, task)
 

@@ -99,14 +99,14 @@ def test_truncation_keeps_what_fits_and_counts_what_it_cuts(masks, context_lengt
     masks = [[False, *mask[1:-1], True] for mask in masks]  # every example has a token in the loss
     tokens = Tokens.from_examples((range(len(mask)), mask) for mask in masks)
     fitted = token_store.fit_tokens(tokens, context_length, truncation)
-    assert (fitted.tokens.lengths <= context_length).all() and len(fitted.tokens) == fitted.kept.sum()
+    assert (fitted.tokens.lengths <= context_length).all() and len(fitted.tokens) == fitted.stays.sum()
     left = [fitted.tokens.example(k)[1][1:].sum() for k in range(len(fitted.tokens))]
     assert left == fitted.tokens.supervised.tolist() and all(left)
-    assert sum(left) + fitted.lost[fitted.kept].sum() == tokens.supervised[fitted.kept].sum()
+    assert sum(left) + fitted.lost[fitted.stays].sum() == tokens.supervised[fitted.stays].sum()
     short = tokens.lengths <= context_length
-    assert fitted.kept[short].all() and not fitted.lost[short].any()
+    assert fitted.stays[short].all() and not fitted.lost[short].any()
     if truncation == "error":
-        assert not fitted.lost[fitted.kept].any()
+        assert not fitted.lost[fitted.stays].any()
     else:
         lost = token_store.truncation_losses(tokens, context_length)[f"answer_tokens_lost_{truncation}"]
         assert fitted.lost.sum() == lost

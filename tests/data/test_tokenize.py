@@ -43,14 +43,14 @@ GOOD = json.dumps(chat("q", "a"))
         ),
     ],
 )
-def test_a_bad_row_is_named_with_its_place_and_mend(tmp_path, line, message):
+def test_a_bad_row_is_reported_with_its_line_and_fix(tmp_path, line, message):
     path = tmp_path / "rows.jsonl"
     path.write_text(f"{GOOD}\n{line}\n")
     with pytest.raises(DataError, match=message):
         tokenize.read_examples(str(path))
 
 
-def test_all_bad_rows_are_found_in_one_pass(tmp_path):
+def test_all_bad_rows_are_reported_in_one_pass(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join([GOOD, *["{"] * 25]))
     with pytest.raises(DataError) as rejected:

@@ -8,9 +8,7 @@ import pytest
 import torch
 
 from conftest import LORA, TINY_MODEL, uneven_rows
-from forgebook.config.blocks import PromptFormat
 from forgebook.data.masking import encode_prompt
-from forgebook.data.prompt_formats import as_chat_template, render_prompt_format
 from forgebook.errors import CheckpointError, ModelError, StorageError
 from forgebook.export.merge import mean_kl, merge_run, report_lines
 from forgebook.inference.generate import load_for_generation
@@ -101,42 +99,6 @@ def load_without_quantization(folder, rope):
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
     return PeftModel.from_pretrained(model, folder).eval(), tokenizer
-
-
-FORMAT = {
-    "system": "S {instruction}\n",
-    "user": 'Q "{instruction}" }}{{ é😀\n',
-    "assistant": " A {instruction}<|end|>",
-}
-FORMATS = {
-    "plain": {},
-    "bos and default": {"bos": "<|begin|>", "default_system_message": " be brief ", "trailing_assistant": " A"},
-    "empty tags": {"add_system_tags_even_if_message_is_empty": True},
-    "in user": {"user": "Q {system}{instruction}", "system_in_user": True},
-    "in last user": {"user": "Q {system}{instruction}", "system_in_user": True, "system_in_last_user": True},
-    "unstripped": {"strip_whitespace": False, "default_system_message": " x "},
-}
-
-
-@pytest.mark.parametrize("settings", FORMATS.values(), ids=FORMATS.keys())
-def test_a_prompt_format_as_a_chat_template_renders_the_same(tokenizer, settings):
-    from jinja2 import TemplateError
-
-    fmt = PromptFormat(**FORMAT | settings)
-    template = as_chat_template(fmt)
-    turns = [
-        {"role": "user", "content": " one {system} {{ x }}"},
-        {"role": "assistant", "content": " two "},
-        {"role": "user", "content": "three\n"},
-    ]
-    for system in ([], [{"role": "system", "content": " be {instruction} "}], [{"role": "system", "content": ""}]):
-        for messages, generates in ((system + turns, True), (system + turns[:2], False), (system + turns[:1], True)):
-            written = tokenizer.apply_chat_template(
-                messages, chat_template=template, tokenize=False, add_generation_prompt=generates
-            )
-            assert written == render_prompt_format(messages, fmt, generates)
-    with pytest.raises(TemplateError, match="no tools"):
-        tokenizer.apply_chat_template([{"role": "tool", "content": "x"}], chat_template=template, tokenize=False)
 
 
 @pytest.mark.slow
