@@ -107,7 +107,7 @@ def test_the_command_as_a_process(here):
     assert len(lines) < 30 and done.stderr == ""
     evaluated = run("evaluate", "c", "rows=2")
     assert evaluated.returncode == 0, evaluated.stderr
-    assert "exact match on 2 held-out rows" in evaluated.stdout and "95 % intervals" in evaluated.stdout
+    assert "exact match on 2 held-out examples" in evaluated.stdout and "95% intervals" in evaluated.stdout
     assert (here / "runs/c/evaluation/mistakes.jsonl").exists()
     said = run("generate", "c", "-p", "q", "max_new_tokens=4")
     assert said.returncode == 0 and said.stderr == "" and len(said.stdout.splitlines()) == 1, said.stderr
