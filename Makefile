@@ -36,9 +36,10 @@ test: .venv/dev check ## install what the tests need and run all of them
 test-fast: .venv/dev ## the tests of daily use: no Ray workers, no notebooks
 	OMP_NUM_THREADS=1 python -m pytest $(PARALLEL) -m "not slow"
 
-check: .venv/dev ## style and formatting
+check: .venv/dev ## style, formatting and types
 	ruff check --quiet .
 	ruff format --quiet --check .
+	mypy
 
 configs: .venv/run ## write the plan into the headers of training_configs/ and into its table
 	python training_configs/make_headers.py
@@ -60,4 +61,4 @@ tiny-model: .venv/run ## make the embedded model again, from nothing (about half
 	cp runs/pretrain/checkpoints/*/{model.safetensors,chat_template.jinja} tiny_model/
 
 clean: ## remove runs and caches
-	rm -rf runs .pytest_cache .ruff_cache
+	rm -rf runs .pytest_cache .ruff_cache .mypy_cache .coverage

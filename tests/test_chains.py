@@ -52,7 +52,7 @@ def test_pre_training_then_instructions_then_preferences(make_config, write_rows
     base = {"initial_base_model_ckpt_path": best_of(pretrained)}
     paths = {"train_path": write_rows(held_out, "chat.jsonl"), "valid_path": None}
     instructed = fine_tune(make_config(run_name="instruct", lora_config=LORA, **base, **paths))
-    assert "whoever serves it needs that whole checkpoint" in capsys.readouterr().out
+    assert "serving it needs that whole checkpoint" in capsys.readouterr().out
     pairs = [
         {"chosen": row["messages"], "rejected": chat("x", "no", None)["messages"][:0] + row["messages"][:-1]
          + [{"role": "assistant", "content": "no"}]}

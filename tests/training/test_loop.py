@@ -66,7 +66,7 @@ def test_packing_is_refused_where_rows_would_see_each_other(name):
         },
     }  # fmt: skip
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, vocab_size=64, **shapes[name]))
-    with pytest.raises(ModelError, match="padding: packed would let rows see each other"):
+    with pytest.raises(ModelError, match="padding: packed would let examples see each other"):
         check_isolation(SupervisedLM(model), torch.device("cpu"))
 
 
