@@ -11,7 +11,6 @@ from conftest import LORA, REPOSITORY
 from forgebook.catalog import hardware_of, read_catalog, shape_of
 from forgebook.cli.main import main
 from forgebook.models.tokenizer import tokenizer_of
-from forgebook.planning.feasibility import fit as find_fit
 from forgebook.planning.hardware import Cpu
 from forgebook.planning.history import Throughput
 from forgebook.planning.memory import trainable_parameters
@@ -53,18 +52,6 @@ def test_the_cheapest_change_is_told(hardware, values, changes):
         assert told.changed_memory.total <= told.capacity and changes[0] in verdict(told)
     else:
         assert "no change that the plan tries" in verdict(told)
-
-
-def test_the_fastest_settings_that_fit_keep_the_rows_of_an_update():
-    config = big(train_batch_size_per_device=8, deepspeed="zero_3_offload_optim+param")
-    found = find_fit(config, shape_of(config.model_id), hardware_of("8xA100-80G"))
-    assert found.global_batch_size == 64 and found.deepspeed.config_path.endswith("zero_1.json")
-    assert plan(found, shape_of(found.model_id), hardware_of("8xA100-80G")).fits
-    assert find_fit(config, shape_of(config.model_id), hardware_of("1xH200")).deepspeed.config_path.endswith(
-        "offload_optim.json"
-    )
-    large = big("meta-llama/Meta-Llama-3-70B", context_length=8192)
-    assert find_fit(large, shape_of(large.model_id), hardware_of("1xT4")) is None
 
 
 # -- data, time and money

@@ -1,0 +1,113 @@
+"""What a run processes, whether it fits, and the fastest settings that do."""
+
+import pytest
+from test_memory import big
+
+from forgebook.catalog import hardware_of, shape_of
+from forgebook.errors import ConfigError
+from forgebook.planning.feasibility import (
+    capacity,
+    cheapest_change,
+    fit,
+    fits,
+    longest_sequence,
+    micro_batch_for,
+    without_gaps,
+    work_of,
+)
+from forgebook.planning.hardware import Cpu
+from forgebook.planning.memory import memory_of
+from forgebook.planning.token_count import Statistics
+
+LENGTHS = Statistics((100, 300, 200, 400), scale=10.0, how="counted")  # a tenth of the data
+
+
+def resolved(**values):
+    """Make a config of an 8B model without gaps: context 400, two examples per device, one device, one epoch."""
+    settings = {"context_length": 400, "train_batch_size_per_device": 2, "num_epochs": 1, "deepspeed": None}
+    config = big(**settings | values)
+    return without_gaps(config, shape_of(config.model_id), LENGTHS)
+
+
+@pytest.mark.parametrize(
+    ("values", "steps", "tokens", "positions", "longest"),
+    [
+        ({}, 20, 10_000, 2 * 3_000 + 2 * 4_000, 400),  # two batches of the sample: 2 x 300 and 2 x 400
+        ({"padding": "max_length"}, 20, 10_000, 16_000, 400),
+        ({"padding": "packed"}, 15, 10_000, 10_000, 400),  # 1,000 tokens of the sample fill 3 sequences of 400
+        ({"truncation": "right", "context_length": 200}, 20, 7_000, 8_000, 200),
+        ({"truncation": "drop", "context_length": 300}, 15, 6_000, 8_000, 300),
+        ({"num_epochs": 2}, 40, 20_000, 28_000, 400),
+        ({"max_steps": 10}, 10, 5_000, 7_000, 400),
+        ({"gradient_accumulation_steps": 2}, 10, 10_000, 14_000, 400),
+    ],
+)
+def test_the_work_of_a_run_is_counted(values, steps, tokens, positions, longest):
+    config = resolved(**values)
+    work = work_of(config, LENGTHS)
+    assert (work.steps, work.tokens, work.positions, work.longest) == (steps, tokens, positions, longest)
+    assert longest_sequence(config, LENGTHS) == longest
+
+
+def test_attention_goes_by_the_example_of_the_mean_token():
+    assert work_of(resolved(), LENGTHS).mean == (100**2 + 300**2 + 200**2 + 400**2) / 1000
+
+
+def test_a_context_that_leaves_no_example_is_refused():
+    with pytest.raises(ConfigError, match="context_length: 50 is shorter than every example"):
+        resolved(truncation="drop", context_length=50, num_epochs=None)
+
+
+def test_gaps_are_filled_as_the_run_fills_them():
+    config = big(context_length=None, train_batch_size_per_device=None, num_epochs=None, min_update_steps=45)
+    filled = without_gaps(config, shape_of(config.model_id), LENGTHS)
+    assert filled.context_length == shape_of(config.model_id).context
+    assert filled.train_batch_size_per_device == micro_batch_for(filled.context_length)
+    steps = work_of(filled, LENGTHS).steps
+    assert steps >= 45 and steps % filled.num_epochs == 0 and steps - steps // filled.num_epochs < 45
+
+
+@pytest.mark.parametrize(("context", "batch"), [(100, 16), (512, 16), (513, 8), (4096, 2), (8192, 1)])
+def test_longer_contexts_have_smaller_batches(context, batch):
+    assert micro_batch_for(context) == batch
+
+
+def test_a_gpu_loses_a_part_to_fragmentation_and_a_cpu_none():
+    _, gpu = hardware_of("1xA100-80G")
+    assert capacity(gpu) == int(gpu.memory * 0.95)
+    assert capacity(Cpu("a processor", 10**10, 10**10)) == 10**10
+
+
+def test_a_change_that_is_not_needed_is_taken_back():
+    """Sharding alone makes it fit, so the recomputation and smaller batches tried before it are not advised."""
+    config = resolved(gradient_checkpointing=False, num_devices=8)
+    count, gpu = hardware_of("8xA100-80G")
+    changes, need = cheapest_change(config, shape_of(config.model_id), count, 400, gpu)
+    assert changes and need is not None and fits(need, gpu)
+    for change in changes:
+        others = [one for one in changes if one != change]
+        values = dict(pair.split("=", 1) for one in others for pair in one.split())
+        without = memory_of(config.resolve(**values), shape_of(config.model_id), workers=count, length=400)
+        assert not fits(without, gpu), change
+
+
+def test_the_fastest_settings_that_fit_keep_the_examples_of_a_step():
+    config = big(train_batch_size_per_device=8, deepspeed="zero_3_offload_optim+param")
+    shape = shape_of(config.model_id)
+    fitted = fit(config, shape, hardware_of("8xA100-80G"))
+    assert fitted.global_batch_size == 64 and fitted.deepspeed.config_path.endswith("zero_1.json")
+    length = longest_sequence(fitted, None)
+    assert fits(memory_of(fitted, shape, workers=8, length=length), hardware_of("8xA100-80G")[1])
+    assert fit(config, shape, hardware_of("1xH200")).deepspeed.config_path.endswith("offload_optim.json")
+
+
+def test_nothing_fits_where_nothing_can():
+    large = big("meta-llama/Meta-Llama-3-70B", context_length=8192)
+    assert fit(large, shape_of(large.model_id), hardware_of("1xT4")) is None
+
+
+@pytest.mark.parametrize("key", ["deepspeed", "gradient_checkpointing", "train_batch_size_per_device"])
+def test_what_is_to_be_kept_is_kept(key):
+    config = big(train_batch_size_per_device=4, deepspeed="zero_3", num_devices=8)
+    fitted = fit(config, shape_of(config.model_id), hardware_of("8xA100-80G"), keep=[key])
+    assert getattr(fitted, key) == getattr(config, key)
