@@ -37,7 +37,7 @@ ANSWER_SECONDS = 60  # for a machine of the cluster to answer a question
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # Beside what .gitignore names, which Ray leaves out by itself.
-EXCLUDED = [".git", ".venv", "runs", "__pycache__", ".pytest_cache", ".ruff_cache", "*.ipynb", "benchmarks"]
+EXCLUDED = [".git", ".venv", "/runs", "__pycache__", ".pytest_cache", ".ruff_cache", "*.ipynb", "/benchmarks"]
 
 
 def name_address(address: str | None) -> None:
@@ -101,7 +101,11 @@ def machines_without(is_there: Callable[[], bool], needed: dict[str, float]) -> 
         and node["NodeID"] != here
         and all(node["Resources"].get(name, 0) >= amount for name, amount in needed.items())
     ]
-    ask = ray.remote(num_cpus=0, max_retries=0)(is_there)
+
+    def answer_there() -> bool:  # Ray takes functions, and `is_there` may be a partial one
+        return is_there()
+
+    ask = ray.remote(num_cpus=0, max_retries=0)(answer_there)
     answers = {
         ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(): node
         for node in others
@@ -109,9 +113,14 @@ def machines_without(is_there: Callable[[], bool], needed: dict[str, float]) -> 
     ready, _ = ray.wait(list(answers), num_returns=len(answers), timeout=ANSWER_SECONDS) if answers else ([], [])
     without = []
     for answer in ready:
-        with contextlib.suppress(ray.exceptions.RayError):  # the machine has gone
-            if not ray.get(answer):
-                without.append(answers[answer]["NodeManagerAddress"])
+        try:
+            is_seen = ray.get(answer)
+        except ray.exceptions.RayTaskError:
+            raise
+        except ray.exceptions.RayError:  # the machine has gone
+            continue
+        if not is_seen:
+            without.append(answers[answer]["NodeManagerAddress"])
     return without
 
 

@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+import pathspec
 import pytest
 from moto.server import ThreadedMotoServer
 
@@ -171,12 +172,13 @@ def test_nodes_that_share_a_bucket_alone(nodes, bucket, make_config, write_rows)
     ]  # fmt: skip
     process = nodes.popen(words, **bucket)
     wait_until(process, lambda: list(nodes.hidden[2].glob("cache/runs/*/both/logs/progress.jsonl")))
+    assert process.poll() is None, process.communicate()[0]
     [log] = nodes.hidden[2].glob("cache/runs/*/both/logs/progress.jsonl")
     run = Run(log.parent.parent)
     until_step(process, run, 1)
     process.send_signal(signal.SIGTERM)
     printed = process.communicate(timeout=480)[0]
-    assert process.returncode == 143 and "the same command continues" in printed, printed
+    assert process.returncode == 143 and "the same command resumes" in printed, printed
     state = [name for name in object_store.list_files("s3://forgebook/runs/both") if name.startswith("resume/")]
     assert all(any(f"rank_{rank}_" in name for name in state) for rank in (0, 1))
     assert "continuing after step" in nodes.run(words, **bucket)

@@ -101,7 +101,7 @@ def fine_tune(config: FinetuneConfig) -> Run:
         except Exception as error:
             raise TrainingError(
                 f"training failed: {last_line(error)}\n{consoles.last_lines(run.logs)}\n"
-                f"The logs are in {run.logs}; the same command continues from the last complete state"
+                f"The logs are in {run.logs}; the same command resumes from the last complete state"
             ) from error
         note = write_summary(run, resolved, plan, result, time.perf_counter() - started)
     print_summary(output, run)

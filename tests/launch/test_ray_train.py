@@ -112,7 +112,7 @@ def test_workers_that_cannot_be_kept_alive_end_the_run_with_their_last_words(ray
     killer.join()
     assert killed and failed.value.exit_code == 1
     told = str(failed.value)
-    assert "--- worker-0.log, last lines ---" in told and "the same command continues" in told
+    assert "--- worker-0.log, last lines ---" in told and "the same command resumes" in told
     assert not run.is_complete and not list(run.checkpoints.iterdir())
 
 
