@@ -6,7 +6,6 @@ import sys
 import time
 from pathlib import Path
 
-import pathspec
 import pytest
 from moto.server import ThreadedMotoServer
 
@@ -181,7 +180,7 @@ def test_nodes_that_share_a_bucket_alone(nodes, bucket, make_config, write_rows)
     assert process.returncode == 143 and "the same command resumes" in printed, printed
     state = [name for name in object_store.list_files("s3://forgebook/runs/both") if name.startswith("resume/")]
     assert all(any(f"rank_{rank}_" in name for name in state) for rank in (0, 1))
-    assert "continuing after step" in nodes.run(words, **bucket)
+    assert "resumed after step" in nodes.run(words, **bucket)
     assert losses_of(run) == pytest.approx(losses_of(alone), abs=3e-3) and len(losses_of(run)) == 36
     summary = read_json(run.summary)
     assert summary["workers"] == 2 and summary["zero_stage"] == 3
@@ -228,6 +227,15 @@ def test_only_a_cluster_of_others_is_joined(elsewhere, monkeypatch, address, is_
             local_hardware()
     else:
         local_hardware()
+
+
+def test_the_whole_engine_is_sent_to_a_cluster():
+    """What is left out is meant for the top of the repository: the engine has a room named runs."""
+    packaging = pytest.importorskip("ray._private.runtime_env.packaging")
+    leaves_out = packaging._get_excludes(REPOSITORY, ray_cluster.EXCLUDED)
+    files = list((REPOSITORY / "forgebook").rglob("*.py"))
+    assert len(files) > 80 and not [path for path in files if leaves_out(path)]
+    assert leaves_out(REPOSITORY / "runs") and leaves_out(REPOSITORY / "benchmarks")
 
 
 def test_the_environment_counts_more_than_the_file(monkeypatch):

@@ -158,7 +158,7 @@ def test_a_killed_command_continues_to_the_same_losses(here, sharding, lora):
     assert first.wait() == -signal.SIGKILL, "the run had ended before it could be killed"
     again = subprocess.run([*command, "run_name=disturbed"], capture_output=True, text=True, cwd=here)
     assert again.returncode == 0, again.stderr
-    assert "continuing after step" in again.stdout
+    assert "resumed after step" in again.stdout
     losses = [
         [row["train_loss_batch"] for row in read_metrics(here / f"runs/{name}/metrics.jsonl") if "grad_norm" in row]
         for name in ("undisturbed", "disturbed")

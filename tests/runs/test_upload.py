@@ -248,7 +248,7 @@ def test_a_run_in_a_bucket_goes_on_anywhere(command, door, tmp_path, monkeypatch
     shutil.rmtree(tmp_path / "first")
     again = subprocess.run(command("disturbed"), capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
-    assert int(re.search(r"continuing after step (\d+)", again.stdout)[1]) < 48
+    assert int(re.search(r"resumed after step (\d+)", again.stdout)[1]) < 48
     assert len(losses_in(uri)) == 48 and losses_in(uri) == losses_in("s3://forgebook/runs/undisturbed")
     [there] = (tmp_path / "first/runs").glob("*/disturbed")
 
