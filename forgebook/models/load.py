@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from forgebook.errors import ModelError
+from forgebook.models import cpu_bfloat16
 from forgebook.models.adapters import continue_lora
 from forgebook.models.attention import attention_facts, choose_attention
 from forgebook.models.tokenizer import locate, readable_model_errors
@@ -67,6 +68,8 @@ def load_model(
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    if dtype == "bfloat16" and not torch.cuda.is_available() and cpu_bfloat16.is_needed():
+        cpu_bfloat16.use_float32_products()
     with readable_model_errors(source, "model"):
         model_config = AutoConfig.from_pretrained(source)
         if rope_scaling is not None:
