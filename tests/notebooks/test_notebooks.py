@@ -42,7 +42,7 @@ def test_notebook_runs_unmodified(path, tmp_path, monkeypatch):
     # `!python` in a cell is to be this Python, as in an activated environment.
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     papermill.execute_notebook(
-        path, tmp_path / "out.ipynb", cwd=path.parent, kernel_name="python3", progress_bar=False, execution_timeout=600
+        path, tmp_path / "out.ipynb", cwd=path.parent, kernel_name="python3", progress_bar=False, execution_timeout=1200
     )
 
 
