@@ -234,7 +234,7 @@ def test_a_run_in_a_bucket_goes_on_anywhere(command, door, tmp_path, monkeypatch
     monkeypatch.setenv("FORGEBOOK_CACHE", str(tmp_path / "first"))
     undisturbed = subprocess.run(command("undisturbed"), capture_output=True, text=True)
     assert undisturbed.returncode == 0, undisturbed.stderr
-    assert "kept in          s3://forgebook/runs/undisturbed" in undisturbed.stdout
+    assert "stored in        s3://forgebook/runs/undisturbed" in undisturbed.stdout
 
     uri = "s3://forgebook/runs/disturbed"
     door.answers = busy_then_closed(door, uri.removeprefix("s3:/"))
