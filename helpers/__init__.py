@@ -9,29 +9,36 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # for editors and mypy; at run time _ENGINE says the same
-    from forgebook.catalog import read_catalog
-    from forgebook.config.parse import load_config
+if TYPE_CHECKING:  # for editors and mypy ("as": they are exported); at run time _ENGINE says the same
+    from forgebook.catalog import read_catalog as read_catalog
+    from forgebook.config.parse import load_config as load_config
     from forgebook.config.schema import FinetuneConfig
-    from forgebook.data.batching import make_batch
-    from forgebook.data.chat_template import render
-    from forgebook.data.masking import encode, encode_prompt
-    from forgebook.data.preview import show_example
-    from forgebook.data.tokenize import read_examples
-    from forgebook.data.tools import calls_of_message
-    from forgebook.errors import DataError
-    from forgebook.evaluation.statistics import compare_shares, estimate, gsm8k_number
-    from forgebook.evaluation.tool_accuracy import TOOL_CALL_MISTAKES, find_tool_call_mistake
+    from forgebook.data.batching import make_batch as make_batch
+    from forgebook.data.chat_template import render as render
+    from forgebook.data.masking import encode as encode
+    from forgebook.data.masking import encode_prompt as encode_prompt
+    from forgebook.data.preview import show_example as show_example
+    from forgebook.data.tokenize import read_examples as read_examples
+    from forgebook.data.tools import calls_of_message as calls_of_message
+    from forgebook.errors import DataError as DataError
+    from forgebook.evaluation.statistics import compare_shares as compare_shares
+    from forgebook.evaluation.statistics import estimate as estimate
+    from forgebook.evaluation.statistics import gsm8k_number as gsm8k_number
+    from forgebook.evaluation.tool_accuracy import TOOL_CALL_MISTAKES as TOOL_CALL_MISTAKES
+    from forgebook.evaluation.tool_accuracy import find_tool_call_mistake as find_tool_call_mistake
     from forgebook.inference.generate import LoadedModel
-    from forgebook.inference.vllm_command import vllm_command
-    from forgebook.models.load import load_model
-    from forgebook.models.tokenizer import load_tokenizer
-    from forgebook.planning.plan import Plan, cost_per_million_tokens
+    from forgebook.inference.vllm_command import vllm_command as vllm_command
+    from forgebook.models.load import load_model as load_model
+    from forgebook.models.tokenizer import load_tokenizer as load_tokenizer
+    from forgebook.planning.plan import Plan
+    from forgebook.planning.plan import cost_per_million_tokens as cost_per_million_tokens
     from forgebook.planning.prepare import Prepared
-    from forgebook.reporting.plots import plot_bars, plot_histogram, plot_lines
-    from forgebook.runs.metrics import read_curve
-    from forgebook.runs.run import find_checkpoint
-    from forgebook.training.optimizers import learning_rates
+    from forgebook.reporting.plots import plot_bars as plot_bars
+    from forgebook.reporting.plots import plot_histogram as plot_histogram
+    from forgebook.reporting.plots import plot_lines as plot_lines
+    from forgebook.runs.metrics import read_curve as read_curve
+    from forgebook.runs.run import find_checkpoint as find_checkpoint
+    from forgebook.training.optimizers import learning_rates as learning_rates
 
 # The engine's own names: the module, and what the name is for.
 _ENGINE = {
