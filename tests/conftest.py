@@ -4,6 +4,7 @@ import json
 import os
 import tempfile
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ import pytest
 # Tests reach no hub; a forgotten download would hang or hide a missing file.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# When the whole run of the tests began, in all its processes.
+os.environ.setdefault("FORGEBOOK_TESTS_BEGAN", str(time.time()))
 # Their runs tell no later plan how fast this machine is.
 os.environ.setdefault("FORGEBOOK_CACHE", tempfile.mkdtemp(prefix="forgebook-tests-"))
 
