@@ -183,11 +183,13 @@ def make_run(make_config, tmp_path):
     from forgebook.config.parse import dump_config
     from forgebook.runs.atomic import write_json
     from forgebook.runs.run import Run, open_run
+    from forgebook.runs.run_files import write_marker
 
     def make(name: str, eval_loss: float = 0.5, **values) -> Run:
         config = make_config(run_name=name, storage_path=str(tmp_path / "runs"), **values)
         run = open_run(config)
         run.folder.mkdir(parents=True)
+        write_marker(run.folder)
         run.config.write_text(dump_config(config))
         summary = {"best_checkpoint": "checkpoints/epoch-1", "eval_loss": eval_loss, "job_id": "raysubmit_1"}
         write_json(run.summary, summary | {"created_at": f"2026-01-0{len(name)}T00:00:00+00:00"})

@@ -39,7 +39,8 @@ def models_command(arguments: list[str]) -> int:
     if not flags.yes and input(f"delete {model.storage_uri}{state}? [y/N] ").strip().lower() not in ("y", "yes"):
         print("nothing was deleted")
         return 0
-    print(f"deleted {delete_model(rest[0]).storage_uri}")
+    delete_model(rest[0], on_kept=lambda names: print(f"kept, because no run wrote it: {', '.join(names)}"))
+    print(f"deleted {model.storage_uri}")
     return 0
 
 

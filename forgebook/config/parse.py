@@ -26,8 +26,11 @@ from forgebook.config.schema import DEFAULT_LORA, EVERY_EPOCH, FinetuneConfig, f
 from forgebook.config.yaml_source import Places, apply_override, parse_yaml, place_of, read_text
 from forgebook.errors import ConfigError, near_miss, shown_value
 
-__all__ = ["SECRET_KEY", "config_differences", "dump_config", "load_config"]
+__all__ = ["CONFIG_HEADER", "SECRET_KEY", "config_differences", "dump_config", "load_config"]
 
+CONFIG_HEADER = (
+    "# As resolved; each line ends with where its value came from: file, override, default or auto (and why)."
+)
 SECRET_KEY = re.compile(r"token|secret|api_?key|password", re.IGNORECASE)
 
 
@@ -99,8 +102,7 @@ def dump_config(config: FinetuneConfig) -> str:
     loggers = values["logger"] or []
     for logger in loggers if isinstance(loggers, list) else [loggers]:
         logger["provider_config"] = _without_secrets(logger["provider_config"])
-    header = "# As resolved; each line ends with where its value came from: file, override, default or auto (and why)."
-    return "\n".join([header, *_dump_block(values, config.origins)]) + "\n"
+    return "\n".join([CONFIG_HEADER, *_dump_block(values, config.origins)]) + "\n"
 
 
 def config_differences(a: FinetuneConfig, b: FinetuneConfig) -> list[str]:

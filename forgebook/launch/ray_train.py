@@ -37,7 +37,7 @@ from forgebook.planning.prepare import Prepared, prepare
 from forgebook.reporting import console as consoles
 from forgebook.reporting import trackers
 from forgebook.reporting.run_text import print_choices, print_plan, print_run, print_summary, write_summary
-from forgebook.runs import atomic, upload, worker_upload
+from forgebook.runs import atomic, run_files, upload, worker_upload
 from forgebook.runs import run as storage
 from forgebook.runs.run import Run
 from forgebook.training import distributed, kernels, reference
@@ -82,8 +82,8 @@ def fine_tune(config: FinetuneConfig) -> Run:
             return run
     plan, note = preflight.plan_run(prepared)
     warnings = preflight.check_plan(plan, run.folder, force=resolved.force) if plan else []
-    if is_overwritten:
-        storage.remove_run(run)
+    if is_overwritten and storage.has_run(run) and (kept := storage.remove_run(run)):
+        _warner(output)(f"kept in {run.place}, because no run wrote it: {', '.join(kept)}")
     _write_run(run, prepared, plan)
     print_run(output, run, prepared)
     print_plan(output, plan, [*warnings, *filter(None, [note])])
@@ -168,7 +168,8 @@ def _write_run(run: Run, prepared: Prepared, plan: Plan | None) -> None:
     """Write the run folder: config, data report, plan and tokens."""
     try:
         run.folder.mkdir(parents=True, exist_ok=True)
-        run.config.write_text(dump_config(prepared.config))  # first: it makes the folder a run's
+        run_files.write_marker(run.folder)  # first: it makes the folder a run's
+        run.config.write_text(dump_config(prepared.config))
         for folder in (run.logs, run.checkpoints, run.resume):
             folder.mkdir(exist_ok=True)
         token_store.save_view(prepared.train, run.tokens / "train.npz")

@@ -36,7 +36,8 @@ from forgebook.reporting.console import make_console, make_table, quiet_descript
 from forgebook.runs.atomic import read_json
 from forgebook.runs.metrics import read_metrics, watch_lines
 from forgebook.runs.object_store import is_remote
-from forgebook.runs.run import Run, display_path
+from forgebook.runs.run import Run, display_path, has_run, remove_run
+from forgebook.runs.run_files import is_run_file
 
 __all__ = ["Sweep", "Trial", "print_sweep", "sweep_as_json", "tune", "variants"]
 
@@ -261,8 +262,8 @@ def _trial(parameters: dict[str, Any], configs: dict[str, FinetuneConfig], folde
         os.chdir(folder)
     config = configs[parameters["name"]]
     run = Run(Path(config.storage_path) / str(config.run_name))
-    if config.on_existing == "overwrite":
-        shutil.rmtree(run.folder, ignore_errors=True)
+    if config.on_existing == "overwrite" and has_run(run):
+        remove_run(run)
     with _reporting(run):
         try:
             fine_tune(config)
@@ -295,7 +296,11 @@ def _outcome(run: Run, values: dict[str, Any], reason: str) -> Trial:
     state = "complete" if run.is_complete else "failed" if reason else "stopped"
     if state == "stopped":
         for path in list(run.folder.rglob(".*")):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            name = path.relative_to(run.folder).as_posix()
+            if path.is_dir() and is_run_file(f"{name}/file"):
+                shutil.rmtree(path)
+            elif path.is_file() and is_run_file(name):
+                path.unlink()
     return Trial(run, values, state, curve, reason)
 
 

@@ -40,6 +40,7 @@ __all__ = [
     "open_bucket",
     "read_file",
     "read_manifest",
+    "remove_files",
     "remove_folder",
     "upload_files",
     "upload_folder",
@@ -163,6 +164,15 @@ def remove_folder(uri: str) -> None:
                 write_manifest(uri, {}, is_complete=False)
             with contextlib.suppress(FileNotFoundError):  # Google's, for a folder without a marker
                 bucket.delete_dir(path)
+
+
+def remove_files(uri: str, names: Iterable[str]) -> None:
+    """Delete the named files below a URI, manifests first: a half-deleted folder must not look complete."""
+    bucket, path = open_bucket(uri)
+    with _readable_errors(uri, "deleted"):
+        for name in sorted(names, key=lambda name: not name.endswith(MANIFEST)):
+            with contextlib.suppress(FileNotFoundError):
+                bucket.delete_file(f"{path}/{name}")
 
 
 # Folders that are complete or absent ------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import yaml
 from forgebook.errors import StorageError
 from forgebook.runs import object_store
 from forgebook.runs.object_store import is_remote
-from forgebook.runs.run import Run, candidate_runs, remove_run, run_at
+from forgebook.runs.run import Run, candidate_runs, has_run, remove_run, run_at
 
 __all__ = ["Model", "delete_model", "get_model", "list_models"]
 
@@ -72,8 +73,12 @@ def get_model(name: str, storage_path: str = "runs") -> Model:
     raise StorageError(f"no model {name!r}: neither a run folder nor a name under {storage_path}/")
 
 
-def delete_model(name: str, storage_path: str = "runs") -> Model:
+def delete_model(
+    name: str, storage_path: str = "runs", on_kept: Callable[[list[str]], None] = lambda names: None
+) -> Model:
     """Delete a model's run, here and in its bucket; return its record.
+
+    on_kept: called with the names of files that stay because no run wrote them.
 
     Raises StorageError, and deletes nothing, if another run beside it or under storage_path starts from it.
     """
@@ -88,12 +93,15 @@ def delete_model(name: str, storage_path: str = "runs") -> Model:
     ]
     if users:
         raise StorageError(f"{model.storage_uri} is what other runs start from: {', '.join(users)}. Delete those first")
-    remove_run(run_at(parent, model.storage_uri.rpartition("/")[2]))
+    if kept := remove_run(run_at(parent, model.storage_uri.rpartition("/")[2])):
+        on_kept(kept)
     return model
 
 
 def _model_of(run: Run) -> Model | None:
     """Put a model's record together from its run's files, in the bucket if it has one; None if there is no run."""
+    if not has_run(run):
+        return None
     config = yaml.safe_load(_text_of(run, run.config) or "null")
     if config is None:
         return None

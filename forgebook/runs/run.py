@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from forgebook.runs import object_store, upload
 from forgebook.runs.atomic import read_json, write_json
 from forgebook.runs.download import cache_folder
 from forgebook.runs.object_store import is_remote
+from forgebook.runs.run_files import LOCK, MARKER, delete_run_files, is_run_file, is_run_folder
 
 if TYPE_CHECKING:
     from forgebook.config.schema import FinetuneConfig
@@ -33,6 +33,7 @@ __all__ = [
     "display_path",
     "find_checkpoint",
     "find_run",
+    "has_run",
     "open_run",
     "rank_checkpoints",
     "remove_run",
@@ -140,8 +141,13 @@ def open_run(config: FinetuneConfig) -> Run:
         names = [path.name for path in run.folder.iterdir()] if run.folder.is_dir() else []
     exists = run.config.name in names
     # A run whose data was rejected leaves its data report, and nothing else.
-    if not exists and set(names) - {run.data_report.name}:
+    if not exists and set(names) - {run.data_report.name, MARKER, LOCK}:
         raise StorageError(f"{run.place} exists and is not a run folder (no config.yaml): choose another run_name")
+    if exists and not has_run(run):
+        raise StorageError(
+            f"{run.place} exists and is not a run folder (its config.yaml was not written by a run): choose another "
+            "run_name"
+        )
     if exists and config.on_existing == "fail":
         raise StorageError(f"the run {run.place} exists: choose another run_name, or on_existing=resume or overwrite")
     if run.uri and config.on_existing != "overwrite":
@@ -219,8 +225,35 @@ def save_json(run: Run, name: str, value: Any) -> None:
         object_store.write_file(f"{run.uri}/{name}", (run.folder / name).read_bytes())
 
 
-def remove_run(run: Run) -> None:
-    """Delete a run, here and in its bucket."""
+def has_run(run: Run) -> bool:
+    """Check whether a run's folder, in the bucket if it has one, is a run's and not the user's own."""
+    uri = run.uri
+    if uri is None:
+        return is_run_folder(lambda name: (run.folder / name).is_file(), lambda name: _text(run.folder / name))
+    names = object_store.list_files(uri)
+    read = object_store.read_file
+    return is_run_folder(names.__contains__, lambda name: read(f"{uri}/{name}").decode("utf-8", "replace"))
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace")
+
+
+def remove_run(run: Run, keep: frozenset[str] = frozenset()) -> list[str]:
+    """Delete a run, here and in its bucket; files that no run writes stay. keep: names that stay here as well.
+
+    Returns the names of the files that stay because they are the user's.
+
+    Raises StorageError if the folder is not a run's.
+    """
+    if not has_run(run):
+        raise StorageError(f"{run.place} is not a run folder: nothing was deleted")
+    users = delete_run_files(run.folder, keep)
     if run.uri:
-        object_store.remove_folder(run.uri)
-    shutil.rmtree(run.folder, ignore_errors=True)
+        names = list(object_store.list_files(run.uri))
+        users = [name for name in names if not is_run_file(name)]
+        if users:
+            object_store.remove_files(run.uri, [name for name in names if is_run_file(name)])
+        else:
+            object_store.remove_folder(run.uri)
+    return users

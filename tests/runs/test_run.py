@@ -9,6 +9,7 @@ from conftest import TINY_MODEL
 from forgebook.errors import StorageError
 from forgebook.runs import object_store
 from forgebook.runs import run as storage
+from forgebook.runs.run_files import MARKER
 
 
 def test_a_run_is_found_by_folder_and_by_name(make_run, monkeypatch, tmp_path):
@@ -83,14 +84,17 @@ def test_what_is_there_already_is_told(door, make_config, tmp_path, place):
     ):
         storage.open_run(config)
     write(f"{path}/run/config.yaml")
+    with pytest.raises(StorageError, match="/run exists and is not a run folder"):
+        storage.open_run(config)
+    write(f"{path}/run/{MARKER}", '{"program": "forgebook"}')
     with pytest.raises(StorageError, match=r"the run .*/run exists: choose another run_name"):
         storage.open_run(config)
     assert storage.open_run(make_config(storage_path=path)).config.exists()
 
 
-def write(path):
+def write(path, text="x"):
     if path.startswith("s3://"):
-        object_store.write_file(path, b"x")
+        object_store.write_file(path, text.encode())
     else:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text("x")
+        Path(path).write_text(text)
