@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from forgebook.config.legacy_keys import DEEPSPEED_FILES
+from forgebook.config.legacy_keys import current_deepspeed_file
 from forgebook.config.schema import FinetuneConfig
 from forgebook.errors import ConfigError, shown_value
 
@@ -45,8 +45,7 @@ def find_deepspeed_config(config_path: str, config_source: str | None = None) ->
             return path
     # Configs of other projects name a folder of their own, such as configs/deepspeed/zero_3.json.
     shipped = sorted(path.name for path in SHIPPED.glob("*.json"))
-    name = PurePosixPath(config_path).name
-    name = DEEPSPEED_FILES.get(name, name)
+    name = current_deepspeed_file(PurePosixPath(config_path).name)
     if name in shipped:
         warnings.warn(f"{config_path} does not exist: using {SHIPPED.name}/{name}", stacklevel=2)
         return SHIPPED / name
@@ -70,6 +69,8 @@ def read_deepspeed_config(config: FinetuneConfig) -> dict[str, Any] | None:
         raise ConfigError(f"deepspeed.config_path: {path} is not text, must be a JSON file") from None
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: not valid JSON: nested too deeply") from None
     if not isinstance(settings, dict):
         raise ConfigError(f"{path} holds {shown_value(settings)}, must hold one JSON object of DeepSpeed settings")
     return settings

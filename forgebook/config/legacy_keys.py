@@ -2,33 +2,28 @@
 
 import json
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["DEEPSPEED_FILES", "RetiredNameWarning", "translate_retired"]
+__all__ = ["RetiredNameWarning", "current_deepspeed_file", "translate_retired"]
 
 
 class RetiredNameWarning(UserWarning):
     """A config uses a retired name; the message shows the current form."""
 
 
-# DeepSpeed files that early trees kept per model, and the shipped one that holds the same settings.
-DEEPSPEED_FILES = dict.fromkeys(
-    (
-        "zero_3_llama_2_7b.json",
-        "zero_3_llama_2_13b.json",
-        "zero_3_llama_2_70b.json",
-        "zero_3_mistral_7b.json",
-        "zero_3_optimizer_parameter_offload.json",
-    ),
-    "zero_3_offload_optim+param.json",
-)
+# DeepSpeed files that early trees kept per model or size (zero_3_llama_2_7b, zero_3_70b, zero_2_8b), and the shipped
+# one with the nearest settings: all of stage 3 offloaded.
+_SIZED_FILE = re.compile(r"(zero_[123])_(\w+_)?\d+(\.\d+|x\d+)?b\.json", re.IGNORECASE)
+_OFFLOADED = "zero_3_offload_optim+param.json"
 
 _FREQUENCY = "checkpoint_and_evaluation_frequency"
 
 # A value of the wrong type passes unchanged, so that the schema rejects it under its new name.
 _RENAMED = {
     "checkpoint_every_n_epochs": (_FREQUENCY, lambda n: {"unit": "epochs", "frequency": n}),
+    "eval_path": ("valid_path", lambda path: path),
     "flash_attention_2": ("attention", lambda on: ("auto" if on else "sdpa") if isinstance(on, bool) else on),
     "min_num_update_steps": ("min_update_steps", lambda n: n),
     "model_tag": ("custom_model_tag", lambda tag: tag),
@@ -46,6 +41,15 @@ _IGNORED = {
 }
 
 
+def current_deepspeed_file(name: str) -> str:
+    """Return today's name of a DeepSpeed file of an early tree; any other name as it is."""
+    sized = _SIZED_FILE.fullmatch(name)
+    stage = sized[1].lower() if sized else ""
+    if stage == "zero_3" or name == "zero_3_optimizer_parameter_offload.json":
+        return _OFFLOADED
+    return f"{stage}.json" if stage else name
+
+
 def translate_retired(values: dict[str, Any], num_epochs: object = None) -> tuple[list[str], list[str]]:
     """Rename retired keys in place; return a note on each, and what contradicts the new name beside it."""
     notes, problems = [], []
@@ -58,7 +62,7 @@ def translate_retired(values: dict[str, Any], num_epochs: object = None) -> tupl
             problems.append(f"{old} and {new} are both set: {old} is the retired name; keep only {new}")
             return
         block[new] = convert(value)
-        notes.append(f"{old} is retired: read as {new}: {json.dumps(block[new], default=str)}")
+        notes.append(f"{old} is retired: read as {new}: {json.dumps(block[new], default=str, skipkeys=True)}")
 
     def ignore(old: str, reason: str) -> None:
         if values.pop(old, None) is not None:
@@ -79,6 +83,8 @@ def translate_retired(values: dict[str, Any], num_epochs: object = None) -> tupl
     for old, reason in _IGNORED.items():
         ignore(old, reason)
 
+    if isinstance(lora := values.get("lora_config"), dict):
+        rename(lora, "rank", "r", lambda rank: rank)
     preference = values.get("preference_tuning_config")
     scaling = preference.get("logprob_processor_scaling_config") if isinstance(preference, dict) else None
     if isinstance(scaling, dict):

@@ -21,6 +21,7 @@ from forgebook.catalog import hardware_of
 from forgebook.config.blocks import DeepSpeed, models_in
 from forgebook.config.deepspeed_file import REPOSITORY, SHIPPED, find_deepspeed_config
 from forgebook.config.legacy_keys import RetiredNameWarning, translate_retired
+from forgebook.config.paths import expand_values
 from forgebook.config.rules import broken_rules, open_keys
 from forgebook.config.schema import DEFAULT_LORA, EVERY_EPOCH, FinetuneConfig, flatten, keys_without_effect, prefixes
 from forgebook.config.yaml_source import Places, apply_override, parse_yaml, place_of, read_text
@@ -46,6 +47,8 @@ def load_config(path_or_url: str | Path, overrides: Sequence[str] = (), default:
     if not isinstance(values, dict):
         content = "is empty" if values is None else f"holds {shown_value(values)}"
         raise ConfigError(f"{source} {content}, must hold 'key: value' lines, at least model_id and train_path")
+    # Blocks that the file's anchors are written in, as in Docker Compose.
+    values = {key: value for key, value in values.items() if not str(key).startswith("x-")}
     notes, problems = translate_retired(values)
     for override in overrides:
         more_notes, more_problems = apply_override(override, values, places)
@@ -53,6 +56,8 @@ def load_config(path_or_url: str | Path, overrides: Sequence[str] = (), default:
         problems += more_problems
     for note in notes:
         warnings.warn(note, RetiredNameWarning, stacklevel=2)
+    values, unexpanded = expand_values(values, lambda key: _where([key], places, source))
+    problems += unexpanded
     _divide_devices(values, places)
     written = flatten(values)
 

@@ -1,10 +1,13 @@
 """The text of a config, from a file, a URL and overrides, and the line of every key."""
 
+import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml.constructor import ConstructorError
 
 from forgebook.config.legacy_keys import translate_retired
 from forgebook.config.schema import prefixes
@@ -13,13 +16,25 @@ from forgebook.errors import ConfigError
 __all__ = ["Places", "apply_override", "parse_yaml", "place_of", "read_text"]
 
 URL_TIMEOUT = 20  # seconds
+# A config is far smaller; a data file or an alias of aliases of aliases is not.
+LARGEST_TEXT, MOST_VALUES, DEEPEST = 2**20, 20_000, 40
+
+NO_TEXT = re.compile(r"[\0\ud800-\udfff]")  # YAML can write these as escapes; no path or file can hold them
+MERGE = "tag:yaml.org,2002:merge"
 
 # Where a dotted key was written: its line in the file, or the override.
 Places = dict[str, int | str]
 
 
 class _Loader(yaml.SafeLoader):
-    """Leave dates as text: `run_name: 2024-06-01` is a name."""
+    """Leave dates as text: `run_name: 2024-06-01` is a name. Report a value that is not of its tag with its line."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):  # of `!!int abc`, by its tag
+            problem = f"{node.value!r:.80} is not of the type {node.tag.rpartition(':')[2]}"
+            raise ConstructorError(None, None, problem, node.start_mark) from None
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -33,11 +48,15 @@ def read_text(source: str) -> str:
     if "://" in source:
         return _download(source)
     try:
-        return Path(source).read_text(encoding="utf-8")
+        with open(Path(source).expanduser(), encoding="utf-8") as file:
+            text = file.read(LARGEST_TEXT + 1)
     except OSError as error:
-        raise ConfigError(f"cannot read {source}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"cannot read {source}: it is not text, must be a YAML file") from None
+        raise ConfigError(f"cannot read {source:.200}: {error.strerror}") from None
+    except (RuntimeError, ValueError):  # UnicodeDecodeError; a name with a zero byte; `~nobody`
+        raise ConfigError(f"cannot read {source!r:.200}: it is not text, must be a YAML file") from None
+    if len(text) > LARGEST_TEXT:
+        raise ConfigError(f"cannot read {source}: more than {LARGEST_TEXT:,} characters, must be a YAML file of keys")
+    return text
 
 
 def _download(url: str) -> str:
@@ -54,30 +73,60 @@ def _download(url: str) -> str:
 
 
 def parse_yaml(text: str, source: str) -> tuple[Any, Places]:
-    """Parse YAML and note the line of every key."""
+    """Parse YAML and note the line of every key; warn of a key that is set twice."""
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
+        if node is None:
+            return None, {}
+        _check_tree(node)
         places: Places = dict(_key_lines(node, source))
-        return None if node is None else loader.construct_document(node), places
+        return loader.construct_document(node), places
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ConfigError(f"{source}:{line}: not valid YAML: {error.problem}") from None
     except yaml.YAMLError as error:  # a character that YAML does not allow
         raise ConfigError(f"{source}: not valid YAML: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{source}: not a config: nested more than {DEEPEST} levels deep") from None
 
 
-def _key_lines(node: yaml.Node | None, source: str, prefix: str = "") -> Iterator[tuple[str, int]]:
-    """Yield each dotted key and its line; reject a key with two values, of which YAML would drop one."""
+def _check_tree(node: yaml.Node, above: tuple[yaml.Node, ...] = ()) -> int:
+    """Count the values under a node, an alias as a copy; raise YAMLError for what cannot be copied or written."""
+    problem, count = "", 1
+    if any(node is parent for parent in above):
+        problem = "an anchor holds an alias of itself"
+    elif len(above) > DEEPEST:
+        problem = f"nested more than {DEEPEST} levels deep"
+    elif isinstance(node, yaml.ScalarNode):
+        problem = "a text holds a zero byte or half of a character" if NO_TEXT.search(node.value) else ""
+    else:
+        pairs = isinstance(node, yaml.MappingNode)
+        for child in (part for pair in node.value for part in pair) if pairs else node.value:
+            count += _check_tree(child, (*above, node))
+            if count > MOST_VALUES:
+                problem = f"more than {MOST_VALUES:,} values, each alias counted as what it stands for"
+                break
+    if problem:
+        raise ConstructorError(None, None, problem, node.start_mark)
+    return count
+
+
+def _key_lines(node: yaml.Node, source: str, prefix: str = "") -> Iterator[tuple[str, int]]:
+    """Yield each dotted key and its line; warn where YAML takes the last of two values."""
     if not isinstance(node, yaml.MappingNode):
         return
-    first: dict[str, yaml.Node] = {}
+    last: dict[str, tuple[int, yaml.Node]] = {}
     for key, value in node.value:
         dotted, line = f"{prefix}{key.value}", key.start_mark.line + 1
-        before = first.setdefault(dotted, value)
-        # Some published configs repeat a line, which does no harm.
-        if before is not value and yaml.serialize(before) != yaml.serialize(value):
-            raise ConfigError(f"{source}:{line}: key {dotted!r} has another value in line {before.start_mark.line + 1}")
+        if dotted in last and key.tag != MERGE:  # two merges are both read
+            before_line, before = last[dotted]
+            # Some published configs repeat a line, which does no harm.
+            if yaml.serialize(before) != yaml.serialize(value):
+                note = f"its value in line {before_line} is ignored"
+                warnings.warn(f"{source}:{line}: key {dotted!r} is set a second time: {note}", stacklevel=2)
+        last[dotted] = line, value
+    for dotted, (line, value) in last.items():
         yield dotted, line
         yield from _key_lines(value, source, f"{dotted}.")
 

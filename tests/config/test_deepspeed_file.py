@@ -68,12 +68,23 @@ def test_the_working_directory_comes_first(load_yaml, monkeypatch, tmp_path):
         "deepspeed_configs/zero_3_llama_2_7b.json",
         "deepspeed_configs/zero_3_llama_2_70b.json",
         "deepspeed_configs/zero_3_mistral_7b.json",
+        "deepspeed_configs/zero_3_7b.json",
+        "deepspeed_configs/zero_3_8b.json",
+        "configs/zero_3_13b.json",
+        "zero_3_70b.json",
+        "zero_3_mixtral_8x7b.json",
+        "zero_3_llama_3_8B.json",
     ],
 )
 def test_files_of_early_trees_are_read_as_the_shipped_one_with_their_settings(load_yaml, name):
     with pytest.warns(UserWarning, match=r"does not exist: using deepspeed_configs/zero_3_offload_optim\+param"):
         config = load_yaml(f"deepspeed: {{config_path: {name}}}")
     assert read_deepspeed_config(config)["zero_optimization"]["offload_param"]["device"] == "cpu"
+
+
+def test_a_file_of_stage_2_for_a_size_stays_in_its_stage(load_yaml):
+    with pytest.warns(UserWarning, match=r"zero_2_7b\.json does not exist: using deepspeed_configs/zero_2\.json"):
+        assert zero_of(read_deepspeed_config(load_yaml("deepspeed: zero_2_7b"))) == Zero(2)
 
 
 def test_a_folder_of_another_project_falls_back_on_the_shipped_file_of_that_name(load_yaml):
@@ -88,6 +99,8 @@ def test_unknown_and_damaged_deepspeed_files(load_yaml, tmp_path):
     (tmp_path / "list.json").write_text("[1]")
     assert "list.json holds [1], must hold one JSON object" in refusal(load_yaml, "deepspeed: list.json")
     (tmp_path / "bad.json").write_text('{\n"a": }')
+    (tmp_path / "deep.json").write_text('{"a": ' + "[" * 5000 + "]" * 5000 + "}")
+    assert "deep.json: not valid JSON: nested too deeply" in refusal(load_yaml, "deepspeed: deep.json")
     assert "bad.json:2: not valid JSON" in refusal(load_yaml, "deepspeed: bad.json")
 
 

@@ -22,6 +22,7 @@ from support_config import FREQUENCY, refusal
         ("num_data_blocks: 20", {"num_data_blocks_per_device": 20}, "read as num_data_blocks_per_device: 20"),
         ("min_num_update_steps: 24", {"min_update_steps": 24}, "read as min_update_steps: 24"),
         ("model_tag: mine", {"custom_model_tag": "mine"}, "read as custom_model_tag"),
+        ("eval_path: v.jsonl", {"valid_path": "v.jsonl"}, 'read as valid_path: "v.jsonl"'),
         ("forward_checkpoint_config: {tag: t, remote_uri: s3://b}", {}, "name it with custom_model_tag"),
     ],
 )  # fmt: skip
@@ -49,6 +50,13 @@ def test_retired_checkpoint_keys_together_are_decided_by_the_interval(load_yaml)
     assert len(caught) == 2 and config.checkpoint_and_evaluation_frequency.frequency == 2
 
 
+@pytest.mark.parametrize("overrides", [[], ["lora_config.rank=16"]])
+def test_the_rank_of_an_adapter(load_yaml, overrides):
+    with pytest.warns(RetiredNameWarning, match="rank is retired: read as r: "):
+        config = load_yaml("lora_config: {rank: 4, lora_alpha: 8}\n", *overrides)
+    assert config.lora_config == {"r": 16 if overrides else 4, "lora_alpha": 8}
+
+
 def test_retired_resources_of_the_reference_workers(load_yaml):
     text = "preference_tuning_config: {logprob_processor_scaling_config: {%s: {accelerator_type:A10G: 0.001}}}"
     with pytest.warns(RetiredNameWarning, match="read as custom_resources"):
@@ -62,6 +70,7 @@ def test_retired_resources_of_the_reference_workers(load_yaml):
         "no_gradient_checkpoint: true\ngradient_checkpointing: false",
         "flash_attention_2: true\nattention: sdpa",
         "model_tag: a\ncustom_model_tag: a",
+        "eval_path: a\nvalid_path: a",
         f"max_num_checkpoints: 1\nnum_epochs: 2\n{FREQUENCY}: {{unit: steps, frequency: 9}}",
     ],
 )

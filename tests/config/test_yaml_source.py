@@ -18,27 +18,62 @@ from support_config import LORA_BLOCK, MINIMAL, refusal
         ("model_id: m\n[a]: 1\n", "tiny.yaml:2: not valid YAML"),
         ("model_id: \x00", "tiny.yaml: not valid YAML"),
         ("a: 1\n---\nb: 1\n", "not valid YAML"),
+        ("model_id: &m {a: *m}\n", "tiny.yaml:1: not valid YAML: an anchor holds an alias of itself"),
+        ("model_id: &m [*m]\n", "an anchor holds an alias of itself"),
+        ("a: " + "[" * 500 + "]" * 500, "tiny.yaml: not a config: nested more than 40 levels"),
+        ("a: " + "{b: " * 60 + "1" + "}" * 60, "tiny.yaml:1: not valid YAML: nested more than 40 levels"),
         (
-            MINIMAL + "seed: 1\nnum_epochs: 2\nseed: 2\n",
-            "tiny.yaml:5: key 'seed' has another value in line 3",
+            "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1]\n"
+            + "".join(f"{k}: &{k} [{', '.join([f'*{chr(ord(k) - 1)}'] * 9)}]\n" for k in "bcdefghij"),
+            "more than 20,000 values",
         ),
-        (
-            MINIMAL + "lora_config:\n  r: 8\n  r: 16\n",
-            "tiny.yaml:5: key 'lora_config.r' has another value in line 4",
-        ),
+        ("model_id: m\nseed: !!int abc\n", "tiny.yaml:2: not valid YAML: 'abc' is not of the type int"),
+        ("seed: !!int ''\n", "'' is not of the type int"),
+        ("seed: !!float abc\n", "'abc' is not of the type float"),
+        ("seed: !!bool abc\n", "'abc' is not of the type bool"),
+        ("seed: !!timestamp abc\n", "'abc' is not of the type timestamp"),
+        ("seed: !!timestamp 2024-19-41\n", "'2024-19-41' is not of the type timestamp"),
+        ('model_id: "a\\0b"\n', "tiny.yaml:1: not valid YAML: a text holds a zero byte"),
+        ('model_id: "\\uD800"\n', "half of a character"),
     ],
 )
 def test_files_that_are_no_configs(write_yaml, text, message):
     assert message in refusal(load_config, write_yaml(text))
 
 
+@pytest.mark.parametrize(
+    ("text", "key", "value", "message"),
+    [
+        ("seed: 1\nnum_epochs: 2\nseed: 2\n", "seed", 2, "tiny.yaml:5: key 'seed' is set a second time"),
+        ("lora_config:\n  r: 8\n  r: 16\n", "lora_config", {"r": 16}, "'lora_config.r' is set a second time"),
+        ("lora_config: {r: 8}\nlora_config: {lora_alpha: 4}\n", "lora_config", {"lora_alpha": 4}, "line 3 is ignored"),
+    ],
+)  # fmt: skip
+def test_a_key_set_twice_takes_its_last_value_with_a_warning(load_yaml, text, key, value, message):
+    with pytest.warns(UserWarning) as caught:
+        config = load_yaml(text)
+    [warning] = caught
+    assert getattr(config, key) == value and message in str(warning.message)
+
+
 def test_a_key_repeated_with_the_same_value_is_harmless(load_yaml):
     assert load_yaml("seed: 7\nnum_epochs: 1\nseed: 7\n").seed == 7
+
+
+def test_top_level_keys_that_start_with_x_hold_anchors(load_yaml):
+    text = "x-lora: &lora {r: 4}\nx-rest: &rest {seed: 7, num_epochs: 3}\nlora_config: *lora\n<<: *rest\n"
+    config = load_yaml(text)
+    assert config.lora_config == {"r": 4} and (config.seed, config.num_epochs) == (7, 3)
+    assert "unknown key" in refusal(load_yaml, "deepspeed: {x-a: 1, config_path: zero_2.json}\n")
 
 
 def test_unreadable_files(tmp_path):
     assert "No such file" in refusal(load_config, tmp_path / "absent.yaml")
     assert "directory" in refusal(load_config, tmp_path)
+    assert "File name too long" in refusal(load_config, "n" * 5000 + ".yaml")
+    assert "cannot read" in refusal(load_config, "a\0b.yaml")
+    (tmp_path / "long.yaml").write_text("#" * 1_100_000)
+    assert "more than 1,048,576 characters" in refusal(load_config, tmp_path / "long.yaml")
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     assert "is not text" in refusal(load_config, tmp_path / "binary.yaml")
 
