@@ -274,7 +274,10 @@ _TABLE = (
         (
             Option("port", "0 takes a free one; default 8000", at_least(0, 65535), "8000"),
             Option("host", "default 127.0.0.1; any other host needs a key", default="127.0.0.1"),
-            Option("key", "what clients must send; better set in the environment, as FORGEBOOK_API_KEY"),
+            Option(
+                "key",
+                "what clients must send; better set in the environment, as FORGEBOOK_API_KEY, to which it is moved",
+            ),
             Option("engine", "transformers, vllm, or auto: vLLM where it is installed and can", default="auto"),
             Option("dtype", "default: the run's own", one_of("float32", "bfloat16", "float16")),
         ),

@@ -5,6 +5,8 @@ Each takes its words and returns an exit code; each imports what it needs when i
 
 from __future__ import annotations
 
+import os
+import sys
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -181,10 +183,16 @@ def merge_command(arguments: list[str]) -> int:
 def serve_command(arguments: list[str]) -> int:
     """Serve runs at an OpenAI-compatible endpoint."""
     words = parse_words("serve", arguments)
-    import os
+    _hide_key(words.options.get("key", ""))
+    from forgebook.inference.server import clean_key, serve
 
-    from forgebook.inference.server import serve
-
-    key = words.options.get("key") or os.environ.get("FORGEBOOK_API_KEY") or None
+    key = clean_key(words.options.get("key")) or os.environ.get("FORGEBOOK_API_KEY")
     serve([words.target, *words.rest], key=key, **words.get("port", "host", "engine", "dtype"))
     return 0
+
+
+def _hide_key(key: str) -> None:
+    """Start this process again with the key in its environment: a process's arguments can be read by every user."""
+    arguments = [word for word in sys.orig_argv if not word.startswith("key=")]
+    if key.strip() and f"key={key}" in sys.orig_argv:
+        os.execve(sys.executable, arguments, {**os.environ, "FORGEBOOK_API_KEY": key})

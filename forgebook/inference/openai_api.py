@@ -11,13 +11,14 @@ import time
 import uuid
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
 
 from forgebook.data import masking
 from forgebook.data.row_formats import parse_row
 from forgebook.data.tools import CALL_MARKS, read_tool_calls
-from forgebook.errors import DataError
-from forgebook.inference.sampling import StopStrings, TokenSampling, prompt_seed
+from forgebook.errors import DataError, shown_value
+from forgebook.inference.sampling import LEAST, StopStrings, TokenSampling, prompt_seed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -35,12 +36,21 @@ __all__ = [
 ]
 
 
+MAX_QUOTED = 1000
+# A prompt of more characters is rejected before it is tokenized, which takes seconds per megabyte. Text has about 4
+# characters per token, indented code up to 10.
+CHARACTERS_PER_TOKEN = 16
+# After each token, an answer is compared with the beginnings of its stop strings.
+MAX_STOP = 1000
+
+
 class ApiError(Exception):
     """Answer a request with an error: HTTP status, message, the parameter at fault and OpenAI's code."""
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
-        super().__init__(message)
-        self.status, self.param, self.code = status, param, code
+        # Both quote the request, which may be long, or hold half a surrogate pair.
+        super().__init__(_quotable(message))
+        self.status, self.param, self.code = status, param and _quotable(param), code
 
     def body(self) -> dict[str, Any]:
         """Return OpenAI's error object."""
@@ -48,8 +58,24 @@ class ApiError(Exception):
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
 
+def _quotable(text: str) -> str:
+    return text[:MAX_QUOTED].encode(errors="backslashreplace").decode()
+
+
 CALL_STARTS = StopStrings(CALL_MARKS)
 
+
+def _zero_or_more(temperature: float) -> float:
+    if 0 < temperature < LEAST:
+        raise PydanticCustomError("temperature", f"must be 0 (greedy) or at least {LEAST:g}")
+    return temperature
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+StopString = Annotated[str, Field(max_length=MAX_STOP)]
 Zero = Annotated[float, Field(ge=0, le=0)] | None
 
 
@@ -64,11 +90,11 @@ class ChatRequest(BaseModel):
     tool_choice: Literal["auto", "none"] | None = None
     stream: bool | None = None
     stream_options: dict[str, Any] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2), AfterValidator(_zero_or_more)] | None = None
+    top_p: Annotated[float, Field(ge=LEAST, le=1)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
+    stop: Annotated[list[StopString], Field(max_length=16), BeforeValidator(_as_list)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
 
     # Accepted with their default values only.
@@ -99,8 +125,7 @@ def read_request(body: bytes) -> ChatRequest:
     """Check a request's body. Raises ApiError (400) that names the parameter at fault."""
     try:
         raw = json.loads(body)
-        # Half a surrogate pair is valid JSON and no text.
-        json.dumps(raw, ensure_ascii=False).encode()
+        json.dumps(raw, ensure_ascii=False).encode()  # fails for half a surrogate pair
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the body is not valid JSON in UTF-8: {type(error).__name__}: {error}") from None
     if not isinstance(raw, dict):
@@ -121,12 +146,18 @@ def engine_request(request: ChatRequest, models: Mapping[str, ServedModel]) -> G
 
     if request.model not in models:
         raise ApiError(
-            404, f"the model {request.model!r} is not served here: {', '.join(models)}", "model", "model_not_found"
+            404,
+            f"the model {shown_value(request.model)} is not served here: {', '.join(models)}",
+            "model",
+            "model_not_found",
         )
     served = models[request.model]
     loaded = served.loaded
+    _check_length(request, served)
     try:
         example, _ = parse_row({"messages": request.messages, "tools": request.offered_tools}, "request", "causal_lm")
+        if not _is_text([example.conversation, example.tools]):  # in a call's arguments, JSON within JSON
+            raise DataError("arguments hold half a surrogate pair, which is no text")
         ids = masking.encode_prompt(example.conversation, loaded.tokenizer, loaded.prompt_format, example.tools)
     except (DataError, RecursionError) as error:
         raise ApiError(400, str(error), "messages", "invalid_value") from None
@@ -140,15 +171,40 @@ def engine_request(request: ChatRequest, models: Mapping[str, ServedModel]) -> G
             "messages" if room < 1 else "max_tokens",
             "context_length_exceeded",
         )
-    stop = request.stop or ()
     return GenerationRequest(
         model=served.name,
         input_ids=ids,
         max_new_tokens=requested or min(room, loaded.generation_config.max_new_tokens or room),
         sampling=_token_sampling(request, loaded.generation_config),
-        stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        stop=tuple(request.stop or ()),
         keep_special=request.offered_tools is not None,
     )
+
+
+def _check_length(request: ChatRequest, served: ServedModel) -> None:
+    """Raise ApiError for a prompt that is too long to be tokenized, let alone for the context."""
+    length, limit = _json_length([request.messages, request.offered_tools]), served.context * CHARACTERS_PER_TOKEN
+    if length > limit:
+        raise ApiError(
+            400,
+            f"the context of {served.name} is {served.context} tokens: messages and tools have {length} characters of "
+            f"JSON, {limit} are allowed",
+            "messages",
+            "context_length_exceeded",
+        )
+
+
+def _json_length(value: Any) -> int:
+    return len(json.dumps(value, ensure_ascii=False))
+
+
+def _is_text(value: Any) -> bool:
+    """Return whether all strings of a JSON value can be encoded: half a surrogate pair is valid JSON and no text."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _token_sampling(request: ChatRequest, defaults: Any) -> TokenSampling:
@@ -246,7 +302,7 @@ def _split_calls(request: ChatRequest, text: str) -> tuple[str, list[dict[str, A
         calls = read_tool_calls(text)
     except DataError:
         return text, []
-    if not calls:
+    if not calls or not _is_text([[call.name, call.arguments] for call in calls]):
         return text, []
     start = CALL_STARTS.find(text)
     functions = [{"name": c.name, "arguments": json.dumps(c.arguments, ensure_ascii=False)} for c in calls]

@@ -19,7 +19,11 @@ from forgebook.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Sampler", "Sampling", "StopStrings", "TokenSampling", "prompt_seed"]
+__all__ = ["LEAST", "Sampler", "Sampling", "StopStrings", "TokenSampling", "prompt_seed"]
+
+# The smallest temperature and top_p that float32 computes with: below, logits overflow and no token has a probability.
+LEAST = 1e-8
+HOTTEST = 100.0
 
 
 @dataclass(frozen=True)
@@ -38,10 +42,12 @@ class Sampling:
     batch_size: int = 32
 
     def __post_init__(self):
-        if self.temperature < 0:
-            raise ConfigError(f"temperature must be 0 (greedy) or more, got {self.temperature:g}")
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p must be above 0 and at most 1, got {self.top_p:g}")
+        if not (self.temperature == 0 or LEAST <= self.temperature <= HOTTEST):
+            raise ConfigError(
+                f"temperature must be 0 (greedy) or more ({LEAST:g} to {HOTTEST:g}), got {self.temperature:g}"
+            )
+        if not LEAST <= self.top_p <= 1:
+            raise ConfigError(f"top_p must be above 0 and at most 1 (from {LEAST:g}), got {self.top_p:g}")
         for name in ("max_new_tokens", "batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be 1 or more, got {getattr(self, name)}")

@@ -21,6 +21,7 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -31,6 +32,7 @@ from starlette.routing import Route
 
 from forgebook.errors import ConfigError, StorageError
 from forgebook.inference import openai_api
+from forgebook.inference.connections import BODY_SECONDS, http_settings
 from forgebook.inference.openai_api import ApiError
 from forgebook.inference.vllm_command import obstacle_for_vllm, vllm_command
 from forgebook.models.vllm_support import choose_engine
@@ -39,10 +41,12 @@ from forgebook.runs import run
 if TYPE_CHECKING:
     from forgebook.inference.engine import Engine, GenerationRequest, Job
 
-__all__ = ["is_loopback", "make_app", "name_models", "serve"]
+__all__ = ["clean_key", "is_loopback", "make_app", "name_models", "serve"]
 
 LOCAL_NAMES = ["127.0.0.1", "localhost", "::1", "[::1]"]
 MAX_BODY = 16 * 2**20
+# Requests that are parsed and encoded at a time: the longest prompts take seconds and hundreds of megabytes each.
+ENCODE_AT_ONCE = 4
 # Seconds between checks whether the client of a waiting request is still connected.
 CHECK_CLIENT_EVERY = 0.2
 
@@ -63,7 +67,8 @@ def serve(
 
     Raises ConfigError for an address that other machines can reach without a key, StorageError for a port in use.
     """
-    if not is_loopback(host) and not key:
+    key = clean_key(key)
+    if key is None and not is_loopback(host):
         raise ConfigError(
             f"serve: host={host} can be reached from other machines: set a key with key=... or FORGEBOOK_API_KEY, or "
             "leave host out"
@@ -75,17 +80,13 @@ def serve(
         # In the environment, not among the arguments, which every user of the machine can read.
         os.execvpe(command[0], command, {**os.environ, **({"VLLM_API_KEY": key} if key else {})})
     with _listening(host, port) as listener:
-        import uvicorn
-
         from forgebook.inference.engine import Engine
 
         running = Engine(folders, dtype=dtype).start()
         address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}/v1"
         print(f"serving {', '.join(folders)} at {address} (Ctrl-C ends it)", flush=True)
         app = make_app(running, key=key, only_local=is_loopback(host))
-        server = uvicorn.Server(
-            uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=5, lifespan="off")
-        )
+        server = uvicorn.Server(http_settings(app))
         # uvicorn shuts down on SIGTERM and then raises the signal again, for the handler that was there before.
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
@@ -94,6 +95,17 @@ def serve(
         finally:
             signal.signal(signal.SIGTERM, before)
             running.stop()
+
+
+def clean_key(key: str | None) -> str | None:
+    """Return a key without the white space around it; None for one of white space alone.
+
+    Raises ConfigError for characters that an HTTP header cannot carry.
+    """
+    key = (key or "").strip()
+    if not (key.isascii() and (key.isprintable() or not key)):
+        raise ConfigError("serve: the key must consist of printable ASCII characters: HTTP headers carry no others")
+    return key or None
 
 
 def is_loopback(host: str) -> bool:
@@ -142,11 +154,15 @@ def make_app(engine: Engine, *, key: str | None = None, only_local: bool = True)
     only_local: answer only requests addressed to this machine by a local name, so that no web page reaches the
     endpoint through a host name that resolves to this machine (DNS rebinding).
     """
+    key = clean_key(key)
+    encoding = asyncio.Semaphore(ENCODE_AT_ONCE)
 
     async def chat(request: Request) -> Response:
         _check_key(request, key)
-        body = openai_api.read_request(await _body(request))
-        generation = await asyncio.to_thread(openai_api.engine_request, body, engine.models)
+        content = await _body(request)
+        async with encoding:
+            body = await asyncio.to_thread(openai_api.read_request, content)
+            generation = await asyncio.to_thread(openai_api.engine_request, body, engine.models)
         answer = _Answer(engine, generation, request)
         if body.stream:
             return StreamingResponse(_events(body, answer), media_type="text/event-stream")
@@ -253,16 +269,20 @@ def _check_key(request: Request, key: str | None) -> None:
 
 
 async def _body(request: Request) -> bytes:
-    """Read a request's body. Raises ApiError: 415 if it is not JSON, 413 if it is too large."""
+    """Read a request's body. Raises ApiError: 415 if it is not JSON, 413 if it is too large, 408 if it is too slow."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise ApiError(415, "the content type must be application/json")
     parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > 8 * MAX_BODY:
-            break  # most clients read no answer while they still send, so the rest is read up to here
-        if size <= MAX_BODY:
-            parts.append(part)
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for part in request.stream():
+                size += len(part)
+                if size > 8 * MAX_BODY:
+                    break  # most clients read no answer while they still send, so the rest is read up to here
+                if size <= MAX_BODY:
+                    parts.append(part)
+    except TimeoutError:
+        raise ApiError(408, f"the body did not arrive within {BODY_SECONDS} s") from None
     if size > MAX_BODY:
         raise ApiError(413, f"the body has {size} bytes or more, {MAX_BODY} are allowed")
     return b"".join(parts)
@@ -273,7 +293,7 @@ async def _body(request: Request) -> bytes:
 
 async def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    headers = {"www-authenticate": "Bearer"} if error.status == 401 else None
+    headers = {401: {"www-authenticate": "Bearer"}, 408: {"connection": "close"}}.get(error.status)
     return JSONResponse(error.body(), error.status, headers=headers)
 
 

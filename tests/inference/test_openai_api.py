@@ -69,6 +69,28 @@ WRONG = {
     "top_p 0": {**GOOD, "top_p": 0},
     "max_tokens 0": {**GOOD, "max_tokens": 0},
     "max_tokens true": {**GOOD, "max_tokens": True},
+    "temperature that float32 cannot hold": {**GOOD, "temperature": 1e-320},
+    "temperature below all": {**GOOD, "temperature": -1e-320},
+    "temperature huge": b'{"model": "one", "messages": [], "temperature": 1' + b"0" * 400 + b"}",
+    "top_p that float32 cannot hold": {**GOOD, "top_p": 5e-324},
+    "half a character in a key": json.dumps({**GOOD, "metadata": {"\ud800": 1}}).encode(),
+    "half a character in a call": {
+        **GOOD,
+        "messages": [
+            *USER,
+            {"role": "assistant", "tool_calls": [{"function": {"name": "a", "arguments": '{"b": "\\ud800"}'}}]},
+        ],
+    },
+    "half a character in the name of an argument": {
+        **GOOD,
+        "messages": [
+            *USER,
+            {"role": "assistant", "tool_calls": [{"function": {"name": "a", "arguments": '{"\\udfff": 1}'}}]},
+        ],
+    },
+    "long stop": {**GOOD, "stop": "x" * 300_000},
+    "long stops": {**GOOD, "stop": ["END", "x" * 1001]},
+    "many stops": {**GOOD, "stop": ["x"] * 17},
     "n 2": {**GOOD, "n": 2},
     "stop a number": {**GOOD, "stop": 7},
     "seed": {**GOOD, "seed": 2**70},
@@ -93,6 +115,7 @@ def test_malformed_requests_are_rejected_in_openais_format(make_models, body):
         request_of(body, make_models())
     error = caught.value.body()["error"]
     assert caught.value.status == 400 and error["type"] == "invalid_request_error" and error["message"]
+    assert len(json.dumps(error, ensure_ascii=False).encode()) < 2000
 
 
 def test_the_parameter_at_fault_is_named(make_models):
@@ -105,6 +128,7 @@ def test_the_parameter_at_fault_is_named(make_models):
     assert error_of(temperature=3).param == "temperature" and error_of(model="two").status == 404
     long = error_of(messages=[{"role": "user", "content": "lamp " * 3000}])
     assert long.code == "context_length_exceeded" and long.param == "messages"
+    assert error_of(stop="x" * 2000).param == "stop" and error_of(temperature=1e-320).param == "temperature"
     assert error_of(max_tokens=5000).param == "max_tokens" and "max_tokens is 5000" in str(error_of(max_tokens=5000))
 
 
@@ -125,6 +149,30 @@ def test_prompts_are_those_of_training(make_models, tokenizer):
         assert generation.keep_special == (tools is not None)
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"messages": [{"role": "user", "content": "lamp " * 1_000_000}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "lamp "}] * 10_000}]},
+        {"messages": USER * 10_000},
+        {"tools": [WEATHER] * 1_000},
+    ],
+    ids=["text", "parts", "messages", "tools"],
+)
+def test_what_cannot_fit_the_context_is_rejected_before_it_is_tokenized(make_models, monkeypatch, values):
+    monkeypatch.setattr("forgebook.data.masking.encode_prompt", lambda *_: pytest.fail("tokenized"))
+    with pytest.raises(ApiError, match="16384 are allowed") as caught:
+        request_of({**GOOD, **values}, make_models())
+    assert (caught.value.status, caught.value.code) == (400, "context_length_exceeded")
+
+
+def test_an_error_quotes_no_more_than_the_beginning_of_a_request(make_models):
+    for body in ({**GOOD, "model": "m" * 10**6}, {**GOOD, "k" * 10**6: 1}):
+        with pytest.raises(ApiError) as caught:
+            request_of(body, make_models())
+        assert len(json.dumps(caught.value.body())) < 3000
+
+
 def test_limits_and_stops(make_models):
     models = make_models()
     assert request_of({**GOOD, "max_completion_tokens": 7}, models).max_new_tokens == 7
@@ -134,6 +182,7 @@ def test_limits_and_stops(make_models):
     assert request_of(free, make_models(max_new_tokens=50)).max_new_tokens == 50
     assert request_of({**GOOD, "stop": "END"}, models).stop == ("END",)
     assert request_of({**GOOD, "stop": ["a", "b"]}, models).stop == ("a", "b")
+    assert request_of({**GOOD, "stop": "x" * 1000}, models).stop == ("x" * 1000,)
 
 
 def test_sampling_comes_from_the_request_then_from_the_models_generation_config(make_models):
@@ -173,7 +222,12 @@ def test_tool_calls_are_split_from_the_text():
     assert choice["message"]["content"] == "I look." and choice["finish_reason"] == "tool_calls"
     assert call["function"] == {"name": "weather", "arguments": '{"city": "Oslo"}'} and call["id"].startswith("call-")
     # Without tools in the request, and where the call cannot be read, all of it is text.
-    for body, text in ((request(), WRITTEN), (request(tools=[WEATHER]), "<tool_call>{")):
+    half = WRITTEN.replace("Oslo", r"\ud800")  # half a surrogate pair, which no answer in UTF-8 can hold
+    for body, text in (
+        (request(), WRITTEN),
+        (request(tools=[WEATHER]), "<tool_call>{"),
+        (request(tools=[WEATHER]), half),
+    ):
         [choice] = completion_object(body, finished(text))["choices"]
         assert choice["message"]["content"] == text and "tool_calls" not in choice["message"]
     [cut] = completion_object(request(tools=[WEATHER]), finished(WRITTEN, "length"))["choices"]

@@ -1,12 +1,13 @@
 """Sampling and stop strings, without a model."""
 
 import collections
+import math
 
 import pytest
 import torch
 
 from forgebook.errors import ConfigError
-from forgebook.inference.sampling import Sampler, Sampling, StopStrings, TokenSampling, prompt_seed
+from forgebook.inference.sampling import LEAST, Sampler, Sampling, StopStrings, TokenSampling, prompt_seed
 
 LOGITS = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]]))
 
@@ -45,6 +46,22 @@ def test_tokens_are_sampled_with_their_probabilities():
 )
 def test_top_k_and_top_p_limit_what_is_sampled(limits, expected):
     assert shares(TokenSampling(temperature=1.0, seed=2, **limits)) == pytest.approx(expected, abs=0.04)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("temperature", value) for value in (-1, 1e-320, 1e-9, 101, 1e308, math.inf, math.nan)]
+    + [("top_p", value) for value in (0, 1e-320, 1.01, math.nan)],
+)
+def test_what_float32_cannot_sample_with_is_refused(name, value):
+    """Every token would have the probability NaN or 0, and the first of the vocabulary be taken."""
+    with pytest.raises(ConfigError, match=f"{name} must be"):
+        Sampling(**{name: value})
+
+
+@pytest.mark.parametrize("settings", [TokenSampling(LEAST, seed=1), TokenSampling(1.0, LEAST, seed=1)])
+def test_the_smallest_values_are_greedy(settings):
+    assert sample([settings], 20, LOGITS * 100) == [[0] * 20]
 
 
 def test_limits_are_those_of_transformers():

@@ -3,12 +3,13 @@
 import concurrent.futures
 import contextlib
 import json
-import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import httpx
 import openai
@@ -18,9 +19,11 @@ from conftest import LORA, REPOSITORY, TINY_MODEL, chat, uneven_rows
 from forgebook.data.masking import encode_prompt
 from forgebook.errors import ConfigError, StorageError
 from forgebook.export.merge import merge_run
+from forgebook.inference import server as endpoint
+from forgebook.inference.connections import http_settings
 from forgebook.inference.engine import Engine
 from forgebook.inference.generate import complete, load_for_generation
-from forgebook.inference.server import MAX_BODY, is_loopback, make_app, name_models, serve
+from forgebook.inference.server import MAX_BODY, clean_key, is_loopback, make_app, name_models, serve
 from forgebook.launch.ray_train import fine_tune
 from forgebook.runs.run import find_checkpoint
 
@@ -44,9 +47,7 @@ def running(folders, **settings):
 
     key = settings.pop("key", None)
     engine = Engine(folders, dtype="float32", **settings).start()
-    server = uvicorn.Server(
-        uvicorn.Config(make_app(engine, key=key), port=0, log_level="error", timeout_graceful_shutdown=1)
-    )
+    server = uvicorn.Server(http_settings(make_app(engine, key=key), port=0, timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
@@ -258,6 +259,29 @@ def test_the_client_sees_its_own_errors(client):
         client.models.retrieve("three")
 
 
+def post_slowly(address: str, sent: bytes) -> bytes:
+    """Send the headers of a request with a longer body and only a part of it; return what the server answers."""
+    host, port = address.removeprefix("http://").split(":")
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\n"
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(f"{head}content-length: 1000\r\n\r\n".encode() + sent)
+        return b"".join(iter(lambda: connection.recv(4096), b""))
+
+
+@pytest.mark.parametrize("sent", [b"", b'{"model": "one", '], ids=["no body", "half a body"])
+def test_a_slow_body_is_answered_and_disconnected(served, monkeypatch, sent):
+    monkeypatch.setattr(endpoint, "BODY_SECONDS", 0.2)
+    answer = post_slowly(served[0], sent)
+    assert answer.startswith(b"HTTP/1.1 408 ") and b"did not arrive within 0.2 s" in answer
+
+
+def test_a_very_long_prompt_is_rejected_before_it_is_tokenized(client, monkeypatch):
+    monkeypatch.setattr("forgebook.data.masking.encode_prompt", lambda *_: pytest.fail("tokenized"))
+    with pytest.raises(openai.BadRequestError, match="16384 are allowed") as caught:
+        ask(client, [{"role": "user", "content": "lamp " * 1_000_000}])
+    assert caught.value.code == "context_length_exceeded"
+
+
 def test_other_requests_are_rejected(served):
     address, _ = served
     json_type = {"content-type": "application/json"}
@@ -293,16 +317,28 @@ def test_other_machines_need_a_key(runs):
         serve(["no such run"])
 
 
+@pytest.mark.parametrize("key", ["", " ", "\t\n", "\u00a0"])
+def test_a_blank_key_is_no_key(runs, key):
+    assert clean_key(key) is None and clean_key(f"{key}s3cret{key}") == "s3cret"
+    with pytest.raises(ConfigError, match="FORGEBOOK_API_KEY"):
+        serve([str(runs[0].folder)], host="0.0.0.0", key=key)
+
+
+@pytest.mark.parametrize("key", ["schlüssel", "a\nb", "a\x00b"])
+def test_a_key_that_no_header_can_carry_is_refused(runs, key):
+    with pytest.raises(ConfigError, match="printable ASCII"):
+        serve([str(runs[0].folder)], key=key)
+
+
 # The command ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "term"])
 def test_the_command_serves_until_it_is_told_to_end(runs, sent):
-    command = [sys.executable, "main.py", "serve", str(runs[1].folder), "port=0"]
-    environment = {**os.environ, "FORGEBOOK_API_KEY": "k3y-of-test"}
+    command = [sys.executable, "main.py", "serve", str(runs[1].folder), "port=0", "key=k3y-of-test"]
     with subprocess.Popen(
-        command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
         printed = []
         for line in process.stdout:
@@ -310,6 +346,8 @@ def test_the_command_serves_until_it_is_told_to_end(runs, sent):
             if line.startswith("serving"):
                 break
         address = line.split(" at ")[1].split()[0]
+        if sys.platform == "linux":  # every user of the machine can read the arguments of a process
+            assert "k3y-of-test" not in Path(f"/proc/{process.pid}/cmdline").read_text()
         one = openai.OpenAI(base_url=address, api_key="k3y-of-test", max_retries=0)
         assert ask(one, USER, model="two", max_tokens=3).choices[0].message.content
         process.send_signal(sent)
