@@ -84,6 +84,7 @@ def serve(
 
         running = Engine(folders, dtype=dtype).start()
         address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}/v1"
+        listener.listen()  # so that whoever reads the next line can connect
         print(f"serving {', '.join(folders)} at {address} (Ctrl-C ends it)", flush=True)
         app = make_app(running, key=key, only_local=is_loopback(host))
         server = uvicorn.Server(http_settings(app))
