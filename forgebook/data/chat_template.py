@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from forgebook.data.prompt_formats import render_prompt_format
+from forgebook.data.render_limits import within_limits
 from forgebook.data.special_tokens import hide, map_texts, restore, without_closing_token
 from forgebook.data.tools import tools_as_text, uses_tools
 from forgebook.errors import DataError
@@ -181,9 +182,8 @@ class _Conversation:
         from jinja2 import TemplateError
 
         try:
-            return self.tokenizer.apply_chat_template(
-                messages, tools=self.tools, tokenize=False, add_generation_prompt=for_generation
-            )
+            apply = functools.partial(self.tokenizer.apply_chat_template, messages, tools=self.tools, tokenize=False)
+            return within_limits(lambda: apply(add_generation_prompt=for_generation), self.tokenizer.name_or_path)
         except TemplateError as error:
             raise DataError(f"the chat template rejects these messages: {error}") from None
         except (TypeError, KeyError, AttributeError, ValueError) as error:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from forgebook.errors import ConfigError, ModelError
+from forgebook.models.tokenizer import refuse_own_code, refuse_pickled
 from forgebook.runs.atomic import atomic_file
 
 __all__ = ["export_gguf"]
@@ -33,6 +34,8 @@ def export_gguf(source: Path, out: Path, kind: str = "q8_0") -> Path:
         )
     if not (source / "config.json").exists():
         raise ModelError(f"{source} holds no model (no config.json)")
+    refuse_own_code(source)
+    refuse_pickled(str(source))
     converter = _find_converter()
     with atomic_file(out.expanduser().resolve()) as temporary:
         command = [sys.executable, str(converter), str(source), "--outfile", str(temporary), "--outtype", kind]

@@ -23,10 +23,10 @@ from forgebook.config.blocks import PromptFormat
 from forgebook.config.parse import load_config
 from forgebook.data import masking, tokenize
 from forgebook.data.prompt_formats import as_chat_template, read_prompt_format
-from forgebook.errors import CheckpointError, ConfigError, DataError, ModelError, StorageError, first_line
+from forgebook.errors import CheckpointError, ConfigError, DataError, ModelError, StorageError
 from forgebook.inference.generate import base_of, load_for_generation
 from forgebook.models import adapters, load
-from forgebook.models.tokenizer import load_tokenizer
+from forgebook.models.tokenizer import load_tokenizer, readable_model_errors, refuse_pickled
 from forgebook.models.vllm_support import vllm_loads
 from forgebook.runs import atomic, run
 
@@ -153,10 +153,9 @@ def _load_unquantized(folder: Path, rope_scaling: dict[str, Any] | None):
     from transformers import AutoConfig
 
     source, _ = base_of(folder)
-    try:
-        config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"the base of {folder} could not be read from {source!r}: {first_line(error)}") from None
+    refuse_pickled(str(folder))
+    with readable_model_errors(source, f"base of {folder}"):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     if getattr(config, "quantization_config", None):
         raise ModelError(
             f"the base {source} is itself quantized: an adapter can be merged into 16-bit weights only. Set "
@@ -176,7 +175,7 @@ def _load_plainly(folder: Path):
     """Load a model folder as any user of transformers would."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).eval()
 
 
 def _untie(model) -> None:

@@ -26,7 +26,7 @@ from forgebook.data.prompt_formats import read_prompt_format
 from forgebook.errors import DataError, ModelError, ResourceError
 from forgebook.inference.sampling import Sampler, Sampling, StopStrings, TokenSampling, prompt_seed
 from forgebook.models import adapters, load
-from forgebook.models.tokenizer import load_tokenizer, locate
+from forgebook.models.tokenizer import load_tokenizer, locate, refuse_pickled
 from forgebook.runs import download, object_store, run
 
 __all__ = [
@@ -158,7 +158,9 @@ def _add_adapters(model, sources: Sequence[str | Path]) -> tuple[Any, list[str |
     for source in sources:
         if adapters.read_lora_config(source) is None:
             names.append(None)
-        elif not any(names):
+            continue
+        refuse_pickled(str(source))
+        if not any(names):
             model = PeftModel.from_pretrained(model, str(source), adapter_name="default")
             names.append("default")
         else:

@@ -50,7 +50,9 @@ def vllm_command(folders: dict[str, Path], *, host: str, port: int) -> list[str]
         if overrides.get("rope_scaling"):
             from transformers import AutoConfig
 
-            own = AutoConfig.from_pretrained(base).rope_parameters or {}  # joined as load_model joins them
+            own = (
+                AutoConfig.from_pretrained(base, trust_remote_code=False).rope_parameters or {}
+            )  # joined as load_model joins them
             command += ["--hf-overrides", json.dumps({"rope_parameters": {**own, **overrides["rope_scaling"]}})]
         if overrides.get("quantization"):
             command += ["--quantization", "bitsandbytes"]

@@ -29,7 +29,7 @@ from forgebook.config.schema import FinetuneConfig, ResolvedConfig
 from forgebook.data import token_store
 from forgebook.errors import ForgebookError, ResourceError, StorageError, TrainingError, last_line
 from forgebook.models import adapters
-from forgebook.models.tokenizer import locate
+from forgebook.models.tokenizer import locate, refuse_pickled
 from forgebook.planning import preflight
 from forgebook.planning.plan import Plan
 from forgebook.planning.plan_report import plan_as_json
@@ -116,8 +116,10 @@ def fine_tune(config: FinetuneConfig) -> Run:
 def _refuse_impossible(config: FinetuneConfig, run: Run) -> None:
     """Refuse what this version cannot do, or this machine if it still has to."""
     check_rules(config)
+    refuse_pickled(locate(config.initial_base_model_ckpt_path or config.model_id))
     if config.initial_adapter_model_ckpt_path is not None:
         adapter = locate(config.initial_adapter_model_ckpt_path)
+        refuse_pickled(adapter)
         adapters.check_adapter(adapter, config.lora_config or {}, config.rope_scaling)
     if not run.is_complete:
         _check_devices(config)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from forgebook.errors import CheckpointError, ModelError, first_line
-from forgebook.models.tokenizer import readable_model_errors
+from forgebook.models.tokenizer import readable_model_errors, refuse_pickled
 from forgebook.runs.run import display_path
 
 if TYPE_CHECKING:
@@ -90,6 +90,7 @@ def continue_lora(
     from peft import PeftModel
 
     check_adapter(source, lora_config, rope_scaling)
+    refuse_pickled(source)
     with readable_model_errors(source, "adapter"):
         model = PeftModel.from_pretrained(model, source, is_trainable=True, autocast_adapter_dtype=False)
     return _in_dtype_of_base(model)

@@ -18,7 +18,7 @@ def native_context_length(source: str) -> int:
     from transformers import AutoConfig
 
     with readable_model_errors(source, "model"):
-        config: PretrainedConfig = AutoConfig.from_pretrained(source)
+        config: PretrainedConfig = AutoConfig.from_pretrained(source, trust_remote_code=False)
     native = getattr(config.get_text_config(), "max_position_embeddings", None)
     if native is None:  # Mamba has no such limit
         raise ModelError(f"the config of {source} has no max_position_embeddings: set context_length")
@@ -30,7 +30,7 @@ def context_limit(source: str, rope_scaling: dict[str, Any] | None = None) -> in
     from transformers import AutoConfig
 
     with readable_model_errors(source, "model"):
-        config = AutoConfig.from_pretrained(source).get_text_config()
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False).get_text_config()
     native = getattr(config, "max_position_embeddings", None)
     if native is None:
         return None

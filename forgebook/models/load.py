@@ -14,7 +14,7 @@ from forgebook.errors import ModelError
 from forgebook.models import cpu_bfloat16
 from forgebook.models.adapters import continue_lora
 from forgebook.models.attention import attention_facts, choose_attention
-from forgebook.models.tokenizer import locate, readable_model_errors
+from forgebook.models.tokenizer import locate, readable_model_errors, refuse_pickled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -70,13 +70,16 @@ def load_model(
 
     if dtype == "bfloat16" and not torch.cuda.is_available() and cpu_bfloat16.is_needed():
         cpu_bfloat16.use_float32_products()
+    refuse_pickled(source)
     with readable_model_errors(source, "model"):
-        model_config = AutoConfig.from_pretrained(source)
+        model_config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         if rope_scaling is not None:
             model_config.rope_parameters = {**(model_config.rope_parameters or {}), **rope_scaling}
         model = AutoModelForCausalLM.from_pretrained(
             source,
             config=model_config,
+            trust_remote_code=False,
+            use_safetensors=True,
             dtype=getattr(torch, dtype),
             attn_implementation=choose_attention(attention, attention_facts(dtype, on_gpu)),
             **{"device_map": device_map, **_quantized(quantization, dtype)},

@@ -7,12 +7,13 @@ tokenizer = tokenizer_of(config)                  with the labels of a classifie
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from forgebook.catalog import TINY_MODEL
-from forgebook.errors import ModelError, first_line
+from forgebook.errors import ForgebookError, ModelError, first_line
 from forgebook.runs.download import fetch_folder
 from forgebook.runs.object_store import is_remote
 
@@ -22,7 +23,26 @@ if TYPE_CHECKING:
     from forgebook.config.blocks import HubRepo
     from forgebook.config.schema import FinetuneConfig
 
-__all__ = ["label_tokens", "load_tokenizer", "locate", "readable_model_errors", "tokenizer_of", "tokenizer_source"]
+__all__ = [
+    "label_tokens",
+    "load_tokenizer",
+    "locate",
+    "readable_model_errors",
+    "refuse_own_code",
+    "refuse_pickled",
+    "tokenizer_of",
+    "tokenizer_source",
+]
+
+CODE_REFUSED = (
+    "{source!r} needs Python code from its own repository, which is never run here: choose a model whose architecture "
+    "is part of transformers"
+)
+PICKLE_REFUSED = (
+    "the weights of {source!r} are pickled ({files}), and loading a pickle can run code: convert them to safetensors "
+    "(https://huggingface.co/spaces/safetensors/convert), or choose a model that has them"
+)
+PICKLES = ("pytorch_model*.bin", "adapter_model*.bin", "consolidated*.pth", "*.ckpt", "*.pt")
 
 
 def locate(model: str | HubRepo) -> str:
@@ -77,7 +97,7 @@ def load_tokenizer(source: str, labels: Sequence[str] = ()) -> PreTrainedTokeniz
     from transformers import AutoTokenizer
 
     with readable_model_errors(source, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     if not tokenizer.is_fast:
         raise ModelError(f"the tokenizer of {source} has no fast version, whose character offsets the loss mask needs")
     if tokenizer.pad_token is None:
@@ -99,6 +119,31 @@ class readable_model_errors:
         pass
 
     def __exit__(self, kind, error, traceback) -> None:
-        # OSError: not there, no network; ValueError: unknown architecture, unusable attention; KeyError: bad config.
-        if isinstance(error, OSError | ValueError | KeyError) and not isinstance(error, ModelError):
+        if error is None or isinstance(error, ForgebookError):
+            return
+        if "trust_remote_code" in str(error) or "custom code" in str(error):
+            raise ModelError(CODE_REFUSED.format(source=self.source)) from None
+        if isinstance(error, pickle.UnpicklingError) or "use_safetensors" in str(error):
+            raise ModelError(PICKLE_REFUSED.format(source=self.source, files="a .bin file")) from None
+        # OSError: not there, no network; ValueError: unknown architecture, unusable attention; KeyError, TypeError,
+        # AttributeError: bad config; SafetensorError: truncated weights.
+        is_damaged = type(error).__name__ == "SafetensorError"
+        if is_damaged or isinstance(error, OSError | ValueError | KeyError | TypeError | AttributeError):
             raise ModelError(f"no {self.what} could be loaded from {self.source!r}: {first_line(error)}") from None
+
+
+def refuse_own_code(folder: Path) -> None:
+    """Raise ModelError if a model folder names Python code of its own, which a program that reads it might run."""
+    for name in ("config.json", "tokenizer_config.json"):
+        if (folder / name).exists() and '"auto_map"' in (folder / name).read_text(encoding="utf-8", errors="replace"):
+            raise ModelError(CODE_REFUSED.format(source=str(folder)))
+
+
+def refuse_pickled(source: str) -> None:
+    """Raise ModelError if a local folder has its weights only as pickles, which can run code when they are loaded."""
+    folder = Path(source)
+    if not folder.is_dir() or any(folder.glob("*.safetensors")):
+        return
+    pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+    if pickles:
+        raise ModelError(PICKLE_REFUSED.format(source=source, files=pickles[0]))

@@ -1,5 +1,6 @@
 """Where models come from, and how they are built."""
 
+import shutil
 import subprocess
 import sys
 
@@ -31,6 +32,17 @@ def test_rope_scaling_reaches_the_model():
     model = load.load_model(str(TINY_MODEL), rope_scaling={"rope_type": "linear", "factor": 2.0})
     assert model.config.rope_parameters["factor"] == 2.0
     assert families.native_context_length(str(TINY_MODEL)) == 1024
+
+
+def test_pickled_weights_and_a_repositorys_code_are_refused(tmp_path):
+    shutil.copy(TINY_MODEL / "config.json", tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04cos\nsystem\n.")
+    with pytest.raises(ModelError, match=r"are pickled \(pytorch_model.bin\)"):
+        load.load_model(str(tmp_path))
+    (tmp_path / "pytorch_model.bin").unlink()
+    (tmp_path / "config.json").write_text('{"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}')
+    with pytest.raises(ModelError, match="which is never run here"):
+        load.load_model(str(tmp_path))
 
 
 def test_zero_3_never_holds_the_whole_model_on_a_rank():

@@ -1,14 +1,30 @@
 """Where a model's files are, and how its tokenizer is loaded; without torch."""
 
+import ast
+import json
+import pickle
+import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from conftest import REPOSITORY, TINY_MODEL
 from forgebook.config.blocks import HubRepo
 from forgebook.errors import ModelError, StorageError
-from forgebook.models.tokenizer import label_tokens, load_tokenizer, locate, tokenizer_of, tokenizer_source
+from forgebook.export.gguf import export_gguf
+from forgebook.models.families import context_limit, native_context_length
+from forgebook.models.tokenizer import (
+    label_tokens,
+    load_tokenizer,
+    locate,
+    readable_model_errors,
+    refuse_pickled,
+    tokenizer_of,
+    tokenizer_source,
+)
 
 
 def test_a_path_is_a_folder_and_another_name_a_hub_id():
@@ -24,6 +40,74 @@ def test_a_hub_that_cannot_be_reached_is_one_readable_sentence():
         load_tokenizer("no-such-owner/no-such-model")
     with pytest.raises(ModelError, match="no-such-owner/no-such-model could not be fetched from the hub"):
         locate(HubRepo(repo_id="no-such-owner/no-such-model"))
+
+
+@pytest.fixture
+def model_with_code(tmp_path):
+    """A model folder as repositories with code of their own have them; its code leaves a file when it runs."""
+    folder = tmp_path / "model"
+    shutil.copytree(TINY_MODEL, folder)
+    for name, entries in {
+        "config.json": {"auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}, "model_type": "own"},
+        "tokenizer_config.json": {"auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}, "tokenizer_class": "Own"},
+    }.items():
+        (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | entries))
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own:\n    pass\n")
+    return folder
+
+
+def _export(source):
+    export_gguf(Path(source), Path(source) / "model.gguf")
+
+
+@pytest.mark.parametrize(
+    "load", [load_tokenizer, native_context_length, context_limit, _export], ids=lambda f: f.__name__
+)
+def test_a_repositorys_code_never_runs_whatever_is_on_standard_input(load, model_with_code, monkeypatch, capsys):
+    monkeypatch.setattr("builtins.input", lambda prompt="": "y")
+    with pytest.raises(ModelError, match="needs Python code from its own repository, which is never run here") as error:
+        load(str(model_with_code))
+    assert error.value.exit_code == 2 and not (model_with_code.parent / "ran").exists()
+    assert "[y/N]" not in capsys.readouterr().out
+
+
+def test_every_loader_of_transformers_refuses_a_repositorys_code():
+    calls = [
+        (path, node)
+        for path in (REPOSITORY / "forgebook").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and re.match(r"Auto\w+\.from_pretrained$", ast.unparse(node.func))
+    ]
+    assert len(calls) > 5
+    for path, call in calls:
+        refusals = [ast.unparse(word.value) for word in call.keywords if word.arg == "trust_remote_code"]
+        assert refusals == ["False"], f"{path}:{call.lineno}"
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "adapter_model.bin"])
+def test_pickled_weights_are_refused_in_one_sentence(name, tmp_path):
+    (tmp_path / name).write_bytes(b"\x80\x04cos\nsystem\n.")
+    with pytest.raises(ModelError, match=rf"are pickled \({name}\), and loading a pickle can run code") as error:
+        refuse_pickled(str(tmp_path))
+    assert error.value.exit_code == 2 and "\n" not in str(error.value)
+    (tmp_path / name.replace(".bin", ".safetensors")).touch()
+    refuse_pickled(str(tmp_path))
+    refuse_pickled("owner/name")
+
+
+@pytest.mark.parametrize(
+    ("raised", "message"),
+    [
+        (pickle.UnpicklingError("Weights only load failed"), "are pickled"),
+        (OSError("cannot be loaded with `safetensors`. Please do not set `use_safetensors=True`"), "are pickled"),
+        (ValueError("Please pass the argument `trust_remote_code=True`"), "is never run here"),
+        (type("SafetensorError", (Exception,), {})("header too large"), "no model could be .*: header too large"),
+        (TypeError("list indices must be integers"), "no model could be loaded"),
+    ],
+)
+def test_what_transformers_raises_is_one_sentence(raised, message):
+    with pytest.raises(ModelError, match=message), readable_model_errors("owner/name", "model"):
+        raise raised
 
 
 def test_a_tokenizer_without_a_pad_token_pads_with_its_end_token(tmp_path):

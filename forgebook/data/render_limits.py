@@ -1,0 +1,68 @@
+"""Limits on rendering a chat template, which is a program that comes with a model.
+
+within_limits(render, name)     what `render` returns, or a ModelError that names the template
+"""
+
+from __future__ import annotations
+
+import resource
+import signal
+import threading
+from collections.abc import Callable
+
+from forgebook.errors import ModelError
+
+__all__ = ["within_limits"]
+
+SECONDS = 5.0  # of this process's time; a conversation takes milliseconds
+MEMORY = 1 << 30  # bytes, beyond what the process has
+CHARACTERS = 1 << 26
+
+
+class _TimeUp(Exception):
+    pass
+
+
+def within_limits(render: Callable[[], str], name: str) -> str:
+    """Call `render`, which renders one conversation with the template of tokenizer `name`, within limits.
+
+    Outside the main thread, where no timer can interrupt it, only the result's length is checked.
+
+    Raises ModelError if the template takes too long or too much memory.
+    """
+    too_much = f"the chat template of {name!r} "
+    try:
+        text = _guarded(render) if threading.current_thread() is threading.main_thread() else render()
+    except _TimeUp:
+        raise ModelError(f"{too_much}ran for {SECONDS:g} s on one conversation: it may loop without end") from None
+    except MemoryError:
+        raise ModelError(f"{too_much}took more than {MEMORY >> 30} GiB of memory for one conversation") from None
+    if len(text) > CHARACTERS:
+        raise ModelError(f"{too_much}wrote {len(text):,} characters for one conversation")
+    return text
+
+
+def _guarded(render: Callable[[], str]) -> str:
+    def stop(number, frame) -> None:
+        raise _TimeUp
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    previous = signal.signal(signal.SIGVTALRM, stop)
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (_address_space(soft), hard))
+        signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
+        return render()
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        signal.signal(signal.SIGVTALRM, previous or signal.SIG_DFL)
+
+
+def _address_space(soft: int) -> int:
+    """Compute the limit on this process's address space, in bytes; the present one where there is no /proc."""
+    try:
+        with open("/proc/self/statm", "rb", buffering=0) as file:
+            used = int(file.read(32).split()[0]) * resource.getpagesize()
+    except OSError:
+        return soft
+    return used + MEMORY if soft == resource.RLIM_INFINITY else min(soft, used + MEMORY)

@@ -1,0 +1,52 @@
+"""A chat template cannot hang or fill the memory of what renders it."""
+
+import threading
+import time
+
+import pytest
+
+from conftest import TINY_MODEL
+from forgebook.data import chat_template, render_limits
+from forgebook.data.render_limits import within_limits
+from forgebook.errors import ModelError
+from forgebook.models.tokenizer import load_tokenizer
+
+LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+DOUBLING = (
+    "{% set n = namespace(t='ab') %}{% for a in range(60) %}{% set n.t = n.t ~ n.t %}{% endfor %}{{ n.t|length }}"
+)
+REPEATED = "{{ ('ab' * 9999999999)|length }}"
+PADDED = "{{ 'ab'|center(9999999999) }}"
+LONG = "{% for a in range(99999) %}{{ '%02000d' % 1 }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        (LOOP, "ran for 0.3 s"),
+        (DOUBLING, "memory"),
+        (REPEATED, "memory"),
+        (PADDED, "memory"),
+        (LONG, "wrote 199,998,000 characters"),
+    ],
+)
+def test_a_template_without_end_is_stopped_and_named(template, reason, monkeypatch):
+    monkeypatch.setattr(render_limits, "SECONDS", 0.3 if template == LOOP else 5.0)
+    tokenizer = load_tokenizer(str(TINY_MODEL))
+    tokenizer.chat_template = template
+    started = time.perf_counter()
+    with pytest.raises(ModelError, match=rf"the chat template of '.*tiny_model' .*{reason}"):
+        chat_template.render([{"role": "user", "content": "hi"}], tokenizer)
+    assert time.perf_counter() - started < 10
+    tokenizer.chat_template = "{{ messages[0].content * 1000 }}"  # the limits are gone
+    assert len(chat_template.render([{"role": "user", "content": "hi"}], tokenizer)) == 2000
+
+
+def test_errors_of_a_template_pass_and_other_threads_render_too():
+    with pytest.raises(KeyError):
+        within_limits(lambda: {}["key"], "name")
+    texts = []
+    thread = threading.Thread(target=lambda: texts.append(within_limits(lambda: "text", "name")))
+    thread.start()
+    thread.join()
+    assert texts == ["text"] == [within_limits(lambda: "text", "name")]
