@@ -23,13 +23,12 @@ from typing import TYPE_CHECKING
 
 from forgebook.data.chat_template import (
     LossOn,
-    Message,
     RenderedText,
     RewrittenTurns,
-    Span,
     render_for_training,
     render_prompt,
 )
+from forgebook.data.conversation import Message, Span
 from forgebook.data.special_tokens import has_hidden, hide, literal_tokenizer, special_ids, to_literal_form
 from forgebook.errors import DataError
 

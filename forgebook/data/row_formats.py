@@ -200,10 +200,12 @@ def _message(raw: Any, at: str, ignored: set[str]) -> Message:
         message["content"] = ""
     if message.get("function_call"):
         raise DataError(f"{at}.function_call: OpenAI's old form; write tool_calls instead")
-    for key in REASONING_KEYS:
-        if message.get(key) is not None:
-            message["reasoning_content"] = message.pop(key) if key != "reasoning_content" else message[key]
-            break
+    reasoning = {key: message.pop(key, None) for key in REASONING_KEYS}
+    # Sets with one schema for all rows hold "" where there is none; only an assistant reasons.
+    written_keys = [key for key, text in reasoning.items() if text is not None and text != ""]
+    if written_keys and role == "assistant":
+        message["reasoning_content"] = reasoning[written_keys.pop(0)]
+    ignored |= {f"{at.split('[')[0]}[].{key}" for key in written_keys}
     message["content"] = _content(message, at)
     if message.get("tool_calls"):
         message["tool_calls"] = _tool_calls(message["tool_calls"], role, at)

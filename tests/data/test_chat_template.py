@@ -26,7 +26,7 @@ def test_an_answer_that_the_template_changes_is_rejected(tokenizer):
         "{% for m in messages %}<|{{ m.role }}|>{{ m.content | upper }}<|end|>{% endfor %}"
         "{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
-    with pytest.raises(DataError, match=r"messages\[2\].content: the chat template does not render it unchanged"):
+    with pytest.raises(DataError, match=r"messages\[2\].content: the chat template does not show it unchanged"):
         encode(CONVERSATION, shouting)
 
 
@@ -89,16 +89,6 @@ def test_other_templates_get_tools_as_text(tokenizer):
     assert supervised_text(encoded, plain).startswith("[TOOL_CALLS]")
     prompt = encode_prompt(WITH_TOOLS[:1], plain, tools=TOOLS)
     assert encoded.input_ids[: len(prompt)] == prompt
-
-
-def test_a_template_that_drops_calls_is_rejected(tokenizer):
-    dropping = copy.deepcopy(tokenizer)
-    dropping.chat_template = (
-        "{% if tools %}{% endif %}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
-        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-    )
-    with pytest.raises(DataError, match="leaves out the call of 'weather'"):
-        encode(WITH_TOOLS, dropping, tools=TOOLS)
 
 
 # Like Qwen 3 and DeepSeek R1: the thinking of earlier turns is not shown.

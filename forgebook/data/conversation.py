@@ -1,0 +1,306 @@
+"""A conversation as its chat template renders it: prompts, and the answers that continue them with nothing lost.
+
+    conversation = Conversation(messages, tools, tokenizer, prompt_format)
+    conversation.prompt(k)         what the model reads before it writes message k
+    conversation.answered(k)       the prompt and answer k
+
+An answer continues its generation prompt and holds all that its message says. Where the template's own text does not,
+the answer is the generation prompt and what the message adds to it, with a thought that the template would cut out of
+the content; else the example is rejected with the reason.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from forgebook.data.generation_prompt import added_to_prompt, closes_thought
+from forgebook.data.message_parts import REASONING_KEYS, missing_part, missing_tool, split_thought
+from forgebook.data.prompt_formats import render_prompt_format
+from forgebook.data.render_limits import within_limits
+from forgebook.data.special_tokens import hide, map_texts, without_closing_token
+from forgebook.data.tools import tools_as_text, uses_tools
+from forgebook.errors import DataError
+from forgebook.runs import run
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from forgebook.config.blocks import PromptFormat
+
+__all__ = ["Conversation", "Message", "Span"]
+
+Message = dict[str, Any]
+Span = tuple[int, int]
+
+# Whether a template reads tools or reasoning shows in its source.
+READS_TOOLS = re.compile(r"\{[%{][^}]*\btools\b")
+READS_REASONING = {
+    "reasoning_content": re.compile("reasoning_content"),
+    "thinking": re.compile(r"\.thinking\b|[\"']thinking[\"']"),
+    "reasoning": re.compile(r"\.reasoning\b|\[[\"']reasoning[\"']\]|get\([\"']reasoning[\"']"),
+}
+
+# Rendered to see whether a template writes tools, calls and results. Mistral's wants ids of nine letters and digits.
+PROBED_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "probed_tool",
+        "description": "probed description",
+        "parameters": {"type": "object", "properties": {"probed_key": {"type": "string", "description": "d"}}},
+    },
+}
+PROBED_CALL = {
+    "type": "function",
+    "id": "call00001",
+    "function": {"name": "probed_tool", "arguments": {"probed_key": "probed value"}},
+}
+PROBED_MESSAGES: list[Message] = [
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": "", "tool_calls": [PROBED_CALL]},
+    {"role": "tool", "name": "probed_tool", "tool_call_id": "call00001", "content": "probed result"},
+]
+# Stand-ins inside messages: the end of one message, the begin of the next one's content, the tags of a thought. The
+# tags are private characters that no message may contain.
+END_MARK, CONTENT_MARK = "Xq7EndOfMessageXq7", "Xq7ContentXq7"
+HIDDEN_TAGS = {"<think>": "\U000ffff0", "</think>": "\U000ffff1"}
+OTHER_FORMAT = "set generation_config.prompt_format"
+
+
+class Conversation:
+    """A conversation ready for its template: tools and reasoning in the form that the template reads."""
+
+    def __init__(
+        self,
+        messages: list[Message],
+        tools: list[dict] | None,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt_format: PromptFormat | None,
+    ):
+        self.tokenizer, self.prompt_format = tokenizer, prompt_format
+        source = _template_source(tokenizer, tools) if prompt_format is None else ""
+        if uses_tools(messages, tools) and not (
+            READS_TOOLS.search(source) and _renders_tools(tokenizer, source, bool(tools))
+        ):
+            messages, tools = tools_as_text(messages, tools), None
+        key = next((key for key, reads in READS_REASONING.items() if reads.search(source)), None)
+        messages = [_with_reasoning(message, key) for message in messages]
+        hidden = functools.partial(hide, tokenizer=tokenizer)
+        self.messages: list[Message] = [map_texts(message, hidden) for message in messages]
+        self.tools: list[dict] | None = map_texts(tools, hidden)
+        self.answers = [k for k, message in enumerate(self.messages) if message["role"] == "assistant"]
+        self._rendered: dict[tuple[int, bool], str] = {}
+        self._answered: dict[int, str] = {}
+
+    def prompt(self, k: int) -> str:
+        """Render what the model reads before it writes message k."""
+        return self._render_first(k, for_generation=True)
+
+    def through(self, k: int) -> str:
+        """Render the conversation up to message k, inclusive."""
+        return self._render_first(k + 1, for_generation=False)
+
+    def answered(self, k: int) -> str:
+        """Render up to answer k as it continues its prompt, with all that the message says.
+
+        Raises DataError if the template renders it in no such way.
+        """
+        if k not in self._answered:
+            text = next((text for text in self._possible_answers(k) if self._lacks(k, text) is None), None)
+            if text is None:
+                raise DataError(f"messages[{k}]{self._reason_against(k)}")
+            self._answered[k] = text
+        return self._answered[k]
+
+    def joined(self, targets: list[int]) -> tuple[str, list[int]]:
+        """Render the conversation; also list the targets that it renders differently than when they were given."""
+        answered = [self.answered(k) for k in targets]
+        last = len(self.messages) - 1
+        text = answered[-1] if last in targets else self.through(last)
+        return text, [k for k in targets if not text.startswith(self.turn(k, text))]
+
+    def turn(self, k: int, text: str) -> str:
+        """Render up to message k as `text` continues: without a token that only ends a text (Phi-3's eos)."""
+        through = self._answered.get(k) or self.through(k)
+        if text.startswith(through):
+            return through
+        open_ended = without_closing_token(through, self.tokenizer)
+        continues = len(open_ended) > len(self.prompt(k)) and text.startswith(open_ended)
+        return open_ended if continues else through
+
+    def check_context(self) -> None:
+        """Raise DataError unless the tools and all messages but the answers in the loss are shown."""
+        before, start = "", 0
+        for k in [*self.answers, len(self.messages)]:
+            if start < k:
+                text = self.prompt(k) if k < len(self.messages) else self.through(k - 1)
+                if self.tools and start == 0 and (path := missing_tool(self.tools, text)):
+                    raise DataError(f"{path}: the chat template does not show it: {OTHER_FORMAT}")
+                self.check_shown(range(start, k), text[len(before) :] if text.startswith(before) else text)
+            if k < len(self.messages):
+                before, start = self.through(k), k + 1
+                # Thoughts of earlier turns are not shown by many templates.
+                shown = before.removeprefix(self.prompt(k))
+                said = {key: value for key, value in self.messages[k].items() if key not in REASONING_KEYS}
+                self._check_shown(k, said | {"content": split_thought(said["content"])[1]}, shown)
+
+    def check_shown(self, numbers: Iterable[int], text: str) -> None:
+        """Raise DataError unless all of some messages is in a text."""
+        for k in numbers:
+            self._check_shown(k, self.messages[k], text)
+
+    def _check_shown(self, k: int, message: Message, text: str) -> None:
+        if path := missing_part(message, text):
+            raise DataError(f"messages[{k}].{self._described(k, path)}: {OTHER_FORMAT}")
+
+    def _described(self, k: int, path: str) -> str:
+        """Describe a part of a message that is not in the text."""
+        if not path.startswith("tool_calls"):
+            return f"{path}: the chat template does not show it unchanged"
+        name = self.messages[k]["tool_calls"][int(path[11 : path.index("]")])]["function"]["name"]
+        return f"{path}: the chat template leaves out the call of {name!r} or a part of it"
+
+    def _lacks(self, k: int, text: str) -> str | None:
+        """Name what an answer lacks in a text; an empty name if the text does not continue the answer's prompt."""
+        prompt = self.prompt(k)
+        return missing_part(self.messages[k], text[len(prompt) :]) if text.startswith(prompt) else ""
+
+    def _possible_answers(self, k: int) -> Iterator[str]:
+        """Yield ways to render up to answer k: the template's own text, then what the message adds to the prompt."""
+        prompt, message = self.prompt(k), self.messages[k]
+        yield self.through(k)
+        reasoning, rest = _thought_of(message)
+        if self.prompt_format is not None or (reasoning and closes_thought(prompt)):
+            return
+        silent = {key: value for key, value in message.items() if key not in REASONING_KEYS} | {"content": rest}
+        forms = [message]
+        if reasoning:
+            forms.append(silent | {"content": _with_hidden_tags(_thought_as_text(reasoning, rest))})
+            yield _with_shown_tags(self.render([*self.messages[:k], forms[-1]]))
+        # The turn alone, since templates may render what precedes an answer differently once it is there.
+        before = [
+            *self.messages[: k - 1],
+            self.messages[k - 1] | {"content": self.messages[k - 1]["content"] + END_MARK},
+        ]
+        begin = self._after_mark(before, for_generation=True)
+        turns = [self._after_mark([*before, form]) for form in forms]
+        yield from (prompt + turn[len(begin) :] for turn in turns if turn.startswith(begin))
+        header = self._after_mark([*before, silent | {"content": CONTENT_MARK}]).partition(CONTENT_MARK)[0]
+        yield prompt + added_to_prompt(begin, header, self._after_mark([*before, silent]), reasoning)
+
+    def _after_mark(self, messages: list[Message], for_generation: bool = False) -> str:
+        """Render messages; return what follows the one whose end is marked."""
+        return _with_shown_tags(self.render(messages, for_generation).rpartition(END_MARK)[2])
+
+    def _reason_against(self, k: int) -> str:
+        """Say why answer k cannot be trained, and what to set."""
+        prompt, through = self.prompt(k), self.through(k)
+        if _thought_of(self.messages[k])[0] and closes_thought(prompt):
+            return (
+                f": it has reasoning, but the generation prompt of the chat template closes the thought: {OTHER_FORMAT}"
+            )
+        if path := self._lacks(k, through):
+            return f".{self._described(k, path)}: {OTHER_FORMAT}"
+        return (
+            ": the chat template does not continue its own generation prompt with this assistant turn, so no prompt "
+            f"would lead to it: {OTHER_FORMAT}"
+        )
+
+    def _render_first(self, count: int, for_generation: bool) -> str:
+        key = count, for_generation
+        if key not in self._rendered:
+            self._rendered[key] = self.render(self.messages[:count], for_generation)
+        return self._rendered[key]
+
+    def render(self, messages: list[Message], for_generation: bool = False) -> str:
+        """Render some of the conversation's messages; special tokens inside messages are private characters."""
+        if self.prompt_format is not None:
+            return render_prompt_format(messages, self.prompt_format, for_generation)
+        if not messages:
+            raise DataError(
+                "the conversation begins with an assistant turn, but chat templates need a message before it"
+            )
+        return _apply_template(self.tokenizer, messages, self.tools, for_generation)
+
+    def answer_spans(self, text: str, count: int) -> list[Span]:
+        """Find the characters [start, end) of each answer among the first `count` messages of a text.
+
+        An answer that the text renders differently than when it was given has an empty span, where it begins.
+        """
+        spans = []
+        for k in [k for k in self.answers if k < count]:
+            prompt = self.prompt(k)
+            if text.startswith(prompt) and len(prompt) < len(text):
+                turn = self.turn(k, text)
+                end = len(turn) if text.startswith(turn) else len(prompt)
+                spans.append((len(prompt), max(len(prompt), end)))
+        return spans
+
+
+def _template_source(tokenizer: PreTrainedTokenizerBase, tools: list[dict] | None) -> str:
+    if not getattr(tokenizer, "chat_template", None):
+        raise DataError(
+            f"the tokenizer of {run.display_path(Path(tokenizer.name_or_path))!r} has no chat template: "
+            "set generation_config.prompt_format in the config"
+        )
+    return tokenizer.get_chat_template(None, tools)
+
+
+def _apply_template(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: list[dict] | None, for_generation: bool
+) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        apply = functools.partial(tokenizer.apply_chat_template, messages, tools=tools, tokenize=False)
+        return within_limits(lambda: apply(add_generation_prompt=for_generation), tokenizer.name_or_path)
+    except TemplateError as error:
+        raise DataError(f"the chat template rejects these messages: {error}") from None
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        raise DataError(f"the chat template fails on these messages: {error}") from None
+
+
+@functools.lru_cache(maxsize=64)
+def _renders_tools(tokenizer: PreTrainedTokenizerBase, source: str, lists_tools: bool) -> bool:
+    """Return whether the tokenizer's template, of this source, writes the list of tools, calls and results."""
+    tools = [PROBED_TOOL] if lists_tools else None
+    try:
+        text = _apply_template(tokenizer, PROBED_MESSAGES, tools, for_generation=True)
+    except DataError:  # what it wants is not known; examples are checked one by one
+        return True
+    shown = missing_tool(tools or [], text) is None
+    return shown and all(missing_part(message, text) is None for message in PROBED_MESSAGES)
+
+
+def _with_reasoning(message: Message, key: str | None) -> Message:
+    """Write an assistant's reasoning under the key that the template reads, or into the content."""
+    others = {name: value for name, value in message.items() if name != "reasoning_content"}
+    reasoning = message.get("reasoning_content") or ""
+    if message["role"] != "assistant" or not reasoning.strip():
+        return others
+    return others | ({key: reasoning} if key else {"content": _thought_as_text(reasoning, message["content"])})
+
+
+def _thought_of(message: Message) -> tuple[str, str]:
+    """Return an answer's reasoning, written beside its content or in it, and the rest of the content."""
+    beside = next((message[key] for key in REASONING_KEYS if message.get(key)), "")
+    return (beside, message["content"]) if beside else split_thought(message["content"])
+
+
+def _thought_as_text(reasoning: str, content: str) -> str:
+    return f"<think>\n{reasoning}\n</think>\n\n{content}"
+
+
+def _with_hidden_tags(text: str) -> str:
+    for tag, character in HIDDEN_TAGS.items():
+        text = text.replace(tag, character)
+    return text
+
+
+def _with_shown_tags(text: str) -> str:
+    for tag, character in HIDDEN_TAGS.items():
+        text = text.replace(character, tag)
+    return text

@@ -1,0 +1,98 @@
+"""Which part of a message a rendered text lacks: content, reasoning, a tool call's name or arguments, a tool.
+
+Templates write these as JSON, as XML tags or as Python, so that names and values are looked for one by one, in every
+spelling that templates use. What is found is taken out of the text: two equal arguments need two places.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+__all__ = ["REASONING_KEYS", "missing_part", "missing_tool", "split_thought"]
+
+Message = dict[str, Any]
+
+# The keys by which templates read reasoning, in the order in which they are tried.
+REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+THOUGHT_MARK = re.compile("</?think>")
+LEADING_THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
+
+
+def split_thought(content: str) -> tuple[str, str]:
+    """Divide a content into the thought it begins with (empty without one) and the rest."""
+    match = LEADING_THOUGHT.fullmatch(content)
+    return (match[1].strip(), match[2].strip()) if match else ("", content)
+
+
+def missing_part(message: Message, text: str) -> str | None:
+    """Name the part of a message that is not in its rendered text, as `tool_calls[0].function.name`; None if all is."""
+    # Longest first: what is in a long part does not count as a short one.
+    for path, part in sorted(_parts(message), key=lambda entry: -len(str(entry[1]))):
+        spelling = next((spelled for spelled in _spellings(part) if spelled in text), None)
+        if spelling is None:
+            return path
+        text = text.replace(spelling, "\0", 1) if spelling else text
+    return None
+
+
+def missing_tool(tools: list[dict], text: str) -> str | None:
+    """Name the part of a list of tools that is not in a rendered text: a name, a description, a parameter's name."""
+    for k, tool in enumerate(tools):
+        function = tool.get("function", tool)
+        parts = [("name", function["name"]), *(_lines("description", function.get("description")))]
+        properties = (function.get("parameters") or {}).get("properties") or {}
+        parts += [(f"parameters.{name}", name) for name in properties]
+        for path, part in parts:
+            if not any(spelled in text for spelled in _spellings(part)):
+                return f"tools[{k}].function.{path}"
+    return None
+
+
+def _parts(message: Message) -> Iterator[tuple[str, Any]]:
+    """Yield (path, text or value) of everything that a message says."""
+    # A template that parses thinking out of the content may put other white space around it.
+    for piece in THOUGHT_MARK.split(message.get("content") or ""):
+        yield "content", piece
+    for key in REASONING_KEYS:
+        yield key, message.get(key) or ""
+    for k, call in enumerate(message.get("tool_calls") or []):
+        path = f"tool_calls[{k}].function"
+        yield f"{path}.name", call["function"]["name"]
+        yield from _leaves(call["function"].get("arguments"), f"{path}.arguments")
+
+
+def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Yield the keys and the single values of nested arguments."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield f"{path}.{key}", str(key)
+            yield from _leaves(item, f"{path}.{key}")
+    elif isinstance(value, list):
+        for k, item in enumerate(value):
+            yield from _leaves(item, f"{path}[{k}]")
+    else:
+        yield path, value
+
+
+def _lines(path: str, text: Any) -> Iterator[tuple[str, str]]:
+    # Templates indent the lines of a description.
+    for line in str(text or "").splitlines():
+        yield path, line
+
+
+def _spellings(value: Any) -> Iterator[str]:
+    """Yield the ways in which templates write a value."""
+    if isinstance(value, str):
+        value = value.strip()
+        yield value
+        yield json.dumps(value, ensure_ascii=False)[1:-1]
+        yield json.dumps(value)[1:-1]
+        yield repr(value)[1:-1]
+        yield html.escape(value)
+    else:
+        yield json.dumps(value)
+        yield str(value)

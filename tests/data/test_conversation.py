@@ -1,0 +1,175 @@
+"""Answers that continue their prompts with all that their messages say, in templates that make this hard."""
+
+import copy
+
+import pytest
+
+from conftest import supervised_text
+from forgebook.data.chat_template import render
+from forgebook.data.masking import encode, encode_many, encode_prompt
+from forgebook.data.row_formats import parse_row
+from forgebook.errors import DataError
+
+PROMPT = "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+LISTS_TOOLS = "{% if tools %}<|system|>{{ tools | tojson }}<|end|>{% endif %}"
+# LFM2, Falcon-H1: the tools are listed and no call is written.
+NO_CALLS = LISTS_TOOLS + "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}" + PROMPT
+# DeepSeek-R1-Distill, Qwen: of an answer only what follows its thinking.
+CUTS_THOUGHT = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content.split('</think>')[-1] if m.role == 'assistant' else "
+    "m.content }}<|end|>{% endfor %}" + PROMPT
+)
+FIRST_CALL_ONLY = (
+    LISTS_TOOLS + "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% if m.tool_calls %}"
+    "{{ m.tool_calls[0].function.name }}{{ m.tool_calls[0].function.arguments | tojson }}{% endif %}<|end|>{% endfor %}"
+    + PROMPT
+)
+# Gemma 4 31B, Nemotron 3: an empty thought in the generation prompt alone, unless thinking is on.
+PROMPT_WITH_THOUGHT = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}"
+    "<|assistant|>{% if enable_thinking is defined and enable_thinking %}<think>\n{% else %}<think></think>{% endif %}"
+    "{% endif %}"
+)
+# gpt-oss: thinking and call, result, thinking and answer; thinking is forgotten once an answer follows.
+HARMONY = LISTS_TOOLS + (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% set later = namespace(final=false) %}"
+    "{% for n in messages[loop.index:] if n.role == 'assistant' and not n.tool_calls %}{% set later.final = true %}"
+    "{% endfor %}{% if m.thinking and (not later.final if m.tool_calls else loop.last) %}"
+    "<|assistant|>[analysis]{{ m.thinking }}<|end|>{% endif %}"
+    "{% if m.tool_calls %}<|assistant|>[call]{{ m.tool_calls[0].function.name }}"
+    "{{ m.tool_calls[0].function.arguments | tojson }}<|end|>{% else %}<|assistant|>[final]{{ m.content }}<|end|>"
+    "{% endif %}{% else %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endif %}{% endfor %}" + PROMPT
+)
+
+QUESTION = {"role": "user", "content": "How warm is it in Oslo?"}
+TOOLS = [
+    {"type": "function", "function": {"name": "read", "parameters": {"type": "object", "properties": {"place": {}}}}}
+]
+
+
+def calls(*places: str) -> dict:
+    made = [{"type": "function", "function": {"name": "read", "arguments": {"place": place}}} for place in places]
+    return {"role": "assistant", "content": "", "tool_calls": made}
+
+
+AGENT = [
+    QUESTION,
+    calls("Oslo") | {"reasoning_content": "I have to read the sensor."},
+    {"role": "tool", "content": "4"},
+    {"role": "assistant", "content": "Four degrees.", "reasoning_content": "It says 4."},
+]
+
+
+@pytest.fixture
+def with_template(tokenizer):
+    def copied(template: str):
+        changed = copy.deepcopy(tokenizer)
+        changed.chat_template = template
+        return changed
+
+    return copied
+
+
+def test_a_template_that_writes_no_calls_gets_tools_as_text(with_template):
+    silent = with_template(NO_CALLS)
+    [encoded] = encode_many([([QUESTION, calls("Oslo")], TOOLS)], silent)[0]
+    assert supervised_text(encoded, silent).startswith('[TOOL_CALLS] [{"function": {"name": "read", "arguments":')
+    prompt = encode_prompt([QUESTION], silent, tools=TOOLS)
+    assert encoded.input_ids[: len(prompt)] == prompt and "[TOOL_LIST]" in silent.decode(prompt)
+
+
+SHORT = [QUESTION, {"role": "assistant", "content": "4"}]
+LOSING = {
+    "second call": (
+        FIRST_CALL_ONLY,
+        [QUESTION, calls("Oslo", "Rome")],
+        r"tool_calls\[1\].*leaves out the call of 'read'",
+    ),
+    "system": (
+        NO_CALLS.replace("m.content }}", "m.content if m.role != 'system' }}"),
+        [{"role": "system", "content": "Be short."}, *SHORT],
+        r"messages\[0\].content: the chat template does not show it",
+    ),
+    "user": (
+        NO_CALLS.replace("m.content }}", "m.content[:5] if m.role == 'user' else m.content }}"),
+        SHORT,
+        r"messages\[0\].content: the chat template does not show it",
+    ),
+}
+
+
+@pytest.mark.parametrize(("template", "messages", "path"), LOSING.values(), ids=LOSING.keys())
+@pytest.mark.parametrize("loss_on", ["assistant", "last", "all"])
+def test_what_a_template_leaves_out_is_an_error(with_template, template, messages, path, loss_on):
+    tools = TOOLS if messages[-1].get("tool_calls") else None
+    with pytest.raises(DataError, match=path):
+        encode(messages, with_template(template), tools=tools, loss_on=loss_on)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [{"content": "Four.", "reasoning_content": "It says 4."}, {"content": "<think>\nIt says 4.\n</think>\n\nFour."}],
+    ids="beside inside".split(),
+)
+def test_a_thought_that_the_template_cuts_is_trained_as_text(with_template, answer):
+    cutting, messages = with_template(CUTS_THOUGHT), [QUESTION, {"role": "assistant", **answer}]
+    assert supervised_text(encode(messages, cutting), cutting) == "<think>\nIt says 4.\n</think>\n\nFour.<|end|>"
+    later = [*messages, QUESTION, {"role": "assistant", "content": "Five."}]
+    with pytest.raises(DataError, match=r"messages\[1\]: .* set rewritten_turns: expand"):
+        encode(later, cutting)
+    [rows] = encode_many([(later, None)], cutting, rewritten_turns="expand")
+    assert supervised_text(rows[1], cutting) == "Five.<|end|>" and "It says 4." not in cutting.decode(rows[1].input_ids)
+
+
+def test_empty_reasoning_is_no_reasoning(tokenizer):
+    row = {"messages": [QUESTION | {"reasoning_content": ""}, {"role": "assistant", "content": "4", "thinking": " "}]}
+    row["messages"][1]["reasoning_content"] = ""
+    example, notes = parse_row(row, "rows:1", "instruction_tuning")
+    assert "think" not in render(example.messages, tokenizer) and notes.ignored == ()
+
+
+def test_a_user_does_not_reason(tokenizer):
+    row = {"messages": [QUESTION | {"reasoning_content": "Hm."}, {"role": "assistant", "content": "4"}]}
+    example, notes = parse_row(row, "rows:1", "instruction_tuning")
+    assert "Hm." not in render(example.messages, tokenizer) and notes.ignored == ("messages[].reasoning_content",)
+
+
+def test_an_answer_continues_a_thought_of_the_generation_prompt(with_template):
+    tokenizer = with_template(PROMPT_WITH_THOUGHT)
+    messages = [QUESTION, {"role": "assistant", "content": "Four."}]
+    encoded = encode(messages, tokenizer)
+    assert supervised_text(encoded, tokenizer) == "Four.<|end|>"
+    prompt = encode_prompt(messages[:1], tokenizer)
+    assert encoded.input_ids[: len(prompt)] == prompt and tokenizer.decode(prompt).endswith("<think></think>")
+    with pytest.raises(
+        DataError, match=r"messages\[1\]: it has reasoning, but the generation prompt .* closes the thought"
+    ):
+        encode([QUESTION, {"role": "assistant", "content": "Four.", "reasoning_content": "It says 4."}], tokenizer)
+
+
+def test_an_answer_closes_a_thought_that_the_prompt_opens(with_template):
+    tokenizer = with_template(CUTS_THOUGHT.replace("%}<|assistant|>{% endif", "%}<|assistant|><think>\n{% endif"))
+    reasoned = {"role": "assistant", "content": "Four.", "reasoning_content": "It says 4."}
+    assert supervised_text(encode([QUESTION, reasoned], tokenizer), tokenizer) == "It says 4.\n</think>\n\nFour.<|end|>"
+    plain = {"role": "assistant", "content": "Four."}
+    assert supervised_text(encode([QUESTION, plain], tokenizer), tokenizer) == "\n</think>\n\nFour.<|end|>"
+
+
+@pytest.mark.parametrize("loss_on", ["assistant", "last"])
+def test_harmony_trains_thinking_call_and_answer(with_template, loss_on):
+    harmony = with_template(HARMONY)
+    encoded = encode(AGENT, harmony, tools=TOOLS, loss_on=loss_on)
+    call = '<|assistant|>[analysis]I have to read the sensor.<|end|><|assistant|>[call]read{"place": "Oslo"}<|end|>'
+    answer = "[analysis]It says 4.<|end|><|assistant|>[final]Four degrees.<|end|>"
+    supervised = supervised_text(encoded, harmony)
+    assert supervised == (call.removeprefix("<|assistant|>") if loss_on == "assistant" else "") + answer
+    assert call in harmony.decode(encoded.input_ids)
+    prompt = encode_prompt(AGENT[:3], harmony, tools=TOOLS)
+    assert encoded.input_ids[: len(prompt)] == prompt
+
+
+def test_harmony_expands_conversations_of_several_answers(with_template):
+    harmony = with_template(HARMONY)
+    [rows] = encode_many([(AGENT + AGENT, TOOLS)], harmony, rewritten_turns="expand")
+    assert [supervised_text(row, harmony).count("[analysis]") for row in rows] == [1, 1, 1, 1]
+    assert [harmony.decode(row.input_ids).count("[analysis]") for row in rows] == [1, 2, 1, 2]
