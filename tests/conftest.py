@@ -4,7 +4,6 @@ import json
 import os
 import tempfile
 import textwrap
-import time
 from pathlib import Path
 
 import pytest
@@ -12,8 +11,6 @@ import pytest
 # Tests reach no hub; a forgotten download would hang or hide a missing file.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# When the whole run of the tests began, in all its processes.
-os.environ.setdefault("FORGEBOOK_TESTS_BEGAN", str(time.time()))
 # Their runs tell no later plan how fast this machine is.
 os.environ.setdefault("FORGEBOOK_CACHE", tempfile.mkdtemp(prefix="forgebook-tests-"))
 
@@ -33,7 +30,14 @@ def pytest_xdist_make_scheduler(config, log):
         def _split_scope(self, nodeid: str) -> str:
             return nodeid if "test_notebook_runs_unmodified" in nodeid else nodeid.split("::")[0]
 
+    config.option.loadscopereorder = False  # keep the order below
     return FileByFile(config, log)
+
+
+def pytest_collection_modifyitems(items):
+    """Put files with slow tests first: a long one begun last would run alone, with the other cores idle."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ import gc
 import os
 import platform
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -215,12 +216,14 @@ class TensorMemory:
     Resident memory cannot tell them: with a small model most of it is libraries, their kernels, and freed memory that
     malloc has not returned. torch keeps no statistics of CPU tensors either, but its profiler sees every allocation.
 
-    hidden: bytes of tensors that Python cannot see, such as the buckets of DDP. peak: 0 where it was not measured.
+    hidden: bytes of tensors that Python cannot see, such as the buckets of DDP. filled: how much of an allocation of a
+    size is ever written (bytes); pages that are not take no memory. peak: 0 where it was not measured.
     """
 
-    def __init__(self, hidden: int = 0):
+    def __init__(self, hidden: int = 0, filled: Mapping[int, int] | None = None):
         self.peak = 0
         self._before = hidden
+        self._filled = {sign * size: sign * part for size, part in (filled or {}).items() for sign in (1, -1)}
         self._profile: Any = None
 
     def __enter__(self) -> Self:
@@ -242,7 +245,7 @@ class TensorMemory:
         events = [event for event in self._profile.profiler.kineto_results.events() if event.name() == "[memory]"]
         held = most = 0
         for event in sorted(events, key=lambda event: event.start_ns()):
-            held += event.nbytes()
+            held += self._filled.get(event.nbytes(), event.nbytes())
             most = max(most, held)
         self.peak = self._before + most
 

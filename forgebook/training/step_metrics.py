@@ -168,8 +168,18 @@ class StepMemory:
         # After a step, DDP's buckets are the only trace of the gradients, and Python does not see them.
         has_buckets = self._worker.accelerator.num_processes > 1 and self._worker.deepspeed_engine is None
         trained = [p for p in self._worker.model.parameters() if p.requires_grad and p.grad is None]
-        self._tensors = hardware.TensorMemory(has_buckets * sum(p.numel() * p.element_size() for p in trained))
+        hidden = has_buckets * sum(p.numel() * p.element_size() for p in trained)
+        self._tensors = hardware.TensorMemory(hidden, self._filled_buckets())
         return self._tensors
+
+    def _filled_buckets(self) -> dict[int, int]:
+        """Return the bytes of a bucket in which DeepSpeed reduces gradients, and how many of them it ever fills."""
+        engine = self._worker.deepspeed_engine
+        if engine is None:
+            return {}
+        trained = [p for p in self._worker.model.parameters() if p.requires_grad]
+        size = engine.zero_reduce_bucket_size() * trained[0].element_size()
+        return {size: min(size, sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in trained))}
 
     def step_peak(self) -> int:
         """Return the bytes of tensors at the peak of the largest step; 0 where it was not measured."""

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -38,9 +37,6 @@ def test_there_are_notebooks():
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
 def test_notebook_runs_unmodified(path, tmp_path, monkeypatch):
     """papermill runs it, training included; its last cell asserts what its text claims."""
-    minutes, limit = (time.time() - float(os.environ["FORGEBOOK_TESTS_BEGAN"])) / 60, os.environ.get("NOTEBOOK_MINUTES")
-    if limit and minutes > float(limit):
-        pytest.skip(f"not run: {minutes:.0f} minutes are over, notebooks start within {limit} (NOTEBOOK_MINUTES)")
     import papermill
 
     # `!python` in a cell is to be this Python, as in an activated environment.

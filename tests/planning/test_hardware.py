@@ -107,6 +107,18 @@ def test_tensors_are_measured_at_their_peak():
     assert views.peak - none.peak < 100_000 and len(kept) == 10 and small.numel() == 1_000
 
 
+def test_a_bucket_counts_as_far_as_it_is_filled():
+    """DeepSpeed's buckets of 2 GB take, with few gradients, a few pages of memory."""
+    import torch
+
+    with TensorMemory(filled={4_000_000_000: 8_000}) as memory:
+        bucket = torch.empty(1_000_000_000)
+        del bucket
+    with TensorMemory() as nothing:
+        pass
+    assert memory.peak - nothing.peak == pytest.approx(8_000, abs=1_000)
+
+
 def test_the_backward_pass_is_measured_too():
     import torch
 
