@@ -60,6 +60,7 @@ class PreviewedExample:
 def preview_examples(config: FinetuneConfig, count: int = 3) -> list[PreviewedExample]:
     """Encode the first examples of the training data exactly as training would, truncation included.
 
+    A pair gives both of its conversations; an example whose turns are expanded, one of each answer.
     Raises DataError for rows that cannot be used, unless `on_bad_rows` drops them.
     """
     assert config.task is not None  # filled in when the config is checked
@@ -76,8 +77,10 @@ def preview_examples(config: FinetuneConfig, count: int = 3) -> list[PreviewedEx
                 continue
             raise encoded
         fitted = _fit(encoded, config.context_length, config.truncation, batching.group_size(config.task))
-        previewed += [PreviewedExample(example.where, one, pieces_of(one, tokenizer), note) for one, note in fitted]
-    return previewed[:count]
+        answers = itertools.repeat("") if example.rejected is None else (", chosen", ", rejected")
+        for (one, note), answer in zip(fitted, answers, strict=False):
+            previewed.append(PreviewedExample(example.where + answer, one, pieces_of(one, tokenizer), note))
+    return previewed
 
 
 def _fit(

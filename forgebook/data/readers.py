@@ -4,7 +4,7 @@
         for chunk in split_source(source.uri):         some megabytes each, readable in any process
             for where, raw in read_chunk(chunk):       a dict, or the DataError that says what is wrong there
 
-JSON lines, JSON, Parquet, CSV whose cells hold JSON, gzip of these, and hf://dataset[/config]:split are detected
+JSON lines, JSON, Parquet, CSV (also with tabs), gzip of these, and hf://dataset[/config]:split are detected
 from their first bytes, not from their names. A bad line stops nothing: it is an error in its place.
 """
 
@@ -17,7 +17,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from forgebook.config.blocks import DataSource
 from forgebook.errors import DataError, StorageError, first_line
 from forgebook.runs import atomic, download
 
-__all__ = ["FileChunk", "Source", "content_key", "find_sources", "read_chunk", "split_source"]
+__all__ = ["FileChunk", "Source", "content_key", "find_sources", "parse_json", "read_chunk", "split_source"]
 
 # What one task reads at once: large enough to be worth a task, small enough to share work evenly.
 CHUNK_BYTES = 2 * 2**20
@@ -34,7 +34,8 @@ CHUNK_ROWS = 2_500
 # A longer line is rejected: it is a file without line ends, and tokenizing it would take hours.
 LONGEST_LINE = 16 * 2**20
 HUB = "hf://"
-JSON_CELLS = ("messages", "conversations", "chosen", "rejected", "tools", "prompt", "completion", "history")
+DEEPEST = 100  # levels of JSON; templates and writers recurse
+DELIMITERS = ",\t;"  # of CSV; the one that the header has most of
 HALF_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -145,7 +146,7 @@ def _kind(path: Path, uri: str) -> str:
         return "parquet"
     if start.startswith(b"["):
         return "json"
-    if uri.removesuffix(".gz").endswith(".csv"):
+    if uri.removesuffix(".gz").endswith((".csv", ".tsv")):
         return "csv"
     if b"\0" in start:
         raise DataError(
@@ -203,17 +204,43 @@ def _read_lines(chunk: FileChunk) -> Iterator[tuple[int, Any]]:
                 yield number, _parse(line)
 
 
-def _parse(text: str) -> Any:
-    """Parse one JSON value; return a DataError for what is not one."""
+def _parse(line: str) -> Any:
+    """Parse one line; return a DataError for what is not JSON."""
     try:
-        value = json.loads(text, object_pairs_hook=_unique_keys)
-        if HALF_SURROGATE.search(text):
+        return parse_json(line)
+    except DataError as error:
+        is_syntax = str(error).startswith("not valid JSON")
+        return DataError(f"{error}: each line must be one JSON object") if is_syntax else error
+
+
+def parse_json(text: str) -> Any:
+    """Parse one JSON value; raise DataError, without a place, for what is not one that can be written again."""
+    try:
+        return _checked(json.loads(text, object_pairs_hook=_unique_keys), text)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise DataError(f"not valid JSON ({error})") from None
+
+
+def _checked(value: Any, text: str) -> Any:
+    """Return a value that `text` holds; raise DataError for half characters and endless nesting."""
+    if HALF_SURROGATE.search(text):
+        try:
             json.dumps(value, ensure_ascii=False).encode()
-        return value
-    except UnicodeEncodeError:
-        return DataError("half of a surrogate pair (\\ud800 to \\udfff), which is not a character: remove it")
-    except (ValueError, RecursionError) as error:
-        return DataError(f"not valid JSON ({error}): each line must be one JSON object")
+        except UnicodeEncodeError:
+            raise DataError(
+                "half of a surrogate pair (\\ud800 to \\udfff), which is not a character: remove it"
+            ) from None
+    if text.count("[") + text.count("{") > DEEPEST:
+        level = [value]
+        for _ in range(DEEPEST):
+            level = [child for item in level for child in _children(item)]
+        if level:
+            raise DataError(f"JSON nested more than {DEEPEST} levels deep: flatten it")
+    return value
+
+
+def _children(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -248,19 +275,25 @@ def _read_json(chunk: FileChunk) -> Iterator[tuple[int, Any]]:
                 yield line, DataError("there is text after the end of the JSON array")
             return
         try:
-            value, at = decoder.raw_decode(text, at)
+            value, end = decoder.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
             # Nothing after this can be parsed: where its elements begin is unknown.
             yield line, DataError(f"not valid JSON ({error}): the file must be one array of objects")
             return
-        yield line, value
+        try:
+            yield line, _checked(value, text[at:end])
+        except DataError as error:
+            yield line, error
+        at = end
 
 
 def _read_csv(chunk: FileChunk) -> Iterator[tuple[int, Any]]:
     csv.field_size_limit(LONGEST_LINE)
     # Bytes that are not UTF-8 pass as half surrogates, to be reported with their row.
     with open(_plain_copy(chunk.uri), encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.DictReader(file, strict=True)
+        header = file.readline(LONGEST_LINE)
+        file.seek(0)
+        reader = csv.DictReader(file, strict=True, delimiter=max(DELIMITERS, key=header.count))
         while True:
             number = reader.line_num + 1 if reader.fieldnames else 1
             try:
@@ -283,17 +316,7 @@ def _csv_row(row: dict) -> Any:
         return DataError("not UTF-8 text: save the file as UTF-8")
     if None in row or None in row.values():
         return DataError("more or fewer cells than the header: quote cells that contain commas")
-    return _parsed_cells({key: cell for key, cell in row.items() if cell != ""})
-
-
-def _parsed_cells(row: dict[str, Any]) -> Any:
-    """Parse the cells that contain JSON."""
-    for key in JSON_CELLS:
-        if isinstance(row.get(key), str) and row[key].lstrip().startswith(("[", "{")):
-            row[key] = _parse(row[key])
-            if isinstance(row[key], DataError):
-                return DataError(f"{key}: {row[key]}")
-    return row
+    return {key: cell for key, cell in row.items() if cell != ""}
 
 
 # Parquet and the hub ----------------------------------------------------------------------------------
@@ -301,27 +324,42 @@ def _parsed_cells(row: dict[str, Any]) -> Any:
 
 def _split_parquet(uri: str, path: Path) -> Iterator[FileChunk]:
     import pyarrow.parquet as pq
-    from pyarrow import ArrowException
 
     try:
         about = pq.ParquetFile(path).metadata
-    except (ArrowException, OSError) as error:
+        counts = [about.row_group(group).num_rows for group in range(about.num_row_groups)]
+    except Exception as error:  # Arrow raises what its decoders and Python's conversions raise
         raise DataError(f"{uri}: not a readable Parquet file ({first_line(error)}): copy it again") from None
     first = 1
-    for group in range(about.num_row_groups):
+    for group, count in enumerate(counts):
         yield FileChunk(uri, "parquet", group, group + 1, first)
-        first += about.row_group(group).num_rows
+        first += count
 
 
 def _read_parquet(chunk: FileChunk) -> Iterator[tuple[int, Any]]:
     import pyarrow.parquet as pq
 
     number = chunk.first
-    file = pq.ParquetFile(_plain_copy(chunk.uri))
-    for batch in file.iter_batches(batch_size=1_000, row_groups=[chunk.start]):
-        for row in batch.to_pylist():
-            yield number, _parsed_cells(_without_nulls(row))
-            number += 1
+    try:
+        for batch in pq.ParquetFile(_plain_copy(chunk.uri)).iter_batches(batch_size=1_000, row_groups=[chunk.start]):
+            for row in _batch_rows(batch):
+                yield number, row if isinstance(row, DataError) else _without_nulls(row)
+                number += 1
+    except Exception as error:
+        # Nothing after this in its row group can be read: a damaged page holds many rows.
+        yield number, DataError(f"the Parquet file is damaged here ({first_line(error)}): copy it again")
+
+
+def _batch_rows(batch) -> Iterator[Any]:
+    """Convert a batch to Python; row by row, with a DataError in the place of a bad one, if it has any."""
+    try:
+        yield from batch.to_pylist()
+    except (ValueError, OverflowError):  # text that is not UTF-8, a date outside Python's
+        for k in range(len(batch)):
+            try:
+                yield from batch.slice(k, 1).to_pylist()
+            except (ValueError, OverflowError) as error:
+                yield DataError(f"a cell cannot be read ({first_line(error)}): save text as UTF-8")
 
 
 def _without_nulls(value: Any) -> Any:
@@ -353,4 +391,4 @@ def _hub_dataset(uri: str):
 def _read_hub(chunk: FileChunk) -> Iterator[tuple[int, Any]]:
     dataset = _hub_dataset(chunk.uri).select(range(chunk.start, chunk.stop))
     for number, row in enumerate(dataset, chunk.first):
-        yield number, _parsed_cells(_without_nulls(row))
+        yield number, _without_nulls(row)

@@ -8,33 +8,31 @@ The format is detected from the keys, never set; the data report counts the rows
     sharegpt          {"conversations": [{"from", "value"}, ...]}
     alpaca            {"instruction", "input", "output"}, also "system" and "history"
     prompt/completion {"prompt", "completion"}, texts or lists of messages
-    preference        {"chosen": [...], "rejected": [...]}, conversations or answers to a "prompt"
+    preference        {"chosen": [...], "rejected": [...]}, conversations or answers to a prompt in any form above
     text              {"text": "..."}                                                task: causal_lm
+
+Beside each conversation may stand "system", a text, and "tools", or OpenAI's former "functions". Lists may be written
+as JSON text.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from forgebook.data.messages import Message, brief, parse_field, read_messages, read_text, read_tools
 from forgebook.data.readers import FileChunk, read_chunk
 from forgebook.errors import DataError
 
 __all__ = ["Example", "RowNotes", "parse_chunk", "parse_row"]
 
-Message = dict[str, Any]
-
-ROLES = ("system", "user", "assistant", "tool")
-ROLE_OF = {
-    "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
-    "model": "assistant", "developer": "system", "observation": "tool", "function_response": "tool",
-    "function_call": "assistant",
-}  # fmt: skip
-MESSAGE_KEYS = {"role", "content", "name", "tool_calls", "tool_call_id", "weight", "reasoning_content"}
-REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
-LONGEST_SHOWN = 60
+# Read as JSON where they are text, as CSV and many Parquet files have them; the others may hold an answer in JSON.
+JSON_KEYS = ("messages", "conversations", "tools", "functions", "history")
+TEXT_OR_JSON_KEYS = ("prompt", "completion", "chosen", "rejected")
+ALPACA_QUESTION = ("instruction", "input", "history")
+SHARED_KEYS = {"system", "tools", "functions"}
 JSON_TYPES = {list: "array", str: "string", int: "number", float: "number", bool: "boolean", type(None): "null"}
 
 
@@ -99,7 +97,7 @@ def parse_row(raw: Any, where: str, task: str, labels: Iterable[str] = ()) -> tu
             _check_pair(example.messages, example.rejected)
         if task == "classification" and example.messages is not None:
             _check_label(example.messages, list(labels))
-        return example, notes
+        return example, _note_unused_marks(example, notes, task)
     except DataError as error:
         raise DataError(f"{where}: {error}") from None
 
@@ -109,170 +107,150 @@ def parse_row(raw: Any, where: str, task: str, labels: Iterable[str] = ()) -> tu
 
 def _detect(raw: Any, where: str, task: str) -> tuple[Example, RowNotes]:
     if not isinstance(raw, dict):
-        raise DataError(f"the row is a JSON {JSON_TYPES[type(raw)]}; expected an object with the key 'messages'")
-    ignored: set[str] = set()
-    tools = _tools(raw["tools"]) if raw.get("tools") else None
+        kind = JSON_TYPES.get(type(raw), type(raw).__name__)
+        raise DataError(f"the row is a JSON {kind}; expected an object with the key 'messages'")
+    raw, ignored = _decoded(raw), set[str]()
     has_pair = raw.get("chosen") is not None and raw.get("rejected") is not None
     if task == "preference_tuning":
         if not has_pair:
             raise DataError(f"no 'chosen' and 'rejected' (its keys: {_names(raw)}), which preference_tuning needs")
-        prompt = _as_messages(raw.get("prompt") or [], "prompt", "user", ignored)
-        pair = [prompt + _as_messages(raw[key], key, "assistant", ignored) for key in ("chosen", "rejected")]
-        if raw.get("prompt") and not isinstance(raw["chosen"], str) and raw["chosen"][: len(prompt)] == raw["prompt"]:
-            pair = [messages[len(prompt) :] for messages in pair]  # the prompt was written both beside and inside
-        example = Example(where, messages=pair[0], rejected=pair[1], tools=tools)
-        return example, _notes("preference", raw, {"prompt", "chosen", "rejected", "tools"}, ignored)
-    if raw.get("messages") is not None:
-        messages = _messages(raw["messages"], "messages", ignored)
-        return Example(where, messages=messages, tools=tools), _notes("messages", raw, {"messages", "tools"}, ignored)
-    if raw.get("conversations") is not None:
-        messages = _messages(raw["conversations"], "conversations", ignored)
-        messages = _system(raw) + messages
-        example = Example(where, messages=messages, tools=tools)
-        return example, _notes("sharegpt", raw, {"conversations", "system", "tools"}, ignored)
-    if raw.get("instruction") is not None and raw.get("output") is not None:
-        example = Example(where, messages=_alpaca(raw))
-        return example, _notes("alpaca", raw, {"instruction", "input", "output", "system", "history"}, ignored)
-    if raw.get("prompt") is not None and raw.get("completion") is not None:
-        messages = _as_messages(raw["prompt"], "prompt", "user", ignored)
-        messages = _system(raw) + messages + _as_messages(raw["completion"], "completion", "assistant", ignored)
-        example = Example(where, messages=messages, tools=tools)
-        return example, _notes("prompt/completion", raw, {"prompt", "completion", "system", "tools"}, ignored)
+        used, pair = _pair(raw, ignored)
+        chosen, rejected = (_with_system(raw, messages) for messages in pair)
+        example = Example(where, messages=chosen, rejected=rejected, tools=read_tools(raw))
+        return example, _notes("preference", raw, {"chosen", "rejected", *used} | SHARED_KEYS, ignored)
+    if conversation := _conversation(raw, ignored):
+        name, used, messages = conversation
+        example = Example(where, messages=_with_system(raw, messages), tools=read_tools(raw))
+        return example, _notes(name, raw, {*used} | SHARED_KEYS, ignored)
     if task == "causal_lm" and isinstance(raw.get("text"), str) and raw["text"]:
         return Example(where, text=raw["text"]), _notes("text", raw, {"text"}, ignored)
     if has_pair:
         raise DataError("a pair of 'chosen' and 'rejected': set task: preference_tuning to train on it")
     if "messages" in raw:
-        raise DataError(f"messages is {_brief(raw['messages'])}; expected a non-empty list of {{role, content}}")
+        raise DataError(f"messages is {brief(raw['messages'])}; expected a non-empty list of {{role, content}}")
     also = " or a non-empty 'text'" if task == "causal_lm" else ""
     fix = "; a 'text' is for task: causal_lm" if isinstance(raw.get("text"), str) and not also else ""
     raise DataError(f"no 'messages' (its keys: {_names(raw)}): add a list of messages{also}{fix}")
 
 
+def _conversation(raw: dict, ignored: set[str]) -> tuple[str, tuple[str, ...], list[Message]] | None:
+    """Return the format of a conversation, the keys that it takes, and its messages without a system text beside."""
+    if raw.get("messages") is not None:
+        return "messages", ("messages",), read_messages(raw["messages"], "messages", ignored)
+    if raw.get("conversations") is not None:
+        return "sharegpt", ("conversations",), read_messages(raw["conversations"], "conversations", ignored)
+    if raw.get("instruction") is not None and raw.get("output") is not None:
+        answer = {"role": "assistant", "content": _text_of(raw, "output")}
+        return "alpaca", (*ALPACA_QUESTION, "output"), [*_alpaca_question(raw), answer]
+    if raw.get("prompt") is not None and raw.get("completion") is not None:
+        prompt = _as_messages(raw["prompt"], "prompt", "user", ignored)
+        completion = _as_messages(raw["completion"], "completion", "assistant", ignored)
+        return "prompt/completion", ("prompt", "completion"), _joined(prompt, completion, "completion")
+    return None
+
+
+def _pair(raw: dict, ignored: set[str]) -> tuple[tuple[str, ...], list[list[Message]]]:
+    """Return the keys that hold the prompt of a pair, and both conversations."""
+    answers = [_as_messages(raw[key], key, "assistant", ignored) for key in ("chosen", "rejected")]
+    whole = any(messages and messages[0]["role"] != "assistant" for messages in answers)
+    keys: tuple[str, ...] = ()
+    prompt: list[Message] = []
+    if raw.get("prompt"):
+        keys, prompt = ("prompt",), _as_messages(raw["prompt"], "prompt", "user", ignored)
+    elif not whole:  # else what stands beside repeats it
+        named = next((key for key in ("messages", "conversations") if raw.get(key)), None)
+        if named:
+            keys, prompt = (named,), read_messages(raw[named], named, ignored)
+        elif raw.get("instruction"):
+            keys, prompt = ALPACA_QUESTION, _alpaca_question(raw)
+    names = ("chosen", "rejected")
+    return keys, [_joined(prompt, messages, name) for name, messages in zip(names, answers, strict=True)]
+
+
+def _joined(prompt: list[Message], answer: list[Message], key: str) -> list[Message]:
+    """Put a prompt before what continues it, unless that repeats it, in whole or in part."""
+    if not prompt or not answer or answer[0]["role"] == "assistant":
+        return prompt + answer
+    before, after = ([_without_margins(message) for message in messages] for messages in (prompt, answer))
+    if any(after[start : start + len(before)] == before for start in range(len(after))):
+        return answer
+    for count in range(min(len(before), len(after)), 0, -1):
+        if before[-count:] == after[:count]:
+            return prompt + answer[count:]
+    if prompt[-1]["role"] == "assistant":
+        return prompt + answer
+    raise DataError(f"prompt and {key} both hold a question, and not the same one: remove prompt, or its part of {key}")
+
+
+def _without_margins(message: Message) -> Message:
+    return message | {"content": message["content"].strip()}
+
+
+def _with_system(raw: dict, messages: list[Message]) -> list[Message]:
+    """Put the system text that stands beside the messages before them."""
+    if not raw.get("system"):
+        return messages
+    system = {"role": "system", "content": read_text(raw["system"], "system")}
+    if messages and messages[0]["role"] == "system":
+        if _without_margins(messages[0]) == _without_margins(system):
+            return messages
+        raise DataError("system: the messages begin with another system message: keep one of them")
+    return [system, *messages]
+
+
 def _notes(name: str, raw: dict, used: set[str], ignored: set[str]) -> RowNotes:
-    return RowNotes(name, tuple(sorted((set(raw) - used) | ignored)))
+    empty: tuple = (None, "", [], {})
+    unused = {key for key, value in raw.items() if key not in used and value not in empty}
+    return RowNotes(name, tuple(sorted(unused | ignored)))
 
 
-def _system(raw: dict) -> list[Message]:
-    return [{"role": "system", "content": raw["system"]}] if isinstance(raw.get("system"), str) else []
+def _note_unused_marks(example: Example, notes: RowNotes, task: str) -> RowNotes:
+    """Add the marks of turns that are not in the loss to the ignored keys, where the task trains every token."""
+    if task != "causal_lm" or not any(message.get("weight") == 0 for message in example.messages or ()):
+        return notes
+    return RowNotes(notes.format, (*notes.ignored, "messages[].weight (causal_lm trains every token)"))
 
 
-def _alpaca(raw: dict) -> list[Message]:
+def _decoded(raw: dict) -> dict:
+    """Parse what is written as JSON text."""
+    decoded = dict(raw)
+    for key in (*JSON_KEYS, *TEXT_OR_JSON_KEYS):
+        text = raw.get(key)
+        if not isinstance(text, str) or not text.lstrip().startswith(("[", "{")):
+            continue
+        if key in JSON_KEYS:
+            decoded[key] = parse_field(text, key)
+            continue
+        with contextlib.suppress(DataError):  # a text that looks like JSON
+            value = parse_field(text, key)
+            turns = value if isinstance(value, list) else [value]
+            if turns and all(isinstance(turn, dict) and turn.keys() & {"role", "from"} for turn in turns):
+                decoded[key] = turns
+    return decoded
+
+
+def _alpaca_question(raw: dict) -> list[Message]:
     """Turn instruction and input into one question, as Alpaca's own prompt does: the input below."""
-    for key in ("instruction", "input", "output"):
-        if raw.get(key) is not None and not isinstance(raw[key], str):
-            raise DataError(f"{key} is {_brief(raw[key])}; expected a string")
-    messages = _system(raw)
+    messages = []
     for turn in raw.get("history") or []:
         if not (isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn)):
-            raise DataError(f"history has {_brief(turn)}; expected [question, answer] pairs")
+            raise DataError(f"history has {brief(turn)}; expected [question, answer] pairs")
         messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
-    question = "\n\n".join(text for text in (raw["instruction"], raw.get("input")) if text)
-    return [*messages, {"role": "user", "content": question}, {"role": "assistant", "content": raw["output"]}]
+    question = "\n\n".join(text for text in (_text_of(raw, "instruction"), _text_of(raw, "input")) if text)
+    return [*messages, {"role": "user", "content": question}]
+
+
+def _text_of(raw: dict, key: str) -> str:
+    if raw.get(key) is not None and not isinstance(raw[key], str):
+        raise DataError(f"{key} is {brief(raw[key])}; expected a string")
+    return raw.get(key) or ""
 
 
 def _as_messages(value: Any, field: str, role: str, ignored: set[str]) -> list[Message]:
-    """Read a text as one message of a role, or a list of messages."""
+    """Read a text as one message of a role; or one message, or a list of them."""
     if isinstance(value, str):
         return [{"role": role, "content": value}]
-    return _messages(value, field, ignored) if value else []
-
-
-def _messages(value: Any, field: str, ignored: set[str]) -> list[Message]:
-    """Convert a list of messages to OpenAI's keys and types."""
-    if not isinstance(value, list) or not value:
-        raise DataError(f"{field} is {_brief(value)}; expected a non-empty list of {{role, content}}")
-    return [_message(message, f"{field}[{k}]", ignored) for k, message in enumerate(value)]
-
-
-def _message(raw: Any, at: str, ignored: set[str]) -> Message:
-    if not isinstance(raw, dict):
-        raise DataError(f"{at} is {_brief(raw)}; expected an object with role and content")
-    message = dict(raw)
-    if "from" in message and "role" not in message:  # ShareGPT's names
-        message |= {"role": message.pop("from"), "content": message.pop("value", None)}
-    written = message.get("role")
-    message["role"] = role = ROLE_OF.get(written, written) if isinstance(written, str) else written
-    if role not in ROLES:
-        raise DataError(f"{at}.role is {_brief(role)}; expected {', '.join(ROLES[:-1])} or {ROLES[-1]}")
-    if written == "function_call":
-        message["tool_calls"] = _parsed(message["content"], f"{at}.value")
-        message["content"] = ""
-    if message.get("function_call"):
-        raise DataError(f"{at}.function_call: OpenAI's old form; write tool_calls instead")
-    reasoning = {key: message.pop(key, None) for key in REASONING_KEYS}
-    # Sets with one schema for all rows hold "" where there is none; only an assistant reasons.
-    written_keys = [key for key, text in reasoning.items() if text is not None and text != ""]
-    if written_keys and role == "assistant":
-        message["reasoning_content"] = reasoning[written_keys.pop(0)]
-    ignored |= {f"{at.split('[')[0]}[].{key}" for key in written_keys}
-    message["content"] = _content(message, at)
-    if message.get("tool_calls"):
-        message["tool_calls"] = _tool_calls(message["tool_calls"], role, at)
-    for key in ("reasoning_content", "name", "tool_call_id"):
-        if message.get(key) is not None and not isinstance(message[key], str):
-            raise DataError(f"{at}.{key} is {_brief(message[key])}; expected a string")
-    if message.get("weight") is not None and (role != "assistant" or message["weight"] not in (0, 1)):
-        raise DataError(f"{at}.weight is {_brief(message['weight'])}; expected 0 or 1, on an assistant turn")
-    ignored |= {f"{at.split('[')[0]}[].{key}" for key in set(message) - MESSAGE_KEYS}
-    empty: tuple = (None, [])  # what Parquet puts where other rows have a value
-    return {key: value for key, value in message.items() if key in MESSAGE_KEYS and value not in empty}
-
-
-def _content(message: Message, at: str) -> str:
-    content = message.get("content")
-    if isinstance(content, str):
-        return content
-    if content is None and message["role"] == "assistant" and message.get("tool_calls"):
-        return ""
-    if isinstance(content, list):  # OpenAI's parts
-        for k, part in enumerate(content):
-            if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
-                raise DataError(f"{at}.content[{k}] is {_brief(part)}; only text parts are supported")
-        return "".join(part["text"] for part in content)
-    raise DataError(f"{at}.content is {_brief(content)}; expected a string")
-
-
-def _tool_calls(value: Any, role: str, at: str) -> list[dict]:
-    """Convert tool calls to OpenAI's form, their arguments parsed: that is what chat templates expect."""
-    if role != "assistant":
-        raise DataError(f"{at}.tool_calls: only an assistant calls tools; this is a turn of the {role}")
-    calls = []
-    for k, raw in enumerate(value if isinstance(value, list) else [value]):
-        here = f"{at}.tool_calls[{k}]"
-        function = raw.get("function", raw) if isinstance(raw, dict) else raw
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise DataError(f'{here} is {_brief(raw)}; expected {{"function": {{"name": ..., "arguments": ...}}}}')
-        arguments = function.get("arguments")
-        arguments = _parsed(arguments, f"{here}.arguments") if isinstance(arguments, str) else (arguments or {})
-        if not isinstance(arguments, dict):
-            raise DataError(f"{here}.arguments is {_brief(arguments)}; expected a JSON object")
-        call = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
-        calls.append(call | ({"id": raw["id"]} if isinstance(raw.get("id"), str) else {}))
-    return calls
-
-
-def _tools(value: Any) -> list[dict]:
-    value = _parsed(value, "tools") if isinstance(value, str) else value
-    if not isinstance(value, list):
-        raise DataError(f"tools is {_brief(value)}; expected a list of JSON schemas")
-    tools = []
-    for k, raw in enumerate(value):
-        function = raw.get("function", raw) if isinstance(raw, dict) else raw
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise DataError(
-                f'tools[{k}] is {_brief(raw)}; expected {{"type": "function", "function": {{"name": ...}}}}'
-            )
-        tools.append({"type": "function", "function": function})
-    return tools
-
-
-def _parsed(text: Any, field: str) -> Any:
-    """Parse JSON that was written as text."""
-    try:
-        return json.loads(text)
-    except (TypeError, ValueError) as error:
-        raise DataError(f"{field}: not valid JSON ({error}): {_brief(text)}") from None
+    return read_messages([value] if isinstance(value, dict) else value, field, ignored) if value else []
 
 
 # Checking ---------------------------------------------------------------------------------------------
@@ -289,33 +267,37 @@ def _check_conversation(messages: list[Message], needs_answer: bool) -> None:
             "add the answer, or set task: causal_lm to train on every token"
         )
     if needs_answer and all(message.get("weight") == 0 for message in answers):
-        raise DataError("messages: every assistant turn has weight 0, so nothing is in the loss: remove the row")
+        raise DataError(
+            "messages: every assistant turn has weight 0, or train: false, so nothing is in the loss: remove the row"
+        )
 
 
 def _check_pair(chosen: list[Message], rejected: list[Message]) -> None:
     """Raise DataError unless both conversations share all but their last, different, answer."""
     for name, messages in (("chosen", chosen), ("rejected", rejected)):
+        _check_last_is_in_loss(name, messages)
         if len(messages) < 2 or messages[-1]["role"] != "assistant":
-            raise DataError(f"{name} ends with {_brief(messages[-1])}; expected an answer to a prompt")
+            raise DataError(f"{name} ends with {brief(messages[-1])}; expected an answer to a prompt")
     if chosen[:-1] != rejected[:-1]:
         raise DataError("chosen and rejected: their prompts differ; all but the last message must be the same")
     if chosen[-1] == rejected[-1]:
         raise DataError("chosen and rejected: the same answer, so there is nothing to prefer")
 
 
+def _check_last_is_in_loss(name: str, messages: list[Message]) -> None:
+    if messages and messages[-1].get("weight") == 0:
+        raise DataError(f"{name}: the last answer has weight 0, or train: false, but this task trains it alone")
+
+
 def _check_label(messages: list[Message], labels: list[str]) -> None:
+    _check_last_is_in_loss("messages", messages)
     answer = messages[-1]
     if answer["role"] != "assistant" or answer["content"] not in labels:
         raise DataError(
-            f"messages[{len(messages) - 1}] is {_brief(answer['content'])}; the last answer must be one of "
+            f"messages[{len(messages) - 1}] is {brief(answer['content'])}; the last answer must be one of "
             f"classifier_config.label_tokens ({', '.join(labels)})"
         )
 
 
 def _names(raw: dict) -> str:
     return ", ".join(map(str, raw)) or "none"
-
-
-def _brief(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= LONGEST_SHOWN else text[: LONGEST_SHOWN - 3] + "..."

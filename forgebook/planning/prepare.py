@@ -233,7 +233,7 @@ def report_rows(report: dict[str, Any]) -> list[list[str]]:
         line("duplicates", lambda s: f"{s['duplicate_rows']:,}"),
     ]
     if any(s["ignored_columns"] for s in sets):
-        lines.append(line("ignored keys", lambda s: ", ".join(s["ignored_columns"])))
+        lines.append(line("ignored keys", _ignored))
     if any("rows_per_label" in s for s in sets):
         labels = line("examples per label", lambda s: ", ".join(f"{n:,} {t}" for t, n in _labels(s)))
         lines.append(labels)
@@ -241,6 +241,10 @@ def report_rows(report: dict[str, Any]) -> list[list[str]]:
         lines.append(["also in training", "", f"{overlap:,} example{'s' * (overlap > 1)}"])
     lines.append(["padding", f"{report['train']['padding_share']:.1%}", *[""] * (len(sets) - 1)])
     return lines
+
+
+def _ignored(report: dict[str, Any]) -> str:
+    return ", ".join(f"{key} ({count:,})" for key, count in sorted(report["ignored_columns"].items()))
 
 
 def _labels(report: dict[str, Any]) -> list[tuple[str, int]]:

@@ -75,7 +75,8 @@ def test_a_pair_is_dropped_as_one(make_config, write_rows):
     config = make_config(
         train_path=rows, valid_path=None, task="preference_tuning", context_length=40, truncation="drop"
     )
-    chosen, rejected, *others = preview_examples(config, 4)
+    chosen, rejected, *others = preview_examples(config, 2)
+    assert [example.where.partition(":")[2] for example in (chosen, rejected)] == ["1, chosen", "1, rejected"]
     assert chosen.note.startswith("dropped, longer than context_length 40")
     assert rejected.note == "dropped with the other answer of its pair"
     assert [example.note for example in others] == ["", ""]

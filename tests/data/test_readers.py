@@ -54,6 +54,10 @@ def write_parquet_of_json(path):
     pq.write_table(pa.table({"messages": [json.dumps(row["messages"]) for row in ROWS]}), path)
 
 
+def write_jsonl_of_json(path):
+    path.write_text("".join(json.dumps({"messages": json.dumps(row["messages"])}) + "\n" for row in ROWS))
+
+
 def write_gzip(path):
     path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in ROWS).encode()))
 
@@ -68,6 +72,7 @@ def write_gzip(path):
         ("r.parquet", write_parquet),
         ("text-cells.parquet", write_parquet_of_json),
         ("r.jsonl.gz", write_gzip),
+        ("text-cells.jsonl", write_jsonl_of_json),
     ],
 )
 def test_every_kind_of_file_gives_the_same_rows(tmp_path, name, write):
@@ -75,6 +80,16 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, name, write):
     read = read_examples(str(tmp_path / name))
     assert [row.messages for row in read] == [row["messages"] for row in ROWS]
     assert len({row.where for row in read}) == 5 and read[0].where.startswith(f"{name}:")
+
+
+@pytest.mark.parametrize(
+    ("name", "delimiter"), [("r.tsv", "\t"), ("tabs.csv", "\t"), ("r.csv", ";"), ("r.tsv.gz", "\t"), ("r.csv.gz", ",")]
+)
+def test_cells_are_divided_by_what_the_header_has(tmp_path, name, delimiter):
+    content = f"prompt{delimiter}completion\nq{delimiter}a\n".encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    [row] = read_examples(str(tmp_path / name))
+    assert [message["content"] for message in row.conversation] == ["q", "a"]
 
 
 def test_gzip_of_other_kinds(tmp_path):
@@ -162,6 +177,8 @@ def test_a_line_of_50_megabytes_is_named_and_the_rest_read(tmp_path):
         (b'{"messages": [{"role": "user", "role": "user", "content": "q"}]}', "the key 'role' is repeated"),
         (b'{"text": "\\ud800"}', "half of a surrogate pair"),
         (b"[" * 100_000, "not valid JSON"),
+        (b'{"text": ' + b"[" * 150 + b"]" * 150 + b"}", "JSON nested more than 100 levels deep"),
+        (b'{"messages": "' + b"[" * 5000 + b'"}', "messages: not valid JSON"),
         (b"null", "the row is a JSON null; expected an object"),
         (b'"text"', "the row is a JSON string"),
         (b'{"messages": [null]}', r"messages\[0\] is null; expected an object with role and content"),
@@ -183,6 +200,8 @@ def test_a_bad_line_is_reported_in_its_place(tmp_path, line, message):
         ('[{"messages": 1},\n {"messages": 2},\n oops]', r"r\.json:3: not valid JSON"),
         ('[{"a": 1}]\n[]', r"r\.json:1: there is text after the end"),
         ('[{"a": 1},\n', r"r\.json:2: not valid JSON"),
+        ('[{"text": "\\ud800"},\n {"messages": 1}]', r"r\.json:1: half of a surrogate pair"),
+        ("[" + "[" * 150 + "]" * 150 + "]", r"r\.json:1: JSON nested more than 100 levels"),
     ],
 )
 def test_a_damaged_json_array_is_reported_with_its_line(tmp_path, text, message):
@@ -204,6 +223,30 @@ def test_a_damaged_csv_is_reported_with_its_line(tmp_path, content, message):
     (tmp_path / "r.csv").write_bytes(content)
     with pytest.raises(DataError, match=message):
         read_examples(str(tmp_path / "r.csv"))
+
+
+def test_a_damaged_page_of_parquet_is_reported_with_its_row(tmp_path):
+    path = tmp_path / "r.parquet"
+    rows = [chat(f"question {k} " + "x" * 50, f"answer {k}") for k in range(3000)]
+    pq.write_table(pa.table({"messages": [json.dumps(row["messages"]) for row in rows]}), path, row_group_size=1000)
+    content = bytearray(path.read_bytes())
+    middle = pq.ParquetFile(path).metadata.row_group(1).column(0)
+    begin = middle.dictionary_page_offset or middle.data_page_offset
+    content[begin : begin + 400] = b"\xff" * 400
+    path.write_bytes(content)
+    read = everything(path)
+    assert len(read) == 2001 and [where for where, raw in read if isinstance(raw, DataError)] == ["r.parquet:1001"]
+    assert errors(path)[0].startswith("r.parquet:1001: the Parquet file is damaged here (")
+
+
+def test_text_in_parquet_that_is_not_utf8_is_reported_with_its_row(tmp_path):
+    binary = pa.array([b"a", b"\xff\xfe", b"c"])
+    wrong = pa.StringArray.from_buffers(3, binary.buffers()[1], binary.buffers()[2])
+    pq.write_table(pa.table({"prompt": ["q"] * 3, "completion": wrong}), tmp_path / "r.parquet")
+    assert [where for where, raw in everything(tmp_path / "r.parquet") if isinstance(raw, dict)] == [
+        "r.parquet:1", "r.parquet:3",
+    ]  # fmt: skip
+    assert "save text as UTF-8" in errors(tmp_path / "r.parquet")[0]
 
 
 @pytest.mark.parametrize("content", [b"PAR1 this is not parquet", b"\0\1\2\3" * 100])

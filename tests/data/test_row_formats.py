@@ -10,6 +10,8 @@ from forgebook.errors import DataError
 CALL = {"id": "c1", "type": "function", "function": {"name": "find", "arguments": '{"city": "Rome"}'}}
 TOOLS = [{"type": "function", "function": {"name": "find", "parameters": {"type": "object"}}}]
 Q, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+S, B = {"role": "system", "content": "s"}, {"role": "assistant", "content": "b"}
+GPT = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
 
 
 def parse(raw, task="instruction_tuning", **more):
@@ -85,6 +87,89 @@ def test_reasoning_has_one_name():
         assert row.messages[1]["reasoning_content"] == "hm" and not notes.ignored
 
 
+FORMATS = [
+    {"messages": [Q, A]},
+    {"messages": json.dumps([Q, A])},
+    {"conversations": GPT},
+    {"conversations": json.dumps(GPT)},
+    {"instruction": "q", "input": "", "output": "a"},
+    {"prompt": "q", "completion": "a"},
+    {"prompt": [Q], "completion": [A]},
+    {"prompt": json.dumps([Q]), "completion": json.dumps([A])},
+    {"prompt": "q", "completion": [Q, A]},
+]
+PAIRS = [
+    {"prompt": "q", "chosen": "a", "rejected": "b"},
+    {"prompt": "q", "chosen": [A], "rejected": [B]},
+    {"prompt": "q", "chosen": A, "rejected": B},
+    {"prompt": "q", "chosen": [Q, A], "rejected": [Q, B]},
+    {"prompt": " q\n", "chosen": [Q, A], "rejected": [Q, B]},
+    {"prompt": json.dumps([Q]), "chosen": json.dumps([Q, A]), "rejected": json.dumps([Q, B])},
+    {"chosen": [Q, A], "rejected": [Q, B]},
+    {"messages": [Q], "chosen": A, "rejected": B},
+    {"conversations": GPT[:1], "chosen": GPT[1], "rejected": {"from": "gpt", "value": "b"}},
+    {"instruction": "q", "chosen": "a", "rejected": "b"},
+]
+BESIDE = [
+    ({"system": "s"}, [S], None),
+    ({"system": [{"type": "text", "text": "s"}]}, [S], None),
+    ({"system": ""}, [], None),
+    ({"tools": TOOLS}, [], TOOLS),
+    ({"tools": json.dumps(TOOLS)}, [], TOOLS),
+    ({"functions": [TOOLS[0]["function"]]}, [], TOOLS),
+    ({"functions": json.dumps([TOOLS[0]["function"]]), "system": "s"}, [S], TOOLS),
+]
+
+
+@pytest.mark.parametrize("raw", FORMATS, ids=str)
+@pytest.mark.parametrize(("beside", "system", "tools"), BESIDE, ids=str)
+def test_every_format_honors_what_stands_beside_the_conversation(raw, beside, system, tools):
+    row, notes = parse(raw | beside)
+    assert row.messages == [*system, Q, A] and row.tools == tools and notes.ignored == ()
+
+
+@pytest.mark.parametrize("raw", PAIRS, ids=str)
+@pytest.mark.parametrize(("beside", "system", "tools"), BESIDE, ids=str)
+def test_every_form_of_a_pair_has_its_question_once(raw, beside, system, tools):
+    row, notes = parse(raw | beside, "preference_tuning")
+    assert row.messages == [*system, Q, A] and row.rejected == [*system, Q, B]
+    assert row.tools == tools and notes.ignored == ()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "expected"),
+    [
+        ([S, Q], [Q, A], [S, Q, A]),
+        ([Q], [S, Q, A], [S, Q, A]),
+        ("q", [Q, B, Q, A], [Q, B, Q, A]),
+        ([Q, B], [{"role": "user", "content": "z"}, A], [Q, B, {"role": "user", "content": "z"}, A]),
+    ],
+)
+def test_a_prompt_that_the_answer_repeats_in_part(prompt, answer, expected):
+    row, _ = parse({"prompt": prompt, "completion": answer})
+    assert row.messages == expected
+
+
+def test_a_system_text_inside_and_beside_stands_once():
+    assert parse({"messages": [S, Q, A], "system": "s "})[0].messages == [S, Q, A]
+
+
+def test_answers_in_json_stay_text():
+    for text in ('{"city": "Rome"}', '["Rome"]', "[not json", '[{"name": "Rome"}]'):
+        assert parse({"prompt": "q", "completion": text})[0].messages[1]["content"] == text
+
+
+def test_marks_that_the_task_cannot_honor_are_named():
+    _, notes = parse({"messages": [Q, A | {"train": False}]}, "causal_lm")
+    assert notes.ignored == ("messages[].weight (causal_lm trains every token)",)
+    assert parse({"messages": [Q, A | {"train": True}]}, "causal_lm")[1].ignored == ()
+
+
+def test_keys_without_a_value_are_not_named_as_ignored():
+    _, notes = parse({"messages": [Q, A | {"refusal": None}], "source": None, "note": ""})
+    assert notes.ignored == ()
+
+
 def test_preference_pairs():
     chosen, rejected = [Q, A], [Q, A | {"content": "b"}]
     for raw in (
@@ -118,7 +203,45 @@ def test_preference_pairs():
             "instruction_tuning",
             r"tool_calls\[0\] is .*; expected .*\"function\"",
         ),
-        ({"messages": [Q, A | {"function_call": {"name": "f"}}]}, "instruction_tuning", "write tool_calls instead"),
+        (
+            {"messages": [Q, A | {"function_call": {"name": "f"}, "tool_calls": [CALL]}]},
+            "instruction_tuning",
+            r"messages\[1\] has tool_calls and function_call",
+        ),
+        ({"messages": [Q, A | {"function_call": "{oops"}]}, "instruction_tuning", r"function_call: not valid JSON"),
+        ({"messages": [Q, A], "tools": TOOLS, "functions": TOOLS}, "instruction_tuning", "are both there: keep tools"),
+        ({"messages": [Q, A], "functions": [{}]}, "instruction_tuning", r"functions\[0\] is {}; expected"),
+        (
+            {"messages": [Q, A | {"train": "maybe"}]},
+            "instruction_tuning",
+            r"train is \"maybe\"; expected true or false",
+        ),
+        (
+            {"messages": [Q | {"train": True}, A]},
+            "instruction_tuning",
+            r"messages\[0\].train is true; .*assistant turn",
+        ),
+        (
+            {"messages": [Q, A | {"train": True, "loss": False}]},
+            "instruction_tuning",
+            "train and loss contradict each other",
+        ),
+        (
+            {"messages": [Q, A | {"train": False}]},
+            "instruction_tuning",
+            "every assistant turn has weight 0, or train: false",
+        ),
+        ({"messages": "[oops"}, "instruction_tuning", r"f:1: messages: not valid JSON"),
+        ({"messages": [S, Q, A], "system": "t"}, "instruction_tuning", "begin with another system message"),
+        ({"messages": [Q, A], "system": {"a": 1}}, "instruction_tuning", r"system is {\"a\": 1}; expected a string"),
+        (
+            {"prompt": "z", "chosen": [Q, A], "rejected": [Q, B]},
+            "preference_tuning",
+            "prompt and chosen both hold a question",
+        ),
+        ({"prompt": "z", "completion": [Q, A]}, "instruction_tuning", "prompt and completion both hold a question"),
+        ({"chosen": [Q, A | {"loss": 0}], "rejected": [Q, B]}, "preference_tuning", "weight 0"),
+        ({"messages": [Q, A, Q, A | {"loss": 0}]}, "classification", "this task trains it alone"),
         ({"messages": [Q, A], "tools": "[oops"}, "instruction_tuning", "tools: not valid JSON"),
         ({"messages": [Q, A], "tools": [{"type": "function"}]}, "instruction_tuning", r"tools\[0\] is .*; expected"),
         (

@@ -57,6 +57,7 @@ def test_the_report_counts_what_a_user_wants_to_know(make_config, write_rows):
     assert report["overlap"] == {"rows": 1, "places": ["v.jsonl:1"]}
     assert report["train"]["truncation"]["longer_rows"] == 0 and report["train"]["padding_share"] < 1
     assert ["also in training", "", "1 example"] in report_rows(report)
+    assert ["ignored keys", "source (1)", ""] in report_rows(report)
 
 
 def test_rows_per_label(make_config, write_rows):

@@ -1,0 +1,162 @@
+"""One message, or list of tools, as any tool writes it -> OpenAI's keys and types.
+
+read_messages(raw["conversations"], "conversations", ignored)    roles, content, tool calls, marks of the loss
+read_tools(raw)                                                  what the assistant may call
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from forgebook.data.readers import parse_json
+from forgebook.errors import DataError
+
+__all__ = ["Message", "brief", "parse_field", "read_messages", "read_text", "read_tools"]
+
+Message = dict[str, Any]
+
+ROLES = ("system", "user", "assistant", "tool")
+ROLE_OF = {
+    "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
+    "model": "assistant", "developer": "system", "observation": "tool", "function_response": "tool",
+    "function": "tool", "function_call": "assistant",
+}  # fmt: skip
+MESSAGE_KEYS = {"role", "content", "name", "tool_calls", "tool_call_id", "weight", "reasoning_content"}
+# Whether a turn is in the loss: OpenAI's name, then those of other tools (axolotl, ms-swift, Unsloth).
+MARKS = ("weight", "train", "training", "train_on_turn", "trainable", "loss", "loss_mask")
+SWITCHES = {"true": 1, "false": 0, "1": 1, "0": 0}
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+LONGEST_SHOWN = 60
+
+
+def read_messages(value: Any, field: str, ignored: set[str]) -> list[Message]:
+    """Convert a list of messages to OpenAI's keys and types."""
+    if not isinstance(value, list) or not value:
+        raise DataError(f"{field} is {brief(value)}; expected a non-empty list of {{role, content}}")
+    return [_message(message, f"{field}[{k}]", ignored) for k, message in enumerate(value)]
+
+
+def _message(raw: Any, at: str, ignored: set[str]) -> Message:
+    if not isinstance(raw, dict):
+        raise DataError(f"{at} is {brief(raw)}; expected an object with role and content")
+    message = dict(raw)
+    if "from" in message and "role" not in message:  # ShareGPT's names
+        message |= {"role": message.pop("from"), "content": message.pop("value", None)}
+    written = message.get("role")
+    message["role"] = role = ROLE_OF.get(written, written) if isinstance(written, str) else written
+    if role not in ROLES:
+        raise DataError(f"{at}.role is {brief(role)}; expected {', '.join(ROLES[:-1])} or {ROLES[-1]}")
+    if written == "function_call":
+        message["tool_calls"] = parse_field(message["content"], f"{at}.value")
+        message["content"] = ""
+    if call := message.pop("function_call", None):  # OpenAI's former name
+        if message.get("tool_calls"):
+            raise DataError(f"{at} has tool_calls and function_call, its former name: keep tool_calls")
+        message["tool_calls"] = parse_field(call, f"{at}.function_call") if isinstance(call, str) else call
+    reasoning = {key: message.pop(key, None) for key in REASONING_KEYS}
+    # Sets with one schema for all rows hold "" where there is none; only an assistant reasons.
+    written_keys = [key for key, text in reasoning.items() if text is not None and text != ""]
+    if written_keys and role == "assistant":
+        message["reasoning_content"] = reasoning[written_keys.pop(0)]
+    ignored |= {f"{at.split('[')[0]}[].{key}" for key in written_keys}
+    message["content"] = _content(message, at)
+    if message.get("tool_calls"):
+        message["tool_calls"] = _tool_calls(message["tool_calls"], role, at)
+    for key in ("reasoning_content", "name", "tool_call_id"):
+        if message.get(key) is not None and not isinstance(message[key], str):
+            raise DataError(f"{at}.{key} is {brief(message[key])}; expected a string")
+    if (weight := _weight(message, role, at)) is not None:
+        message["weight"] = weight
+    empty: tuple = (None, [])  # what Parquet puts where other rows have a value
+    unread = (key for key in message if key not in MESSAGE_KEYS and message[key] not in empty)
+    ignored |= {f"{at.split('[')[0]}[].{key}" for key in unread}
+    return {key: value for key, value in message.items() if key in MESSAGE_KEYS and value not in empty}
+
+
+def _weight(message: Message, role: str, at: str) -> int | None:
+    """Take the marks out of a message; return 1 for a turn that is in the loss, 0 for another, None if unmarked."""
+    marks = {key: value for key in MARKS if (value := message.pop(key, None)) is not None}
+    weights = set()
+    for key, value in marks.items():
+        weight = SWITCHES.get(value.lower(), value) if isinstance(value, str) else value
+        if weight not in (0, 1) or (weight == 1 and role != "assistant") or (key == "weight" and role != "assistant"):
+            expected = "0 or 1" if key == "weight" else "true or false"
+            raise DataError(f"{at}.{key} is {brief(value)}; expected {expected}, on an assistant turn")
+        weights.add(int(weight))
+    if len(weights) > 1:
+        raise DataError(f"{at}: {' and '.join(marks)} contradict each other: keep one")
+    return weights.pop() if weights and role == "assistant" else None
+
+
+def _content(message: Message, at: str) -> str:
+    if message.get("content") is None and message["role"] == "assistant" and message.get("tool_calls"):
+        return ""
+    return read_text(message.get("content"), f"{at}.content")
+
+
+def read_text(content: Any, field: str) -> str:
+    """Read a text, or OpenAI's list of text parts."""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list):
+        for k, part in enumerate(content):
+            if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
+                raise DataError(f"{field}[{k}] is {brief(part)}; only text parts are supported")
+        return "".join(part["text"] for part in content)
+    raise DataError(f"{field} is {brief(content)}; expected a string")
+
+
+def _tool_calls(value: Any, role: str, at: str) -> list[dict]:
+    """Convert tool calls to OpenAI's form, their arguments parsed: that is what chat templates expect."""
+    if role != "assistant":
+        raise DataError(f"{at}.tool_calls: only an assistant calls tools; this is a turn of the {role}")
+    value = parse_field(value, f"{at}.tool_calls") if isinstance(value, str) else value
+    calls = []
+    for k, raw in enumerate(value if isinstance(value, list) else [value]):
+        here = f"{at}.tool_calls[{k}]"
+        function = raw.get("function", raw) if isinstance(raw, dict) else raw
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise DataError(f'{here} is {brief(raw)}; expected {{"function": {{"name": ..., "arguments": ...}}}}')
+        arguments = function.get("arguments")
+        arguments = parse_field(arguments, f"{here}.arguments") if isinstance(arguments, str) else (arguments or {})
+        if not isinstance(arguments, dict):
+            raise DataError(f"{here}.arguments is {brief(arguments)}; expected a JSON object")
+        call = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
+        calls.append(call | ({"id": raw["id"]} if isinstance(raw.get("id"), str) else {}))
+    return calls
+
+
+def read_tools(raw: dict) -> list[dict] | None:
+    """Read what the assistant may call; `functions` is OpenAI's former name."""
+    if raw.get("tools") and raw.get("functions"):
+        raise DataError("tools and functions, its former name, are both there: keep tools")
+    return next((_tools(raw[key], key) for key in ("tools", "functions") if raw.get(key)), None)
+
+
+def _tools(value: Any, key: str) -> list[dict]:
+    value = parse_field(value, key) if isinstance(value, str) else value
+    if not isinstance(value, list):
+        raise DataError(f"{key} is {brief(value)}; expected a list of JSON schemas")
+    tools = []
+    for k, raw in enumerate(value):
+        function = raw.get("function", raw) if isinstance(raw, dict) else raw
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            expected = '{"type": "function", "function": {"name": ...}}'
+            raise DataError(f"{key}[{k}] is {brief(raw)}; expected {expected}")
+        tools.append({"type": "function", "function": function})
+    return tools
+
+
+def parse_field(text: Any, field: str) -> Any:
+    """Parse JSON that was written as text."""
+    try:
+        return parse_json(text)
+    except DataError as error:
+        raise DataError(f"{field}: {error}: {brief(text)}") from None
+
+
+def brief(value: Any) -> str:
+    """Write a value for a message, cut to LONGEST_SHOWN characters."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= LONGEST_SHOWN else text[: LONGEST_SHOWN - 3] + "..."
