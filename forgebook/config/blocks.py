@@ -4,9 +4,8 @@
 """
 
 import re
-from collections.abc import Iterator
 from enum import Enum
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -49,8 +48,6 @@ __all__ = [
     "Switch",
     "VisionLanguageConfig",
     "WeightsPath",
-    "marked_keys",
-    "models_in",
     "needs_reference",
 ]
 
@@ -220,8 +217,17 @@ class GenerationConfig(StrictBlock):
 
     prompt_format: Annotated[PromptFormat | None, Mark.AUTO] = None
     """Templates that turn messages into text. None: the catalog's format of the model."""
+    chat_template_kwargs: dict[Annotated[str, Field(pattern=r"^[a-zA-Z_]\w*$")], bool | int | float | str] = {}
+    """Variables of the model's chat template, such as `enable_thinking: false` or `reasoning_effort: low`; saved with
+    the checkpoint, as defaults of its template."""
     stopping_sequences: Annotated[list[str | int], Mark.NO_EFFECT] = []
     """Texts or token ids that end an answer, in generation and serving."""
+
+    @model_validator(mode="after")
+    def _one_way_to_prompt(self) -> Self:
+        if self.prompt_format is not None and self.chat_template_kwargs:
+            raise ValueError("chat_template_kwargs: has no effect beside prompt_format; remove one of them")
+        return self
 
 
 class DeepSpeed(StrictBlock):
@@ -375,26 +381,3 @@ Loggers = Annotated[
     Annotated[Logger, Tag("a block")] | Annotated[list[Logger], Tag("a list")],
     Discriminator(lambda value: "a list" if isinstance(value, list) else "a block"),
 ]
-
-
-# -- asking the classes
-
-
-def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    """Yield the block classes inside a type, such as `LogprobProcessor | None`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for argument in get_args(annotation):
-        yield from models_in(argument)
-
-
-def marked_keys(model: type[BaseModel], mark: Mark, prefix: str = "") -> list[str]:
-    """List the dotted keys of a block class, and of the blocks in it, that carry a mark; in the order of the class."""
-    keys = []
-    for name, field in model.model_fields.items():
-        if mark in field.metadata:
-            keys.append(f"{prefix}{name}")
-        else:
-            for block in models_in(field.annotation):
-                keys += marked_keys(block, mark, f"{prefix}{name}.")
-    return keys

@@ -18,7 +18,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from forgebook.catalog import hardware_of
-from forgebook.config.blocks import DeepSpeed, models_in
+from forgebook.config.block_keys import models_in
+from forgebook.config.blocks import DeepSpeed
 from forgebook.config.deepspeed_file import REPOSITORY, SHIPPED, find_deepspeed_config
 from forgebook.config.legacy_keys import RetiredNameWarning, translate_retired
 from forgebook.config.paths import expand_values

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import Field, PrivateAttr, ValidationInfo, field_validator, model_validator
 
+from forgebook.config.block_keys import marked_keys
 from forgebook.config.blocks import (
     CheckpointFrequency,
     ClassifierConfig,
@@ -34,7 +35,6 @@ from forgebook.config.blocks import (
     Switch,
     VisionLanguageConfig,
     WeightsPath,
-    marked_keys,
 )
 
 __all__ = [

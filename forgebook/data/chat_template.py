@@ -104,10 +104,11 @@ def render_for_training(
     if not rewritten:
         return [_with_spans(conversation, text, count, targets)]
     if rewritten_turns == "refuse":
+        setting = conversation.helpful_setting(lambda other: not other.joined(targets)[1])
         raise DataError(
             f"messages[{rewritten[0]}]: the chat template renders this assistant turn differently once later turns "
             "follow (it may strip the thinking): set rewritten_turns: expand to train each answer as the model gave "
-            "it, train_on: last to train only the last, or generation_config.prompt_format"
+            f"it, train_on: last to train only the last, {setting and setting + ', '}or generation_config.prompt_format"
         )
     return [_with_spans(conversation, conversation.answered(k), k + 1, [k]) for k in targets]
 

@@ -11,19 +11,21 @@ the content; else the example is rejected with the reason.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from forgebook.data.generation_prompt import added_to_prompt, closes_thought
+from forgebook.data.generation_prompt import added_to_prompt, closes_thought, opened_thought
 from forgebook.data.message_parts import REASONING_KEYS, missing_part, missing_tool, split_thought
 from forgebook.data.prompt_formats import render_prompt_format
 from forgebook.data.render_limits import within_limits
 from forgebook.data.special_tokens import hide, map_texts, without_closing_token
 from forgebook.data.tools import tools_as_text, uses_tools
 from forgebook.errors import DataError
+from forgebook.models.template_settings import template_defaults, template_variables
 from forgebook.runs import run
 
 if TYPE_CHECKING:
@@ -79,9 +81,11 @@ class Conversation:
         tools: list[dict] | None,
         tokenizer: PreTrainedTokenizerBase,
         prompt_format: PromptFormat | None,
+        settings: Mapping[str, bool] | None = None,
     ):
-        self.tokenizer, self.prompt_format = tokenizer, prompt_format
-        source = _template_source(tokenizer, tools) if prompt_format is None else ""
+        self.tokenizer, self.prompt_format, self.settings = tokenizer, prompt_format, settings or {}
+        self.written = messages, tools
+        self.source = source = _template_source(tokenizer, tools) if prompt_format is None else ""
         if uses_tools(messages, tools) and not (
             READS_TOOLS.search(source) and _renders_tools(tokenizer, source, bool(tools))
         ):
@@ -115,12 +119,27 @@ class Conversation:
             self._answered[k] = text
         return self._answered[k]
 
+    def is_plain(self, k: int) -> bool:
+        """Return whether answer k can be trained and begins outside of a thought."""
+        return not opened_thought(self.prompt(k)) and bool(self.answered(k))
+
     def joined(self, targets: list[int]) -> tuple[str, list[int]]:
         """Render the conversation; also list the targets that it renders differently than when they were given."""
         answered = [self.answered(k) for k in targets]
         last = len(self.messages) - 1
         text = answered[-1] if last in targets else self.through(last)
         return text, [k for k in targets if not text.startswith(self.turn(k, text))]
+
+    def helpful_setting(self, helps: Callable[[Conversation], bool]) -> str:
+        """Name a setting of this very template, not yet set, with which something holds; empty if there is none."""
+        if self.settings or self.prompt_format is not None:
+            return ""
+        for name in sorted(template_variables(self.source) - template_defaults(self.source)):
+            for value in (False, True):
+                with contextlib.suppress(DataError):
+                    if helps(Conversation(*self.written, self.tokenizer, None, {name: value})):
+                        return f"generation_config.chat_template_kwargs: {{{name}: {str(value).lower()}}}"
+        return ""
 
     def turn(self, k: int, text: str) -> str:
         """Render up to message k as `text` continues: without a token that only ends a text (Phi-3's eos)."""
@@ -180,6 +199,11 @@ class Conversation:
         if reasoning:
             forms.append(silent | {"content": _with_hidden_tags(_thought_as_text(reasoning, rest))})
             yield _with_shown_tags(self.render([*self.messages[:k], forms[-1]]))
+        elif opened_thought(prompt) and (setting := self.helpful_setting(lambda other: other.is_plain(k))):
+            raise DataError(
+                f"messages[{k}]: the generation prompt of the chat template opens a thought, and this turn has no "
+                f"reasoning: set {setting}, or add reasoning_content"
+            )
         # The turn alone, since templates may render what precedes an answer differently once it is there.
         before = [
             *self.messages[: k - 1],
@@ -198,15 +222,15 @@ class Conversation:
     def _reason_against(self, k: int) -> str:
         """Say why answer k cannot be trained, and what to set."""
         prompt, through = self.prompt(k), self.through(k)
+        setting = self.helpful_setting(lambda other: bool(other.answered(k)))
+        fix = f"set {setting}" if setting else OTHER_FORMAT
         if _thought_of(self.messages[k])[0] and closes_thought(prompt):
-            return (
-                f": it has reasoning, but the generation prompt of the chat template closes the thought: {OTHER_FORMAT}"
-            )
+            return f": it has reasoning, but the generation prompt of the chat template closes the thought: {fix}"
         if path := self._lacks(k, through):
-            return f".{self._described(k, path)}: {OTHER_FORMAT}"
+            return f".{self._described(k, path)}: {fix}"
         return (
             ": the chat template does not continue its own generation prompt with this assistant turn, so no prompt "
-            f"would lead to it: {OTHER_FORMAT}"
+            f"would lead to it: {fix}"
         )
 
     def _render_first(self, count: int, for_generation: bool) -> str:
@@ -223,7 +247,7 @@ class Conversation:
             raise DataError(
                 "the conversation begins with an assistant turn, but chat templates need a message before it"
             )
-        return _apply_template(self.tokenizer, messages, self.tools, for_generation)
+        return _apply_template(self.tokenizer, messages, self.tools, for_generation, self.settings)
 
     def answer_spans(self, text: str, count: int) -> list[Span]:
         """Find the characters [start, end) of each answer among the first `count` messages of a text.
@@ -250,12 +274,18 @@ def _template_source(tokenizer: PreTrainedTokenizerBase, tools: list[dict] | Non
 
 
 def _apply_template(
-    tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: list[dict] | None, for_generation: bool
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[Message],
+    tools: list[dict] | None,
+    for_generation: bool,
+    settings: Mapping[str, bool] | None = None,
 ) -> str:
     from jinja2 import TemplateError
 
     try:
-        apply = functools.partial(tokenizer.apply_chat_template, messages, tools=tools, tokenize=False)
+        apply = functools.partial(
+            tokenizer.apply_chat_template, messages, tools=tools, tokenize=False, **settings or {}
+        )
         return within_limits(lambda: apply(add_generation_prompt=for_generation), tokenizer.name_or_path)
     except TemplateError as error:
         raise DataError(f"the chat template rejects these messages: {error}") from None

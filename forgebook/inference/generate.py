@@ -26,6 +26,7 @@ from forgebook.data.prompt_formats import read_prompt_format
 from forgebook.errors import DataError, ModelError, ResourceError
 from forgebook.inference.sampling import Sampler, Sampling, StopStrings, TokenSampling, prompt_seed
 from forgebook.models import adapters, load
+from forgebook.models.template_settings import set_template_defaults
 from forgebook.models.tokenizer import load_tokenizer, locate, refuse_pickled
 from forgebook.runs import download, object_store, run
 
@@ -119,8 +120,8 @@ def load_together(
 ) -> list[LoadedModel]:
     """Load several adapters of one base, and the base itself if it is among them, with its weights in memory once.
 
-    dtype: None takes that of the first source that belongs to a run, else bfloat16. defaults: the prompt format and
-    stopping sequences of sources that belong to no run.
+    dtype: None takes that of the first source that belongs to a run, else bfloat16. defaults: the prompt format,
+    template settings and stopping sequences of sources that belong to no run.
 
     Raises ModelError if they have different bases, or some have tokens that others lack.
     """
@@ -144,6 +145,8 @@ def load_together(
     loaded = []
     for source, name, tokenizer, config in zip(sources, names, tokenizers, configs, strict=True):
         tokenizer.padding_side = "left"
+        if config is None and defaults is not None:
+            set_template_defaults(tokenizer, defaults.chat_template_kwargs)
         prompt_format, sequences = _prompting(source, config.generation_config if config else defaults)
         ends = _generation_config(source, model.generation_config, tokenizer, prompt_format, sequences)
         loaded.append(LoadedModel(model, tokenizer, prompt_format, name, ends))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from forgebook.catalog import TINY_MODEL
 from forgebook.errors import ForgebookError, ModelError, first_line
+from forgebook.models.template_settings import set_template_defaults
 from forgebook.runs.download import fetch_folder
 from forgebook.runs.object_store import is_remote
 
@@ -82,8 +83,10 @@ def tokenizer_source(config: FinetuneConfig) -> str:
 
 
 def tokenizer_of(config: FinetuneConfig) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that a config trains with, a classifier's labels added as tokens."""
-    return load_tokenizer(tokenizer_source(config), label_tokens(config))
+    """Load the tokenizer that a config trains with: a classifier's labels are tokens, the template has its settings."""
+    tokenizer = load_tokenizer(tokenizer_source(config), label_tokens(config))
+    set_template_defaults(tokenizer, config.generation_config.chat_template_kwargs)
+    return tokenizer
 
 
 def label_tokens(config: FinetuneConfig) -> list[str]:

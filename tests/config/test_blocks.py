@@ -101,6 +101,19 @@ def test_prompt_formats_are_checked(load_yaml, change, message):
     assert message in refusal(load_yaml, yaml.safe_dump({"generation_config": {"prompt_format": templates}}))
 
 
+def test_template_settings_are_checked(load_yaml):
+    settings = "generation_config: {chat_template_kwargs: {enable_thinking: false, reasoning_effort: low, budget: 8}}"
+    config = load_yaml(settings, "generation_config.chat_template_kwargs.enable_thinking=true")
+    assert config.generation_config.chat_template_kwargs == {
+        "enable_thinking": True, "reasoning_effort": "low", "budget": 8,
+    }  # fmt: skip
+    templates = dict.fromkeys(("system", "user", "assistant"), "{instruction}")
+    both = {"prompt_format": templates, "chat_template_kwargs": {"a": 1}}
+    message = refusal(load_yaml, yaml.safe_dump({"generation_config": both}))
+    assert "chat_template_kwargs: has no effect beside prompt_format" in message
+    assert "chat_template_kwargs" in refusal(load_yaml, "generation_config: {chat_template_kwargs: {a b: 1}}")
+
+
 def test_prompt_format_defaults():
     templates = PromptFormat(system="{instruction}", user="{instruction}", assistant="{instruction}")
     assert (templates.trailing_assistant, templates.bos, templates.default_system_message) == ("", "", "")

@@ -9,6 +9,7 @@ from forgebook.data.chat_template import render
 from forgebook.data.masking import encode, encode_many, encode_prompt
 from forgebook.data.row_formats import parse_row
 from forgebook.errors import DataError
+from forgebook.models.template_settings import set_template_defaults
 
 PROMPT = "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 LISTS_TOOLS = "{% if tools %}<|system|>{{ tools | tojson }}<|end|>{% endif %}"
@@ -166,6 +167,34 @@ def test_harmony_trains_thinking_call_and_answer(with_template, loss_on):
     assert call in harmony.decode(encoded.input_ids)
     prompt = encode_prompt(AGENT[:3], harmony, tools=TOOLS)
     assert encoded.input_ids[: len(prompt)] == prompt
+
+
+OPENS_BY_DEFAULT = PROMPT_WITH_THOUGHT.replace(
+    "enable_thinking is defined and enable_thinking", "enable_thinking is not defined or enable_thinking"
+)
+KEEPS_BY_SETTING = CUTS_THOUGHT.replace("if m.role == 'assistant'", "if m.role == 'assistant' and not keep_thoughts")
+REASONED = {"role": "assistant", "content": "Four.", "reasoning_content": "It says 4."}
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "setting"),
+    [
+        (PROMPT_WITH_THOUGHT, [QUESTION, REASONED], {"enable_thinking": True}),
+        (OPENS_BY_DEFAULT, SHORT, {"enable_thinking": False}),
+        (KEEPS_BY_SETTING, [QUESTION, REASONED, *SHORT], {"keep_thoughts": True}),
+    ],
+    ids="closed-thought open-thought forgotten-thought".split(),
+)
+def test_the_error_names_the_setting_of_this_template_that_helps(with_template, template, messages, setting):
+    tokenizer = with_template(template)
+    [(name, value)] = setting.items()
+    with pytest.raises(DataError, match=rf"generation_config.chat_template_kwargs: {{{name}: {str(value).lower()}}}"):
+        encode(messages, tokenizer)
+    set_template_defaults(tokenizer, setting)
+    supervised = supervised_text(encode(messages, tokenizer), tokenizer)
+    assert supervised.endswith(messages[-1]["content"] + "<|end|>") and supervised.count("</think>") == len(
+        [message for message in messages if "reasoning_content" in message]
+    )
 
 
 def test_harmony_expands_conversations_of_several_answers(with_template):
