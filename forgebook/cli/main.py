@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from forgebook.cli import config_commands, model_commands, run_commands
-from forgebook.errors import ConfigError, ForgebookError, near_miss
+from forgebook.cli.mistakes import refuse_typo
+from forgebook.errors import ForgebookError
 
 __all__ = ["main"]
 
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments.remove(name)
     try:
         if name not in RUNNERS:
-            _refuse_typo(name)
+            refuse_typo(name, RUNNERS)
         return run(arguments)
     except ForgebookError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
@@ -94,10 +94,3 @@ def _print_help(arguments: Sequence[str]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     ).parse_args(arguments)
     print("usage: python main.py CONFIG; all commands: python main.py --help", file=sys.stderr)
-
-
-def _refuse_typo(name: str) -> None:
-    """Raise ConfigError for a word that is neither a command nor a file but is spelled almost like a command."""
-    suggestion = near_miss(name, RUNNERS)
-    if suggestion and not Path(name).exists():
-        raise ConfigError(f"{name!r} is neither a command nor a config file{suggestion}")

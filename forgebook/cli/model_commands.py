@@ -9,8 +9,9 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from forgebook.cli.options import COMMANDS, make_parser, parse_words
-from forgebook.errors import ConfigError
+from forgebook.cli.mistakes import refuse_unknown_flags
+from forgebook.cli.options import COMMANDS, flags_of, make_parser, parse_words
+from forgebook.errors import ConfigError, near_miss
 
 if TYPE_CHECKING:
     from forgebook.runs.registry import Model
@@ -20,11 +21,15 @@ __all__ = ["export_command", "models_command", "push_command"]
 
 def models_command(arguments: list[str]) -> int:
     """List the fine-tuned models; show or delete one."""
-    flags = make_parser(COMMANDS["models"]).parse_intermixed_args(arguments)
+    command = COMMANDS["models"]
+    refuse_unknown_flags("models", arguments, flags_of(command), ())
+    flags = make_parser(command).parse_intermixed_args(arguments)
     from forgebook.runs.registry import delete_model, get_model, list_models
 
     action, *rest = flags.words or ["runs"]
     if action not in ("show", "delete"):
+        if rest and (suggestion := near_miss(action, ("show", "delete"))):
+            raise ConfigError(f"models: {action!r} is not a command{suggestion}")
         if rest:
             raise ConfigError(f"models takes a storage path, or show RUN, or delete RUN; got {' '.join(flags.words)}")
         _print_models(list_models(action), action, flags.json)

@@ -10,12 +10,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from forgebook.cli.mistakes import refuse_unknown_flags
+from forgebook.config.paths import expand_path
 from forgebook.errors import ConfigError, near_miss
 
 if TYPE_CHECKING:
     from forgebook.config.schema import FinetuneConfig
 
-__all__ = ["COMMANDS", "Words", "load_noting_retired", "parse_words"]
+__all__ = ["COMMANDS", "Words", "flags_of", "load_noting_retired", "parse_words"]
 
 A_CONFIG = "CONFIG: a YAML file or an https:// URL"
 A_RUN = "RUN: a run's folder, its s3:// or gs:// URI, or its name under runs/"
@@ -213,7 +215,7 @@ _TABLE = (
         "mistakes in a file to read.",
         A_RUN,
         (
-            Option("data", "held-out examples; default: the run's validation file"),
+            Option("data", "held-out examples; default: the run's validation file", expand_path),
             Option(
                 "metric",
                 "exact_match, gsm8k, tool_calls, classification, preference, perplexity or judge; default: by task",
@@ -224,7 +226,7 @@ _TABLE = (
             Option("judge", "for metric=judge: the name of the judging model"),
             Option("base_url", "for metric=judge: URL of its OpenAI-compatible endpoint"),
             Option("lm_eval", "tasks of lm-eval instead, such as gsm8k,arc_easy"),
-            Option("lm_eval_folder", "folder of your own lm-eval tasks"),
+            Option("lm_eval_folder", "folder of your own lm-eval tasks", expand_path),
         ),
     ),
     Command(
@@ -233,8 +235,8 @@ _TABLE = (
         "Answer prompts, to the terminal or to a file.",
         A_MODEL,
         (
-            Option("data", "a file of prompts: examples with messages"),
-            Option("out", "write JSON lines to this file; an interrupted command resumes"),
+            Option("data", "a file of prompts: examples with messages", expand_path),
+            Option("out", "write JSON lines to this file; an interrupted command resumes", expand_path),
             Option("rows", "only the first N prompts", at_least(1)),
             CHECKPOINT,
             Option("max_new_tokens", "longest answer, in tokens; default 128", at_least(1)),
@@ -318,8 +320,9 @@ def parse_words(name: str, arguments: Sequence[str], *, extra: Sequence[str] = (
     missing word, an unknown option or a value that an option cannot have.
     """
     command = COMMANDS[name]
-    flags = make_parser(command).parse_intermixed_args(arguments)
     own = {option.name: option for option in command.options}
+    refuse_unknown_flags(name, arguments, flags_of(command), None if command.takes_config_keys else own)
+    flags = make_parser(command).parse_intermixed_args(arguments)
     options = {key: option.read(option.default) for key, option in own.items() if option.default is not None}
     words: list[str] = []
     for word in flags.words:
@@ -338,12 +341,20 @@ def parse_words(name: str, arguments: Sequence[str], *, extra: Sequence[str] = (
     if unknown:
         choices = ", ".join(f"{key}=" for key in own) or "none"
         raise ConfigError(f"{name}: unknown option {unknown[0]}{near_miss(unknown[0], own)} (options: {choices})")
-    target, *rest = plain
+    target, rest = expand_path(plain[0]), plain[1:]
+    misplaced = next((word for word in rest if word in COMMANDS), None) if command.takes_config_keys else None
+    if misplaced:
+        raise ConfigError(f"the command comes first: python main.py {misplaced} {target}")
     if len(rest) < len(extra):
         raise ConfigError(f"{name} needs {extra[len(rest)]}")
     if extra and len(rest) > len(extra):
         raise ConfigError(f"{name}: {rest[len(extra)]!r} is one word too many; usage: {name} {command.usage}")
     return Words(target, rest, options, flags)
+
+
+def flags_of(command: Command) -> set[str]:
+    """List the flags of a command, --help included."""
+    return {"-h", "--help", *(name for flag in command.flags for name in flag.names)}
 
 
 def make_parser(command: Command) -> argparse.ArgumentParser:

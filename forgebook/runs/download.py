@@ -76,19 +76,30 @@ def fetch_folder(uri: str) -> Path:
 def find_files(pattern: str) -> list[str]:
     """List the files that a glob (`*`, `?`, `[...]`) matches, sorted; local, s3:// or gs://.
 
-    A plain path is returned unchecked. Raises StorageError if a glob matches nothing.
+    A plain path is returned unchecked. Folders and files whose own names hold these signs are taken as they are
+    written. Raises StorageError if a glob matches nothing.
     """
     if not any(sign in pattern for sign in "*?[") or pattern.startswith("https://"):
         return [pattern]
     if not is_remote(pattern):
-        matches = glob.glob(str(Path(pattern).expanduser()), recursive=True)
+        matches = glob.glob(_escape_existing(Path(pattern).expanduser()), recursive=True)
         matches = [path for path in matches if not Path(path).is_dir()]
     else:
         folder = re.split(r"[*?\[]", pattern)[0].rpartition("/")[0]
-        matches = fnmatch.filter([f"{folder}/{name}" for name in object_store.list_files(folder)], pattern)
+        uris = [f"{folder}/{name}" for name in object_store.list_files(folder)]
+        matches = [pattern] if pattern in uris else fnmatch.filter(uris, pattern)
     if not matches:
         raise StorageError(f"{pattern} matches no file")
     return sorted(matches)
+
+
+def _escape_existing(pattern: Path) -> str:
+    """Escape, from the left, the parts of a glob that exist as they are written."""
+    existing, escaped = Path(), Path()
+    for part in pattern.parts:
+        existing /= part
+        escaped /= glob.escape(part) if existing.exists() else part
+    return str(escaped)
 
 
 def _cached(uri: str) -> Path:

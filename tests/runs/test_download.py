@@ -57,6 +57,12 @@ def test_a_glob_matches_files_in_order(tmp_path):
         (tmp_path / name).write_text("")
     (tmp_path / "d.jsonl").mkdir()
     assert find_files(f"{tmp_path}/*.jsonl") == [f"{tmp_path}/a.jsonl", f"{tmp_path}/b.jsonl"]
+    for name in ("data[v2].jsonl", "what?.jsonl", "all*.jsonl", "[x].jsonl"):
+        (tmp_path / name).write_text("")
+        assert find_files(f"{tmp_path}/{name}") == [f"{tmp_path}/{name}"]
+    (tmp_path / "set[1]").mkdir()
+    (tmp_path / "set[1]" / "a[b].jsonl").write_text("")
+    assert find_files(f"{tmp_path}/set[1]/*.jsonl") == [f"{tmp_path}/set[1]/a[b].jsonl"]
     assert find_files("none.jsonl") == ["none.jsonl"]  # checked when it is read
     assert find_files("https://host/a?b=*") == ["https://host/a?b=*"]
     with pytest.raises(StorageError, match="matches no file"):
