@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import re
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from forgebook.errors import ConfigError, ModelError, near_miss
+from forgebook.errors import ConfigError, ModelError, near_miss, shown_value
 
 __all__ = [
     "TINY_MODEL",
@@ -197,17 +198,7 @@ def read_catalog(path: str | Path | None = None) -> Catalog:
 def _read(path: Path) -> Catalog:
     try:
         facts = yaml.safe_load(path.read_text(encoding="utf-8"))
-        gpus = {
-            name: Gpu(
-                name,
-                one["memory_mib"] * 2**20,
-                one["peak_tflops"] * 1e12,
-                one["price"],
-                one.get("note", ""),
-                one.get("bfloat16", True),
-            )
-            for name, one in facts["gpus"].items()
-        }
+        gpus = {name: _gpu(name, one) for name, one in facts["gpus"].items()}
         shapes = {
             model.lower(): Shape(**{"tied": False, **entry["shape"]})
             for entry in facts["models"]
@@ -220,8 +211,29 @@ def _read(path: Path) -> Catalog:
         return Catalog(gpus, shapes, priced, rates, formats, families)
     except OSError as error:
         raise ConfigError(f"the catalog {path} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+    except (yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise ConfigError(f"{path} is no catalog, must be like forgebook/catalog.yaml: {error}") from None
+
+
+def _gpu(name: str, facts: dict[str, Any]) -> Gpu:
+    """Read a GPU; raise ValueError for a figure that is no positive number. Peak and price may be null or left out."""
+    figures: dict[str, float | None] = {}
+    for key, is_optional in (("memory_mib", False), ("peak_tflops", True), ("price", True)):
+        value = facts.get(key)
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
+        if not ((is_number and (value or key == "price")) or (is_optional and value is None)):
+            null = ", or null where it is not known" if is_optional else ""
+            raise ValueError(f"gpus.{name}.{key}: got {shown_value(value)}, must be a positive number{null}")
+        figures[key] = value
+    memory, peak = figures["memory_mib"] or 0, figures["peak_tflops"]
+    return Gpu(
+        name,
+        int(memory * 2**20),
+        None if peak is None else peak * 1e12,
+        figures["price"],
+        facts.get("note", ""),
+        facts.get("bfloat16", True),
+    )
 
 
 def _families(rows: dict[str, dict[str, Any]]) -> dict[str, Family]:

@@ -1,12 +1,16 @@
 """Facts: parameter counts that follow from the shapes are the published ones; wrong names are told."""
 
 import json
+import math
 
 import pytest
+import yaml
 
-from conftest import TINY_MODEL
+from conftest import REPOSITORY, TINY_MODEL, config_for
 from forgebook.catalog import hardware_of, read_catalog, shape_of
 from forgebook.errors import ConfigError, ModelError
+from forgebook.planning.plan import plan
+from forgebook.planning.plan_report import plan_summary, price_rows
 
 # As the hub's safetensors figures state them; where a tied table is stored twice (Qwen3 0.6B, 1.7B), once. Of Gemma 3
 # from 4B on, without the vision tower and its projector: 419,816,304, 421,290,864 and 423,060,336 of the published
@@ -113,3 +117,40 @@ def test_the_catalog_can_be_replaced(tmp_path, monkeypatch):
     own.with_name("bad.yaml").write_text("gpus: 3\n")
     with pytest.raises(ConfigError, match="is no catalog"):
         read_catalog(own.with_name("bad.yaml"))
+
+
+@pytest.fixture
+def own_catalog(tmp_path, monkeypatch):
+    """Write a catalog whose A10G has some other values, and let the environment name it."""
+
+    def write(**values):
+        facts = yaml.safe_load((REPOSITORY / "forgebook/catalog.yaml").read_text())
+        facts["gpus"]["A10G"] |= values
+        path = tmp_path / f"catalog-{len(list(tmp_path.iterdir()))}.yaml"
+        path.write_text(yaml.safe_dump(facts))
+        monkeypatch.setenv("FORGEBOOK_CATALOG", str(path))
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "values", [{"price": None}, {"price": 0}, {"peak_tflops": None}], ids="price free peak".split()
+)
+def test_price_and_peak_may_be_unknown(own_catalog, values):
+    """A plan then has no cost on this GPU."""
+    own_catalog(**values)
+    config = config_for("meta-llama/Llama-3.1-8B", context_length=512, num_devices=2)
+    planned = plan(config, shape_of(config.model_id), hardware_of("2xA10G"))
+    [cost] = [one for one in planned.costs if one.gpu == "A10G"]
+    assert planned.cost is None and cost.cost is None and plan_summary(planned) and price_rows(planned)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [(key, value) for key in ("memory_mib", "peak_tflops", "price") for value in ("much", -1, math.nan, True, [1])]
+    + [("memory_mib", None), ("memory_mib", 0), ("peak_tflops", 0)],
+)
+def test_a_figure_that_is_no_number_is_named(own_catalog, key, value):
+    own_catalog(**{key: value})
+    with pytest.raises(ConfigError, match=rf"is no catalog.*gpus\.A10G\.{key}: got .*must be a positive number"):
+        read_catalog()

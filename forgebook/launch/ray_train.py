@@ -266,7 +266,7 @@ def _fit(job: Job, use_gpu: bool, per_worker: dict[str, float], output: Console)
 
     Raises the ForgebookError that they end with.
     """
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     from forgebook.launch import ray_worker
@@ -297,6 +297,10 @@ def _fit(job: Job, use_gpu: bool, per_worker: dict[str, float], output: Console)
     try:
         with distributed.handle_sigterm(run.folder):  # Ray has a handler of its own, set when it started
             outcome = trainer.fit().return_value
+    except ControllerError as error:
+        if isinstance(error.controller_failure, ForgebookError):  # see ReportReceiver
+            raise error.controller_failure from None
+        raise
     finally:
         _forget_earlier(file_system, path)
     if isinstance(outcome, ForgebookError):

@@ -78,8 +78,9 @@ def storage_refusal(run: Run, machines: str) -> StorageError:
 def train_worker(arguments: dict[str, Job]) -> dict[str, Any] | ForgebookError:
     """Run the loop in a Ray worker.
 
-    A user's mistake is returned, not raised: Ray would take it for a failed worker and start it again. It is the same
-    on every rank, so that none is left waiting. arguments: the job, as Ray passes a dictionary.
+    A user's mistake is returned once all ranks have ended with one. An error of one rank alone, such as a GPU out of
+    memory, leaves the others in a collective: it is raised, Ray ends them, and `ReportReceiver` prevents that it starts
+    them again. arguments: the job, as Ray passes a dictionary.
     """
     job = arguments["job"]
     rank = ray.train.get_context().get_world_rank()
@@ -99,7 +100,9 @@ def train_worker(arguments: dict[str, Job]) -> dict[str, Any] | ForgebookError:
         with _beside_the_bucket(run, distributed.is_main(), distributed.is_first_here()):
             return train_loop(job.config, run, _Reporter(job, run, rank))
     except ForgebookError as error:
-        return error
+        if distributed.all_end():
+            return error
+        raise
 
 
 def _redirect_output(log: Path, first_line: str) -> None:
@@ -182,7 +185,10 @@ class _Reporter:
 
 
 class ReportReceiver(UserCallback):
-    """Append the progress that workers report to a file here: Ray calls it on the machine that started the run."""
+    """Append the progress that workers report to a file here, and end the run where a worker raises a ForgebookError.
+
+    Ray calls it on the machine that started the run.
+    """
 
     def __init__(self, log: Path):
         self._log = log
@@ -191,3 +197,9 @@ class ReportReceiver(UserCallback):
         """Take one report of all workers."""
         with open(self._log, "a") as file:
             file.writelines(f"{line}\n" for line in metrics[0].get(LINES, ()))
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Raise a worker's ForgebookError, which another start would not avoid: Ray ends all workers for good."""
+        for error in worker_exceptions.values():
+            if isinstance(error, ForgebookError):
+                raise error

@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from forgebook.catalog import Gpu
 from forgebook.config.rules import broken_rules
 from forgebook.data.batching import group_size
 from forgebook.data.token_store import fit_length
@@ -23,7 +24,7 @@ from forgebook.planning.memory import Memory, memory_of, sharding_of
 from forgebook.planning.token_count import Statistics
 
 if TYPE_CHECKING:
-    from forgebook.catalog import Gpu, Shape
+    from forgebook.catalog import Shape
     from forgebook.config.schema import FinetuneConfig, ResolvedConfig
     from forgebook.data.token_store import Truncation
 
@@ -31,6 +32,7 @@ __all__ = [
     "Work",
     "capacity",
     "cheapest_change",
+    "device_of",
     "fit",
     "fits",
     "longest_sequence",
@@ -146,6 +148,13 @@ def micro_batch_for(context: int) -> int:
 def capacity(device: Gpu | Cpu) -> int:
     """Return the bytes that tensors can take: on a GPU, less what fragmentation wastes."""
     return device.memory if isinstance(device, Cpu) else int(device.memory * (1 - FRAGMENTED))
+
+
+def device_of(bytes_for_tensors: int, on_gpu: bool) -> Gpu | Cpu:
+    """Make a device of which tensors can take so many bytes."""
+    if not on_gpu:
+        return Cpu("", bytes_for_tensors, bytes_for_tensors)
+    return Gpu("", math.ceil(bytes_for_tensors / (1 - FRAGMENTED)), peak=None, price=None)
 
 
 def fits(need: Memory, device: Gpu | Cpu) -> bool:

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from forgebook.planning.plan import Plan
 
-__all__ = ["compare_with_plan", "plan_as_json", "plan_rows", "plan_summary", "price_rows", "verdict"]
+__all__ = ["compare_with_plan", "format_bytes", "plan_as_json", "plan_rows", "plan_summary", "price_rows", "verdict"]
 
 
-def _gb(size: float) -> str:
+def format_bytes(size: float) -> str:
+    """Write bytes as GB, small ones as MB."""
     return f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"
 
 
@@ -34,14 +35,14 @@ def plan_rows(plan: Plan) -> list[list[str]]:
         ["batch", f"{plan.micro_batch} x {plan.longest_row:,} tokens", f"per device; context {plan.context_length:,}"],
     ]
     for name, size in need.terms.items():
-        lines.append([name, _gb(size), "the largest" if name == need.largest else ""])
-    usable = f"of {_gb(plan.capacity)} usable" if plan.capacity else ""
-    lines.append([f"memory per {_device(plan)}", _gb(need.total), usable])
-    lines.append(["memory per worker on the host", _gb(need.host), ""])
+        lines.append([name, format_bytes(size), "the largest" if name == need.largest else ""])
+    usable = f"of {format_bytes(plan.capacity)} usable" if plan.capacity else ""
+    lines.append([f"memory per {_device(plan)}", format_bytes(need.total), usable])
+    lines.append(["memory per worker on the host", format_bytes(need.host), ""])
     if plan.steps is not None:
         lines.append(["steps", f"{plan.steps:,}", f"{plan.tokens:,} tokens, {plan.positions:,} with padding"])
         lines.append(["FLOPs", f"{plan.flops:.3g}", f"{plan.flops_per_token:.3g} per token, recomputation not counted"])
-    lines.append(["disk", _gb(plan.disk_bytes), f"{_gb(plan.checkpoint_bytes)} per checkpoint"])
+    lines.append(["disk", format_bytes(plan.disk_bytes), f"{format_bytes(plan.checkpoint_bytes)} per checkpoint"])
     lines.append(["vLLM can serve it", plan.vllm.split(":")[0], plan.vllm.partition(": ")[2]])
     return lines
 
@@ -63,14 +64,14 @@ def price_rows(plan: Plan) -> list[list[str]]:
 def plan_summary(plan: Plan) -> str:
     """Write a plan in one line: memory, time, cost, disk."""
     need = plan.memory
-    usable = f" of {_gb(plan.capacity)}" if plan.capacity else ""
-    memory = f"{_gb(need.total)}{usable} per {_device(plan)}, most of it {need.largest}"
+    usable = f" of {format_bytes(plan.capacity)}" if plan.capacity else ""
+    memory = f"{format_bytes(need.total)}{usable} per {_device(plan)}, most of it {need.largest}"
     if plan.seconds is not None:
         cost = f", {_dollars(plan.cost)}" if plan.cost is not None else ""
         time = f"{_duration(plan.seconds)} of steps{cost} {plan.pace}"
     else:
         time = f"time unknown: {plan.pace if plan.cpu else 'the config names no GPU of the catalog'}"
-    return f"{memory}; {time}; disk {_gb(plan.disk_bytes)}"
+    return f"{memory}; {time}; disk {format_bytes(plan.disk_bytes)}"
 
 
 def _device(plan: Plan) -> str:
@@ -80,9 +81,10 @@ def _device(plan: Plan) -> str:
 def compare_with_plan(planned: dict[str, Any], measured: dict[str, Any]) -> str:
     """Write in one line what was planned and what was measured; both as in summary.json."""
     memory = measured["memory_bytes_per_worker"]
+    expected = format_bytes(planned["memory_bytes_per_worker"])
     parts = [
-        f"memory per worker (model, optimizer, activations): planned {_gb(planned['memory_bytes_per_worker'])}, "
-        + ("not measured" if memory is None else f"measured {_gb(memory)}")
+        f"memory per worker (model, optimizer, activations): planned {expected}, "
+        + ("not measured" if memory is None else f"measured {format_bytes(memory)}")
     ]
     if planned["step_seconds"] is not None:
         seconds = _duration(planned["step_seconds"]), _duration(measured["step_seconds"])
@@ -99,18 +101,18 @@ def verdict(plan: Plan) -> str:
     need = plan.memory
     if plan.fits is None or plan.capacity is None:
         fitting = [one.gpu for one in plan.costs if one.fits]
-        return f"it needs {_gb(need.total)} per GPU: it fits {', '.join(fitting) or 'no GPU of the catalog'}"
+        return f"it needs {format_bytes(need.total)} per GPU: it fits {', '.join(fitting) or 'no GPU of the catalog'}"
     device = _device(plan)
     where = f"{plan.workers}x{plan.gpu}" if plan.cpu is None else f"this machine ({plan.cpu})"
     if plan.fits:
-        return f"it fits {where}: {_gb(need.total)} of {_gb(plan.capacity)} usable per {device}"
+        return f"it fits {where}: {format_bytes(need.total)} of {format_bytes(plan.capacity)} usable per {device}"
     problem = (
-        f"it does not fit {where}: {_gb(need.total)} per {device}, {_gb(plan.capacity)} usable, "
+        f"it does not fit {where}: {format_bytes(need.total)} per {device}, {format_bytes(plan.capacity)} usable, "
         f"most of it {need.largest}"
     )
     if plan.changed_memory is None:
         return f"{problem}; no change that the plan tries makes it fit"
-    return f"{problem}; the cheapest change: {' '.join(plan.changes)} ({_gb(plan.changed_memory.total)})"
+    return f"{problem}; the cheapest change: {' '.join(plan.changes)} ({format_bytes(plan.changed_memory.total)})"
 
 
 def plan_as_json(plan: Plan) -> dict[str, Any]:

@@ -5,8 +5,8 @@ upload_folder(folder, uri)              a manifest, written last, marks the fold
 download_folder(uri, folder) -> bool    what the manifest names, or nothing
 
 Credentials come from where the AWS and Google SDKs look for them, the region from AWS_REGION or the bucket itself. Each
-request is retried with growing pauses, AWS_MAX_ATTEMPTS times in all (default 5). What still fails is a StorageError
-with the fix, a BucketBusyError if a later try may succeed.
+request is retried with growing pauses, AWS_MAX_ATTEMPTS times in all (default 3); a server that sends nothing is given
+up after 30 s. What still fails is a StorageError with the fix, a BucketBusyError if a later try may succeed.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any
 
 from forgebook.errors import BucketBusyError, StorageError, first_line
 from forgebook.runs.atomic import atomic_folder
+from forgebook.runs.time_limit import GIVE_UP_SECONDS, Limited, within_limit
 
 __all__ = [
     "MANIFEST",
@@ -50,7 +51,8 @@ __all__ = [
 
 SCHEMES = ("s3://", "gs://")
 MANIFEST = "manifest.json"
-CHUNK = 16 << 20  # bytes read at a time
+# Bytes copied at a time: on S3 each read is a request, elsewhere it has to end within GIVE_UP_SECONDS.
+CHUNKS = {"s3": 8 << 20, "gs": 1 << 20}
 Manifest = dict[str, list[int]]  # name -> [bytes, modification time in ns]
 
 _DENIED = "the credentials do not allow it: ask the bucket's owner for permission to list, read, write and delete"
@@ -91,21 +93,22 @@ def is_bucket(path: str) -> bool:
 
 def download_file(uri: str, target: Path) -> None:
     """Download one file to a local path."""
-    bucket, path = open_bucket(uri)
+    bucket, path = _calls(uri)
     with _readable_errors(uri), bucket.open_input_stream(path) as source, open(target, "wb") as file:
-        shutil.copyfileobj(source, file, CHUNK)
+        shutil.copyfileobj(source, file, CHUNKS[uri[:2]])
 
 
 def _upload(path: Path, uri: str) -> None:
-    # Not pyarrow's copy_files: it drops the errors that come when a stream is closed.
-    bucket, name = open_bucket(uri)
+    # Not pyarrow's copy_files: it drops the errors that come when a stream is closed. S3 gets most of a file then, and
+    # that may take long: only its client knows whether bytes are moving.
+    bucket, name = open_bucket(uri) if uri.startswith("s3://") else _calls(uri)
     with _readable_errors(uri, "written"), open(path, "rb") as file, bucket.open_output_stream(name) as target:
-        shutil.copyfileobj(file, target, CHUNK)
+        shutil.copyfileobj(file, target, CHUNKS[uri[:2]])
 
 
 def list_files(uri: str) -> dict[str, int]:
     """Map the names of all files below a URI to their sizes in bytes; empty if there are none."""
-    start = len(open_bucket(uri)[1]) + 1
+    start = len(_calls(uri)[1]) + 1
     return {info.path[start:]: info.size for info in _listing(uri, recursive=True) if info.is_file}
 
 
@@ -119,7 +122,7 @@ def list_folders(uri: str) -> list[str]:
 def _listing(uri: str, recursive: bool) -> list[Any]:
     from pyarrow import fs
 
-    bucket, path = open_bucket(uri)
+    bucket, path = _calls(uri)
     with _readable_errors(uri):
         try:
             return bucket.get_file_info(fs.FileSelector(path, recursive=recursive))
@@ -135,28 +138,28 @@ def has_file(uri: str) -> bool:
     """Check whether there is a file at a URI."""
     from pyarrow import fs
 
-    bucket, path = open_bucket(uri)
+    bucket, path = _calls(uri)
     with _readable_errors(uri):
         return bucket.get_file_info(path).type == fs.FileType.File
 
 
 def read_file(uri: str) -> bytes:
     """Read a small file into memory."""
-    bucket, path = open_bucket(uri)
+    bucket, path = _calls(uri)
     with _readable_errors(uri), bucket.open_input_stream(path) as source:
         return source.read()
 
 
 def write_file(uri: str, content: bytes) -> None:
     """Write a small file; readers see the old one or the new one, never half."""
-    bucket, path = open_bucket(uri)
+    bucket, path = _calls(uri)
     with _readable_errors(uri, "written"), bucket.open_output_stream(path) as target:
         target.write(content)
 
 
 def remove_folder(uri: str) -> None:
     """Delete all files below a URI."""
-    bucket, path = open_bucket(uri)
+    bucket, path = _calls(uri)
     names = list_files(uri)
     with _readable_errors(uri, "deleted"):
         if names:
@@ -168,7 +171,7 @@ def remove_folder(uri: str) -> None:
 
 def remove_files(uri: str, names: Iterable[str]) -> None:
     """Delete the named files below a URI, manifests first: a half-deleted folder must not look complete."""
-    bucket, path = open_bucket(uri)
+    bucket, path = _calls(uri)
     with _readable_errors(uri, "deleted"):
         for name in sorted(names, key=lambda name: not name.endswith(MANIFEST)):
             with contextlib.suppress(FileNotFoundError):
@@ -264,6 +267,12 @@ def open_bucket(uri: str) -> tuple[Any, str]:
     return _file_system(scheme, bucket, _settings()), path.rstrip("/")
 
 
+def _calls(uri: str) -> tuple[Any, str]:
+    """Open the bucket of a URI as `open_bucket` does, for calls that give up if it does not answer."""
+    bucket, path = open_bucket(uri)
+    return Limited(bucket), path
+
+
 def _settings() -> tuple[tuple[str, str], ...]:
     """Collect the environment variables that concern buckets."""
     return tuple(
@@ -289,15 +298,17 @@ def _file_system(scheme: str, bucket: str, environment: tuple[tuple[str, str], .
     region = settings.get("AWS_REGION") or settings.get("AWS_DEFAULT_REGION")
     if region is None and endpoint is None:
         with contextlib.suppress(OSError):  # no network, no such bucket: the request itself reports it
-            region = fs.resolve_s3_region(bucket)
+            region = within_limit(lambda: fs.resolve_s3_region(bucket))
+    attempts = int(settings.get("AWS_MAX_ATTEMPTS", "3"))
+    seconds = 0.8 * GIVE_UP_SECONDS / attempts  # the rest is for the pauses between them
     # Without credentials the SDK does not sign its requests, so that a public bucket can be read.
     return fs.S3FileSystem(
         endpoint_override=endpoint,
         region=region,
-        connect_timeout=10,
-        request_timeout=60,
+        connect_timeout=seconds,
+        request_timeout=seconds,  # without a byte: what is sent or received may take longer
         allow_delayed_open=True,  # one request for a small file
-        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=int(settings.get("AWS_MAX_ATTEMPTS", "5"))),
+        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=attempts),
     )
 
 
@@ -325,7 +336,7 @@ def _cause(uri: str, error: OSError) -> str:
     reason = first_line(error)
     if not uri.startswith("s3://") or _BUSY.search(reason) or not re.search("No response body|not exist", reason):
         return reason
-    bucket, path = open_bucket(uri)
+    bucket, path = _calls(uri)
     from pyarrow import fs
 
     try:

@@ -10,6 +10,7 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -20,6 +21,8 @@ from forgebook.errors import ForgebookError, TrainingError, first_line
 
 __all__ = [
     "STOP_FILE",
+    "all_end",
+    "describe",
     "gathered",
     "handle_sigterm",
     "is_first_here",
@@ -31,6 +34,8 @@ __all__ = [
 ]
 
 STOP_FILE = ".stop"
+# In the process group's store: how many ranks end with an error; and for how long one waits for the others to.
+ENDING, END_SECONDS = "forgebook/ending", 10
 T = TypeVar("T")
 
 
@@ -88,7 +93,7 @@ def raised_everywhere() -> Iterator[None]:
 def _shared(error: BaseException | None) -> BaseException | None:
     """Exchange the ranks' errors; return what this rank raises: its own interrupt, or the error of the first rank."""
     # Other errors travel as text: not all of them can be pickled, and their tracebacks hold on to GPU memory.
-    own = error if error is None or isinstance(error, ForgebookError) else _describe(error)
+    own = error if error is None or isinstance(error, ForgebookError) else describe(error)
     errors: list[ForgebookError | str | None] = [None] * world_size()
     try:
         dist.all_gather_object(errors, own)
@@ -104,7 +109,26 @@ def _shared(error: BaseException | None) -> BaseException | None:
     return shared
 
 
-def _describe(error: BaseException) -> str:
+def all_end(seconds: float = END_SECONDS) -> bool:
+    """Return whether every rank calls this within so many seconds, as each does that ends with an error.
+
+    Where not, the others wait for this one in a collective, and whoever started the workers has to end them.
+    """
+    if world_size() == 1:
+        return True
+    store = dist.distributed_c10d._get_default_store()
+    deadline = time.monotonic() + seconds
+    try:
+        count = store.add(ENDING, 1)
+        while count < world_size() and time.monotonic() < deadline:
+            time.sleep(0.05)
+            count = store.add(ENDING, 0)
+    except Exception:  # the rank that holds the store has died
+        return False
+    return count >= world_size()
+
+
+def describe(error: BaseException) -> str:
     """Write an error as one line that names its rank; many errors of libraries have no message of their own."""
     name, line = type(error).__name__, first_line(error)
     return f"worker {rank()}: {name}: {line}" if line != name else f"worker {rank()}: {name}"

@@ -31,6 +31,7 @@ from forgebook.runs.run import Run
 from forgebook.training import checkpoints, distributed, objectives, optimizers, training_state
 from forgebook.training.losses import check_isolation
 from forgebook.training.objectives import Objective, Sums
+from forgebook.training.out_of_memory import explain_out_of_memory
 from forgebook.training.reference import ExampleSet, with_reference
 from forgebook.training.setup import Worker, base_overrides, make_accelerator, make_worker, prompt_format_text
 from forgebook.training.step_metrics import EpochSums, Step, StepMemory, check_step
@@ -74,7 +75,9 @@ def train_loop(config: ResolvedConfig, run: Run, report: Report = lambda metrics
     compiles = config.deepspeed is not None and not saved
     stage = "loading the model" if saved else "loading the model, test-saving a checkpoint"
     progress.stage(stage + compiles * "; DeepSpeed compiles an extension at its first use (a minute)")
-    worker = make_worker(config, accelerator)
+    explain = partial(explain_out_of_memory, config, accelerator.num_processes)
+    with explain("while the model was loaded", lambda: config.context_length):
+        worker = make_worker(config, accelerator)
     # New weights, as an adapter's, are the same on every rank; dropout from here on is each rank's own.
     torch.manual_seed(config.seed + accelerator.process_index)
     rates = optimizers.learning_rates(
@@ -94,7 +97,10 @@ def train_loop(config: ResolvedConfig, run: Run, report: Report = lambda metrics
         valid_sequences.sort(key=lambda sequence: -int(valid.lengths[sequence].sum()))
         batch_size = config.eval_batch_size_per_device * accelerator.num_processes
         classifier = config.classifier_config
-        evaluate = partial(objectives.evaluate, objective, worker, valid_set, valid_sequences, batch_size, classifier)
+        in_evaluation = explain("in an evaluation", lambda: int(valid.lengths.max()), is_evaluation=True)
+        evaluate = in_evaluation(
+            partial(objectives.evaluate, objective, worker, valid_set, valid_sequences, batch_size, classifier)
+        )
 
     # (4) Resume from the last complete state, or test-save: a full disk shows now, not after hours of training.
     checkpoint_settings: dict[str, Any] = {
@@ -132,7 +138,11 @@ def train_loop(config: ResolvedConfig, run: Run, report: Report = lambda metrics
             epoch_order = batches.epoch_batches(train, sequences, config.global_batch_size, config.seed, epoch)
         if index == 0:
             sums = EpochSums()
-        with memory.measured(train.lengths, epoch_order[index : index + last_step - step]):
+        longest = partial(_longest, train, epoch_order[index], is_packed=train_set.packed)
+        with (
+            explain(f"in step {step + 1}", longest),
+            memory.measured(train.lengths, epoch_order[index : index + last_step - step]),
+        ):
             measured = _train_step(
                 worker, objective, train_set, epoch_order[index], rates[step], accumulation, config.max_grad_norm
             )
@@ -278,6 +288,11 @@ def _forward_backward(
         sums.update({"loss": float(measurement.loss.detach()), "padded": batch["input_ids"].numel()})
         sums.update({name: float(value) for name, value in measurement.sums.items()})
     return sums, forward_seconds, backward_seconds
+
+
+def _longest(train: tokens.Tokens, sequences: list[batches.Sequence], is_packed: bool) -> int:
+    """Count the tokens of the longest of some sequences: all of its examples, or the longest of a pair."""
+    return max(int(train.lengths[one].sum() if is_packed else train.lengths[one].max()) for one in sequences)
 
 
 def _now(accelerator: Accelerator) -> float:

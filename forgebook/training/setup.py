@@ -26,6 +26,7 @@ from accelerate.utils import (
     DistributedType,
     InitProcessGroupKwargs,
 )
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.neftune import activate_neftune
 
 from forgebook.config.blocks import PromptFormat
@@ -118,7 +119,7 @@ def _free_port() -> int:
 def make_worker(config: ResolvedConfig, accelerator: Accelerator) -> Worker:
     """Load tokenizer and model, add LoRA if configured, create the optimizer, wrap for DDP or DeepSpeed.
 
-    Collective. Raises ModelError, ResourceError or ConfigError, on all ranks, if one of them cannot set up.
+    Collective. Raises ModelError, ResourceError or ConfigError if it cannot; except while ZeRO-3 loads, on all ranks.
     """
     with distributed.raised_everywhere():
         # What can fail on one machine alone, as a download can, comes first: under ZeRO-3 loading is a collective.
@@ -127,7 +128,9 @@ def make_worker(config: ResolvedConfig, accelerator: Accelerator) -> Worker:
         base = locate(config.initial_base_model_ckpt_path or config.model_id)
         adapter_source = config.initial_adapter_model_ckpt_path
         adapter = locate(adapter_source) if adapter_source is not None else None
-    with distributed.raised_everywhere():
+    # Under ZeRO-3 the ranks wait for each other while they load: one that fails cannot meet the others at the end of a
+    # block. It raises, and whoever started the workers ends them.
+    with contextlib.nullcontext() if is_deepspeed_zero3_enabled() else distributed.raised_everywhere():
         model = _load_model(config, tokenizer, base, adapter)
         parameters = load.parameter_counts(model)
     trained = [p for p in model.parameters() if p.requires_grad]

@@ -7,6 +7,7 @@ import pytest
 from conftest import LORA, losses_of, uneven_rows
 from forgebook.config.parse import dump_config
 from forgebook.data import token_store
+from forgebook.errors import ResourceError
 from forgebook.launch.ray_train import fine_tune
 from forgebook.launch.ray_worker import Job, ReportReceiver, sees_folder
 from forgebook.planning.prepare import prepare
@@ -104,3 +105,13 @@ def test_only_the_mark_of_this_start_counts(tmp_path):
     assert not sees_folder(tmp_path, "new")
     (tmp_path / ".mark").write_text("old")
     assert not sees_folder(tmp_path, "new") and sees_folder(tmp_path, "old")
+
+
+def test_a_mistake_that_a_worker_raises_ends_the_run(tmp_path):
+    """Raised where Ray calls it, it keeps Ray from starting the workers again; other errors do not."""
+    receiver = ReportReceiver(tmp_path / "progress.jsonl")
+    mistake = ResourceError("the GPU ran out of memory")
+    receiver.after_exception(None, {0: RuntimeError("Connection closed by peer")})
+    with pytest.raises(ResourceError) as raised:
+        receiver.after_exception(None, {0: RuntimeError("Connection closed by peer"), 1: mistake})
+    assert raised.value is mistake

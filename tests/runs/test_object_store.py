@@ -1,8 +1,10 @@
 """Reading and writing on a real S3 server over HTTP, and what is said when it refuses."""
 
 import os
+import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -11,7 +13,7 @@ from forgebook.data import tokenize
 from forgebook.errors import BucketBusyError, StorageError
 from forgebook.launch.ray_train import fine_tune
 from forgebook.models.tokenizer import locate
-from forgebook.runs import download, object_store
+from forgebook.runs import download, object_store, time_limit
 
 
 def test_rows_from_a_bucket(s3, write_rows):
@@ -26,6 +28,37 @@ def test_a_glob_in_a_bucket(s3, write_rows):
     assert found == ["s3://forgebook/glob/a.jsonl", "s3://forgebook/glob/b.jsonl"]
     with pytest.raises(StorageError, match="matches no file"):
         download.find_files("s3://forgebook/glob/*.csv")
+
+
+@pytest.fixture(params=["s3", "gs"])
+def silent_uri(request, monkeypatch):
+    """A URI in a bucket whose server accepts connections and sends nothing; calls are given up after 1 s."""
+    for module in (object_store, time_limit):
+        monkeypatch.setattr(module, "GIVE_UP_SECONDS", 1)
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setenv("CLOUD_STORAGE_EMULATOR_ENDPOINT", address)
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{address}")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.setenv(name, "test")
+        monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        yield f"{request.param}://forgebook/rows.jsonl"
+
+
+@pytest.mark.parametrize(
+    "call",
+    [object_store.list_files, object_store.has_file, object_store.read_file, object_store.remove_folder,
+     lambda uri: object_store.write_file(uri, b"x"), download.fetch_file],
+    ids="list has read remove write fetch".split(),
+)  # fmt: skip
+def test_a_server_that_sends_nothing_is_given_up(silent_uri, tmp_path, monkeypatch, call):
+    monkeypatch.setenv("FORGEBOOK_CACHE", str(tmp_path))
+    started = time.monotonic()
+    with pytest.raises(BucketBusyError, match=f"{silent_uri} could not be .*does not answer or is overloaded"):
+        call(silent_uri)
+    assert time.monotonic() - started < 10
 
 
 def test_a_run_from_a_model_and_rows_in_a_bucket(s3, make_config, write_rows):

@@ -52,6 +52,9 @@ def raise_each(rank: int) -> dict:
     total = torch.tensor([rank + 1])
     torch.distributed.all_reduce(total)  # no rank is a collective ahead of the other
     outcomes["total"] = int(total)
+    outcomes["one ends"] = None if rank == 0 else distributed.all_end(0.2)
+    torch.distributed.barrier()
+    outcomes["both end"] = distributed.all_end(5) if rank == 0 else None
     return outcomes
 
 
@@ -106,6 +109,12 @@ def test_an_error_of_one_rank_is_raised_on_both(outcomes, name, kind, text, caus
 def test_an_interrupted_rank_stays_interrupted_and_ends_the_other(outcomes):
     assert outcomes[0]["interrupted"][0] == "KeyboardInterrupt"
     assert outcomes[1]["interrupted"][:2] == ["TrainingError", "worker 0: KeyboardInterrupt"]
+
+
+def test_a_rank_learns_whether_the_others_end_too(outcomes):
+    """One alone waits in vain, and is raised to Ray; the last one to end does not wait."""
+    assert outcomes[1]["one ends"] is False and outcomes[0]["both end"] is True
+    assert distributed.all_end()
 
 
 def leave_one(rank: int) -> list[list[str]]:

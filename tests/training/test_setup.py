@@ -12,7 +12,7 @@ import yaml
 
 from conftest import LORA, REPOSITORY
 from forgebook.errors import ForgebookError, TrainingError
-from forgebook.training import setup
+from forgebook.training import distributed, setup
 from forgebook.training.setup import (
     STALE_LOCK_SECONDS,
     base_overrides,
@@ -98,6 +98,19 @@ def test_what_is_trained_is_counted_and_is_what_the_optimizer_updates(make_confi
 def test_what_one_worker_cannot_load_is_named(make_config, tmp_path):
     with pytest.raises(ForgebookError, match="nowhere"):
         make(make_config(model_id=str(tmp_path / "nowhere")))
+
+
+@pytest.mark.parametrize("zero_3", [True, False])
+def test_a_rank_that_cannot_load_waits_for_the_others_unless_they_wait_in_the_loading(make_config, monkeypatch, zero_3):
+    """Under ZeRO-3 they do: it would wait in one collective, they in another, forever."""
+    shared = []
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "_shared", lambda error: shared.append(error) or error)
+    monkeypatch.setattr(setup, "is_deepspeed_zero3_enabled", lambda: zero_3)
+    monkeypatch.setattr(setup, "_load_model", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        make(make_config())
+    assert [type(error) for error in shared if error] == ([] if zero_3 else [ZeroDivisionError])
 
 
 def test_what_a_checkpoint_says_of_its_base(make_config):
