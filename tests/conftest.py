@@ -11,6 +11,8 @@ import pytest
 # Tests reach no hub; a forgotten download would hang or hide a missing file.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# bitsandbytes compiles its CPU kernels with Inductor, whose import alone takes each process 2 seconds.
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 # Their runs tell no later plan how fast this machine is.
 os.environ.setdefault("FORGEBOOK_CACHE", tempfile.mkdtemp(prefix="forgebook-tests-"))
 

@@ -57,8 +57,18 @@ def test_a_missing_compiler_is_named(make_config, monkeypatch):
 # torch.compile ----------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def dynamo(monkeypatch):
+    """The compiler, which tests switch off."""
+    import torch._dynamo
+
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
+    with torch._dynamo.config.patch(disable=False):
+        yield
+
+
 @pytest.mark.slow
-def test_a_compiled_model_has_the_same_losses_and_the_same_checkpoint(make_config):
+def test_a_compiled_model_has_the_same_losses_and_the_same_checkpoint(make_config, dynamo):
     settings = {"padding": "max_length", "context_length": 96, "lora_config": LORA}
     plain = fine_tune(make_config(run_name="plain", **settings))
     compiled = fine_tune(make_config(run_name="compiled", torch_compile={"dynamic": False}, **settings))
@@ -71,7 +81,7 @@ def test_a_compiled_model_has_the_same_losses_and_the_same_checkpoint(make_confi
     assert names[0] == names[1]
 
 
-def test_an_argument_that_torch_compile_does_not_take_is_named(make_config):
+def test_an_argument_that_torch_compile_does_not_take_is_named(make_config, dynamo):
     with pytest.raises(ConfigError, match=r"torch_compile: .*'mod'"):
         fine_tune(make_config(torch_compile={"mod": "max-autotune"}))
 
