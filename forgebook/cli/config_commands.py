@@ -36,6 +36,9 @@ def _load(words: Words) -> FinetuneConfig:
 def fine_tune_command(arguments: list[str]) -> int:
     """Run the training that a CONFIG describes."""
     config = _load(parse_words("", arguments))
+    from forgebook.planning.prepare import check_rows
+
+    check_rows(config)  # a mistake in the data is answered before torch and ray are imported
     from forgebook.launch.ray_train import fine_tune
 
     fine_tune(config)

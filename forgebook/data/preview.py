@@ -64,12 +64,13 @@ def preview_examples(config: FinetuneConfig, count: int = 3) -> list[PreviewedEx
     Raises DataError for rows that cannot be used, unless `on_bad_rows` drops them.
     """
     assert config.task is not None  # filled in when the config is checked
-    tokenizer = tokenizer_of(config)
     labels = tuple(config.classifier_config.label_tokens) if config.classifier_config else ()
     options = tokenize.EncodingOptions(
         config.task, config.generation_config.prompt_format, config.train_on, config.rewritten_turns, labels
     )
+    # Rows first: what is wrong with them is reported before the tokenizer's library is imported.
     examples = tokenize.read_examples(config.train_path, config.task, count, labels, config.on_bad_rows)
+    tokenizer = tokenizer_of(config)
     previewed: list[PreviewedExample] = []
     for example, encoded in zip(examples, tokenize.encode_examples(examples, tokenizer, options), strict=True):
         if isinstance(encoded, DataError):

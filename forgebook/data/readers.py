@@ -26,7 +26,7 @@ from forgebook.config.blocks import DataSource
 from forgebook.errors import DataError, StorageError, first_line
 from forgebook.runs import atomic, download
 
-__all__ = ["FileChunk", "Source", "content_key", "find_sources", "parse_json", "read_chunk", "split_source"]
+__all__ = ["FileChunk", "Source", "content_key", "find_sources", "is_large", "parse_json", "read_chunk", "split_source"]
 
 # What one task reads at once: large enough to be worth a task, small enough to share work evenly.
 CHUNK_BYTES = 2 * 2**20
@@ -34,6 +34,7 @@ CHUNK_ROWS = 2_500
 # A longer line is rejected: it is a file without line ends, and tokenizing it would take hours.
 LONGEST_LINE = 16 * 2**20
 HUB = "hf://"
+LARGE_FILE = 64 * 2**20
 DEEPEST = 100  # levels of JSON; templates and writers recurse
 DELIMITERS = ",\t;"  # of CSV; the one that the header has most of
 HALF_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -82,6 +83,12 @@ def content_key(uri: str) -> str:
         return _hub_dataset(uri)._fingerprint
     with open(download.fetch_file(uri), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_large(uri: str) -> bool:
+    """Report whether a local file takes long to read only once."""
+    path = Path(uri).expanduser()
+    return path.is_file() and path.stat().st_size > LARGE_FILE
 
 
 def split_source(uri: str) -> list[FileChunk]:
@@ -188,12 +195,8 @@ def _read_lines(chunk: FileChunk) -> Iterator[tuple[int, Any]]:
                 begin = file.tell() - len(raw)
                 _skip_line(file)
                 megabytes = (file.tell() - begin) / 2**20
-                yield (
-                    number,
-                    DataError(
-                        f"a line of {megabytes:.0f} MB, more than {LONGEST_LINE // 2**20}: split the text into lines"
-                    ),
-                )
+                limit = f"more than {LONGEST_LINE // 2**20}: split the text into lines"
+                yield number, DataError(f"a line of {megabytes:.0f} MB, {limit}")
                 continue
             try:
                 line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
@@ -301,17 +304,15 @@ def _read_csv(chunk: FileChunk) -> Iterator[tuple[int, Any]]:
             except StopIteration:
                 return
             except csv.Error as error:
-                yield (
-                    number,
-                    DataError(f"not valid CSV ({error}): quote cells that contain commas, quotes or line breaks"),
-                )
+                fix = "quote cells that contain commas, quotes or line breaks"
+                yield number, DataError(f"not valid CSV ({error}): {fix}")
                 return
             yield number, _csv_row(row)
 
 
 def _csv_row(row: dict) -> Any:
     try:
-        "".join(cell for cell in row.values() if isinstance(cell, str)).encode()
+        "".join(text for cell in row.items() for text in cell if isinstance(text, str)).encode()
     except UnicodeEncodeError:
         return DataError("not UTF-8 text: save the file as UTF-8")
     if None in row or None in row.values():

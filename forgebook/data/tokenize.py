@@ -21,6 +21,7 @@ import json
 import os
 import queue
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -46,6 +47,7 @@ __all__ = [
     "encode_examples",
     "no_examples_error",
     "read_examples",
+    "read_notes",
     "tokenize",
 ]
 
@@ -133,6 +135,26 @@ def read_examples(
     if not examples:
         raise no_examples_error(path)
     return examples
+
+
+def read_notes(path: Any, task: str, labels: tuple[str, ...] = (), seconds: float = 2.0) -> DatasetNotes | None:
+    """Check the rows of local files without a tokenizer: small ones, those that can be read in some seconds.
+
+    Returns None if all seem fine; else the notes on the whole set. Raises DataError or StorageError if a file cannot
+    be read at all, DataError for a set without examples.
+    """
+    until, notes, is_whole = time.monotonic() + seconds, DatasetNotes(), True
+    for source in readers.find_sources(path):
+        if "://" in source.uri or readers.is_large(source.uri):
+            is_whole = False
+            continue
+        for chunk in readers.split_source(source.uri):
+            if not notes.problems and time.monotonic() > until:
+                return None
+            collections.deque(_noted(chunk, task, labels, notes), maxlen=0)
+    if is_whole and not notes.rows:
+        raise no_examples_error(path)
+    return notes if notes.problems else None
 
 
 def _noted(chunk: FileChunk, task: str, labels: tuple[str, ...], notes: DatasetNotes) -> Iterator[Example]:

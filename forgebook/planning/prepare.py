@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
@@ -24,12 +24,12 @@ from forgebook.planning.feasibility import micro_batch_for
 from forgebook.planning.hardware import hardware_in, local_hardware
 from forgebook.planning.token_count import Statistics
 from forgebook.runs import atomic
-from forgebook.runs.run import Run, display_path
+from forgebook.runs.run import Run, display_path, open_run
 
 if TYPE_CHECKING:
     from forgebook.config.schema import FinetuneConfig, ResolvedConfig
 
-__all__ = ["Prepared", "prepare", "report_rows"]
+__all__ = ["Prepared", "check_rows", "prepare", "report_rows"]
 
 LISTED_PLACES = 5
 
@@ -90,6 +90,24 @@ def prepare(config: FinetuneConfig, run: Run, on_progress: Callable[[str, int, i
     return Prepared(resolved, sets["train"], sets.get("valid"), report)
 
 
+def check_rows(config: FinetuneConfig) -> None:
+    """Raise DataError or StorageError for what is wrong with the rows, before the GPU stack is imported.
+
+    Reads for two seconds at most; `prepare` checks every example, and as the chat template renders it.
+    """
+    if config.on_bad_rows == "drop":
+        return
+    if config.is_default:
+        config = auto_config.choose_task(config, auto_config.first_rows(config))
+    assert config.task is not None  # filled in when the config is checked
+    labels = tuple(config.classifier_config.label_tokens) if config.classifier_config else ()
+    paths = {"train": config.train_path} | ({"valid": config.valid_path} if config.valid_path else {})
+    notes = {name: data.read_notes(path, config.task, labels) for name, path in paths.items()}
+    bad = {name: note for name, note in notes.items() if note}
+    if bad:
+        _refuse_bad_rows(paths, bad, open_run(config))
+
+
 def _tokenize(
     config: FinetuneConfig, paths: dict[str, Any], run: Run, on_progress: Callable[[str, int, int], None]
 ) -> tuple[dict[str, Tokens], dict[str, data.DatasetNotes]]:
@@ -125,15 +143,20 @@ def _check_examples(
     """Raise DataError for bad examples, unless they are to be dropped, and for sets with no example left."""
     bad = {name: note for name, note in notes.items() if note.problems}
     if bad and on_bad_rows == "fail":
-        report = {name: {"path": display_paths(paths[name]), **_reading_report(note)} for name, note in bad.items()}
-        run.folder.mkdir(parents=True, exist_ok=True)
-        atomic.write_json(run.data_report, report)
-        errors = [str(data.bad_rows_error(display_paths(paths[name]), note)) for name, note in bad.items()]
-        where = f"All of them: {display_path(run.data_report)}. Fix them, or set on_bad_rows: drop"
-        raise DataError("\n".join([*errors, where]))
+        _refuse_bad_rows(paths, bad, run)
     for name, path in paths.items():
         if not len(sets[name]):
             raise data.no_examples_error(display_paths(path))
+
+
+def _refuse_bad_rows(paths: dict[str, Any], bad: dict[str, data.DatasetNotes], run: Run) -> NoReturn:
+    """Write the bad rows of the sets to the run's data report, and raise the error that names them."""
+    report = {name: {"path": display_paths(paths[name]), **_reading_report(note)} for name, note in bad.items()}
+    run.folder.mkdir(parents=True, exist_ok=True)
+    atomic.write_json(run.data_report, report)
+    errors = [str(data.bad_rows_error(display_paths(paths[name]), note)) for name, note in bad.items()]
+    where = f"All of them: {display_path(run.data_report)}. Fix them, or set on_bad_rows: drop"
+    raise DataError("\n".join([*errors, where]))
 
 
 def _reading_report(notes: data.DatasetNotes) -> dict[str, Any]:

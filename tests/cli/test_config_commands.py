@@ -1,10 +1,13 @@
 """plan, preview, submit, status, stop: what they print, write and hand to the engine."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
-from conftest import TINY_MODEL
+from conftest import REPOSITORY, TINY_MODEL
 from forgebook.cli.main import main
 from forgebook.launch import ray_jobs
 
@@ -75,3 +78,25 @@ def test_fine_tuning_is_what_a_config_alone_does(config, monkeypatch):
     monkeypatch.setattr("forgebook.launch.ray_train.fine_tune", started.append)
     assert main([config, "num_epochs=2"]) == 0
     assert started[0].num_epochs == 2 and started[0].model_id == str(TINY_MODEL)
+
+
+def test_a_mistake_in_the_data_is_answered_before_torch_is_imported(tmp_path):
+    """In a process of its own: the tests beside import torch."""
+    config = "model_id: tiny\ntrain_path: rows.jsonl\ntask: instruction_tuning\nnum_devices: 0\ndeepspeed: none\n"
+    (tmp_path / "c.yaml").write_text(config)
+    (tmp_path / "json.jsonl").write_text("{oops\n")
+    (tmp_path / "answer.jsonl").write_text('{"messages": [{"role": "user", "content": "q"}]}\n')
+    (tmp_path / "key.jsonl").write_text('{"mesages": []}\n')
+    code = """
+import sys
+from forgebook.cli.main import main
+for command in ([], ["preview"]):
+    for name in ("json", "answer", "key", "absent"):
+        assert main([*command, "c.yaml", f"train_path={name}.jsonl", f"run_name={name}"]) == 2
+print(sorted({"torch", "ray", "transformers"} & set(sys.modules)))
+"""
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    ended = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert ended.stdout == "[]\n" and ended.stderr.count("Error: ") == 8, ended.stderr

@@ -216,6 +216,7 @@ def test_a_damaged_json_array_is_reported_with_its_line(tmp_path, text, message)
         (b'messages\n"[{oops"\n', r"r\.csv:2: messages: not valid JSON"),
         (b"prompt,completion\na,b,c\n", r"r\.csv:2: more or fewer cells than the header"),
         (b"prompt,completion\na,\xff\n", r"r\.csv:2: not UTF-8"),
+        (b"prompt,\xff\na,b\n", r"r\.csv:2: not UTF-8"),
         (b'prompt,completion\n"a,b\n', r"r\.csv:2: not valid CSV"),
     ],
 )

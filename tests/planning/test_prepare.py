@@ -7,9 +7,9 @@ import pytest
 
 from conftest import chat, uneven_rows
 from forgebook.data import readers, tokenize
-from forgebook.errors import DataError
+from forgebook.errors import DataError, StorageError
 from forgebook.models.tokenizer import load_tokenizer
-from forgebook.planning.prepare import prepare, report_rows
+from forgebook.planning.prepare import check_rows, prepare, report_rows
 from forgebook.runs import atomic, run
 
 FORMAT = {"system": "{instruction}", "user": "{instruction}", "assistant": "{instruction}<|end|>"}
@@ -58,6 +58,26 @@ def test_the_report_counts_what_a_user_wants_to_know(make_config, write_rows):
     assert report["train"]["truncation"]["longer_rows"] == 0 and report["train"]["padding_share"] < 1
     assert ["also in training", "", "1 example"] in report_rows(report)
     assert ["ignored keys", "source (1)", ""] in report_rows(report)
+
+
+def test_rows_are_checked_without_a_tokenizer(make_config, write_rows, monkeypatch, tmp_path):
+    good, bad = write_rows([chat("q", "a")], "good.jsonl"), write_rows([chat("q", "a"), {"oops": 1}], "bad.jsonl")
+    monkeypatch.setattr("forgebook.planning.prepare.tokenizer_of", None)
+    check_rows(make_config(train_path=good))
+    check_rows(make_config(train_path=bad, on_bad_rows="drop"))
+    check_rows(make_config(train_path="s3://no-bucket-is-read/x.jsonl", valid_path=None))
+    for paths in ({"train_path": bad}, {"train_path": good, "valid_path": bad}):
+        config = make_config(**paths)
+        with pytest.raises(DataError, match=r"1 of 2 rows of .*\n  bad\.jsonl:2: no 'messages'") as error:
+            check_rows(config)
+        assert run.open_run(config).data_report.exists() and "All of them: " in str(error.value)
+    with pytest.raises(StorageError, match=r"absent\.jsonl does not exist"):
+        check_rows(make_config(train_path=str(tmp_path / "absent.jsonl")))
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(DataError, match="is empty"):
+        check_rows(make_config(train_path=str(tmp_path / "empty.jsonl")))
+    monkeypatch.setattr("forgebook.data.readers.LARGE_FILE", 1)
+    check_rows(make_config(train_path=bad))
 
 
 def test_rows_per_label(make_config, write_rows):
