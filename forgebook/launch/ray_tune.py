@@ -39,7 +39,7 @@ from forgebook.runs.object_store import is_remote
 from forgebook.runs.run import Run, display_path, has_run, remove_run
 from forgebook.runs.run_files import is_run_file
 
-__all__ = ["Sweep", "Trial", "print_sweep", "sweep_as_json", "tune", "variants"]
+__all__ = ["Sweep", "Trial", "print_sweep", "sweep_as_json", "trial_rank", "tune", "variants"]
 
 SAMPLED = re.compile(r"(uniform|loguniform)\(\s*([^,]+?)\s*,\s*([^,]+?)\s*\)")
 LONGEST_NAME = 120
@@ -57,8 +57,16 @@ class Trial:
 
     @property
     def eval_loss(self) -> float | None:
-        """Return the lowest evaluation loss, None before the first evaluation."""
-        return min((loss for _, loss in self.curve), default=None)
+        """Return the lowest evaluation loss, None before the first evaluation that is finite."""
+        return min((loss for _, loss in self.curve if math.isfinite(loss)), default=None)
+
+
+def trial_rank(trial: Trial) -> tuple[bool, float]:
+    """Return the key by which trials are sorted, the best first.
+
+    One that was stopped early is below all that were completed, whatever its loss; one that diverged is the last.
+    """
+    return trial.state != "complete", math.inf if trial.eval_loss is None else trial.eval_loss
 
 
 @dataclass(frozen=True)
@@ -106,8 +114,7 @@ def tune(
         _outcome(Run(folder / name), values, reasons.get(name, ""))
         for name, values in zip(configs, _unique(chosen), strict=True)
     ]
-    # The best first; a trial that was stopped early is below all that were completed, whatever its loss.
-    trials.sort(key=lambda trial: (trial.state != "complete", trial.eval_loss is None, trial.eval_loss or 0.0))
+    trials.sort(key=trial_rank)
     if all(trial.state == "failed" for trial in trials):
         raise TrainingError(f"all {len(trials)} trials failed, the first one with: {trials[0].reason}")
     best = overrides[trials[0].run.name]

@@ -9,10 +9,22 @@ from conftest import REPOSITORY
 from forgebook.cli.main import main
 from forgebook.config.parse import load_config
 from forgebook.errors import ConfigError
-from forgebook.launch.ray_tune import variants
+from forgebook.launch.ray_tune import Trial, trial_rank, variants
 from forgebook.runs.run import Run
 
 QUICKSTART = str(REPOSITORY / "training_configs/tiny/quickstart.yaml")
+
+
+def test_a_trial_that_diverged_is_never_the_best(tmp_path):
+    curves = {
+        "diverged": [(1, math.nan), (2, math.inf)], "recovered": [(1, math.nan), (2, 2.0)], "best": [(1, 1.0)],
+        "later": [(1, 1.5), (2, math.nan)], "none": [],
+    }  # fmt: skip
+    trials = [Trial(Run(tmp_path / name), {}, "complete", curve) for name, curve in curves.items()]
+    trials.append(Trial(Run(tmp_path / "stopped"), {}, "stopped", [(1, 0.5)]))
+    ranked = [trial.run.name for trial in sorted(trials, key=trial_rank)]
+    assert ranked == ["best", "later", "recovered", "diverged", "none", "stopped"]
+    assert trials[0].eval_loss is None and trials[1].eval_loss == 2.0
 
 
 def test_lists_make_a_grid():
