@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -135,6 +137,7 @@ def _start_here(quiet: dict[str, Any], cores: int | None) -> None:
         try:
             with _without_dashboard():
                 ray.init(address="local", include_dashboard=False, num_cpus=cores, **quiet)
+            _watch_agents()
             return
         except Exception as error:  # that is the class which Ray raises
             if "timed out during startup" not in str(error):
@@ -142,6 +145,37 @@ def _start_here(quiet: dict[str, Any], cores: int | None) -> None:
             if not attempts_left:
                 raise ResourceError(f"Ray could not be started here, three times: {last_line(error)}") from None
             ray.shutdown()
+
+
+# Waits until its parent is gone; then kills what the raylets of the parent left: their agents wait for a cluster that
+# no longer answers. They are known by a variable that Ray sets for them.
+_WATCHER = """
+import glob, os, signal, sys, time
+parent, marks = int(sys.argv[1]), [b"RAY_RAYLET_PID=%s" % pid.encode() for pid in sys.argv[2:]]
+while os.getppid() == parent:
+    time.sleep(0.25)
+for _ in range(20):
+    time.sleep(0.5)
+    for path in glob.glob("/proc/[0-9]*/environ"):
+        try:
+            with open(path, "rb") as file:
+                if not set(marks).isdisjoint(file.read().split(bytes(1))):
+                    os.kill(int(path.split("/")[2]), signal.SIGKILL)
+        except OSError:
+            pass
+"""
+
+
+def _watch_agents() -> None:
+    """Start a small process that outlives this one for seconds, to end Ray's agents if this one is killed."""
+    import psutil
+
+    raylets = [str(child.pid) for child in psutil.Process().children() if child.name() == "raylet"]
+    nowhere = subprocess.DEVNULL
+    subprocess.Popen(
+        [sys.executable, "-S", "-E", "-c", _WATCHER, str(os.getpid()), *raylets],
+        stdin=nowhere, stdout=nowhere, stderr=nowhere, start_new_session=True,
+    )  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -1,11 +1,16 @@
 """Several machines: two real Ray nodes in network namespaces train what one does, and survive what happens to nodes."""
 
+import contextlib
+import os
 import re
+import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from moto.server import ThreadedMotoServer
 
@@ -243,3 +248,42 @@ def test_the_environment_counts_more_than_the_file(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     ray_cluster.name_address("10.0.0.2:6379")
     assert ray_cluster.os.environ["RAY_ADDRESS"] == "10.0.0.1:6379" and ray_cluster.is_joined()
+
+
+OWNER = """
+import os, subprocess, sys, time
+from forgebook import ray_cluster
+raylet = subprocess.Popen([sys.argv[1], "60"])
+agents = [
+    subprocess.Popen([sys.argv[2], "60"], env={**os.environ, "RAY_RAYLET_PID": str(pid)}, start_new_session=True)
+    for pid in (raylet.pid, 1)
+]
+ray_cluster._watch_agents()
+print(raylet.pid, *[agent.pid for agent in agents], flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")
+def test_no_agent_outlives_a_killed_process_that_started_ray(tmp_path):
+    """Ray's agents have no parent that ends them: they wait for a cluster that has gone with their driver."""
+    sleep, raylet = shutil.which("sleep"), tmp_path / "raylet"
+    assert sleep is not None
+    shutil.copy(sleep, raylet)
+    owner = subprocess.Popen(
+        [sys.executable, "-c", OWNER, str(raylet), sleep], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
+    )
+    assert owner.stdout is not None
+    pids = [int(pid) for pid in owner.stdout.readline().split()]
+    try:
+        owner.kill()
+        owner.wait()
+        deadline = time.monotonic() + 20
+        while psutil.pid_exists(pids[1]) and psutil.Process(pids[1]).status() != "zombie":
+            assert time.monotonic() < deadline, "the agent is still there"
+            time.sleep(0.2)
+        assert psutil.Process(pids[2]).status() != "zombie"  # another cluster's
+    finally:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)

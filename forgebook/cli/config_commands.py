@@ -5,8 +5,13 @@ Each takes its words and returns an exit code; each imports what it needs when i
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from forgebook.cli.options import Words, load_noting_retired, parse_words
@@ -41,8 +46,32 @@ def fine_tune_command(arguments: list[str]) -> int:
     check_rows(config)  # a mistake in the data is answered before torch and ray are imported
     from forgebook.launch.ray_train import fine_tune
 
-    fine_tune(config)
+    with _second_interrupt_ends():
+        fine_tune(config)
     return 0
+
+
+@contextlib.contextmanager
+def _second_interrupt_ends() -> Iterator[None]:
+    """Let a second Ctrl-C end the process at once, also while it cleans up after the first one."""
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+
+    def end_at_once(number: int, frame: object) -> None:
+        os._exit(130)
+
+    def interrupt(number: int, frame: object) -> None:
+        signal.signal(signal.SIGINT, end_at_once)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGINT) is interrupt:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def plan_command(arguments: list[str]) -> int:

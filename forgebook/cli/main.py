@@ -80,8 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ForgebookError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        print("stopped; the same command resumes from the last complete state", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(str(stop) or "stopped; the same command resumes from the last complete state", file=sys.stderr)
         return 130
 
 

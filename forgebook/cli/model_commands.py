@@ -6,6 +6,7 @@ Each takes its words and returns an exit code; each imports what it needs when i
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -32,7 +33,8 @@ def models_command(arguments: list[str]) -> int:
             raise ConfigError(f"models: {action!r} is not a command{suggestion}")
         if rest:
             raise ConfigError(f"models takes a storage path, or show RUN, or delete RUN; got {' '.join(flags.words)}")
-        _print_models(list_models(action), action, flags.json)
+        models = list_models(action, on_damaged=lambda reason: print(f"left out: {reason}", file=sys.stderr))
+        _print_models(models, action, flags.json)
         return 0
     if len(rest) != 1:
         raise ConfigError(f"models {action} needs a {COMMANDS['models'].target}")

@@ -11,6 +11,7 @@ from pathlib import Path
 from forgebook.errors import ConfigError, ModelError
 from forgebook.models.tokenizer import refuse_own_code, refuse_pickled
 from forgebook.runs.atomic import atomic_file
+from forgebook.runs.checksums import check_files
 
 __all__ = ["export_gguf"]
 
@@ -36,6 +37,7 @@ def export_gguf(source: Path, out: Path, kind: str = "q8_0") -> Path:
         raise ModelError(f"{source} holds no model (no config.json)")
     refuse_own_code(source)
     refuse_pickled(str(source))
+    check_files(source)
     converter = _find_converter()
     with atomic_file(out.expanduser().resolve()) as temporary:
         command = [sys.executable, str(converter), str(source), "--outfile", str(temporary), "--outtype", kind]

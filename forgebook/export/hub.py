@@ -17,6 +17,7 @@ from forgebook.errors import ConfigError, StorageError, first_line
 from forgebook.models import adapters
 from forgebook.models.tokenizer import locate
 from forgebook.runs import atomic, object_store, registry
+from forgebook.runs.checksums import check_files
 from forgebook.runs.run import Run, best_checkpoint
 
 __all__ = ["model_card", "push_to_hub"]
@@ -34,6 +35,7 @@ def push_to_hub(run: Run, repo_id: str, private: bool = False, base: str | None 
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
     checkpoint = best_checkpoint(run)
+    check_files(checkpoint)
     base = base or _public_base(run, checkpoint)
     hub = HfApi(token=os.environ.get("HF_TOKEN") or None)
     with tempfile.TemporaryDirectory() as folder:
@@ -42,7 +44,7 @@ def push_to_hub(run: Run, repo_id: str, private: bool = False, base: str | None 
             (staged / path.name).symlink_to(path.resolve())
         _replace(staged / "README.md", model_card(run, repo_id, base))
         if (adapter := staged / "adapter_config.json").exists():
-            settings = json.loads(adapter.read_text()) | {"base_model_name_or_path": base}
+            settings = atomic.read_json(adapter) | {"base_model_name_or_path": base}
             _replace(adapter, json.dumps(settings, indent=2, sort_keys=True))
         try:
             address = hub.create_repo(repo_id, private=private, exist_ok=True)

@@ -29,6 +29,7 @@ from forgebook.models import adapters, load
 from forgebook.models.tokenizer import load_tokenizer, readable_model_errors, refuse_pickled
 from forgebook.models.vllm_support import vllm_loads
 from forgebook.runs import atomic, run
+from forgebook.runs.checksums import CHECKSUMS, check_files, write_checksums
 
 __all__ = ["mean_kl", "merge_run", "report_lines"]
 
@@ -81,8 +82,10 @@ def merge_run(name: str, out: str | Path, checkpoint: str | None = None) -> Merg
     folder = run.find_checkpoint(name, checkpoint)
     with atomic.atomic_folder(out) as staged:
         if adapters.read_lora_config(folder) is None:
+            check_files(folder)
             shutil.copytree(folder, staged, dirs_exist_ok=True)
             _write_template(staged)
+            write_checksums(staged)
             return Merged(out, vllm_loads(atomic.read_json(staged / "config.json")))
         return _merge(folder, staged, out)
 
@@ -154,6 +157,7 @@ def _load_unquantized(folder: Path, rope_scaling: dict[str, Any] | None):
 
     source, _ = base_of(folder)
     refuse_pickled(str(folder))
+    check_files(folder)
     with readable_model_errors(source, f"base of {folder}"):
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     if getattr(config, "quantization_config", None):
@@ -168,7 +172,8 @@ def _load_unquantized(folder: Path, rope_scaling: dict[str, Any] | None):
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
     _untie(model)
-    return PeftModel.from_pretrained(model, str(folder)).eval(), tokenizer
+    with readable_model_errors(str(folder), "adapter"):
+        return PeftModel.from_pretrained(model, str(folder)).eval(), tokenizer
 
 
 def _load_plainly(folder: Path):
@@ -215,11 +220,12 @@ def _merge_layers(model):
 def _write(model, folder: Path, out: Path) -> None:
     """Write the merged model and all files of the checkpoint that are not the adapter's, such as the tokenizer."""
     model.save_pretrained(out)
-    of_the_adapter = {"README.md", adapters.OVERRIDES}
+    of_the_adapter = {"README.md", CHECKSUMS, adapters.OVERRIDES}
     for path in folder.iterdir():
         if path.is_file() and not path.name.startswith("adapter_") and path.name not in of_the_adapter:
             shutil.copy2(path, out / path.name)
     _write_template(out)
+    write_checksums(out)
 
 
 def _write_template(out: Path) -> None:

@@ -23,12 +23,13 @@ from forgebook.config.parse import load_config
 from forgebook.config.schema import FinetuneConfig
 from forgebook.data import chat_template, masking, special_tokens
 from forgebook.data.prompt_formats import read_prompt_format
-from forgebook.errors import DataError, ModelError, ResourceError
+from forgebook.errors import DataError, ModelError, ResourceError, first_line
 from forgebook.inference.sampling import Sampler, Sampling, StopStrings, TokenSampling, prompt_seed
 from forgebook.models import adapters, load
 from forgebook.models.template_settings import set_template_defaults
-from forgebook.models.tokenizer import load_tokenizer, locate, refuse_pickled
+from forgebook.models.tokenizer import load_tokenizer, locate, readable_model_errors, refuse_pickled
 from forgebook.runs import download, object_store, run
+from forgebook.runs.checksums import check_files
 
 __all__ = [
     "LoadedModel",
@@ -125,6 +126,9 @@ def load_together(
 
     Raises ModelError if they have different bases, or some have tokens that others lack.
     """
+    for source in sources:
+        refuse_pickled(str(source))
+        check_files(source)
     bases = [base_of(source) for source in sources]
     if any(base != bases[0] for base in bases):
         listed = "; ".join(f"{source}: {base}" for source, (base, _) in zip(sources, bases, strict=True))
@@ -162,14 +166,13 @@ def _add_adapters(model, sources: Sequence[str | Path]) -> tuple[Any, list[str |
         if adapters.read_lora_config(source) is None:
             names.append(None)
             continue
-        refuse_pickled(str(source))
-        if not any(names):
-            model = PeftModel.from_pretrained(model, str(source), adapter_name="default")
-            names.append("default")
-        else:
-            name = f"adapter-{len(names)}"
-            model.load_adapter(str(source), adapter_name=name)
-            names.append(name)
+        name = f"adapter-{len(names)}" if any(names) else "default"
+        with readable_model_errors(str(source), "adapter"):
+            if name == "default":
+                model = PeftModel.from_pretrained(model, str(source), adapter_name=name)
+            else:
+                model.load_adapter(str(source), adapter_name=name)
+        names.append(name)
     return model, names
 
 
@@ -213,7 +216,9 @@ def _generation_config(
 
     try:
         config = GenerationConfig.from_pretrained(source)
-    except OSError:  # it has none of its own
+    except OSError as error:
+        if (path := Path(source) / "generation_config.json").exists():
+            raise ModelError(f"{path} is damaged: {first_line(error)}") from None
         config = copy.deepcopy(fallback) or GenerationConfig()
     end_text, end_id = _end_of_turn(tokenizer, prompt_format)
     own_ids = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]

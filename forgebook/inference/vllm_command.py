@@ -9,6 +9,7 @@ from forgebook.data.prompt_formats import as_chat_template, read_prompt_format
 from forgebook.models import adapters
 from forgebook.models.tokenizer import load_tokenizer
 from forgebook.models.vllm_support import vllm_max_rank, vllm_serves
+from forgebook.runs.checksums import check_files
 
 __all__ = ["obstacle_for_vllm", "vllm_command"]
 
@@ -17,6 +18,7 @@ def obstacle_for_vllm(folders: dict[str, Path]) -> str | None:
     """Return why one vLLM process cannot serve these checkpoints; None if it can."""
     bases, templates = set(), set()
     for name, folder in folders.items():
+        check_files(folder)
         template = load_tokenizer(str(folder)).chat_template
         templates.add(template)
         prompt_format = read_prompt_format(folder)

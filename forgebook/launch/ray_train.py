@@ -36,8 +36,15 @@ from forgebook.planning.plan_report import plan_as_json
 from forgebook.planning.prepare import Prepared, prepare
 from forgebook.reporting import console as consoles
 from forgebook.reporting import trackers
-from forgebook.reporting.run_text import print_choices, print_plan, print_run, print_summary, write_summary
-from forgebook.runs import atomic, run_files, upload, worker_upload
+from forgebook.reporting.run_text import (
+    print_choices,
+    print_plan,
+    print_run,
+    print_summary,
+    stopped_text,
+    write_summary,
+)
+from forgebook.runs import atomic, run_files, run_lock, upload, worker_upload
 from forgebook.runs import run as storage
 from forgebook.runs.run import Run
 from forgebook.training import distributed, kernels, reference
@@ -52,6 +59,7 @@ __all__ = ["fine_tune"]
 
 # How often a run with min_devices looks for machines that came back; taking them in is a restart from its last state.
 RESIZE_SECONDS = 15.0
+STOP_SECONDS = 20.0  # for workers to end after Ctrl-C, before they are killed
 
 
 def fine_tune(config: FinetuneConfig) -> Run:
@@ -82,20 +90,35 @@ def fine_tune(config: FinetuneConfig) -> Run:
             return run
     plan, note = preflight.plan_run(prepared)
     warnings = preflight.check_plan(plan, run.folder, force=resolved.force) if plan else []
-    if is_overwritten and storage.has_run(run) and (kept := storage.remove_run(run)):
-        _warner(output)(f"kept in {run.place}, because no run wrote it: {', '.join(kept)}")
-    _write_run(run, prepared, plan)
-    print_run(output, run, prepared)
-    print_plan(output, plan, [*warnings, *filter(None, [note])])
+    try:
+        with run_lock.locked(run.folder):
+            if is_overwritten and storage.has_run(run):
+                kept = storage.remove_run(run, keep=frozenset({run_files.LOCK}))
+                if kept:
+                    _warner(output)(f"kept in {run.place}, because no run wrote it: {', '.join(kept)}")
+            _write_run(run, prepared, plan)
+            print_run(output, run, prepared)
+            print_plan(output, plan, [*warnings, *filter(None, [note])])
+            summary_note = _train(run, resolved, plan, started)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(stopped_text(run)) from None
+    print_summary(output, run)
+    if summary_note:
+        output.print(f"  [yellow]{escape(summary_note)}[/yellow]")
+    return run
+
+
+def _train(run: Run, config: ResolvedConfig, plan: Plan | None, started: float) -> str | None:
+    """Run the loop in the run's folder, write its summary, and return what the user should know of it."""
     with (
         consoles.quiet_descriptors(run.logs / "driver.log") as live,
         contextlib.ExitStack() as uploads,
-        trackers.tracking(resolved, run, live.print),
+        trackers.tracking(config, run, live.print),
     ):
         try:
             with consoles.show_progress(run.logs / "progress.jsonl", live):
-                run_loop = _run_on_ray if resolved.num_devices else _run_here
-                result = run_loop(resolved, run, live, uploads)
+                run_loop = _run_on_ray if config.num_devices else _run_here
+                result = run_loop(config, run, live, uploads)
         except ForgebookError:
             raise
         except Exception as error:
@@ -103,11 +126,7 @@ def fine_tune(config: FinetuneConfig) -> Run:
                 f"training failed: {last_line(error)}\n{consoles.last_lines(run.logs)}\n"
                 f"The logs are in {run.logs}; the same command resumes from the last complete state"
             ) from error
-        note = write_summary(run, resolved, plan, result, time.perf_counter() - started)
-    print_summary(output, run)
-    if note:
-        output.print(f"  [yellow]{escape(note)}[/yellow]")
-    return run
+        return write_summary(run, config, plan, result, time.perf_counter() - started)
 
 
 # Before the run ---------------------------------------------------------------------------------------
@@ -134,7 +153,7 @@ def _check_same(run: Run, prepared: Prepared) -> None:
             f"{run.place} holds a run with another config ({', '.join(differences)}): "
             "choose another run_name, or on_existing=overwrite"
         )
-    report = atomic.read_json(run.data_report)
+    report = atomic.read_json(run.data_report, ["train"])
     for name in ("train", "valid"):
         if name in report and report[name]["fingerprint"] != prepared.report[name]["fingerprint"]:
             raise StorageError(
@@ -271,9 +290,17 @@ def _fit(job: Job, use_gpu: bool, per_worker: dict[str, float], output: Console)
 
     from forgebook.launch import ray_worker
 
+    class Trainer(TorchTrainer):
+        """Ray Train that leaves Ctrl-C to Python: its own handler ends the process with exit code 1 and no word."""
+
+        controller: Any = None
+
+        def _register_sigint_handler(self, controller: Any) -> None:
+            self.controller = controller
+
     config, run = job.config, job.run
     file_system, path = job.storage()
-    trainer = TorchTrainer(
+    trainer = Trainer(
         ray_worker.train_worker,
         train_loop_config={"job": job},
         scaling_config=ScalingConfig(
@@ -301,11 +328,27 @@ def _fit(job: Job, use_gpu: bool, per_worker: dict[str, float], output: Console)
         if isinstance(error.controller_failure, ForgebookError):  # see ReportReceiver
             raise error.controller_failure from None
         raise
+    except KeyboardInterrupt:
+        _stop_workers(trainer.controller, output)
+        raise
     finally:
         _forget_earlier(file_system, path)
     if isinstance(outcome, ForgebookError):
         raise outcome
     return outcome
+
+
+def _stop_workers(controller: Any, output: Console) -> None:
+    """End the workers of a run, so that none writes any more when this process is done with it."""
+    import ray
+
+    output.print("[dim]stopping the workers; a second Ctrl-C ends at once[/dim]")
+    if controller is None:
+        return
+    with contextlib.suppress(ray.exceptions.RayError):  # it ends as requested, and cannot answer
+        ray.get(controller.abort.remote(), timeout=STOP_SECONDS)
+    with contextlib.suppress(ray.exceptions.RayError, ValueError):
+        ray.kill(controller)
 
 
 def _forget_earlier(file_system: FileSystem, path: str) -> None:

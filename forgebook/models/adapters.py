@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from forgebook.errors import CheckpointError, ModelError, first_line
 from forgebook.models.tokenizer import readable_model_errors, refuse_pickled
+from forgebook.runs.atomic import read_json
+from forgebook.runs.checksums import check_files
 from forgebook.runs.run import display_path
 
 if TYPE_CHECKING:
@@ -62,7 +64,7 @@ def check_adapter(source: str, lora_config: dict[str, Any], rope_scaling: dict[s
         )
     with readable_model_errors(source, "adapter"):
         if Path(source).is_dir():  # PEFT is slow to import, and not quiet
-            saved = json.loads((Path(source) / "adapter_config.json").read_text())
+            saved = read_json(Path(source) / "adapter_config.json")
         else:
             from peft import PeftConfig
 
@@ -91,6 +93,7 @@ def continue_lora(
 
     check_adapter(source, lora_config, rope_scaling)
     refuse_pickled(source)
+    check_files(source)
     with readable_model_errors(source, "adapter"):
         model = PeftModel.from_pretrained(model, source, is_trainable=True, autocast_adapter_dtype=False)
     return _in_dtype_of_base(model)
@@ -107,13 +110,13 @@ def _in_dtype_of_base(model):
 def read_overrides(folder: str | Path) -> dict[str, Any]:
     """Read how an adapter's base was loaded for training (rope_scaling, quantization); empty if unchanged."""
     path = Path(folder) / OVERRIDES
-    return json.loads(path.read_text()) if path.exists() else {}
+    return read_json(path) if path.exists() else {}
 
 
 def read_lora_config(folder: str | Path) -> dict[str, Any] | None:
     """Read the adapter_config.json of a checkpoint folder; None of a full model's folder or a hub id."""
     path = Path(folder) / "adapter_config.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    return read_json(path) if path.exists() else None
 
 
 def changes_base(model) -> bool:
@@ -171,7 +174,7 @@ def fit_original_base(
 
 def double_rank(adapter_config: Path) -> None:
     """Update an adapter_config.json to the adapter that `fit_original_base` returns."""
-    settings = json.loads(adapter_config.read_text())
+    settings = read_json(adapter_config)
     # The scale must stay: it is alpha / r, with rsLoRA alpha / sqrt(r).
     growth = math.sqrt(2) if settings["use_rslora"] else 2
     settings["r"] *= 2

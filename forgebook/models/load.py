@@ -15,6 +15,7 @@ from forgebook.models import cpu_bfloat16
 from forgebook.models.adapters import continue_lora
 from forgebook.models.attention import attention_facts, choose_attention
 from forgebook.models.tokenizer import locate, readable_model_errors, refuse_pickled
+from forgebook.runs.checksums import check_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -71,6 +72,7 @@ def load_model(
     if dtype == "bfloat16" and not torch.cuda.is_available() and cpu_bfloat16.is_needed():
         cpu_bfloat16.use_float32_products()
     refuse_pickled(source)
+    check_files(source)
     with readable_model_errors(source, "model"):
         model_config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         if rope_scaling is not None:

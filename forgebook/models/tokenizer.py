@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from forgebook.catalog import TINY_MODEL
 from forgebook.errors import ForgebookError, ModelError, first_line
 from forgebook.models.template_settings import set_template_defaults
+from forgebook.runs.checksums import check_files
 from forgebook.runs.download import fetch_folder
 from forgebook.runs.object_store import is_remote
 
@@ -99,6 +100,7 @@ def load_tokenizer(source: str, labels: Sequence[str] = ()) -> PreTrainedTokeniz
     from tokenizers import AddedToken
     from transformers import AutoTokenizer
 
+    check_files(source, with_weights=False)
     with readable_model_errors(source, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     if not tokenizer.is_fast:
@@ -130,7 +132,8 @@ class readable_model_errors:
             raise ModelError(PICKLE_REFUSED.format(source=self.source, files="a .bin file")) from None
         # OSError: not there, no network; ValueError: unknown architecture, unusable attention; KeyError, TypeError,
         # AttributeError: bad config; SafetensorError: truncated weights.
-        is_damaged = type(error).__name__ == "SafetensorError"
+        # A damaged tokenizer.json is a plain Exception.
+        is_damaged = type(error).__name__ == "SafetensorError" or type(error) is Exception
         if is_damaged or isinstance(error, OSError | ValueError | KeyError | TypeError | AttributeError):
             raise ModelError(f"no {self.what} could be loaded from {self.source!r}: {first_line(error)}") from None
 

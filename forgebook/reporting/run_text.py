@@ -31,8 +31,17 @@ if TYPE_CHECKING:
     from forgebook.planning.plan import Plan
     from forgebook.runs.run import Run
 
-__all__ = ["print_choices", "print_plan", "print_run", "print_summary", "write_summary"]
+__all__ = ["print_choices", "print_plan", "print_run", "print_summary", "stopped_text", "write_summary"]
 
+SUMMARY_KEYS = (
+    "best_checkpoint",
+    "eval_loss",
+    "perplexity",
+    "steps",
+    "trained_tokens",
+    "trained_tokens_throughput",
+    "training_seconds",
+)
 PACKAGES = ("torch", "ray", "transformers", "peft", "accelerate", "deepspeed")
 
 
@@ -135,7 +144,7 @@ def _job_id() -> str | None:
 
 def print_summary(output: Console, run: Run) -> None:
     """Print a finished run's results in a few lines."""
-    summary = read_json(run.summary)
+    summary = read_json(run.summary, SUMMARY_KEYS)
     if summary["eval_loss"] is not None:
         perplexity = f", perplexity {summary['perplexity']:.3f}" if summary["perplexity"] else ""
         output.print(f"[bold]done[/bold]  evaluation loss {summary['eval_loss']:.4f}{perplexity}")
@@ -149,3 +158,15 @@ def print_summary(output: Console, run: Run) -> None:
     output.print(f"  best checkpoint  {best}  loss curve  {display_path(run.loss_curve)}")
     if run.uri:
         output.print(f"  stored in        {run.uri}")
+
+
+def stopped_text(run: Run) -> str:
+    """Say what a run that was interrupted has saved, and how to resume it."""
+    if run.uri:
+        return f"stopped; the same command resumes from the last complete state in {run.uri}"
+    steps = [int(path.parent.name.removeprefix("step-")) for path in run.resume.glob("step-*/place.json")]
+    if not steps:
+        return f"stopped before a state was saved in {run.place}; the same command starts the run again"
+    names = ", ".join(sorted(path.name for path in run.checkpoints.glob("[!.]*")))
+    checkpoints = f" (checkpoints: {names})" if names else ""
+    return f"stopped; step {max(steps)} is saved in {run.place}{checkpoints}, and the same command resumes after it"

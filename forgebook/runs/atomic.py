@@ -11,11 +11,13 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["atomic_file", "atomic_folder", "delete_folder", "read_json", "write_json"]
+from forgebook.errors import StorageError, first_line, shown_value
+
+__all__ = ["atomic_file", "atomic_folder", "delete_folder", "parse_object", "read_json", "write_json"]
 
 
 @contextlib.contextmanager
@@ -68,9 +70,51 @@ def _flush(folder: Path) -> None:
                 os.fsync(file.fileno())
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file of a run folder."""
-    return json.loads(path.read_text())
+# What still can be done if a file of a run is damaged.
+_REMEDIES = {
+    "summary.json": "delete it, and the run's command writes it again; until then name a checkpoint, such as "
+    "checkpoint=epoch-1",
+    "data_report.json": "restore it from a copy, or train under another run_name; the run's checkpoints can be used",
+    "evaluation.json": "delete it, and evaluate writes it again",
+    "metrics.jsonl": "delete that line",
+    "plan.json": "delete it: only the comparison with the plan needs it",
+    "notes.json": "delete its folder, and the data is tokenized again",
+    "place.json": "delete its folder; the run's command starts again from the state before it, or from the beginning",
+    "manifest.json": "upload the folder again",
+}
+_REMEDY = "restore it from a copy, or use another checkpoint of the run"
+
+
+def read_json(path: Path, needs: Iterable[str] = ()) -> dict[str, Any]:
+    """Read a JSON object from a file of a run; needs: keys that it must have.
+
+    Raises StorageError, which names the file and what still can be done, if it is damaged.
+    """
+    try:
+        value = parse_object(path.read_bytes(), path)
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read: {error.strerror or error}") from None
+    if missing := [key for key in needs if key not in value]:
+        raise StorageError(f"{path} is damaged: it lacks {', '.join(missing)}. {_remedy(path)}")
+    return value
+
+
+def parse_object(content: bytes, path: Path | str) -> dict[str, Any]:
+    """Parse the content of a JSON file; path: where it is from. Raises StorageError if it is no JSON object."""
+    try:
+        value = json.loads(content.decode("utf-8"))
+        reason = None if isinstance(value, dict) else f"it holds {shown_value(value, 40)} instead of an object"
+    except (ValueError, RecursionError) as error:
+        value, reason = None, "it is empty" if not content.strip() else f"it is not complete JSON ({first_line(error)})"
+    if reason:
+        raise StorageError(f"{path} is damaged: {reason}. {_remedy(Path(path).name.partition(':')[0])}")
+    return value
+
+
+def _remedy(path: Path | str) -> str:
+    name = Path(path).name.partition(":")[0]  # of a line in a file: name:number
+    text = _REMEDIES.get(name, _REMEDY)
+    return text[0].upper() + text[1:]
 
 
 def write_json(path: Path, value: Any) -> None:

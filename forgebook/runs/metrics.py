@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from forgebook.runs.atomic import atomic_file
+from forgebook.runs.atomic import atomic_file, parse_object
 from forgebook.runs.run import Run, find_run
 
 __all__ = ["Progress", "read_curve", "read_metrics", "read_new_lines", "watch_lines"]
@@ -60,9 +60,10 @@ def _append(file, record: dict[str, Any]) -> None:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Read a run's metrics; evaluations are the lines with `eval_loss`."""
-    with open(path) as file:
+    with open(path, encoding="utf-8", errors="replace") as file:
         # A process that was killed while writing leaves half a line, which the resumed run replaces.
-        return [json.loads(line) for line in file if line.endswith("\n")]
+        lines = [line for line in file if line.endswith("\n")]
+    return [parse_object(line.encode(), f"{path}:{number}") for number, line in enumerate(lines, 1)]
 
 
 def read_curve(run: str, key: str) -> tuple[list[int], list[float]]:

@@ -8,7 +8,6 @@ delete_model(name)      -> Model        unless another run starts from it
 from __future__ import annotations
 
 import datetime
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +15,9 @@ from typing import Any
 
 import yaml
 
-from forgebook.errors import StorageError
+from forgebook.errors import BucketBusyError, StorageError, first_line
 from forgebook.runs import object_store
+from forgebook.runs.atomic import parse_object
 from forgebook.runs.object_store import is_remote
 from forgebook.runs.run import Run, candidate_runs, has_run, remove_run, run_at
 
@@ -46,15 +46,29 @@ class Model:
     starts_from: list[str]
 
 
-def list_models(storage_path: str = "runs") -> list[Model]:
-    """List the models under a storage path (a folder, s3:// or gs://), oldest first, unfinished runs included."""
+def list_models(storage_path: str = "runs", on_damaged: Callable[[str], None] = lambda reason: None) -> list[Model]:
+    """List the models under a storage path (a folder, s3:// or gs://), oldest first, unfinished runs included.
+
+    on_damaged: called for each run that is left out because a file of it is damaged, with the sentence that says so.
+    """
     if object_store.is_bucket(storage_path):
         runs = [run_at(storage_path, name) for name in object_store.list_folders(storage_path)]
     else:
         folder = Path(storage_path).expanduser()
         runs = [Run(path.resolve()) for path in folder.iterdir()] if folder.is_dir() else []
-    models = [_model_of(run) for run in runs if not run.name.startswith(".")]
-    return sorted((model for model in models if model), key=lambda model: model.created_at)
+    models = []
+    for run in runs:
+        if run.name.startswith("."):
+            continue
+        try:
+            model = _model_of(run)
+        except BucketBusyError:
+            raise
+        except StorageError as error:
+            on_damaged(str(error))
+        else:
+            models += [model] if model else []
+    return sorted(models, key=lambda model: model.created_at)
 
 
 def get_model(name: str, storage_path: str = "runs") -> Model:
@@ -102,11 +116,18 @@ def _model_of(run: Run) -> Model | None:
     """Put a model's record together from its run's files, in the bucket if it has one; None if there is no run."""
     if not has_run(run):
         return None
-    config = yaml.safe_load(_text_of(run, run.config) or "null")
-    if config is None:
-        return None
-    summary = json.loads(_text_of(run, run.summary) or "{}")
-    evaluation = json.loads(_text_of(run, run.folder / "evaluation.json") or "{}")
+    summary, evaluation = _object_of(run, run.summary), _object_of(run, run.folder / "evaluation.json")
+    try:
+        return _record(run, yaml.safe_load(_text_of(run, run.config) or ""), summary, evaluation)
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        raise StorageError(
+            f"{run.place}/{run.config.name} is damaged: {first_line(error)}. Restore it from a copy; the run's "
+            "checkpoints can be used by their folders"
+        ) from None
+
+
+def _record(run: Run, config: dict[str, Any], summary: dict[str, Any], evaluation: dict[str, Any]) -> Model:
+    """Make a model's record from its run's files."""
     method = "full" if config["lora_config"] is None else f"LoRA r={config['lora_config'].get('r', 8)}"
     kind = f"{config['quantization']} {method}" if config.get("quantization") else method
     figures = {name: summary[name] for name in ("eval_loss", "perplexity") if summary.get(name) is not None}
@@ -130,12 +151,18 @@ def _model_of(run: Run) -> Model | None:
     )
 
 
+def _object_of(run: Run, path: Path) -> dict[str, Any]:
+    """Read a JSON file of a run from where the run is stored; empty if it is not there."""
+    text = _text_of(run, path)
+    return {} if text is None else parse_object(text.encode(), path if run.uri is None else f"{run.uri}/{path.name}")
+
+
 def _text_of(run: Run, path: Path) -> str | None:
     """Read a small file of a run from where the run is stored; None if it is not there."""
     if run.uri is None:
-        return path.read_text() if path.is_file() else None
+        return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
     uri = f"{run.uri}/{path.relative_to(run.folder).as_posix()}"
-    return object_store.read_file(uri).decode() if object_store.has_file(uri) else None
+    return object_store.read_file(uri).decode("utf-8", "replace") if object_store.has_file(uri) else None
 
 
 def _utc(seconds: float) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from forgebook.errors import StorageError
-from forgebook.runs import object_store, upload
+from forgebook.runs import object_store, run_lock, upload
 from forgebook.runs.atomic import read_json, write_json
 from forgebook.runs.download import cache_folder
 from forgebook.runs.object_store import is_remote
@@ -130,11 +130,12 @@ def open_run(config: FinetuneConfig) -> Run:
     """Open the run folder that a config names. Creates nothing: the caller does, once the data is known to be good.
 
     A run in a bucket is downloaded, unless it is to be overwritten. Raises StorageError if the folder exists and
-    `on_existing` is fail, or if it is not a run folder.
+    `on_existing` is fail, if it is not a run folder, or if another process writes it.
     """
     if config.run_name is None:
         raise StorageError("run_name: the run needs a name, since its config was not read from a file")
     run = run_at(config.storage_path, config.run_name)
+    run_lock.check_free(run.folder)
     if run.uri:
         names = list(object_store.list_files(run.uri))
     else:
@@ -196,8 +197,15 @@ def rank_checkpoints(losses: Mapping[str, float | None]) -> list[str]:
 def best_checkpoint(run: Run) -> Path:
     """Name the folder of a complete run's best checkpoint. Raises StorageError if the run has not finished."""
     if not run.is_complete:
+        run_lock.check_free(run.folder)
         raise StorageError(f"the run {run.name} has not finished; run its command again to resume it")
-    return run.folder / read_json(run.summary)["best_checkpoint"]
+    name = read_json(run.summary).get("best_checkpoint")
+    if not isinstance(name, str) or not (run.folder / name).is_dir():
+        there = ", ".join(sorted(path.name for path in run.checkpoints.glob("[!.]*"))) or "none"
+        raise StorageError(
+            f"{run.summary} names {name!r} as the best checkpoint; the run has {there}: name one of them"
+        )
+    return run.folder / name
 
 
 def find_checkpoint(name: str, checkpoint: str | None = None) -> Path:
@@ -244,8 +252,9 @@ def remove_run(run: Run, keep: frozenset[str] = frozenset()) -> list[str]:
 
     Returns the names of the files that stay because they are the user's.
 
-    Raises StorageError if the folder is not a run's.
+    Raises StorageError if the folder is not a run's, or another process writes it.
     """
+    run_lock.check_free(run.folder)
     if not has_run(run):
         raise StorageError(f"{run.place} is not a run folder: nothing was deleted")
     users = delete_run_files(run.folder, keep)

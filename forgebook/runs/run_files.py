@@ -32,11 +32,11 @@ TRACES = ("data_report.json", "metrics.jsonl", "summary.json", "tokens/train.npz
 # and PEFT choose most of the names.
 _CHECKPOINT = """
     adapter_model*.safetensors model*.safetensors *.safetensors.index.json adapter_config.json config.json
-    generation_config.json config_overrides.json files.json manifest.json prompt_format.yaml README.md
+    generation_config.json config_overrides.json checksums.json manifest.json prompt_format.yaml README.md
     chat_template.jinja additional_chat_templates/*.jinja tokenizer*.json tokenizer.model special_tokens_map.json
     added_tokens.json vocab.json vocab.txt merges.txt *.tiktoken spiece.model sentencepiece.bpe.model
 """
-_STATE = "place.json state.pt random-*.pt manifest.json latest zero_to_fp32.py deepspeed/*"
+_STATE = "place.json checksums.json state.pt random-*.pt manifest.json latest zero_to_fp32.py deepspeed/*"
 _RUN = f"""
     {MARKER} config.yaml data_report.json plan.json metrics.jsonl summary.json loss.png adapter_start.safetensors
     evaluation.json evaluation/*.json evaluation/*.jsonl tokens/*.npz tokens/reference* tokens/shards/*

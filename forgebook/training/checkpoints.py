@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from forgebook.errors import CheckpointError, ForgebookError
 from forgebook.models import adapters
-from forgebook.runs import atomic, object_store, worker_upload
+from forgebook.runs import atomic, checksums, object_store, worker_upload
 from forgebook.runs.run import Run, rank_checkpoints
 from forgebook.training import distributed
 
@@ -72,6 +72,7 @@ def save_checkpoint(
         if prompt_format is not None:
             (aside / "prompt_format.yaml").write_text(prompt_format)
         verify_checkpoint(aside, expected=len(weights), trained=trained)
+        checksums.write_checksums(aside)
 
 
 def _gather_weights(model) -> dict[str, torch.Tensor]:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from forgebook.errors import CheckpointError
-from forgebook.runs import atomic
+from forgebook.runs import atomic, checksums
 from forgebook.runs.run import Run
 from forgebook.training import distributed
 from forgebook.training.checkpoints import delete_published, publish, write_errors
@@ -82,6 +82,8 @@ def save_state(run: Run, position: Position, model, optimizer, deepspeed_engine=
         raise
     with distributed.raised_everywhere():
         if is_writer:
+            if run.uri is None:  # in a bucket each machine has its own files of it
+                checksums.write_checksums(aside)
             _replace_states(run, aside, target.name)
 
 
@@ -128,7 +130,10 @@ def latest_state(folder: Path) -> tuple[Path, Position] | None:
     if not states:
         return None
     newest = max(states, key=lambda path: int(path.name.removeprefix("step-")))
-    return newest, Position(**json.loads((newest / POSITION_FILE).read_text()))
+    try:
+        return newest, Position(**atomic.read_json(newest / POSITION_FILE))
+    except TypeError as error:
+        raise CheckpointError(f"{newest / POSITION_FILE} is damaged: {error}. Delete {newest}") from None
 
 
 def load_state(
@@ -146,6 +151,9 @@ def load_state(
             f"this run was saved by {position.world_size} workers and cannot be resumed by "
             f"{distributed.world_size()}: set num_devices={position.world_size}, or choose another run_name"
         )
+    with distributed.raised_everywhere():
+        if distributed.is_main() and not is_elastic:  # an elastic run may lack files of workers that left
+            checksums.check_files(state)
     if deepspeed_engine is not None:
         # Not strict: frozen weights are not in the state, they are those of the base model.
         deepspeed_engine.load_checkpoint(str(state), tag="deepspeed", load_module_strict=False)

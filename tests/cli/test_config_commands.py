@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ import pytest
 
 from conftest import REPOSITORY, TINY_MODEL
 from forgebook.cli.main import main
-from forgebook.launch import ray_jobs
+from forgebook.launch import ray_jobs, ray_train
 
 
 @pytest.fixture
@@ -100,3 +101,44 @@ print(sorted({"torch", "ray", "transformers"} & set(sys.modules)))
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
     assert ended.stdout == "[]\n" and ended.stderr.count("Error: ") == 8, ended.stderr
+
+
+def interrupt():
+    signal.raise_signal(signal.SIGINT)
+
+
+def test_an_interrupt_is_one_sentence_and_exit_code_130(config, monkeypatch, capsys):
+    monkeypatch.setattr(ray_train, "fine_tune", lambda config: interrupt())
+    try:
+        assert main([config]) == 130
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert "the same command resumes" in capsys.readouterr().err
+
+
+def test_a_second_interrupt_ends_at_once_also_during_cleanup(config, monkeypatch):
+    class Ended(BaseException):
+        pass
+
+    def end(code):
+        assert code == 130
+        raise Ended
+
+    def train(config):
+        try:
+            interrupt()
+        finally:
+            interrupt()
+
+    monkeypatch.setattr(os, "_exit", end)
+    monkeypatch.setattr(ray_train, "fine_tune", train)
+    try:
+        with pytest.raises(Ended):
+            main([config])
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def test_after_a_run_an_interrupt_is_what_it_was(config, monkeypatch):
+    monkeypatch.setattr(ray_train, "fine_tune", lambda config: None)
+    assert main([config]) == 0 and signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -8,9 +8,9 @@ from rich.console import Console
 
 from conftest import LORA
 from forgebook.planning.prepare import prepare
-from forgebook.reporting.run_text import print_plan, print_run, print_summary, write_summary
+from forgebook.reporting.run_text import print_plan, print_run, print_summary, stopped_text, write_summary
 from forgebook.runs.atomic import read_json
-from forgebook.runs.run import open_run
+from forgebook.runs.run import Run, open_run
 
 
 @pytest.fixture
@@ -73,3 +73,18 @@ def test_a_summary_is_written_and_printed(make_config, output, monkeypatch):
     text = printed(output)
     assert "done  evaluation loss 0.5000, perplexity 1.649" in text and "checkpoints/epoch-1" in text
     assert "3 steps, 1,234 tokens in 2 s, 513 tokens/s (excluding padding)" in text
+
+
+def test_a_stopped_run_says_what_is_saved_and_how_to_resume(tmp_path):
+    run = Run(tmp_path / "runs/run")
+    assert "before a state was saved" in stopped_text(run) and "starts the run again" in stopped_text(run)
+    for step in (9, 10):
+        (run.resume / f"step-{step}").mkdir(parents=True)
+        (run.resume / f"step-{step}/place.json").touch()
+    (run.resume / "step-11").mkdir()  # not complete
+    saved = f"stopped; step 10 is saved in {run.folder}"
+    assert stopped_text(run) == f"{saved}, and the same command resumes after it"
+    (run.checkpoints / "epoch-1").mkdir(parents=True)
+    (run.checkpoints / ".writing-epoch-2").mkdir()
+    assert stopped_text(run) == f"{saved} (checkpoints: epoch-1), and the same command resumes after it"
+    assert "s3://bucket/run" in stopped_text(Run(run.folder, "s3://bucket/run"))

@@ -2,6 +2,7 @@
 
 import pytest
 
+from forgebook.errors import StorageError
 from forgebook.runs.atomic import atomic_file, atomic_folder, delete_folder, read_json, write_json
 
 
@@ -51,3 +52,24 @@ def test_deleting_a_folder_leaves_nothing_and_may_be_repeated(tmp_path):
     delete_folder(tmp_path / "f")
     delete_folder(tmp_path / "f")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("content", [b"", b"  ", b'{"best": ', b"\xff\xfe{}", b"[1]", b"null", b"[" * 100_000])
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("summary.json", "name a checkpoint, such as checkpoint=epoch-1"),
+        ("data_report.json", "the run's checkpoints can be used"),
+        ("adapter_config.json", "use another checkpoint of the run"),
+    ],
+)
+def test_a_damaged_file_is_a_sentence_with_its_name_and_what_can_be_done(tmp_path, name, content, remedy):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(StorageError, match=rf"{name} is damaged: it (is|holds) .*{remedy}") as error:
+        read_json(tmp_path / name)
+    assert error.value.exit_code == 2 and len(str(error.value)) < 500
+
+
+def test_a_missing_file_is_a_sentence(tmp_path):
+    with pytest.raises(StorageError, match=r"summary\.json cannot be read: No such file"):
+        read_json(tmp_path / "summary.json")

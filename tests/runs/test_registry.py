@@ -71,3 +71,17 @@ def test_an_id_that_several_models_have_is_not_guessed(make_run):
     first, second = (make_run(name, custom_model_tag="tag") for name in ("a", "bb"))
     with pytest.raises(StorageError, match=f"'tag' names 2 models: {first.folder}, {second.folder}"):
         registry.get_model("tag", str(first.folder.parent))
+
+
+@pytest.mark.parametrize("name", ["summary.json", "evaluation.json", "config.yaml"])
+@pytest.mark.parametrize("content", ["", "{", "model_id: [", "[]"])
+def test_a_run_with_a_damaged_file_is_left_out_and_named(make_run, name, content):
+    make_run("a")
+    damaged = make_run("bb")
+    (damaged.folder / name).write_text(content)
+    reasons = []
+    runs = str(damaged.folder.parent)
+    assert [model.id for model in registry.list_models(runs, reasons.append)] == ["a"]
+    assert len(reasons) == 1 and f"bb/{name} is damaged" in reasons[0]
+    with pytest.raises(StorageError, match=rf"bb/{name} is damaged"):
+        registry.get_model("bb", runs)

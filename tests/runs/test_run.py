@@ -40,6 +40,18 @@ def test_a_checkpoint_is_the_best_one_the_named_one_or_a_model_folder(make_run, 
     assert storage.find_checkpoint("run", "epoch-2").name == "epoch-2"
 
 
+@pytest.mark.parametrize("content", ["", "{}", '{"best_checkpoint": ', '{"best_checkpoint": "checkpoints/gone"}'])
+def test_a_damaged_summary_is_a_sentence_and_named_checkpoints_can_be_used(make_run, content):
+    run = make_run("run")
+    (run.checkpoints / "epoch-1").mkdir(parents=True)
+    run.summary.write_text(content)
+    with pytest.raises(
+        StorageError, match=r"summary\.json (is damaged: .*checkpoint=epoch-1|names .*the run has epoch-1)"
+    ):
+        storage.find_checkpoint(str(run.folder))
+    assert storage.find_checkpoint(str(run.folder), "epoch-1").name == "epoch-1"
+
+
 NAN, INF = math.nan, math.inf
 
 

@@ -126,3 +126,12 @@ def test_overwriting_a_run_keeps_the_users_files(make_run, capsys, monkeypatch):
     assert "because no run wrote it: notes.txt" in " ".join(capsys.readouterr().out.split())
     assert {"notes.txt", "config.yaml", run_files.MARKER} <= {path.name for path in run.folder.iterdir()}
     assert not run.is_complete and not run.loss_curve.exists()
+
+
+@pytest.mark.parametrize(("name", "content"), [("data_report.json", ""), ("data_report.json", "{}")])
+def test_training_on_a_run_with_a_damaged_file_is_a_sentence(make_run, name, content):
+    run = make_run("run", num_devices=0, context_length=1024)
+    run.summary.unlink()
+    (run.folder / name).write_text(content)
+    with pytest.raises(StorageError, match=rf"{name} is damaged: .*the run's checkpoints can be used"):
+        ray_train.fine_tune(load_config(run.config))

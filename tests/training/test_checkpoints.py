@@ -8,9 +8,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import TINY_MODEL
-from forgebook.errors import CheckpointError, ModelError
+from forgebook.errors import CheckpointError, ModelError, StorageError
+from forgebook.export.merge import merge_run
+from forgebook.inference import generate
+from forgebook.models import adapters
 from forgebook.models.adapters import add_lora
 from forgebook.models.load import load_model
+from forgebook.models.tokenizer import load_tokenizer
 from forgebook.runs.run import Run
 from forgebook.training import checkpoints
 
@@ -50,6 +54,48 @@ def test_zero_sized_tensors_are_found(saved):
     count = change(saved, lambda name, tensor: torch.zeros(0))
     with pytest.raises(CheckpointError, match="has no elements"):
         checkpoints.verify_checkpoint(saved, count)
+
+
+def flip_a_byte(path):
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(content)
+
+
+OPENERS = {
+    "generate": lambda folder: generate.load_together([folder]),
+    "merge": lambda folder: merge_run(str(folder), folder.parent / "merged"),
+    "continue": lambda folder: adapters.continue_lora(None, str(folder), {}),
+    "tokenizer": lambda folder: load_tokenizer(str(folder)),
+}
+
+
+@pytest.mark.parametrize(
+    ("opener", "name"),
+    [(opener, "adapter_model.safetensors") for opener in ("generate", "merge", "continue")]
+    + [(opener, "tokenizer.json") for opener in ("generate", "merge", "tokenizer")],
+)
+def test_a_flipped_byte_is_found_by_all_that_open_a_checkpoint(saved, opener, name):
+    flip_a_byte(saved / name)
+    with pytest.raises(CheckpointError, match=f"checkpoint/{name} is not as it was saved"):
+        OPENERS[opener](saved)
+    assert not (saved.parent / "merged").exists()
+
+
+@pytest.mark.parametrize("content", ["", '{"r": '])
+@pytest.mark.parametrize("opener", ["generate", "merge", "continue"])
+def test_a_truncated_adapter_config_is_a_sentence(saved, opener, content):
+    (saved / "adapter_config.json").write_text(content)
+    with pytest.raises(StorageError, match=r"adapter_config\.json is damaged: .* use another checkpoint of the run"):
+        OPENERS[opener](saved)
+
+
+@pytest.mark.parametrize("opener", ["generate", "merge", "continue"])
+def test_a_pickled_adapter_is_refused(saved, opener):
+    (saved / "adapter_model.safetensors").rename(saved / "adapter_model.bin")
+    (saved / "checksums.json").unlink()
+    with pytest.raises(ModelError, match=r"are pickled \(adapter_model.bin\)"):
+        OPENERS[opener](saved)
 
 
 def test_nan_is_found(saved):
