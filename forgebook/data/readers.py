@@ -153,7 +153,7 @@ def _kind(path: Path, uri: str) -> str:
         return "parquet"
     if start.startswith(b"["):
         return "json"
-    if uri.removesuffix(".gz").endswith((".csv", ".tsv")):
+    if path.name.endswith((".csv", ".tsv")):
         return "csv"
     if b"\0" in start:
         raise DataError(

@@ -104,7 +104,7 @@ def _escape_existing(pattern: Path) -> str:
 
 def _cached(uri: str) -> Path:
     """Name the local copy of a remote path. One cache entry per address: addresses are taken as immutable."""
-    name = uri.rstrip("/").rsplit("/", 1)[-1]
+    name = uri.partition("?")[0].rstrip("/").rsplit("/", 1)[-1][-100:]  # signed addresses are longer than a name can be
     return cache_folder() / hashlib.sha256(uri.encode()).hexdigest()[:16] / name
 
 

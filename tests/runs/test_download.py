@@ -52,6 +52,11 @@ def test_a_web_file_is_downloaded_once_and_a_broken_download_leaves_nothing(monk
     assert fetch_file("https://host/a.jsonl").read_text() == fetch_file("https://host/a.jsonl").read_text() == "text"
 
 
+def test_a_signed_address_is_stored_under_the_name_of_its_file(monkeypatch):
+    monkeypatch.setattr(urllib.request, "urlopen", lambda url, timeout: io.BytesIO(b"text"))
+    assert fetch_file("https://host/signed.csv?signature=" + "s" * 2000).name == "signed.csv"
+
+
 def test_a_glob_matches_files_in_order(tmp_path):
     for name in ("b.jsonl", "a.jsonl", "c.txt"):
         (tmp_path / name).write_text("")
