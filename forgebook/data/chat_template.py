@@ -96,6 +96,8 @@ def render_for_training(
     if loss_on == "all":
         text = conversation.through(count - 1)
         conversation.check_shown(range(count), text)
+        if conversation.answers and 0 < conversation.answers[-1] == count - 1:
+            text += conversation.end_after(count - 1)
         return [RenderedText(text, [], all_in_loss=True)]
     targets = [k for k in conversation.answers if conversation.messages[k].get("weight") != 0]
     targets = targets[-1:] if loss_on == "last" else targets
@@ -104,16 +106,34 @@ def render_for_training(
     if not rewritten:
         return [_with_spans(conversation, text, count, targets)]
     if rewritten_turns == "refuse":
-        setting = conversation.helpful_setting(lambda other: not other.joined(targets)[1])
-        raise DataError(
-            f"messages[{rewritten[0]}]: the chat template renders this assistant turn differently once later turns "
-            "follow (it may strip the thinking): set rewritten_turns: expand to train each answer as the model gave "
-            f"it, train_on: last to train only the last, {setting and setting + ', '}or generation_config.prompt_format"
-        )
+        raise DataError(_rewriting_error(conversation, rewritten[0], text, targets))
     return [_with_spans(conversation, conversation.answered(k), k + 1, [k]) for k in targets]
 
 
+def _rewriting_error(conversation: Conversation, k: int, text: str, targets: list[int]) -> str:
+    """Say what later turns do to answer k, and what to set."""
+    what, other = (
+        "the chat template renders this assistant turn differently once later turns follow (it may strip the thinking)",
+        "generation_config.prompt_format",
+    )
+    if text.startswith(conversation.turn(k, text)):
+        what = "no token ends this assistant turn when another turn follows, so the model would not learn to stop"
+        if conversation.prompt_format is not None:
+            other += ".assistant to a template that ends with such a token"
+    setting = conversation.helpful_setting(lambda other: not other.joined(targets)[1])
+    return (
+        f"messages[{k}]: {what}: set rewritten_turns: expand to train each answer as the model gave it, "
+        f"train_on: last to train only the last, {setting and setting + ', '}or {other}"
+    )
+
+
 def _with_spans(conversation: Conversation, text: str, count: int, targets: list[int]) -> RenderedText:
-    starts = {len(conversation.prompt(k)) for k in targets}
-    spans = conversation.answer_spans(text, count)
-    return RenderedText(text, spans, [start in starts for start, _ in spans])
+    """Make the text of an example, each turn in the loss with the token that ends it."""
+    ends = {len(conversation.prompt(k)): conversation.end_after(k) for k in targets}
+    if targets and targets[-1] == count - 1:
+        text += conversation.end_after(count - 1)
+    spans = []
+    for start, end in conversation.answer_spans(text, count):
+        token = ends.get(start, "")
+        spans.append((start, end + len(token)))
+    return RenderedText(text, spans, [start in ends for start, _ in spans])

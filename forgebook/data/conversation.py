@@ -22,7 +22,7 @@ from forgebook.data.generation_prompt import added_to_prompt, closes_thought, op
 from forgebook.data.message_parts import REASONING_KEYS, missing_part, missing_tool, split_thought
 from forgebook.data.prompt_formats import render_prompt_format
 from forgebook.data.render_limits import within_limits
-from forgebook.data.special_tokens import hide, map_texts, without_closing_token
+from forgebook.data.special_tokens import has_end, hide, leading_token, map_texts, without_closing_token
 from forgebook.data.tools import tools_as_text, uses_tools
 from forgebook.errors import DataError
 from forgebook.models.template_settings import template_defaults, template_variables
@@ -63,10 +63,11 @@ PROBED_CALL = {
 PROBED_MESSAGES: list[Message] = [
     {"role": "user", "content": "a"},
     {"role": "assistant", "content": "", "tool_calls": [PROBED_CALL]},
-    {"role": "tool", "name": "probed_tool", "tool_call_id": "call00001", "content": "probed result"},
+    {"role": "tool", "content": "probed result", "name": "probed_tool", "tool_call_id": "call00001"},
 ]
 # Stand-ins inside messages: the end of one message, the begin of the next one's content, the tags of a thought. The
 # tags are private characters that no message may contain.
+PROBED_RESULT = {"name": "probed_tool", "tool_call_id": "call00001"}
 END_MARK, CONTENT_MARK = "Xq7EndOfMessageXq7", "Xq7ContentXq7"
 HIDDEN_TAGS = {"<think>": "\U000ffff0", "</think>": "\U000ffff1"}
 OTHER_FORMAT = "set generation_config.prompt_format"
@@ -119,16 +120,46 @@ class Conversation:
             self._answered[k] = text
         return self._answered[k]
 
+    def end_after(self, k: int) -> str:
+        """Return what ends answer k, where its own text has no token that does; empty where it has one.
+
+        That is the token with which the next turn begins (GLM 4.5), else the tokenizer's EOS. Raises DataError if
+        there is none.
+        """
+        turn = (self._answered.get(k) or self.through(k))[len(self.prompt(k)) :]
+        has_own_text = self.prompt_format is not None and not self.prompt_format.assistant.rstrip().endswith(
+            "{instruction}"
+        )
+        if has_own_text or has_end(turn, self.tokenizer):
+            return ""
+        calls = self.messages[k].get("tool_calls")
+        follows = {"role": "tool", "content": "a", **PROBED_RESULT} if calls else {"role": "user", "content": "a"}
+        with contextlib.suppress(DataError):
+            through = self.through(k)
+            later = self.render([*self.messages[: k + 1], follows])
+            token = leading_token(later.removeprefix(through), self.tokenizer) if later.startswith(through) else ""
+            if has_end(token, self.tokenizer):
+                return token
+        if self.tokenizer.eos_token is None:
+            raise DataError(
+                f"messages[{k}]: no token ends this assistant turn, so the model would not stop: {OTHER_FORMAT}"
+            )
+        return self.tokenizer.eos_token
+
     def is_plain(self, k: int) -> bool:
         """Return whether answer k can be trained and begins outside of a thought."""
         return not opened_thought(self.prompt(k)) and bool(self.answered(k))
 
     def joined(self, targets: list[int]) -> tuple[str, list[int]]:
-        """Render the conversation; also list the targets that it renders differently than when they were given."""
+        """Render the conversation; also list the targets that it renders differently than when they were given.
+
+        One with no end of its own, which the next turn does not give it, is one of them.
+        """
         answered = [self.answered(k) for k in targets]
         last = len(self.messages) - 1
         text = answered[-1] if last in targets else self.through(last)
-        return text, [k for k in targets if not text.startswith(self.turn(k, text))]
+        turns = {k: self.turn(k, text) + (self.end_after(k) if k != last else "") for k in targets}
+        return text, [k for k, turn in turns.items() if not text.startswith(turn)]
 
     def helpful_setting(self, helps: Callable[[Conversation], bool]) -> str:
         """Name a setting of this very template, not yet set, with which something holds; empty if there is none."""

@@ -28,8 +28,8 @@ from forgebook.data.chat_template import (
     render_for_training,
     render_prompt,
 )
-from forgebook.data.conversation import Message, Span
-from forgebook.data.special_tokens import has_hidden, hide, literal_tokenizer, special_ids, to_literal_form
+from forgebook.data.conversation import PROBED_MESSAGES, PROBED_TOOL, Message, Span
+from forgebook.data.special_tokens import end_ids, has_hidden, hide, literal_tokenizer, special_ids, to_literal_form
 from forgebook.errors import DataError
 
 if TYPE_CHECKING:
@@ -38,7 +38,9 @@ if TYPE_CHECKING:
 
     from forgebook.config.blocks import PromptFormat
 
-__all__ = ["Encoded", "encode", "encode_many", "encode_prompt", "encode_text"]
+__all__ = ["Encoded", "encode", "encode_many", "encode_prompt", "encode_text", "end_of_turn"]
+
+PROBED_ANSWER: list[Message] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,23 @@ def encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> Encoded:
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     ids = [*([] if bos is None else [bos]), *ids, *([] if eos is None else [eos])]
     return Encoded(ids, [True] * len(ids))
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormat | None) -> tuple[str, list[int]]:
+    """Find what ends an answer in training: a text, where a prompt format ends with one, or tokens.
+
+    They are one or two: in some templates a turn that calls a tool ends with another token than an answer.
+    """
+    ids = []
+    for messages, tools in ((PROBED_ANSWER, None), (PROBED_MESSAGES[:2], [PROBED_TOOL])):
+        [encoded] = encode_many([(messages, tools)], tokenizer, prompt_format)
+        if isinstance(encoded, DataError):  # no template, or one that rejects this conversation
+            continue
+        supervised = itertools.compress(encoded[0].input_ids, encoded[0].loss_mask)
+        said = [token for token in supervised if tokenizer.decode([token]).strip()]
+        ids += [token for token in said[-1:] if token in end_ids(tokenizer)]
+    text = prompt_format.assistant.partition("{instruction}")[2].strip() if prompt_format and not ids else ""
+    return text, list(dict.fromkeys(ids))
 
 
 # Tokenizing -------------------------------------------------------------------------------------------
@@ -252,10 +271,7 @@ def _mask(rendered: RenderedText, tokenized: _TokenizedText, tokenizer: PreTrain
     ids = tokenized.tokens.ids
     if rendered.all_in_loss:
         return Encoded(ids, [True] * len(ids))
-    ends = special_ids(tokenizer)
-    # A BOS after a turn begins the next text. Where one token is both (GPT-2's <|endoftext|>), it ends the turn.
-    if tokenizer.bos_token_id != tokenizer.eos_token_id:
-        ends -= {tokenizer.bos_token_id}
+    ends = end_ids(tokenizer) & special_ids(tokenizer)
     mask = [False] * len(ids)
     for (start, end), in_loss in zip(tokenized.spans, rendered.in_loss, strict=True):
         if not in_loss:

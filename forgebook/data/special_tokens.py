@@ -22,8 +22,11 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 __all__ = [
+    "end_ids",
+    "has_end",
     "has_hidden",
     "hide",
+    "leading_token",
     "literal_tokenizer",
     "map_texts",
     "restore",
@@ -61,6 +64,34 @@ def hide(text: str, tokenizer) -> str:
         raise DataError("a message contains a character of the private planes (U+F0000 and above): remove it")
     numbers, pattern = _special_tokens(tokenizer)
     return pattern.sub(lambda match: chr(_IN_MESSAGE + numbers[match[0]]), text)
+
+
+def leading_token(text: str, tokenizer) -> str:
+    """Return the special token with which a text begins, with white space before it; empty if it begins otherwise."""
+    match = re.match(rf"\s*(?:{_special_tokens(tokenizer)[1].pattern})", text)
+    return match[0] if match else ""
+
+
+@functools.lru_cache(maxsize=64)
+def end_ids(tokenizer) -> frozenset[int]:
+    """List the ids of tokens that can end a turn: special ones, and added ones except closing tags (`</tool_call>`)."""
+    added = {
+        number for number, token in tokenizer.added_tokens_decoder.items() if token.content[:2] not in ("</", "[/")
+    }
+    ends = added | special_ids(tokenizer)
+    # A BOS after a turn begins the next text. Where one token is both (GPT-2's <|endoftext|>), it ends the turn.
+    return frozenset(ends if tokenizer.bos_token_id == tokenizer.eos_token_id else ends - {tokenizer.bos_token_id})
+
+
+@functools.lru_cache(maxsize=64)
+def _end_pattern(tokenizer) -> re.Pattern:
+    ends = sorted(map(re.escape, tokenizer.convert_ids_to_tokens(sorted(end_ids(tokenizer)))))
+    return re.compile(rf"(?:{'|'.join(ends) or '(?!)'})(?:\s|{re.escape(tokenizer.bos_token or ' ')})*\Z")
+
+
+def has_end(turn: str, tokenizer) -> bool:
+    """Return whether a turn ends with a token of its own; white space and the next text's BOS may follow it."""
+    return _end_pattern(tokenizer).search(turn) is not None
 
 
 def without_closing_token(text: str, tokenizer) -> str:

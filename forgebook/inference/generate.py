@@ -21,9 +21,9 @@ from forgebook.config import blocks
 from forgebook.config.blocks import PromptFormat
 from forgebook.config.parse import load_config
 from forgebook.config.schema import FinetuneConfig
-from forgebook.data import chat_template, masking, special_tokens
+from forgebook.data import chat_template, masking
 from forgebook.data.prompt_formats import read_prompt_format
-from forgebook.errors import DataError, ModelError, ResourceError, first_line
+from forgebook.errors import ModelError, ResourceError, first_line
 from forgebook.inference.sampling import Sampler, Sampling, StopStrings, TokenSampling, prompt_seed
 from forgebook.models import adapters, load
 from forgebook.models.template_settings import set_template_defaults
@@ -220,28 +220,15 @@ def _generation_config(
         if (path := Path(source) / "generation_config.json").exists():
             raise ModelError(f"{path} is damaged: {first_line(error)}") from None
         config = copy.deepcopy(fallback) or GenerationConfig()
-    end_text, end_id = _end_of_turn(tokenizer, prompt_format)
+    end_text, end_ids = masking.end_of_turn(tokenizer, prompt_format)
     own_ids = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    ids = [*own_ids, tokenizer.eos_token_id, end_id, *(stop for stop in stopping_sequences if isinstance(stop, int))]
+    ids = [*own_ids, tokenizer.eos_token_id, *end_ids, *(stop for stop in stopping_sequences if isinstance(stop, int))]
     own_texts = [config.stop_strings] if isinstance(config.stop_strings, str) else config.stop_strings or []
     texts = [*own_texts, end_text, *(stop for stop in stopping_sequences if isinstance(stop, str))]
     config.eos_token_id = list(dict.fromkeys(stop for stop in ids if stop is not None))
     config.stop_strings = list(dict.fromkeys(stop for stop in texts if stop)) or None
     config.pad_token_id = tokenizer.pad_token_id
     return config
-
-
-def _end_of_turn(tokenizer, prompt_format: PromptFormat | None) -> tuple[str, int | None]:
-    """Find what ended an answer in training: a text, where a prompt format ends with one, or a special token."""
-    probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    try:
-        encoded = masking.encode(probe, tokenizer, prompt_format)
-    except DataError:  # no template, or one that rejects this conversation
-        return "", None
-    supervised = [token for token, in_loss in zip(encoded.input_ids, encoded.loss_mask, strict=True) if in_loss]
-    if supervised and supervised[-1] in special_tokens.special_ids(tokenizer):
-        return "", supervised[-1]
-    return (prompt_format.assistant.partition("{instruction}")[2].strip() if prompt_format else ""), None
 
 
 # Answering --------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ from transformers.integrations.neftune import activate_neftune
 from forgebook.config.blocks import PromptFormat
 from forgebook.config.deepspeed_file import read_deepspeed_config
 from forgebook.config.schema import ResolvedConfig
+from forgebook.data import masking
 from forgebook.errors import TrainingError
 from forgebook.models import adapters, load
 from forgebook.models.tokenizer import label_tokens, locate, tokenizer_of
@@ -133,6 +134,7 @@ def make_worker(config: ResolvedConfig, accelerator: Accelerator) -> Worker:
     with contextlib.nullcontext() if is_deepspeed_zero3_enabled() else distributed.raised_everywhere():
         model = _load_model(config, tokenizer, base, adapter)
         parameters = load.parameter_counts(model)
+    _stop_at(masking.end_of_turn(tokenizer, config.generation_config.prompt_format)[1], model.generation_config)
     trained = [p for p in model.parameters() if p.requires_grad]
     hyperparameters = {
         "lr": config.learning_rate,
@@ -151,6 +153,14 @@ def make_worker(config: ResolvedConfig, accelerator: Accelerator) -> Worker:
     optimizer = optimizers.AdamW(trained, bits=8 if config.optimizer == "adamw_8bit" else 32, **hyperparameters)
     wrapped = accelerator.prepare(SupervisedLM(model))
     return Worker(accelerator, tokenizer, model, wrapped, optimizer, None, parameters)
+
+
+def _stop_at(ends: list[int], generation_config: Any) -> None:
+    """Add the tokens that end an answer in training to those at which generation stops; checkpoints save them."""
+    own = generation_config.eos_token_id
+    known = own if isinstance(own, list) else [own] if own is not None else []
+    if set(ends) - set(known):
+        generation_config.eos_token_id = list(dict.fromkeys([*known, *ends]))
 
 
 def _load_model(config: ResolvedConfig, tokenizer: Any, base: str, adapter: str | None) -> Any:

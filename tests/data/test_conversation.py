@@ -5,8 +5,9 @@ import copy
 import pytest
 
 from conftest import supervised_text
+from forgebook.config.blocks import PromptFormat
 from forgebook.data.chat_template import render
-from forgebook.data.masking import encode, encode_many, encode_prompt
+from forgebook.data.masking import encode, encode_many, encode_prompt, end_of_turn
 from forgebook.data.row_formats import parse_row
 from forgebook.errors import DataError
 from forgebook.models.template_settings import set_template_defaults
@@ -202,3 +203,56 @@ def test_harmony_expands_conversations_of_several_answers(with_template):
     [rows] = encode_many([(AGENT + AGENT, TOOLS)], harmony, rewritten_turns="expand")
     assert [supervised_text(row, harmony).count("[analysis]") for row in rows] == [1, 1, 1, 1]
     assert [harmony.decode(row.input_ids).count("[analysis]") for row in rows] == [1, 2, 1, 2]
+
+
+# GLM 4.5: no token ends a turn, the tag of the next role does.
+NO_END = LISTS_TOOLS + (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% for c in m.tool_calls or [] %}<tool_call>"
+    "{{ c.function.name }}{{ c.function.arguments | tojson }}</tool_call>{% endfor %}{% endfor %}" + PROMPT
+)
+PLAIN_TEXT = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: "
+    "{% endif %}"
+)
+
+
+def test_a_turn_without_an_end_ends_with_the_tag_of_the_next(with_template):
+    tokenizer = with_template(NO_END)
+    encoded = encode([*SHORT, *SHORT], tokenizer)
+    assert supervised_text(encoded, tokenizer) == "4<|user|>4<|user|>"
+    prompt = encode_prompt([*SHORT, QUESTION], tokenizer)
+    assert encoded.input_ids[: len(prompt)] == prompt
+    called = encode([QUESTION, calls("Oslo")], tokenizer, tools=TOOLS)
+    assert supervised_text(called, tokenizer).endswith("</tool_call><|tool|>")
+    assert encode(SHORT, tokenizer, loss_on="all").input_ids[-1] == tokenizer.convert_tokens_to_ids("<|user|>")
+
+
+def test_a_turn_without_any_token_ends_with_eos(with_template):
+    tokenizer = with_template(PLAIN_TEXT)
+    assert supervised_text(encode(SHORT, tokenizer), tokenizer) == "4\n<|end|>"
+    with pytest.raises(DataError, match=r"messages\[1\]: no token ends this assistant turn .* rewritten_turns: expand"):
+        encode([*SHORT, *SHORT], tokenizer)
+    [rows] = encode_many([([*SHORT, *SHORT], None)], tokenizer, rewritten_turns="expand")
+    assert [supervised_text(row, tokenizer) for row in rows] == ["4\n<|end|>"] * 2
+    tokenizer.eos_token = None
+    with pytest.raises(DataError, match=r"messages\[1\]: no token ends this assistant turn.*prompt_format"):
+        encode(SHORT, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("assistant", "supervised"),
+    [("{instruction}", "4<|end|>"), ("{instruction} ###\n", "4 ###\n"), ("{instruction}<|end|>", "4<|end|>")],
+)
+def test_prompt_formats_end_with_their_own_text_or_with_eos(tokenizer, assistant, supervised):
+    fmt = PromptFormat(system="{instruction}", user="U{instruction}", assistant=assistant)
+    assert supervised_text(encode(SHORT, tokenizer, fmt), tokenizer) == supervised
+
+
+@pytest.mark.parametrize(
+    ("template", "ends"),
+    [(NO_END, ["<|user|>", "<|tool|>"]), (NO_CALLS, ["<|end|>"]), (PLAIN_TEXT, ["<|end|>"])],
+    ids="next-tag own eos".split(),
+)
+def test_the_tokens_that_end_an_answer(with_template, template, ends):
+    tokenizer = with_template(template)
+    assert end_of_turn(tokenizer, None) == ("", tokenizer.convert_tokens_to_ids(ends))

@@ -98,9 +98,9 @@ def test_an_empty_answer_still_has_its_end_of_turn_token_in_the_loss(tokenizer):
 
 def test_an_example_without_a_token_in_the_loss_is_rejected(tokenizer):
     """Peers' point 1."""
-    silent = PromptFormat(system="{instruction}", user="{instruction}", assistant="{instruction}")
-    rows = [Example("f:7", messages=chat("q", "")["messages"])]
-    [error] = tokenize.encode_examples(rows, tokenizer, tokenize.EncodingOptions(prompt_format=silent))
+    options = tokenize.EncodingOptions("classification", labels=("<|user|>",))
+    rows = [Example("f:7", messages=chat("q", "neither")["messages"])]
+    [error] = tokenize.encode_examples(rows, tokenizer, options)
     assert isinstance(error, DataError) and "f:7: no token of this example is in the loss" in str(error)
 
 
@@ -143,7 +143,7 @@ def test_cached_tokens_are_those_of_this_code(tmp_path, write_rows, tokenizer):
         [shard] = {file for file, _ in tokens.files}
         digest.update(repr(pa.ipc.open_file(shard).read_all().to_pydict()).encode())
         digest.update(repr((notes.rows, notes.turns, notes.formats, notes.ignored)).encode())
-    golden = (3, "7ecc5c9e8c4d9709")
+    golden = (4, "7ecc5c9e8c4d9709")
     assert (tokenize.CACHE_VERSION, digest.hexdigest()[:16]) == golden, (
         "the tokens of the same rows, or their shards, changed: bump CACHE_VERSION and re-pin"
     )

@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -10,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from conftest import LORA, REPOSITORY
+from conftest import LORA, REPOSITORY, TINY_MODEL
 from forgebook.errors import ForgebookError, TrainingError
 from forgebook.training import distributed, setup
 from forgebook.training.setup import (
@@ -93,6 +94,21 @@ def test_what_is_trained_is_counted_and_is_what_the_optimizer_updates(make_confi
     assert sum(p.numel() for p in worker.optimizer.trained) == trained
     [group] = worker.optimizer.param_groups
     assert group["lr"] == 3e-4 and group["weight_decay"] == 0.1 and worker.deepspeed_engine is None
+
+
+TAGS_ALONE = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}{% if add_generation_prompt %}"
+    "<|assistant|>{% endif %}"
+)
+
+
+@pytest.mark.parametrize(("template", "stops"), [(None, 2), (TAGS_ALONE, [2, 4])], ids=["own end", "next tag"])
+def test_generation_stops_at_what_ends_an_answer_in_training(make_config, tmp_path, template, stops):
+    folder = shutil.copytree(TINY_MODEL, tmp_path / "model")
+    if template is not None:
+        (folder / "chat_template.jinja").write_text(template)
+    worker = make(make_config(model_id=str(folder), lora_config=LORA))
+    assert worker.model.get_base_model().generation_config.eos_token_id == stops
 
 
 def test_what_one_worker_cannot_load_is_named(make_config, tmp_path):
