@@ -14,6 +14,7 @@ import pytest
 
 from conftest import REPOSITORY, TINY_MODEL, uneven_rows
 from forgebook.cli.main import main
+from forgebook.config.parse import CONFIG_HEADER
 from forgebook.errors import StorageError
 from forgebook.runs import object_store, upload
 from forgebook.runs import run as storage
@@ -31,12 +32,12 @@ def run_folder(door, tmp_path, monkeypatch):
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     object_store.remove_folder(URI)
     folder = tmp_path / "run"
-    write(folder / "config.yaml", "a: 1\n")
+    write(folder / "config.yaml", f"{CONFIG_HEADER}\na: 1\n")
     write(folder / "data_report.json", "{}")
     write(folder / "metrics.jsonl", '{"step": 1}\n{"step"')
     write(folder / "tokens/train.npz", "made again")
     write(folder / "logs/worker-0.log", "log\n")
-    write(folder / "checkpoints/epoch-1/adapter.safetensors", "epoch 1")
+    write(folder / "checkpoints/epoch-1/adapter_model.safetensors", "epoch 1")
     write(folder / "resume/step-1/place.json", "{}")
     write(folder / "resume/.writing-step-2/state.pt", "half")
     return folder
@@ -73,7 +74,7 @@ def test_what_a_run_writes_is_uploaded_beside_it_and_comes_back(run_folder, tmp_
     assert files_of(tmp_path / "other") == {
         name: local[name]
         for name in (
-            "config.yaml", "data_report.json", "metrics.jsonl", "checkpoints/epoch-1/adapter.safetensors",
+            "config.yaml", "data_report.json", "metrics.jsonl", "checkpoints/epoch-1/adapter_model.safetensors",
             "resume/step-2/place.json",
         )
     }  # fmt: skip
@@ -106,7 +107,7 @@ def test_a_bucket_that_fails_for_a_while_does_not_stop_a_run(run_folder, door):
     told = []
     with upload.uploading(run_folder, URI, told.append):
         door.answers = lambda method, path: "slow down"
-        write(run_folder / "checkpoints/epoch-2/adapter.safetensors", "epoch 2")
+        write(run_folder / "checkpoints/epoch-2/adapter_model.safetensors", "epoch 2")
         until(lambda: told)
         door.answers = lambda method, path: None
         until(lambda: len(told) == 2)
@@ -161,7 +162,7 @@ def test_the_run_that_is_further_on_is_kept(run_folder):
     assert files_of(run_folder) == before
     write(run_folder / "config.yaml", "a: 2\n")  # another run of that name: the bucket's counts
     upload.download_run(URI, run_folder)
-    assert (run_folder / "config.yaml").read_text() == "a: 1\n"
+    assert (run_folder / "config.yaml").read_text() == f"{CONFIG_HEADER}\na: 1\n"
     assert (run_folder / "metrics.jsonl").read_text() == '{"step": 1}\n'
 
 
@@ -169,7 +170,7 @@ def test_a_run_deleted_from_the_bucket_is_deleted_here(run_folder):
     upload.upload_run(run_folder, URI, print)
     storage.remove_run(storage.Run(run_folder, URI))
     assert object_store.list_files(URI) == {} and not run_folder.exists()
-    write(run_folder / "config.yaml", "a: 1\n")
+    write(run_folder / "config.yaml", f"{CONFIG_HEADER}\na: 1\n")
     upload.download_run(URI, run_folder)
     assert not run_folder.exists()
 
