@@ -158,8 +158,11 @@ def _load_unquantized(folder: Path, rope_scaling: dict[str, Any] | None):
     source, _ = base_of(folder)
     refuse_pickled(str(folder))
     check_files(folder)
-    with readable_model_errors(source, f"base of {folder}"):
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    try:
+        with readable_model_errors(source, "model"):
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except ModelError as error:
+        raise ModelError(f"the base of {folder} could not be read: {error}") from None
     if getattr(config, "quantization_config", None):
         raise ModelError(
             f"the base {source} is itself quantized: an adapter can be merged into 16-bit weights only. Set "

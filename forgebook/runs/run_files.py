@@ -31,7 +31,7 @@ TRACES = ("data_report.json", "metrics.jsonl", "summary.json", "tokens/train.npz
 # What this program writes; a pattern that ends with * also names what is deeper. Of a checkpoint's files transformers
 # and PEFT choose most of the names.
 _CHECKPOINT = """
-    adapter_model*.safetensors model*.safetensors *.safetensors.index.json adapter_config.json config.json
+    adapter*.safetensors model*.safetensors *.safetensors.index.json adapter_config.json config.json
     generation_config.json config_overrides.json checksums.json manifest.json prompt_format.yaml README.md
     chat_template.jinja additional_chat_templates/*.jinja tokenizer*.json tokenizer.model special_tokens_map.json
     added_tokens.json vocab.json vocab.txt merges.txt *.tiktoken spiece.model sentencepiece.bpe.model

@@ -19,6 +19,7 @@ from forgebook.errors import StorageError
 from forgebook.runs import object_store, upload
 from forgebook.runs import run as storage
 from forgebook.runs.metrics import read_metrics
+from forgebook.runs.run_files import write_marker
 
 STATE = re.compile(r"resume/step-\d+/manifest\.json")
 URI = "s3://forgebook/runs/run"
@@ -167,6 +168,7 @@ def test_the_run_that_is_further_on_is_kept(run_folder):
 
 
 def test_a_run_deleted_from_the_bucket_is_deleted_here(run_folder):
+    write_marker(run_folder)
     upload.upload_run(run_folder, URI, print)
     storage.remove_run(storage.Run(run_folder, URI))
     assert object_store.list_files(URI) == {} and not run_folder.exists()
@@ -194,6 +196,7 @@ def test_a_run_in_a_bucket_of_google(google, run_folder, tmp_path):
     uri = "gs://forgebook/runs/run"
     with pytest.raises(StorageError, match="there is no such bucket"):
         upload.upload_run(run_folder, "gs://no-such-bucket/run", print)
+    write_marker(run_folder)
     upload.upload_run(run_folder, uri, print)
     upload.download_run(uri, tmp_path / "other")
     assert files_of(tmp_path / "other/checkpoints") == files_of(run_folder / "checkpoints")
