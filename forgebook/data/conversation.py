@@ -257,7 +257,7 @@ class Conversation:
         fix = f"set {setting}" if setting else OTHER_FORMAT
         if _thought_of(self.messages[k])[0] and closes_thought(prompt):
             return f": it has reasoning, but the generation prompt of the chat template closes the thought: {fix}"
-        if path := self._lacks(k, through):
+        if path := missing_part(self.messages[k], through.removeprefix(prompt)):
             return f".{self._described(k, path)}: {fix}"
         return (
             ": the chat template does not continue its own generation prompt with this assistant turn, so no prompt "
