@@ -92,7 +92,10 @@ class Linear:
 
 @dataclass(frozen=True)
 class Shape:
-    """The shape of a decoder: all that its parameters, activations and FLOPs depend on."""
+    """The shape of a decoder: all that its parameters, activations and FLOPs depend on.
+
+    towers: parameters of vision and audio towers and projectors, which are loaded, but no text passes through them.
+    """
 
     model_type: str
     layers: int
@@ -108,6 +111,7 @@ class Shape:
     active_experts: int = 1
     attention_bias: bool = False
     mlp_bias: bool = False
+    towers: int = 0
 
     @property
     def family(self) -> Family:
@@ -159,6 +163,11 @@ class Shape:
     @property
     def parameters(self) -> int:
         """Count all parameters; tied embeddings once."""
+        return self.text_parameters + self.towers
+
+    @property
+    def text_parameters(self) -> int:
+        """Count the parameters that a text passes through."""
         tables = self.embedding_parameters * (1 if self.tied else 2)
         return tables + self.layers * self.layer_parameters + self.hidden
 
@@ -271,6 +280,7 @@ def _shape_in(path: Path, catalog: Catalog | None) -> Shape:
         facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} cannot be read: {error}") from None
+    towers = _tower_parameters(facts)
     facts = facts.get("text_config", facts)  # models that read images wrap their text decoder
     kind, families = str(facts.get("model_type")), (catalog or read_catalog()).families
     family = families.get(kind)
@@ -293,7 +303,22 @@ def _shape_in(path: Path, catalog: Catalog | None) -> Shape:
         active_experts=facts.get("num_experts_per_tok", 1) if family.experts else 1,
         attention_bias=bool(facts.get("attention_bias", False)),
         mlp_bias=bool(facts.get("mlp_bias", False)),
+        towers=towers,
     )
+
+
+def _tower_parameters(facts: dict[str, Any]) -> int:
+    """Count the parameters of a vision tower and its projector: exact for SigLIP as Gemma 3 has it, else about."""
+    vision = facts.get("vision_config") or {}
+    hidden, layers = vision.get("hidden_size"), vision.get("num_hidden_layers") or vision.get("depth")
+    if not isinstance(hidden, int) or not isinstance(layers, int):
+        return 0
+    inner, patch = vision.get("intermediate_size", 4 * hidden), vision.get("patch_size", 16)
+    layer = 4 * hidden * (hidden + 1) + 2 * hidden * inner + inner + hidden + 4 * hidden
+    pixels = vision.get("num_channels", 3) * patch**2
+    positions = (vision.get("image_size", 0) // patch) ** 2
+    projector = hidden * (facts.get("text_config", {}).get("hidden_size", 0) + 1)
+    return layers * layer + hidden * (pixels + 1 + positions + 2) + projector
 
 
 def hardware_of(text: str, catalog: Catalog | None = None) -> tuple[int, Gpu]:

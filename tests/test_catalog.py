@@ -12,9 +12,7 @@ from forgebook.errors import ConfigError, ModelError
 from forgebook.planning.plan import plan
 from forgebook.planning.plan_report import plan_summary, price_rows
 
-# As the hub's safetensors figures state them; where a tied table is stored twice (Qwen3 0.6B, 1.7B), once. Of Gemma 3
-# from 4B on, without the vision tower and its projector: 419,816,304, 421,290,864 and 423,060,336 of the published
-# 4,300,079,472, 12,187,325,040 and 27,432,406,640.
+# As the hub's safetensors figures state them; where a tied table is stored twice (Qwen3 0.6B, 1.7B), once.
 PUBLISHED = {
     "meta-llama/Llama-2-7b-hf": 6_738_415_616,
     "meta-llama/Llama-2-13b-hf": 13_015_864_320,
@@ -48,9 +46,9 @@ PUBLISHED = {
     "google/gemma-2-9b-it": 9_241_705_984,
     "google/gemma-2-27b-it": 27_227_128_320,
     "google/gemma-3-1b-it": 999_885_952,
-    "google/gemma-3-4b-it": 3_880_263_168,
-    "google/gemma-3-12b-it": 11_766_034_176,
-    "google/gemma-3-27b-it": 27_009_346_304,
+    "google/gemma-3-4b-it": 4_300_079_472,
+    "google/gemma-3-12b-it": 12_187_325_040,
+    "google/gemma-3-27b-it": 27_432_406_640,
     "mistralai/Mistral-7B-v0.1": 7_241_732_096,
     "mistralai/Mistral-7B-Instruct-v0.3": 7_248_023_552,
     "mistralai/Mistral-Nemo-Instruct-2407": 12_247_782_400,
@@ -86,7 +84,9 @@ def test_two_of_eight_experts_work_on_a_token():
 def test_a_config_json_may_wrap_its_text_decoder_and_leave_defaults_out(tmp_path):
     """As Gemma 3 4B's does: no heads, no vocabulary."""
     text = {"model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34}
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": text}))
+    vision = {"hidden_size": 1152, "image_size": 896, "intermediate_size": 4304, "num_hidden_layers": 27}
+    config = {"model_type": "gemma3", "text_config": text, "vision_config": {**vision, "patch_size": 14}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     assert shape_of(str(tmp_path)) == read_catalog().shapes["google/gemma-3-4b-it"]
 
 

@@ -13,7 +13,7 @@ from forgebook.config.deepspeed_file import Zero, read_deepspeed_config, zero_of
 from forgebook.config.schema import TASK_OF_BLOCK, FinetuneConfig, auto_keys
 from forgebook.errors import ConfigError
 
-__all__ = ["RULES", "Rule", "broken_rules", "check_rules", "open_keys"]
+__all__ = ["RULES", "UNREAD", "Rule", "broken_rules", "check_rules", "open_keys", "unread_keys"]
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,72 @@ RULES: tuple[Rule, ...] = (
         "set optimizer: adamw, or use a DeepSpeed file without offload_optimizer",
     ),
 )
+
+
+# Keys that nothing reads beside the others: each is a printed warning if the file or an override sets it.
+UNREAD: tuple[Rule, ...] = (
+    *(
+        Rule(
+            (key,),
+            lambda config, zero: config.valid_path is None,
+            f"{key} has no effect without valid_path",
+            "set valid_path, or remove it",
+        )
+        for key in ("eval_first", "eval_batch_size_per_device")
+    ),
+    Rule(
+        ("min_update_steps",),
+        lambda config, zero: config.num_epochs is not None,
+        "min_update_steps has no effect beside num_epochs",
+        "remove one of them",
+    ),
+    *(
+        Rule(
+            (key,),
+            lambda config, zero: config.task == "causal_lm",
+            f"{key} has no effect in task: causal_lm, whose loss covers every token",
+            "set task: instruction_tuning, or remove it",
+        )
+        for key in ("train_on", "rewritten_turns")
+    ),
+    *(
+        Rule(
+            (key,),
+            lambda config, zero: config.num_devices == 0,
+            f"{key} has no effect with num_devices: 0, which runs without Ray",
+            "set num_devices, or remove it",
+        )
+        for key in ("address", "worker_resources", "trainer_resources", "max_failures")
+    ),
+    Rule(
+        ("liger_kernel",),
+        lambda config, zero: bool(config.liger_kernel.kwargs) and not config.liger_kernel.enabled,
+        "liger_kernel.kwargs has no effect while liger_kernel.enabled is false",
+        "set enabled: true, or remove the block",
+    ),
+    Rule(
+        ("preference_tuning_config",),
+        lambda config, zero: (
+            (block := config.preference_tuning_config) is not None and block.label_smoothing > 0 and block.loss != "dpo"
+        ),
+        "preference_tuning_config.label_smoothing has no effect on a loss other than dpo",
+        "set loss: dpo, or remove it",
+    ),
+    Rule(
+        ("num_data_blocks_per_device",),
+        lambda config, zero: (
+            (block := config.preference_tuning_config) is None or block.logprob_processor_scaling_config is None
+        ),
+        "num_data_blocks_per_device has no effect without separate log-probability workers",
+        "set preference_tuning_config.logprob_processor_scaling_config, or remove it",
+    ),
+)
+
+
+def unread_keys(config: FinetuneConfig) -> list[str]:
+    """List a warning for each key that the file or an override sets and nothing reads."""
+    zero = zero_of(read_deepspeed_config(config))
+    return [str(rule) for rule in UNREAD if rule.keys[0] in config.explicit_keys and rule.is_broken(config, zero)]
 
 
 def open_keys(config: FinetuneConfig) -> set[str]:

@@ -181,9 +181,10 @@ def _load_unquantized(folder: Path, rope_scaling: dict[str, Any] | None):
 
 def _load_plainly(folder: Path):
     """Load a model folder as any user of transformers would."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).eval()
+    kind = load.auto_class(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+    return kind.from_pretrained(folder, trust_remote_code=False).eval()
 
 
 def _untie(model) -> None:

@@ -24,7 +24,7 @@ from rich.markup import escape
 from forgebook import ray_cluster as cluster
 from forgebook.config.blocks import needs_reference
 from forgebook.config.parse import config_differences, dump_config, load_config
-from forgebook.config.rules import check_rules
+from forgebook.config.rules import check_rules, unread_keys
 from forgebook.config.schema import FinetuneConfig, ResolvedConfig
 from forgebook.data import token_store
 from forgebook.errors import ForgebookError, ResourceError, StorageError, TrainingError, last_line
@@ -88,6 +88,7 @@ def fine_tune(config: FinetuneConfig) -> Run:
             output.print(f"{run.place} is complete already (on_existing=overwrite runs it again)")
             print_summary(output, run)
             return run
+    ineffective = [*unread_keys(config), *preflight.check_settings(prepared)]
     plan, note = preflight.plan_run(prepared)
     warnings = preflight.check_plan(plan, run.folder, force=resolved.force) if plan else []
     try:
@@ -98,7 +99,7 @@ def fine_tune(config: FinetuneConfig) -> Run:
                     _warner(output)(f"kept in {run.place}, because no run wrote it: {', '.join(kept)}")
             _write_run(run, prepared, plan)
             print_run(output, run, prepared)
-            print_plan(output, plan, [*warnings, *filter(None, [note])])
+            print_plan(output, plan, [*ineffective, *warnings, *filter(None, [note])])
             summary_note = _train(run, resolved, plan, started)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(stopped_text(run)) from None

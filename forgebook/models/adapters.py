@@ -12,10 +12,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import warnings
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from forgebook.errors import CheckpointError, ModelError, first_line
+from forgebook.models.families import freeze_towers, tower_modules
 from forgebook.models.tokenizer import readable_model_errors, refuse_pickled
 from forgebook.runs.atomic import read_json
 from forgebook.runs.checksums import check_files
@@ -23,6 +27,7 @@ from forgebook.runs.run import display_path
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
     from transformers import PreTrainedModel
 
 __all__ = [
@@ -31,6 +36,7 @@ __all__ = [
     "align_base",
     "changes_base",
     "check_adapter",
+    "check_lora",
     "continue_lora",
     "double_rank",
     "fit_original_base",
@@ -44,14 +50,112 @@ OVERRIDES = "config_overrides.json"
 
 
 def add_lora(model: PreTrainedModel, lora_config: dict[str, Any]):
-    """Add a new LoRA adapter to a model; only the adapter trains. Raises ModelError if lora_config does not fit."""
+    """Add a new LoRA adapter to a model; only the adapter trains. Raises ModelError if lora_config does not fit.
+
+    It reaches no vision or audio tower: a text trains nothing there.
+    """
     from peft import LoraConfig, get_peft_model
 
+    towers = tower_modules(model)
     try:
         config = LoraConfig(**{"task_type": "CAUSAL_LM", **lora_config})
+        if towers:
+            config.exclude_modules = _without(config.exclude_modules, towers)
         return _in_dtype_of_base(get_peft_model(model, config, autocast_adapter_dtype=False))
     except (ValueError, TypeError, NotImplementedError) as error:
         raise ModelError(f"lora_config does not fit this model: {first_line(error)}") from None
+
+
+def check_lora(model: PreTrainedModel, lora_config: dict[str, Any]) -> list[str]:
+    """Add an adapter to a model without weights; list warnings about settings that reach nothing in it.
+
+    Raises ModelError if lora_config does not fit, or no layer gets an adapter.
+    """
+    unmatched = _unmatched(model, lora_config)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            add_lora(model, lora_config | {"init_lora_weights": False})  # there is nothing to start from
+        except ModelError:
+            if unmatched:
+                raise ModelError("; ".join(unmatched)) from None
+            raise
+    # PEFT sets patterns of its own for experts, and warns of them.
+    patterns = ("rank_pattern", "alpha_pattern", "exclude_modules", "target_parameters")
+    keys = [key for key in patterns if key in lora_config]
+    ignored = dict.fromkeys(str(one.message) for one in caught if any(key in str(one.message) for key in keys))
+    return [*unmatched, *(f"lora_config: {text}" for text in ignored)]
+
+
+# Names that Llama's family gives to layers, and what other families call a layer that holds them together.
+FUSED = (
+    (("q_proj", "k_proj", "v_proj"), ("qkv_proj", "query_key_value", "c_attn", "Wqkv", "wqkv", "qkv")),
+    (("gate_proj", "up_proj", "w1", "w3"), ("gate_up_proj",)),
+)
+
+
+def _unmatched(model: PreTrainedModel, lora_config: dict[str, Any]) -> list[str]:
+    """Say which names of target_modules and modules_to_save no layer has, and what to name instead.
+
+    A layer of a vision or audio tower does not count: no text passes through it.
+    """
+    towers = tuple(f"{name}." for name in tower_modules(model))
+    names = [name for name, _ in model.named_modules() if name and not f"{name}.".startswith(towers)]
+    whole_names = [name for name in names if _is_linear(model.get_submodule(name))]
+    example, linears = whole_names[0], {name.rsplit(".", 1)[-1] for name in whole_names}
+    listed = f"its linear layers are {', '.join(sorted(linears))}"
+    parameters = {name.rsplit(".", 1)[-1] for name, _ in model.named_parameters()}
+    problems = []
+    for key in ("target_modules", "modules_to_save"):
+        wanted = lora_config.get(key) or []
+        if isinstance(wanted, str):
+            if wanted.lower() != "all-linear" and not any(re.fullmatch(wanted, name) for name in names):
+                text = f"lora_config.{key}: {wanted} is a pattern over whole names such as {example} and matches none"
+                problems.append(f"{text}; a list takes names of layers: {listed}")
+            continue
+        unknown = [one for one in wanted if not any(f".{name}".endswith(f".{one}") for name in names)]
+        unknown = [one for one in unknown if not _is_expert(model, one)]
+        fixes = []
+        for parts, wholes in FUSED:
+            fused, whole = set(parts) & set(unknown), next((one for one in wholes if one in linears | parameters), None)
+            if fused and whole:
+                verb = "are" if len(fused) > 1 else "is"
+                place = "" if whole in linears else " in target_parameters"
+                fixes.append(f"{', '.join(sorted(fused))} {verb} fused into {whole}: name that instead{place}")
+        if unknown:
+            text = f"lora_config.{key}: no layer that a text passes through is named {', '.join(unknown)}"
+            problems.append("; ".join([text, *(fixes or [listed])]))
+    layers = lora_config.get("layers_to_transform")
+    for layer in [layers] if isinstance(layers, int) else layers or []:
+        if not any(f".{layer}." in name for name in names):
+            problems.append(f"lora_config.layers_to_transform: there is no layer {layer}; the first one is 0")
+    return problems
+
+
+def _is_linear(module: nn.Module) -> bool:
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, torch.nn.Linear | Conv1D)
+
+
+def _is_expert(model: PreTrainedModel, name: str) -> bool:
+    """Report whether PEFT translates a name of an expert's layer: transformers 5 holds all experts in one tensor."""
+    from peft.utils import transformers_weight_conversion as peft_names
+
+    kind = peft_names._MODEL_TO_CONVERSION_PATTERN.get(  # type: ignore[attr-defined]  # PEFT has no public name for it
+        model.config.model_type
+    )
+    return name.rsplit(".", 1)[-1] in peft_names._MOE_TARGET_MODULE_MAPPING.get(kind, {})
+
+
+def _without(excluded: str | Collection[str] | None, towers: Sequence[str]) -> str:
+    """Add towers to the pattern or names of modules that get no adapter; return a pattern over whole names."""
+    inside = f"(?:{'|'.join(map(re.escape, towers))})(?:\\..*)?"
+    if not excluded:
+        return inside
+    named = excluded if isinstance(excluded, str) else rf"(?:.*\.)?(?:{'|'.join(map(re.escape, sorted(excluded)))})"
+    return f"{named}|{inside}"
 
 
 def check_adapter(source: str, lora_config: dict[str, Any], rope_scaling: dict[str, Any] | None = None) -> None:
@@ -96,6 +200,7 @@ def continue_lora(
     check_files(source)
     with readable_model_errors(source, "adapter"):
         model = PeftModel.from_pretrained(model, source, is_trainable=True, autocast_adapter_dtype=False)
+    freeze_towers(model)  # an adapter of another program may reach them
     return _in_dtype_of_base(model)
 
 

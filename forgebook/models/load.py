@@ -18,11 +18,11 @@ from forgebook.models.tokenizer import locate, readable_model_errors, refuse_pic
 from forgebook.runs.checksums import check_files
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from forgebook.config.schema import FinetuneConfig
 
-__all__ = ["fit_vocabulary", "load_model", "load_start", "parameter_counts"]
+__all__ = ["auto_class", "fit_vocabulary", "load_model", "load_skeleton", "load_start", "parameter_counts"]
 
 
 def fit_vocabulary(
@@ -46,6 +46,19 @@ def fit_vocabulary(
     return {"trainable_token_indices": dict.fromkeys(embeddings, tokenizer.convert_tokens_to_ids(list(labels)))}
 
 
+def auto_class(model_config: PretrainedConfig) -> Any:
+    """Choose the class to load a causal language model with: the published one, whose names an adapter must fit.
+
+    transformers would load Qwen3.5 and Llama 4 without their vision towers, as models whose layers have other names.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as READS_IMAGES
+
+    published = READS_IMAGES.get(model_config.model_type)
+    is_published = published is not None and published in (model_config.architectures or [])
+    return AutoModelForImageTextToText if is_published else AutoModelForCausalLM
+
+
 def load_model(
     source: str,
     *,
@@ -67,7 +80,7 @@ def load_model(
     Raises ModelError if there is none at `source`, ResourceError if `attention` cannot run here.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     if dtype == "bfloat16" and not torch.cuda.is_available() and cpu_bfloat16.is_needed():
         cpu_bfloat16.use_float32_products()
@@ -77,7 +90,7 @@ def load_model(
         model_config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         if rope_scaling is not None:
             model_config.rope_parameters = {**(model_config.rope_parameters or {}), **rope_scaling}
-        model = AutoModelForCausalLM.from_pretrained(
+        model = auto_class(model_config).from_pretrained(
             source,
             config=model_config,
             trust_remote_code=False,
@@ -118,6 +131,16 @@ def _quantized(kind: str | None, dtype: str) -> dict[str, Any]:
         settings = BitsAndBytesConfig(load_in_8bit=True)
     device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
     return {"quantization_config": settings, "device_map": {"": device}}
+
+
+def load_skeleton(source: str) -> PreTrainedModel:
+    """Build a model without weights from its config.json: its layers have names and shapes alone."""
+    import torch
+    from transformers import AutoConfig
+
+    with readable_model_errors(source, "model"), torch.device("meta"):
+        model_config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        return auto_class(model_config).from_config(model_config, trust_remote_code=False)
 
 
 def load_start(config: FinetuneConfig, tokenizer) -> PreTrainedModel:

@@ -118,10 +118,10 @@ def sharding_of(config: FinetuneConfig, shape: Shape) -> Sharding:
 
 
 def trainable_parameters(config: FinetuneConfig, shape: Shape) -> int:
-    """Count the trainable parameters: all, or those of the adapter."""
+    """Count the trainable parameters: all that a text passes through, or those of the adapter."""
     lora = config.lora_config
     if lora is None:
-        return shape.parameters
+        return shape.text_parameters
     count = sum(_adapter_size(rank, inputs, outputs, lora) for _, rank, inputs, outputs in _targets(lora, shape))
     count += _expert_adapters(lora, shape)
     saved = lora.get("modules_to_save") or []
@@ -144,15 +144,16 @@ def _targets(lora: dict[str, Any], shape: Shape) -> list[tuple[str, int, int, in
     layers = lora.get("layers_to_transform")
     layers = [layers] if isinstance(layers, int) else layers
     adapted = []
+    decoder = "model.language_model" if shape.towers else "model"
     for layer in range(shape.layers):
         for name, linear in shape.linears.items():
             holder = "self_attn" if linear.holder == "attention" else "mlp"
-            full = f"model.layers.{layer}.{holder}.{name}"
+            full = f"{decoder}.layers.{layer}.{holder}.{name}"
             if (layers is None or layer in layers) and _is_target(full, targets):
                 adapted.append((full, _rank_of(full, lora), linear.inputs, linear.outputs))
     # PEFT leaves the tables out of all-linear, and layers_to_transform names decoder layers alone.
     for full, inputs, outputs in (
-        ("model.embed_tokens", shape.vocab, shape.hidden),
+        (f"{decoder}.embed_tokens", shape.vocab, shape.hidden),
         ("lm_head", shape.hidden, shape.vocab),
     ):
         if targets != "all-linear" and layers is None and _is_target(full, targets):

@@ -287,6 +287,8 @@ def _notes(
     notes = []
     if workers != max(1, requested):
         notes.append(f"num_devices is {requested} in the config; planned for {workers}")
+    if shape.towers:
+        notes.append(f"{shape.towers:,} parameters of vision and audio towers are loaded and frozen: no text uses them")
     if shape.context is not None and config.context_length > shape.context and config.rope_scaling is None:
         notes.append(f"context_length {config.context_length:,} is beyond the model's {shape.context:,} positions")
     sharding = sharding_of(config, shape)

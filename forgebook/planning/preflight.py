@@ -1,6 +1,7 @@
 """The plan of a run that is about to start, from its own data and hardware; at its end, what was measured beside it.
 
 plan, warning = plan_run(prepared)                      Plan, or None and why there is none
+warnings = check_settings(prepared)                     what the config says and does not do
 warnings = check_plan(plan, run.folder, force=False)    ResourceError if the run cannot work, unless forced
 figures = compare_run(plan, run, result, steps)         for summary.json: throughput, planned and measured
 warning = record_run(plan, config, result, figures)     the throughput, for the next plan
@@ -16,6 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from forgebook.catalog import Shape, read_catalog, shape_of
 from forgebook.errors import ModelError, ResourceError
+from forgebook.models.adapters import check_lora
+from forgebook.models.families import check_positions
+from forgebook.models.load import load_skeleton
 from forgebook.models.tokenizer import locate
 from forgebook.planning import schedule
 from forgebook.planning.feasibility import Work
@@ -30,7 +34,7 @@ from forgebook.runs.run import Run, display_path
 if TYPE_CHECKING:
     from forgebook.config.schema import FinetuneConfig
 
-__all__ = ["check_plan", "compare_run", "plan_run", "record_run"]
+__all__ = ["check_plan", "check_settings", "compare_run", "plan_run", "record_run"]
 
 # Larger than the estimate's worst error against measured runs on CPUs (benchmarks/plan): on a CPU a run is refused only
 # if it needs this many times the memory, as the system may swap. A GPU cannot: there the plan alone decides.
@@ -90,12 +94,34 @@ def _shape_of(model_id: str) -> Shape:
 def _work_of(prepared: Prepared) -> Work:
     """Count what the run processes, from its own examples."""
     config, lengths, report = prepared.config, prepared.train.lengths, prepared.report["train"]
-    epoch_steps = schedule.steps_per_epoch(report["sequences"], config.global_batch_size)
+    epoch_steps = _epoch_steps(prepared)
     steps = schedule.total_steps(config.num_epochs, epoch_steps, config.max_steps)
     tokens = int(lengths.sum()) * steps / epoch_steps
     longest = int(lengths.max()) if config.padding == "longest" else config.context_length
     mean = float((lengths.astype(float) ** 2).sum() / lengths.sum())
     return Work(steps, round(tokens), round(tokens / (1 - report["padding_share"])), longest, mean)
+
+
+def check_settings(prepared: Prepared) -> list[str]:
+    """List warnings about settings that do not do what they say, with this model and these data.
+
+    Raises ConfigError or ModelError for those with which nothing, or not the right thing, would be trained.
+    """
+    config = prepared.config
+    base = locate(config.initial_base_model_ckpt_path or config.model_id)
+    steps = schedule.total_steps(config.num_epochs, _epoch_steps(prepared), config.max_steps)
+    warnings = [
+        schedule.check_warmup(config.num_warmup_steps, steps),
+        check_positions(base, config.context_length, config.rope_scaling),
+    ]
+    unmatched: list[str] = []
+    if config.lora_config is not None and config.initial_adapter_model_ckpt_path is None:
+        unmatched = check_lora(load_skeleton(base), config.lora_config)
+    return [*filter(None, warnings), *unmatched]
+
+
+def _epoch_steps(prepared: Prepared) -> int:
+    return schedule.steps_per_epoch(prepared.report["train"]["sequences"], prepared.config.global_batch_size)
 
 
 def check_plan(plan: Plan, folder: Path, *, force: bool) -> list[str]:

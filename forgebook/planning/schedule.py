@@ -12,7 +12,10 @@ from __future__ import annotations
 
 import math
 
+from forgebook.errors import ConfigError
+
 __all__ = [
+    "check_warmup",
     "epochs_for",
     "evaluation_interval",
     "evaluation_steps",
@@ -50,6 +53,24 @@ def warmup_steps(total_steps: int) -> int:
     """Choose the steps of the warm-up: 3% of the run within 10 to 100 steps, but never more than a tenth of it."""
     usual = round(WARMUP_SHARE * total_steps)
     return min(total_steps // 10, max(FEWEST_WARMUP_STEPS, min(MOST_WARMUP_STEPS, usual)))
+
+
+def check_warmup(num_warmup_steps: int, total_steps: int) -> str | None:
+    """Warn if the learning rate never reaches its peak.
+
+    Raises ConfigError if it is 0 in the only step: the base model would be saved as the result.
+    """
+    if num_warmup_steps and total_steps == 1:
+        raise ConfigError(
+            f"num_warmup_steps: {num_warmup_steps} starts the learning rate at 0, and the run has a single optimizer "
+            "step: nothing would be trained. Set num_warmup_steps: 0, or a higher num_epochs or max_steps"
+        )
+    if num_warmup_steps >= total_steps:
+        return (
+            f"num_warmup_steps is {num_warmup_steps}, the run has {total_steps} optimizer steps: the learning rate "
+            f"never reaches its peak; set num_warmup_steps to at most {warmup_steps(total_steps) or 1}"
+        )
+    return None
 
 
 def evaluation_interval(total_steps: int, evaluations: int) -> int | None:

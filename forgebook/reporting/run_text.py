@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
-from forgebook.models.families import context_limit
-from forgebook.models.tokenizer import locate
 from forgebook.models.vllm_support import vllm_serves
 from forgebook.planning import preflight, schedule
 from forgebook.planning.auto_config import choice_rows, choices_of
@@ -75,7 +73,6 @@ def print_run(output: Console, run: Run, prepared: Prepared) -> None:
         f"  steps  {config.num_epochs} epochs of {steps}{capped}, {config.global_batch_size} {unit} each, "
         f"learning rate {config.learning_rate:g} {config.lr_scheduler_type}"
     )
-    _print_context_warning(output, config)
     output.print(f"  where  {workers}, {sharding}; run folder {run.place}")
     if config.lora_config is not None:
         output.print(f"  vLLM can serve the adapter: {vllm_serves(config.lora_config)}")
@@ -86,18 +83,6 @@ def print_run(output: Console, run: Run, prepared: Prepared) -> None:
         )
     if config.trainer_resources:
         output.print("  [yellow]trainer_resources are not reserved: Ray Train gives every worker the same[/yellow]")
-
-
-def _print_context_warning(output: Console, config: ResolvedConfig) -> None:
-    """Warn if context_length is beyond the positions that the base model was trained for."""
-    base = locate(config.initial_base_model_ckpt_path or config.model_id)
-    limit = context_limit(base, config.rope_scaling)
-    if limit is not None and config.context_length > limit:
-        fix = "raise the factor of rope_scaling" if config.rope_scaling else "set rope_scaling to extend it"
-        output.print(
-            f"  [yellow]context_length {config.context_length:,} is beyond the {limit:,} positions of "
-            f"{display_path(Path(base))}: {fix}[/yellow]"
-        )
 
 
 def print_plan(output: Console, plan: Plan | None, warnings: list[str]) -> None:

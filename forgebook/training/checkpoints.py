@@ -83,7 +83,8 @@ def _gather_weights(model) -> dict[str, torch.Tensor]:
     is_adapter = hasattr(model, "peft_config")
     state = {}
     for name, tensor in _named_weights(model):
-        if is_adapter and not tensor.requires_grad:
+        # A frozen part of an adapter, in a tower, stays part of it.
+        if is_adapter and not tensor.requires_grad and "lora_" not in name:
             continue
         with _gathered_parameter(tensor):
             if distributed.is_main():

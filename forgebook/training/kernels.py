@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from forgebook.errors import ConfigError, ModelError, ResourceError, first_line
 from forgebook.models.attention import attention_facts, choose_attention
+from forgebook.models.families import decoder_of
 
 if TYPE_CHECKING:
     from forgebook.config.schema import FinetuneConfig
@@ -83,6 +84,6 @@ def compile_decoder(model: Any, options: bool | dict[str, Any]) -> None:
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     try:
         # In place: the names of parameters, and with them the checkpoints, stay the same.
-        causal.base_model.compile(**(options if isinstance(options, dict) else {}))
+        decoder_of(causal).compile(**(options if isinstance(options, dict) else {}))
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(f"torch_compile: {first_line(error)}") from None

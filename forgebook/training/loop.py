@@ -164,18 +164,19 @@ def train_loop(config: ResolvedConfig, run: Run, report: Report = lambda metrics
 
         # (7) Evaluate, then save. Between evaluations only the training state is saved, by the clock.
         name = checkpoint_names.get(step)
+        evaluation: dict[str, Any] = evaluate() if name is not None and evaluate else {}
+        if not any(rates[:step]):
+            # A warm-up starts at a learning rate of 0: after its first step this is still the base, and no result.
+            name = None
+            if evaluation:
+                progress.evaluation(step=step, epoch=epoch + 1, **evaluation)
         if name is not None:
-            evaluation = evaluate() if evaluate else {}
             losses[name] = evaluation.get("eval_loss")
             if worker.deepspeed_engine:
                 # ZeRO-3 may be prefetching the next batch's first weights, which a save could not gather.
                 worker.deepspeed_engine.empty_partition_cache()
-            # A warm-up starts at a learning rate of 0: after its first step alone an adapter is still all zero.
-            has_moved = any(rates[:step]) or step == last_step
             folder = run.checkpoints / name
-            checkpoints.save_checkpoint(
-                worker.model, worker.tokenizer, folder, trained=has_moved, **checkpoint_settings
-            )
+            checkpoints.save_checkpoint(worker.model, worker.tokenizer, folder, **checkpoint_settings)
             checkpoints.publish(run, folder, name)
             best = checkpoints.keep_best(run, losses, config.num_checkpoints_to_keep)
             evaluation |= {**sums.totals(), "checkpoint_dir_name": name, "is_best": name == best}

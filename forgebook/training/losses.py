@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from forgebook.errors import ModelError
+from forgebook.models.families import decoder_of
 from forgebook.planning.memory import LOSS_CHUNK
 
 __all__ = [
@@ -44,9 +45,9 @@ class SupervisedLM(nn.Module):
         self.model = model
         causal = model.get_base_model() if hasattr(model, "get_base_model") else model
         # A tuple hides the parts from nn.Module: registered twice, parameters would appear twice in the state dict.
-        self._parts = (causal.base_model, causal.get_output_embeddings())
+        self._parts = (decoder_of(causal), causal.get_output_embeddings())
         # DeepSpeed and accelerate read the hidden size from here to choose their bucket sizes.
-        self.config = causal.config
+        self.config = causal.config.get_text_config()
         _fuse(self._parts[1], causal.config)
 
     def forward(

@@ -35,6 +35,7 @@ from forgebook.config.schema import ResolvedConfig
 from forgebook.data import masking
 from forgebook.errors import TrainingError
 from forgebook.models import adapters, load
+from forgebook.models.families import freeze_towers
 from forgebook.models.tokenizer import label_tokens, locate, tokenizer_of
 from forgebook.training import distributed, kernels, optimizers
 from forgebook.training.losses import SupervisedLM
@@ -180,6 +181,8 @@ def _load_model(config: ResolvedConfig, tokenizer: Any, base: str, adapter: str 
         model = adapters.continue_lora(model, adapter, config.lora_config or {}, config.rope_scaling)
     elif config.lora_config is not None:
         model = adapters.add_lora(model, config.lora_config | new_token_settings)
+    else:
+        freeze_towers(model)
     if config.neftune_noise_alpha is not None:
         # Its noise comes from torch's random numbers, which a run seeds and saves with its training state.
         activate_neftune(model, config.neftune_noise_alpha)

@@ -9,7 +9,7 @@ import pytest
 from conftest import config_for
 from forgebook.catalog import hardware_of, shape_of
 from forgebook.config.parse import load_config
-from forgebook.config.rules import RULES, broken_rules, check_rules, open_keys
+from forgebook.config.rules import RULES, UNREAD, broken_rules, check_rules, open_keys, unread_keys
 from forgebook.errors import ConfigError, ResourceError
 from forgebook.planning.auto_config import choose, choose_task
 from forgebook.planning.feasibility import fit
@@ -215,3 +215,37 @@ def test_default_mode_says_which_rule_the_written_keys_break(write):
     config = load_config(write({"padding": "packed", "model_id": "meta-llama/Llama-3.1-8B"}), default=True)
     with pytest.raises(ConfigError, match="cannot pack the pairs"):
         choose_task(config, [{"prompt": "a", "chosen": "b", "rejected": "c"}])
+
+
+# Each sets keys that nothing reads; `valid_path` and the like make them read.
+UNREAD_KEYS = [
+    ({"eval_first": True, "eval_batch_size_per_device": 4}, {"valid_path": "v.jsonl"}),
+    ({"min_update_steps": 50, "num_epochs": 2}, {"num_epochs": None}),
+    ({"train_on": "last", "rewritten_turns": "expand"}, {"task": "instruction_tuning"}),
+    ({"num_devices": 0, "max_failures": 1, "address": "auto"}, {"num_devices": 2}),
+    ({"num_devices": 0, "worker_resources": {"A": 1}, "trainer_resources": {"B": 1}}, {"num_devices": 2}),
+    ({"liger_kernel": {"kwargs": {"rope": True}}}, {"liger_kernel": {"enabled": True, "kwargs": {"rope": True}}}),
+    (
+        {"preference_tuning_config": {"loss": "ipo", "label_smoothing": 0.1}},
+        {"preference_tuning_config": {"loss": "dpo", "label_smoothing": 0.1}},
+    ),
+    ({"num_data_blocks_per_device": 8}, {"preference_tuning_config": {"logprob_processor_scaling_config": {}}}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("values, remedy", UNREAD_KEYS)
+def test_a_key_that_nothing_reads_is_a_warning(values, remedy, write_yaml):
+    def warned(values):
+        minimal = {"model_id": "tiny", "train_path": "t.jsonl"}
+        return unread_keys(load_config(write_yaml(json.dumps(minimal | values))))
+
+    unread = values.keys() - {"num_devices", "num_epochs"}
+    assert {text.split()[0].split(".")[0] for text in warned(values)} == unread
+    assert warned(values | remedy) == []
+
+
+def test_a_default_is_never_unread(write_yaml):
+    minimal = {"model_id": "tiny", "train_path": "t.jsonl"}
+    assert unread_keys(load_config(write_yaml(json.dumps(minimal)))) == []
+    unread = {rule.keys[0] for rule in UNREAD}
+    assert unread == {key for values, _ in UNREAD_KEYS for key in values} - {"num_devices", "num_epochs"}

@@ -20,6 +20,7 @@ from forgebook.runs.metrics import read_metrics
 from forgebook.runs.run import open_run
 from forgebook.training.losses import SupervisedLM
 from forgebook.training.optimizers import learning_rates
+from support_models import TEXT, model_with_towers
 
 
 def plain_base(dtype=torch.float32, quantization=None, **settings):
@@ -398,3 +399,65 @@ def test_two_workers_train_and_save_as_one(ray_session, make_config, method):
             for run in (one, two)
         ]
         assert {name: t.shape for name, t in saved[0].items()} == {name: t.shape for name, t in saved[1].items()}, stage
+
+
+# Settings that reach nothing -----------------------------------------------------------------------------
+
+
+def skeleton(kind, **values):
+    """A model without weights."""
+    import transformers
+
+    config = getattr(transformers, f"{kind}Config")(**TEXT, **values)
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(config)
+
+
+LLAMA_NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "embed_tokens", "lm_head"]
+
+
+@pytest.mark.parametrize(
+    "kind, settings, words",
+    [
+        ("Llama", {"target_modules": ["q_proj", "query"]}, ["is named query", "its linear layers are down_proj, gate"]),
+        ("Llama", {"target_modules": ["q_proj"], "modules_to_save": ["score"]}, ["modules_to_save", "is named score"]),
+        ("Llama", {"target_modules": ["q_proj"], "layers_to_transform": [0, 7]}, ["there is no layer 7"]),
+        ("Llama", {"target_modules": ["q_proj"], "rank_pattern": {"query": 2}}, ["rank_pattern", "query"]),
+        ("Llama", {"target_modules": ["q_proj"], "exclude_modules": ["query"]}, ["exclude_modules", "query"]),
+        ("Phi3", {"target_modules": LLAMA_NAMES}, ["k_proj, q_proj, v_proj are fused into qkv_proj"]),
+        ("Phi3", {"target_modules": LLAMA_NAMES}, ["gate_proj, up_proj are fused into gate_up_proj"]),
+        ("GptOss", {"target_modules": LLAMA_NAMES}, ["gate_up_proj: name that instead in target_parameters"]),
+        ("Llama", {"target_modules": LLAMA_NAMES}, []),
+        ("Llama", {"target_modules": "all-linear"}, []),
+        ("Mixtral", {"target_modules": "all-linear"}, []),
+        ("Mixtral", {"target_modules": ["q_proj", "w1", "w2", "w3"]}, []),
+        ("Qwen3Moe", {"target_modules": LLAMA_NAMES}, []),
+    ],
+)  # fmt: skip
+def test_a_setting_that_reaches_nothing_is_a_warning(kind, settings, words):
+    warned = adapters.check_lora(skeleton(kind), {"r": 4, **settings})
+    assert bool(warned) == bool(words) and all(word in "\n".join(warned) for word in words)
+
+
+@pytest.mark.parametrize(
+    "kind, settings, message",
+    [
+        ("Llama", {"target_modules": ["query", "value"]}, "no layer that a text passes through is named query, value"),
+        (
+            "Llama",
+            {"target_modules": "q_proj"},
+            "q_proj is a pattern over whole names such as model.layers.0.self_attn",
+        ),
+        ("Phi3", {"target_modules": ["q_proj", "v_proj"]}, "q_proj, v_proj are fused into qkv_proj"),
+        ("GPT2", {"target_modules": ["q_proj"]}, "q_proj is fused into c_attn"),
+        ("Llama", {"target_modules": ["q_proj"], "rank": 4}, "rank"),
+    ],
+)
+def test_an_adapter_that_reaches_nothing_is_an_error(kind, settings, message):
+    with pytest.raises(ModelError, match=message):
+        adapters.check_lora(skeleton(kind), {"r": 4, **settings})
+
+
+def test_a_target_in_a_tower_alone_is_no_target():
+    with pytest.raises(ModelError, match="no layer that a text passes through is named fc1"):
+        adapters.check_lora(model_with_towers("Gemma3"), {"target_modules": ["fc1"]})

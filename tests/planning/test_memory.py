@@ -1,5 +1,6 @@
 """Bytes before the run: parameters against PEFT's, bytes against hand arithmetic and against measured peaks."""
 
+import dataclasses
 import importlib.util
 import json
 import statistics
@@ -62,6 +63,18 @@ def test_counts_are_those_of_transformers_and_peft(kind):
         model = get_peft_model(meta_model(kind), LoraConfig(task_type="CAUSAL_LM", r=8, **settings))
         counted = sum(p.numel() for p in model.parameters() if p.requires_grad)
         assert trainable_parameters(config_for("x", lora_config={"r": 8, **settings}), shape) == counted, name
+
+
+def test_a_vision_tower_is_loaded_and_not_trained(tmp_path):
+    """Its bytes are in the plan's weights; of Gemma 3 4B's 4.30 billion parameters 3.88 are trained."""
+    shape = shape_of("google/gemma-3-4b-it")
+    config = big("google/gemma-3-4b-it")
+    assert trainable_parameters(config, shape) == shape.parameters - shape.towers == 3_880_263_168
+    text = dataclasses.replace(shape, towers=0)
+    need, need_text = (memory_of(config, one, workers=1, length=512) for one in (shape, text))
+    assert need.weights - need_text.weights == 2 * shape.towers and need.optimizer == need_text.optimizer
+    pattern = {"r": 8, "target_modules": r"model\.language_model\.layers\.\d+\.self_attn\.q_proj"}
+    assert trainable_parameters(config.resolve(lora_config=pattern), shape) == 34 * 8 * (2560 + 8 * 256)
 
 
 def test_all_parameters_are_trained_without_an_adapter():

@@ -88,6 +88,13 @@ def test_data_elsewhere_is_not_fetched():
     assert any("not counted" in note for note in told.notes)
 
 
+def test_the_plan_names_the_parameters_of_towers():
+    config = big(model_id="google/gemma-3-4b-it")
+    planned = plan(config, shape_of(config.model_id), None)
+    assert planned.parameters - planned.trainable_parameters == 419_816_304
+    assert any("419,816,304 parameters of vision and audio towers" in note for note in planned.notes)
+
+
 def test_flops_are_six_and_four_per_parameter():
     shape = shape_of(big().model_id)
     active = shape.parameters - shape.embedding_parameters  # no look-up

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from conftest import TINY_MODEL, losses_of
-from forgebook.errors import ModelError, ResourceError
+from forgebook.errors import ConfigError, ModelError, ResourceError
 from forgebook.launch.ray_train import fine_tune
 from forgebook.planning.history import read_throughputs
 from forgebook.planning.preflight import plan_run
@@ -126,3 +126,19 @@ def test_an_architecture_that_is_not_known_has_no_plan(make_config, model_of):
     config = make_config(model_id=model_of(model_type="olmo"))
     told, note = plan_run(prepare(config, open_run(config)))
     assert told is None and note.startswith("no plan: ") and "model_type 'olmo'" in note
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 4, "target_modules": "all-linear"}])
+def test_a_run_of_one_step_that_would_save_its_base_is_refused(lora, make_config):
+    config = make_config(max_steps=1, lora_config=lora)
+    with pytest.raises(ConfigError, match="the run has a single optimizer step: nothing would be trained"):
+        fine_tune(config)
+    assert not open_run(config).folder.exists()
+
+
+def test_settings_without_effect_are_printed_before_training(make_config, capsys):
+    lora = {"r": 4, "target_modules": ["q_proj", "query"]}
+    fine_tune(make_config(num_warmup_steps=50, max_steps=2, min_update_steps=7, lora_config=lora))
+    before, _, _ = " ".join(capsys.readouterr().out.split()).partition("step 1")
+    for words in ("num_warmup_steps is 50", "is named query", "min_update_steps has no effect"):
+        assert words in before

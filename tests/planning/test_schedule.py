@@ -2,6 +2,7 @@
 
 import pytest
 
+from forgebook.errors import ConfigError
 from forgebook.planning import schedule
 
 
@@ -45,3 +46,16 @@ def test_an_epoch_is_interrupted_only_if_it_is_long(steps, interval):
 )
 def test_the_last_step_is_always_evaluated(arguments, checkpoints):
     assert schedule.evaluation_steps(*arguments) == checkpoints
+
+
+@pytest.mark.parametrize(
+    "warmup, steps, words", [(0, 1, None), (9, 10, None), (10, 10, "is 10, the run has 10"), (50, 30, "at most 3")]
+)
+def test_a_warmup_longer_than_the_run_is_a_warning(warmup, steps, words):
+    warned = schedule.check_warmup(warmup, steps)
+    assert warned is None if words is None else words in warned
+
+
+def test_a_single_step_at_a_learning_rate_of_zero_is_an_error():
+    with pytest.raises(ConfigError, match="num_warmup_steps: 10 starts the learning rate at 0"):
+        schedule.check_warmup(10, 1)

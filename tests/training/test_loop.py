@@ -299,8 +299,11 @@ def test_a_full_disk_shows_before_the_first_step(make_config, monkeypatch):
         fine_tune(config)
 
 
-def test_an_epoch_of_one_step_may_be_all_warm_up(make_config, write_rows):
-    """The first step of a warm-up has a learning rate of 0: the adapter saved after it is still zero."""
-    rows = write_rows(uneven_rows(8), "few.jsonl")
-    run = fine_tune(make_config(train_path=rows, lora_config=LORA, num_epochs=3, num_warmup_steps=2, run_name="few"))
-    assert len(losses_of(run)) == 3 and (run.folder / read_json(run.summary)["best_checkpoint"]).is_dir()
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+def test_a_base_is_never_saved_as_a_result(lora, make_config):
+    """One step per epoch: in the first one, the learning rate of the warm-up is 0. It is evaluated, not saved."""
+    every = {"num_checkpoints_to_keep": 3, "lora_config": lora, "train_batch_size_per_device": 24}
+    run = fine_tune(make_config(num_epochs=3, num_warmup_steps=2, **every))
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == ["epoch-2", "epoch-3"]
+    evaluations = [row for row in read_metrics(run.metrics) if "eval_loss" in row]
+    assert [row.get("checkpoint_dir_name") for row in evaluations] == [None, "epoch-2", "epoch-3"]

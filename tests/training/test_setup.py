@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from conftest import LORA, REPOSITORY, TINY_MODEL
+from conftest import LORA, REPOSITORY, TINY_MODEL, config_for
 from forgebook.errors import ForgebookError, TrainingError
 from forgebook.training import distributed, setup
 from forgebook.training.setup import (
@@ -23,6 +23,8 @@ from forgebook.training.setup import (
     make_worker,
     prompt_format_text,
 )
+from support_models import save_gemma3
+from support_ranks import run_two_ranks
 
 
 def test_an_environment_has_a_folder_of_its_own(monkeypatch, tmp_path):
@@ -164,3 +166,50 @@ def test_a_port_is_free_and_deepspeed_gets_the_batch_sizes(make_config, monkeypa
     assert settings["train_micro_batch_size_per_gpu"] == 8 and settings["train_batch_size"] == 16
     assert settings["gradient_accumulation_steps"] == 2 and settings["gradient_clipping"] == 0.5
     assert settings["bf16"]["enabled"] is False and int(os.environ["MASTER_PORT"]) > 0
+
+
+# Two workers ------------------------------------------------------------------------------------------
+
+
+def train_gemma3(rank, settings):
+    """Take three steps with each sharding; return the losses, and what full fine-tuning changed in towers."""
+    from accelerate.state import AcceleratorState
+
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}  # accelerate wants them; the group exists
+    losses, changed = {}, []
+    for sharding, lora in (("none", None), ("none", LORA), ("zero_2", LORA), ("zero_3", LORA)):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        config = config_for(**settings, deepspeed=sharding, lora_config=lora).resolved()
+        accelerator = make_accelerator(config)
+        torch.manual_seed(0)
+        worker = make_worker(config, accelerator)
+        towers = {name: p.clone() for name, p in worker.model.named_parameters() if not p.requires_grad and not lora}
+        ids = torch.arange(5, 69).reshape(2, 32) + 64 * rank
+        name = f"{sharding} {'lora' if lora else 'full'}"
+        losses[name] = []
+        for _ in range(3):
+            loss = worker.wrapped(input_ids=ids, labels=ids)
+            losses[name].append(float(loss))
+            if worker.deepspeed_engine:
+                accelerator.deepspeed_engine_wrapped.backward(loss, sync_gradients=True)
+            else:
+                loss.backward()
+                worker.optimizer.step()
+                worker.optimizer.zero_grad()
+        changed += [one for one, p in worker.model.named_parameters() if one in towers and not p.equal(towers[one])]
+    return losses, changed
+
+
+@pytest.mark.slow
+def test_two_workers_train_a_model_with_a_vision_tower(tmp_path):
+    """Neither DDP nor ZeRO waits for the gradients of a tower, which full fine-tuning leaves as it was."""
+    settings = {
+        "model_id": save_gemma3(tmp_path / "gemma3"), "dtype": "float32", "gradient_checkpointing": False,
+        "num_devices": 2, "context_length": 32, "train_batch_size_per_device": 2, "eval_batch_size_per_device": 2,
+        "num_epochs": 1, "learning_rate": 1e-2, "run_name": "run",
+    }  # fmt: skip
+    for losses, changed in run_two_ranks(train_gemma3, tmp_path, settings):
+        assert changed == []
+        assert all(one[2] < one[0] for one in losses.values())
+        for sharding in ("zero_2 lora", "zero_3 lora"):
+            assert losses[sharding] == pytest.approx(losses["none lora"], rel=1e-3), sharding
