@@ -89,7 +89,8 @@ def load_model(
     with readable_model_errors(source, "model"):
         model_config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         if rope_scaling is not None:
-            model_config.rope_parameters = {**(model_config.rope_parameters or {}), **rope_scaling}
+            text_config = model_config.get_text_config()
+            text_config.rope_parameters = {**(text_config.rope_parameters or {}), **rope_scaling}
         model = auto_class(model_config).from_pretrained(
             source,
             config=model_config,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import LORA, TINY_MODEL, chat, fine_tune_until, losses_of, uneven_rows
+from conftest import LORA, TINY_MODEL, chat, fine_tune_until, losses_of
 from forgebook.data import batching
 from forgebook.errors import CheckpointError, ModelError, TrainingError
 from forgebook.launch.ray_train import fine_tune
