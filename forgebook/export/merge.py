@@ -24,7 +24,7 @@ from forgebook.config.parse import load_config
 from forgebook.data import masking, tokenize
 from forgebook.data.prompt_formats import as_chat_template, read_prompt_format
 from forgebook.errors import CheckpointError, ConfigError, DataError, ModelError, StorageError
-from forgebook.inference.generate import base_of, load_for_generation
+from forgebook.inference.generate import base_of, load_for_generation, run_config
 from forgebook.models import adapters, load
 from forgebook.models.tokenizer import load_tokenizer, readable_model_errors, refuse_pickled
 from forgebook.models.vllm_support import vllm_loads
@@ -169,8 +169,16 @@ def _load_unquantized(folder: Path, rope_scaling: dict[str, Any] | None):
             f"base_model_name_or_path in {folder / 'adapter_config.json'} to the 16-bit model"
         )
     dtype = str(config.get_text_config().dtype or config.dtype or "bfloat16").removeprefix("torch.")
+    config_of_run = run_config(folder)
     # On the CPU, where the whole model fits for sure; its attention runs there and on a GPU.
-    model = load.load_model(source, dtype=dtype, rope_scaling=rope_scaling, on_gpu=False)
+    model = load.load_model(
+        source,
+        dtype=dtype,
+        attention=config_of_run.attention if config_of_run else "auto",
+        attention_is_required=False,
+        rope_scaling=rope_scaling,
+        on_gpu=False,
+    )
     tokenizer = load_tokenizer(str(folder))
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
@@ -210,7 +218,8 @@ def _merge_layers(model):
     was_tied = model.get_base_model().config.tie_word_embeddings
     for layer in [module for module in model.modules() if isinstance(module, LoraLayer)]:
         own = layer.get_base_layer()
-        dtype = own.weight.dtype
+        # An adapter of experts belongs to a parameter that holds all of them: there is no layer with a weight.
+        dtype = getattr(own, getattr(layer, "parameter_name", "weight")).dtype
         cast(Any, layer).float().merge(safe_merge=True)  # every LoraLayer is a torch module too
         own.to(dtype)
     with warnings.catch_warnings():

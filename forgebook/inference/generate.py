@@ -40,6 +40,7 @@ __all__ = [
     "load_ends",
     "load_for_generation",
     "load_together",
+    "run_config",
 ]
 
 
@@ -134,9 +135,12 @@ def load_together(
         listed = "; ".join(f"{source}: {base}" for source, (base, _) in zip(sources, bases, strict=True))
         raise ModelError(f"only adapters of one base share its weights, got {listed}: load the others separately")
     base, overrides = bases[0]
-    configs = [_run_config(source) for source in sources]
+    configs = [run_config(source) for source in sources]
     dtype = dtype or next((config.dtype for config in configs if config is not None), "bfloat16")
-    model = load.load_model(base, dtype=dtype, device_map="auto", **overrides)
+    attention = next((config.attention for config in configs if config is not None), "auto")
+    model = load.load_model(
+        base, dtype=dtype, attention=attention, attention_is_required=False, device_map="auto", **overrides
+    )
     tokenizers = [load_tokenizer(str(source)) for source in sources]
     vocabulary = model.get_input_embeddings().num_embeddings
     sizes = {max(len(tokenizer), vocabulary) for tokenizer in tokenizers}
@@ -176,7 +180,7 @@ def _add_adapters(model, sources: Sequence[str | Path]) -> tuple[Any, list[str |
     return model, names
 
 
-def _run_config(source: str | Path) -> FinetuneConfig | None:
+def run_config(source: str | Path) -> FinetuneConfig | None:
     """Read the config of the run to which a checkpoint belongs; None for any other folder."""
     folder = Path(source).absolute()
     path = folder.parent.parent / "config.yaml"
@@ -201,7 +205,7 @@ def load_ends(source: str):
 
     Returns (generation_config, tokenizer, prompt_format).
     """
-    tokenizer, config = load_tokenizer(source), _run_config(source)
+    tokenizer, config = load_tokenizer(source), run_config(source)
     prompt_format, sequences = _prompting(source, config.generation_config if config else None)
     return _generation_config(source, None, tokenizer, prompt_format, sequences), tokenizer, prompt_format
 

@@ -1,7 +1,7 @@
 """Which attention kernel a model runs with: chosen from facts about its device, or refused with the fix.
 
 facts  = attention_facts("bfloat16")                  of this process; `on_gpu=False` for a model that stays on the CPU
-kernel = choose_attention("auto", facts)              "flash_attention_2" where it runs, else "sdpa"
+kernel = choose_attention("auto", facts)              "flash_attention_2" where it runs, else "sdpa", else "eager"
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from forgebook.errors import ResourceError
 
-__all__ = ["AttentionFacts", "attention_facts", "choose_attention"]
+__all__ = ["AttentionFacts", "attention_facts", "choose_attention", "lacking_kernels"]
 
 # Flash attention: the package that holds it, and the oldest compute capability that it is compiled for.
 FLASH = {"flash_attention_2": ("flash-attn", (8, 0)), "flash_attention_3": ("flash-attn-3", (9, 0))}
@@ -24,16 +24,20 @@ class AttentionFacts:
     """What decides which kernels run. dtype: of the weights.
 
     capability: compute capability of the GPU that holds the model, such as (8, 0); None on a CPU.
-    installed: which of `FLASH` can be imported.
+    installed: which of `FLASH` can be imported. lacking: kernels that the architecture has no code for.
     """
 
     dtype: str
     capability: tuple[int, int] | None
     installed: frozenset[str] = frozenset()
+    lacking: frozenset[str] = frozenset()
 
 
-def attention_facts(dtype: str, on_gpu: bool | None = None) -> AttentionFacts:
-    """Collect the facts of this process. on_gpu: whether the model is held by its GPU; None: if there is one."""
+def attention_facts(dtype: str, on_gpu: bool | None = None, model_class: type | None = None) -> AttentionFacts:
+    """Collect the facts of this process. on_gpu: whether the model is held by its GPU; None: if there is one.
+
+    model_class: the class of transformers that it is loaded as; None: one with every kernel.
+    """
     import torch
     from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
@@ -43,18 +47,32 @@ def attention_facts(dtype: str, on_gpu: bool | None = None) -> AttentionFacts:
         "flash_attention_3": is_flash_attn_3_available(),
     }
     capability = torch.cuda.get_device_capability() if has_gpu else None
-    return AttentionFacts(dtype, capability, frozenset(name for name, is_there in available.items() if is_there))
+    installed = frozenset(name for name, is_there in available.items() if is_there)
+    return AttentionFacts(dtype, capability, installed, lacking_kernels(model_class))
 
 
-def choose_attention(kind: str, facts: AttentionFacts) -> str:
-    """Name the kernel for transformers; `auto` is flash attention 2 where it runs, else SDPA.
+def lacking_kernels(model_class: type | None) -> frozenset[str]:
+    """List the kernels that an architecture has no code for: gpt-oss has no SDPA, and a flash attention of its own."""
+    if model_class is None:
+        return frozenset()
+    flash = getattr(model_class, "_compatible_flash_implementations", None)
+    has_flash = getattr(model_class, "_supports_flash_attn", False)
+    supported = {name: has_flash and (flash is None or name in flash) for name in FLASH}
+    supported |= {kind: getattr(model_class, f"_supports_{kind}", False) for kind in ("sdpa", "flex_attn")}
+    return frozenset({"flex_attn": "flex"}.get(name, name) for name, is_there in supported.items() if not is_there)
+
+
+def choose_attention(kind: str, facts: AttentionFacts, is_required: bool = True) -> str:
+    """Name the kernel for transformers; `auto` is the first that runs of flash attention 2, SDPA and eager.
+
+    is_required: False takes `auto` where the kernel does not run, as for a model that is used on another machine.
 
     Raises ResourceError if the kernel is named in the config and cannot run: it needs a GPU of compute capability 8.0
     (flash_attention_2) or 9.0 (flash_attention_3), bfloat16 or float16, and its package.
     """
-    if kind == "auto":
-        return "flash_attention_2" if _obstacle("flash_attention_2", facts) is None else "sdpa"
     obstacle = _obstacle(kind, facts)
+    if kind == "auto" or (obstacle is not None and not is_required):
+        return next((one for one in ("flash_attention_2", "sdpa") if _obstacle(one, facts) is None), "eager")
     if obstacle is not None:
         raise ResourceError(f"attention: {kind} {obstacle}; set attention: auto for the fastest that runs here")
     return NAMES.get(kind, kind)
@@ -62,6 +80,8 @@ def choose_attention(kind: str, facts: AttentionFacts) -> str:
 
 def _obstacle(kind: str, facts: AttentionFacts) -> str | None:
     """Say what keeps a kernel from running; None if nothing does."""
+    if kind in facts.lacking:
+        return "is not implemented for this architecture"
     if kind not in FLASH:
         return None
     package, oldest = FLASH[kind]

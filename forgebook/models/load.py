@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from forgebook.errors import ModelError
 from forgebook.models import cpu_bfloat16
 from forgebook.models.adapters import continue_lora
-from forgebook.models.attention import attention_facts, choose_attention
+from forgebook.models.attention import attention_facts, choose_attention, lacking_kernels
 from forgebook.models.tokenizer import locate, readable_model_errors, refuse_pickled
 from forgebook.runs.checksums import check_files
 
@@ -22,7 +22,16 @@ if TYPE_CHECKING:
 
     from forgebook.config.schema import FinetuneConfig
 
-__all__ = ["auto_class", "fit_vocabulary", "load_model", "load_skeleton", "load_start", "parameter_counts"]
+__all__ = [
+    "auto_class",
+    "check_attention",
+    "fit_vocabulary",
+    "load_model",
+    "load_skeleton",
+    "load_start",
+    "model_class",
+    "parameter_counts",
+]
 
 
 def fit_vocabulary(
@@ -59,6 +68,12 @@ def auto_class(model_config: PretrainedConfig) -> Any:
     return AutoModelForImageTextToText if is_published else AutoModelForCausalLM
 
 
+def model_class(model_config: PretrainedConfig) -> type | None:
+    """Return the class that a model is loaded as; None if transformers has none for it."""
+    mapping = auto_class(model_config)._model_mapping
+    return mapping.get(type(model_config), None)
+
+
 def load_model(
     source: str,
     *,
@@ -69,6 +84,7 @@ def load_model(
     gradient_checkpointing: bool = False,
     device_map: str | None = None,
     on_gpu: bool | None = None,
+    attention_is_required: bool = True,
 ) -> PreTrainedModel:
     """Load a causal language model for training, on the CPU (under ZeRO-3 in partitions, one per rank).
 
@@ -76,6 +92,7 @@ def load_model(
     quantization: "nf4" or "int8" for all linear layers but the output layer, for training an adapter on them; such a
     model is loaded where it stays, on this process's GPU if there is one.
     on_gpu: False if the model stays on the CPU; None: it runs on this process's GPU if there is one.
+    attention_is_required: False takes another kernel where `attention` cannot run here.
 
     Raises ModelError if there is none at `source`, ResourceError if `attention` cannot run here.
     """
@@ -97,7 +114,9 @@ def load_model(
             trust_remote_code=False,
             use_safetensors=True,
             dtype=getattr(torch, dtype),
-            attn_implementation=choose_attention(attention, attention_facts(dtype, on_gpu)),
+            attn_implementation=choose_attention(
+                attention, attention_facts(dtype, on_gpu, model_class(model_config)), attention_is_required
+            ),
             **{"device_map": device_map, **_quantized(quantization, dtype)},
         )
     for module in model.modules():
@@ -142,6 +161,18 @@ def load_skeleton(source: str) -> PreTrainedModel:
     with readable_model_errors(source, "model"), torch.device("meta"):
         model_config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         return auto_class(model_config).from_config(model_config, trust_remote_code=False)
+
+
+def check_attention(source: str, attention: str) -> None:
+    """Raise ModelError if a model has no code for the attention kernel that the config names."""
+    from transformers import AutoConfig
+
+    with readable_model_errors(source, "model"):
+        lacking = lacking_kernels(model_class(AutoConfig.from_pretrained(source, trust_remote_code=False)))
+    if attention in lacking:
+        raise ModelError(
+            f"attention: {attention} is not implemented for the architecture of this model: set attention: auto"
+        )
 
 
 def load_start(config: FinetuneConfig, tokenizer) -> PreTrainedModel:

@@ -19,7 +19,7 @@ from forgebook.catalog import Shape, read_catalog, shape_of
 from forgebook.errors import ModelError, ResourceError
 from forgebook.models.adapters import check_lora
 from forgebook.models.families import check_positions
-from forgebook.models.load import load_skeleton
+from forgebook.models.load import check_attention, load_skeleton
 from forgebook.models.tokenizer import locate
 from forgebook.planning import schedule
 from forgebook.planning.feasibility import Work
@@ -109,6 +109,7 @@ def check_settings(prepared: Prepared) -> list[str]:
     """
     config = prepared.config
     base = locate(config.initial_base_model_ckpt_path or config.model_id)
+    check_attention(base, config.attention)
     steps = schedule.total_steps(config.num_epochs, _epoch_steps(prepared), config.max_steps)
     warnings = [
         schedule.check_warmup(config.num_warmup_steps, steps),

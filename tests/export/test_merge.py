@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+import transformers
 
 from conftest import LORA, TINY_MODEL, uneven_rows
 from forgebook.data.masking import encode_prompt
@@ -15,6 +16,7 @@ from forgebook.inference.generate import load_for_generation
 from forgebook.models import adapters, load
 from forgebook.models.tokenizer import label_tokens, load_tokenizer, tokenizer_of
 from forgebook.training import checkpoints
+from support_models import TEXT
 
 LABELS = ["[[yes]]", "[[no]]"]
 ROPE = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
@@ -88,6 +90,31 @@ def test_a_merged_model_is_its_adapter(make_checkpoint, tmp_path, kind):
     assert model.config.tie_word_embeddings == (kind not in ("embeddings", "saved layer"))
     generation = json.loads((merged.folder / "generation_config.json").read_text())
     assert generation["eos_token_id"] == 2 and tokenizer.chat_template == own_tokenizer.chat_template
+
+
+EXPERTS = {
+    "Mixtral": {"num_local_experts": 4},
+    "Qwen3Moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+}
+
+
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_an_adapter_of_fused_experts_is_merged(kind, tokenizer, tmp_path):
+    """transformers 5 holds all experts of a layer in one parameter, which has an adapter, but no layer of its own."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**TEXT, **EXPERTS[kind])
+    transformers.AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    base = load.load_model(str(tmp_path / "base"), dtype="float32")
+    model = adapters.add_lora(base, {"r": 4, "target_modules": "all-linear"})
+    adapted = {name for name, p in model.named_parameters() if p.requires_grad and "lora_B" in name}
+    assert any("experts" in name for name in adapted)
+    for name, p in model.named_parameters():
+        if name in adapted:
+            p.data += 0.05 * torch.randn_like(p)
+    checkpoints.save_checkpoint(model, tokenizer, tmp_path / "checkpoint", trained=False)
+    merged = merge_run(str(tmp_path / "checkpoint"), tmp_path / "out")
+    assert merged.kl_merged < 0.02 * merged.kl_base
 
 
 def load_without_quantization(folder, rope):

@@ -1,11 +1,12 @@
 """The attention kernel follows from the device's facts; one that cannot run is refused with the fix."""
 
 import pytest
+import transformers
 
 from conftest import TINY_MODEL
-from forgebook.errors import ResourceError
-from forgebook.models.attention import AttentionFacts, attention_facts, choose_attention
-from forgebook.models.load import load_model
+from forgebook.errors import ModelError, ResourceError
+from forgebook.models.attention import AttentionFacts, attention_facts, choose_attention, lacking_kernels
+from forgebook.models.load import check_attention, load_model, model_class
 
 INSTALLED = frozenset({"flash_attention_2", "flash_attention_3"})
 
@@ -19,6 +20,8 @@ INSTALLED = frozenset({"flash_attention_2", "flash_attention_3"})
         (AttentionFacts("float32", (8, 0), INSTALLED), "sdpa"),
         (AttentionFacts("bfloat16", (7, 5), INSTALLED), "sdpa"),  # a T4
         (AttentionFacts("bfloat16", None, INSTALLED), "sdpa"),  # on the CPU
+        (AttentionFacts("bfloat16", (9, 0), INSTALLED, frozenset({"flash_attention_2"})), "sdpa"),
+        (AttentionFacts("bfloat16", (9, 0), INSTALLED, frozenset({"flash_attention_2", "sdpa"})), "eager"),
     ],
 )
 def test_auto_takes_flash_attention_only_where_it_runs(facts, kernel):
@@ -68,3 +71,36 @@ def test_an_installed_package_alone_changes_nothing_on_a_cpu(monkeypatch):
     assert load_model(str(TINY_MODEL), dtype="float32").config._attn_implementation == "sdpa"
     with pytest.raises(ResourceError, match="flash_attention_2 needs a GPU"):
         load_model(str(TINY_MODEL), attention="flash_attention_2")
+
+
+@pytest.mark.parametrize(
+    ("kind", "lacking", "kernel"),
+    [
+        ("GptOss", {"sdpa", "flash_attention_2", "flash_attention_3"}, "eager"),  # its flash attention is another one
+        ("GPT2", {"flex"}, "sdpa"),
+        ("Llama", set(), "sdpa"),
+        ("Gemma3", set(), "sdpa"),
+    ],
+)
+def test_auto_takes_a_kernel_that_the_architecture_has(kind, lacking, kernel):
+    loaded_as = model_class(getattr(transformers, f"{kind}Config")())
+    assert lacking_kernels(loaded_as) == lacking
+    facts = attention_facts("bfloat16", False, loaded_as)
+    assert choose_attention("auto", facts) == kernel
+    for missing in lacking:
+        with pytest.raises(ResourceError, match=r"is not implemented for this architecture.*set attention: auto"):
+            choose_attention(missing, facts)
+
+
+def test_a_kernel_of_the_run_that_does_not_run_here_gives_way():
+    """A run trained with flash attention is merged on the CPU; one trained with eager attention stays with it."""
+    facts = AttentionFacts("bfloat16", None)
+    assert choose_attention("flash_attention_2", facts, is_required=False) == "sdpa"
+    assert choose_attention("eager", facts, is_required=False) == "eager"
+
+
+def test_a_kernel_that_the_model_lacks_is_refused_before_its_weights_are_loaded(tmp_path):
+    transformers.GptOssConfig().save_pretrained(tmp_path)
+    check_attention(str(tmp_path), "auto")
+    with pytest.raises(ModelError, match="attention: sdpa is not implemented for the architecture of this model"):
+        check_attention(str(tmp_path), "sdpa")
