@@ -29,25 +29,23 @@ PROGRAM = {"program": "forgebook", "format": 1}
 TRACES = ("data_report.json", "metrics.jsonl", "summary.json", "tokens/train.npz")
 
 # What this program writes; a pattern that ends with * also names what is deeper. Of a checkpoint's files transformers
-# and PEFT choose most of the names.
+# and PEFT choose most of the names, of a training state's DeepSpeed all; the next save deletes it whole.
 _CHECKPOINT = """
     adapter*.safetensors model*.safetensors *.safetensors.index.json adapter_config.json config.json
     generation_config.json config_overrides.json checksums.json manifest.json prompt_format.yaml README.md
-    chat_template.jinja additional_chat_templates/*.jinja tokenizer*.json tokenizer.model special_tokens_map.json
+    chat_template.jinja additional_chat_templates/*.jinja tokenizer*.json tokenizer.model *processor_config.json special_tokens_map.json
     added_tokens.json vocab.json vocab.txt merges.txt *.tiktoken spiece.model sentencepiece.bpe.model
 """
-_STATE = "place.json checksums.json state.pt random-*.pt manifest.json latest zero_to_fp32.py deepspeed/*"
 _RUN = f"""
     {MARKER} config.yaml data_report.json plan.json metrics.jsonl summary.json loss.png adapter_start.safetensors
     evaluation.json evaluation/*.json evaluation/*.jsonl tokens/*.npz tokens/reference* tokens/shards/*
     logs/*.log logs/*.jsonl logs/*.id tensorboard/events.out.tfevents.* checkpoint_manager_snapshot.json
-    checkpoints/.writing-* checkpoints/.removing-* checkpoints/.test-save/* resume/.writing-* resume/.removing-*
+    checkpoints/.writing-* checkpoints/.removing-* checkpoints/.test-save/* resume/*
     {LOCK} .mark .stop .validate_storage_marker .uploading/* .workers/* .tokens/*
 """
 _PATTERNS = (
     *_RUN.split(),
     *(f"checkpoints/*/{name}" for name in _CHECKPOINT.split()),
-    *(f"resume/step-*/{name}" for name in _STATE.split()),
 )
 _TEMPORARY = re.compile(r"(?:^|(?<=/))\.([^/]+)\.\d+$")  # of `atomic_file`
 

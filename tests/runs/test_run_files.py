@@ -59,7 +59,7 @@ def test_a_folder_is_a_runs_by_its_marker_or_by_what_only_runs_wrote_before_it(m
         ("notes.txt", False),
         ("checkpoints/epoch-1/notes.txt", False),
         ("checkpoints/config.json", False),
-        ("resume/step-6/notes.txt", False),
+        ("resume/step-6/zero_to_torch.py", True),
         ("logs/old/worker-0.log", False),
         ("data/train.jsonl", False),
         (".git/config", False),
