@@ -33,8 +33,9 @@ TRACES = ("data_report.json", "metrics.jsonl", "summary.json", "tokens/train.npz
 _CHECKPOINT = """
     adapter*.safetensors model*.safetensors *.safetensors.index.json adapter_config.json config.json
     generation_config.json config_overrides.json checksums.json manifest.json prompt_format.yaml README.md
-    chat_template.jinja additional_chat_templates/*.jinja tokenizer*.json tokenizer.model *processor_config.json special_tokens_map.json
-    added_tokens.json vocab.json vocab.txt merges.txt *.tiktoken spiece.model sentencepiece.bpe.model
+    chat_template.jinja additional_chat_templates/*.jinja tokenizer*.json tokenizer.model special_tokens_map.json
+    *processor_config.json added_tokens.json vocab.json vocab.txt merges.txt *.tiktoken spiece.model
+    sentencepiece.bpe.model
 """
 _RUN = f"""
     {MARKER} config.yaml data_report.json plan.json metrics.jsonl summary.json loss.png adapter_start.safetensors
