@@ -118,7 +118,7 @@ class FinetuneConfig(StrictBlock):
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
     """Schedule of the learning rate after the warm-up."""
     num_warmup_steps: Annotated[Int, Field(ge=0), Mark.AUTO] = 10
-    """Optimizer steps over which the learning rate rises linearly from zero."""
+    """Optimizer steps over which the learning rate rises linearly from zero. Not set, in a run of so few: a tenth."""
     weight_decay: Annotated[Float, Field(ge=0)] = 0.0
     """Weight decay of AdamW."""
     adam_betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.999)

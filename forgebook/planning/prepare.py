@@ -215,15 +215,18 @@ def _fill_gaps(config: FinetuneConfig, sets: dict[str, Tokens], run_name: str) -
         eval_batch_size_per_device=config.eval_batch_size_per_device or micro,
         run_name=config.run_name or run_name,
     )
-    epochs = config.num_epochs
-    if epochs is None:
-        group = batching.group_size(config.task)
-        name = display_paths(config.train_path)
-        fitted, _ = token_store.fit_context(sets["train"], context, config.truncation, name, group)
-        sequences = batching.make_sequences(fitted, config.padding, context, group)
-        epoch_steps = schedule.steps_per_epoch(len(sequences), sized.global_batch_size)
-        epochs = schedule.epochs_for(config.min_update_steps, epoch_steps)
-    return sized.resolved(num_epochs=epochs)
+    group = batching.group_size(config.task)
+    fitted, _ = token_store.fit_context(
+        sets["train"], context, config.truncation, display_paths(config.train_path), group
+    )
+    sequences = batching.make_sequences(fitted, config.padding, context, group)
+    epoch_steps = schedule.steps_per_epoch(len(sequences), sized.global_batch_size)
+    epochs = config.num_epochs or schedule.epochs_for(config.min_update_steps, epoch_steps)
+    steps = schedule.total_steps(epochs, epoch_steps, config.max_steps)
+    warmup = config.num_warmup_steps
+    if warmup >= steps and "num_warmup_steps" not in config.explicit_keys:
+        warmup = schedule.warmup_steps(steps)  # a run of a few steps, to try something, is to train, too
+    return sized.resolved(num_epochs=epochs, num_warmup_steps=warmup)
 
 
 def _fingerprint(fitted: Tokens) -> str:

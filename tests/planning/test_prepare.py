@@ -2,10 +2,12 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
 from conftest import chat, uneven_rows
+from forgebook.config.parse import load_config
 from forgebook.data import readers, tokenize
 from forgebook.errors import DataError, StorageError
 from forgebook.models.tokenizer import load_tokenizer
@@ -173,3 +175,20 @@ def test_ray_data_makes_the_same_tokens(ray_session, tmp_path, monkeypatch):
         for k in range(300)
     )
     assert here_notes == ray_notes and len(here_notes.problems) == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "warmup"), [({}, 0), ({"num_epochs": 4, "max_steps": 10}, 1), ({"num_warmup_steps": 2}, 2)]
+)
+def test_a_default_warmup_leaves_a_short_run_its_learning_rate(make_config, values, warmup):
+    """24 examples in batches of 8 are 3 steps per epoch: 10 steps of warm-up would be the whole run."""
+    config = make_config(**values)
+    if "num_warmup_steps" not in values:
+        path = Path(config.source)
+        settings = json.loads(path.read_text())
+        del settings["num_warmup_steps"]
+        path.write_text(json.dumps(settings))
+        config = load_config(path)
+    resolved = prepared(config).config
+    assert resolved.num_warmup_steps == warmup
+    assert (resolved.origins["num_warmup_steps"] == "auto") == (warmup != 2)
