@@ -216,6 +216,15 @@ def ray_session():
     ray.shutdown()
 
 
+@pytest.fixture
+def without_ray(monkeypatch):
+    """Workers are plain processes of one group: for tests whose subject is what several of them do, not Ray."""
+    from forgebook.launch import ray_train
+    from support_ranks import train_in_ranks
+
+    monkeypatch.setattr(ray_train, "_run_on_ray", train_in_ranks)
+
+
 @pytest.fixture(scope="module")
 def s3_door():
     """A bucket `forgebook` on an S3 server on loopback, behind a door that a test may close for a while."""

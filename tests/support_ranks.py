@@ -1,15 +1,26 @@
-"""Two processes in a gloo group, as training workers are, for tests of what `training.distributed` promises.
+"""Processes in a gloo group, as training workers are, without Ray: they are forked off a process that imported torch.
 
 results = run_two_ranks(scenario, tmp_path)     scenario(rank) -> JSON value, in each process; a list by rank
+train_in_ranks(config, run)                     what `launch` does on Ray, for tests whose subject Ray is not
+
+A worker of Ray's imports for ten seconds of processor time; these begin at once.
 """
 
 import datetime
 import json
+import multiprocessing
 import os
+import socket
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+multiprocessing.set_forkserver_preload(
+    ["torch", "transformers", "peft", "deepspeed", "accelerate", "accelerate.utils", "forgebook.training.loop"]
+)
 
 
 def run_two_ranks(scenario, folder: Path, *arguments) -> list:
@@ -17,12 +28,34 @@ def run_two_ranks(scenario, folder: Path, *arguments) -> list:
 
     A collective that one rank misses ends after a minute with an error, not never.
     """
-    mp.spawn(_join, args=(scenario, str(folder), *arguments), nprocs=2)
-    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(2)]
+    return _run_ranks(2, scenario, folder, *arguments)
 
 
-def _join(rank: int, scenario, folder: str, *arguments) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo"}
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", store, rank=rank, world_size=2, timeout=datetime.timedelta(seconds=60))
+def train_in_ranks(config, run, *_: Any) -> dict[str, Any]:
+    """Train a resolved config in as many processes as it has devices; return what the first one returns."""
+    with tempfile.TemporaryDirectory() as folder:
+        return _run_ranks(config.num_devices, _train, Path(folder), config, str(run.folder))[0]
+
+
+def _run_ranks(count: int, scenario, folder: Path, *arguments) -> list:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = dict(os.environ) | {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    mp.start_processes(
+        _join, args=(environment, scenario, str(folder), *arguments), nprocs=count, start_method="forkserver"
+    )
+    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(count)]
+
+
+def _join(rank: int, environment: dict[str, str], scenario, folder: str, *arguments) -> None:
+    os.environ |= environment | {"RANK": str(rank), "LOCAL_RANK": str(rank), "GLOO_SOCKET_IFNAME": "lo"}
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
     Path(folder, f"rank-{rank}.json").write_text(json.dumps(scenario(rank, *arguments)))
+
+
+def _train(rank: int, config, folder: str) -> dict[str, Any]:
+    from forgebook.runs.run import Run
+    from forgebook.training.loop import train_loop
+
+    return train_loop(config, Run(Path(folder)))

@@ -52,7 +52,7 @@ def plain_ddp():
 @pytest.mark.slow
 @pytest.mark.parametrize("sharding", SHARDINGS)
 @pytest.mark.parametrize("method", [None, LORA], ids=["full", "lora"])
-def test_every_sharding_trains_alike(ray_session, make_config, plain_ddp, sharding, method):
+def test_every_sharding_trains_alike(without_ray, make_config, plain_ddp, sharding, method):
     """Plain DDP, ZeRO-1, -2 and -3 give the same losses within bfloat16 rounding, and save whole weights."""
     settings = {"num_devices": 2, "train_batch_size_per_device": 2, "gradient_accumulation_steps": 2}
     config = make_config(deepspeed=sharding, dtype="bfloat16", lora_config=method, learning_rate=3e-4, **settings)

@@ -384,7 +384,7 @@ SHARDED = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", SHARDED)
-def test_two_workers_train_and_save_as_one(ray_session, make_config, method):
+def test_two_workers_train_and_save_as_one(without_ray, make_config, method):
     """Two workers, with plain DDP or a ZeRO stage, and one process: the same losses, the same saved tensors."""
     values, stages = SHARDED[method]
     values = {"lora_config": LORA, **values}

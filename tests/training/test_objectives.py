@@ -104,7 +104,7 @@ def test_a_continued_run_compares_with_the_same_reference(preferences, tmp_path)
 
 
 @pytest.mark.slow
-def test_two_workers_prefer_as_one(ray_session, preferences):
+def test_two_workers_prefer_as_one(without_ray, preferences):
     one = fine_tune(preferences(run_name="one"))
     two = fine_tune(preferences(run_name="two", num_devices=2, train_batch_size_per_device=2, deepspeed="zero_2"))
     assert losses_of(two) == pytest.approx(losses_of(one), abs=1e-4)

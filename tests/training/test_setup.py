@@ -175,7 +175,6 @@ def train_gemma3(rank, settings):
     """Take three steps with each sharding; return the losses, and what full fine-tuning changed in towers."""
     from accelerate.state import AcceleratorState
 
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}  # accelerate wants them; the group exists
     losses, changed = {}, []
     for sharding, lora in (("none", None), ("none", LORA), ("zero_2", LORA), ("zero_3", LORA)):
         AcceleratorState._reset_state(reset_partial_state=True)
