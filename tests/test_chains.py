@@ -48,7 +48,9 @@ def test_pre_training_then_instructions_then_preferences(make_config, write_rows
     _, _, held_out = halves()
     texts = [{"text": row["messages"][-1]["content"]} for row in held_out]
     paths = {"train_path": write_rows(texts, "text.jsonl"), "valid_path": None}
-    pretrained = fine_tune(make_config(run_name="pretrain", task="causal_lm", padding="packed", **paths))
+    pretrained = fine_tune(
+        make_config(run_name="pretrain", task="causal_lm", padding="packed", num_warmup_steps=0, **paths)
+    )
     base = {"initial_base_model_ckpt_path": best_of(pretrained)}
     paths = {"train_path": write_rows(held_out, "chat.jsonl"), "valid_path": None}
     instructed = fine_tune(make_config(run_name="instruct", lora_config=LORA, **base, **paths))

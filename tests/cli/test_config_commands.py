@@ -107,16 +107,21 @@ def interrupt():
     signal.raise_signal(signal.SIGINT)
 
 
-def test_an_interrupt_is_one_sentence_and_exit_code_130(config, monkeypatch, capsys):
+@pytest.fixture
+def as_started():
+    """Interrupts as a process has them that a person started; those that share the tests ignore them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_is_one_sentence_and_exit_code_130(config, monkeypatch, capsys, as_started):
     monkeypatch.setattr(ray_train, "fine_tune", lambda config: interrupt())
-    try:
-        assert main([config]) == 130
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert main([config]) == 130
     assert "the same command resumes" in capsys.readouterr().err
 
 
-def test_a_second_interrupt_ends_at_once_also_during_cleanup(config, monkeypatch):
+def test_a_second_interrupt_ends_at_once_also_during_cleanup(config, monkeypatch, as_started):
     class Ended(BaseException):
         pass
 
@@ -132,13 +137,10 @@ def test_a_second_interrupt_ends_at_once_also_during_cleanup(config, monkeypatch
 
     monkeypatch.setattr(os, "_exit", end)
     monkeypatch.setattr(ray_train, "fine_tune", train)
-    try:
-        with pytest.raises(Ended):
-            main([config])
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    with pytest.raises(Ended):
+        main([config])
 
 
-def test_after_a_run_an_interrupt_is_what_it_was(config, monkeypatch):
+def test_after_a_run_an_interrupt_is_what_it_was(config, monkeypatch, as_started):
     monkeypatch.setattr(ray_train, "fine_tune", lambda config: None)
     assert main([config]) == 0 and signal.getsignal(signal.SIGINT) is signal.default_int_handler

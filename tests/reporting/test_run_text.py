@@ -46,7 +46,6 @@ def test_what_should_make_a_user_look_is_printed(make_config, output):
     assert "full fine-tuning" in text and "vLLM" not in text
     assert "3 supervised tokens are cut off (truncation: error)" in text
     assert "2 validation examples are also training examples, so their loss measures nothing (valid.jsonl:1)" in text
-    assert "context_length 2,048 is beyond the 1,024 positions" in text and "set rope_scaling to extend it" in text
 
 
 def test_warnings_may_hold_brackets(output):

@@ -40,7 +40,7 @@ def test_accumulation_does_not_change_the_loss(make_config, method):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_packing_does_not_move_loss_or_gradient(make_config, attention):
     """Peers' point 16: two runs whose only update has all rows, one packed and one not, are one run."""
-    whole = {"train_batch_size_per_device": 24, "attention": attention, "context_length": 160}
+    whole = {"train_batch_size_per_device": 24, "attention": attention, "context_length": 160, "num_warmup_steps": 0}
     alone = fine_tune(make_config(run_name="alone", **whole))
     packed = fine_tune(make_config(run_name="packed", padding="packed", **whole))
     assert losses_of(alone) == pytest.approx(losses_of(packed), abs=1e-5) and len(losses_of(packed)) == 1
@@ -229,7 +229,9 @@ def test_evaluates_before_training_if_asked(make_config):
 
 def test_causal_lm_trains_every_token(make_config, write_rows):
     path = write_rows([{"text": "the lamp is on the table"}, {"messages": chat("hello there", "hi")["messages"][:2]}])
-    config = make_config(task="causal_lm", train_path=path, valid_path=None, train_batch_size_per_device=2)
+    config = make_config(
+        task="causal_lm", train_path=path, valid_path=None, train_batch_size_per_device=2, num_warmup_steps=0
+    )
     tokens = prepare(config, open_run(config)).train
     assert (tokens.supervised == tokens.lengths - 1).all()
     assert math.isfinite(losses_of(fine_tune(config))[0])
