@@ -4,6 +4,7 @@ import json
 import os
 import tempfile
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # bitsandbytes compiles its CPU kernels with Inductor, whose import alone takes each process 2 seconds.
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+# When the whole run of the tests began, in all its processes.
+os.environ.setdefault("FORGEBOOK_TESTS_BEGAN", str(time.time()))
 # Their runs tell no later plan how fast this machine is.
 os.environ.setdefault("FORGEBOOK_CACHE", tempfile.mkdtemp(prefix="forgebook-tests-"))
 
@@ -37,9 +40,9 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 def pytest_collection_modifyitems(items):
-    """Put files with slow tests first: a long one begun last would run alone, with the other cores idle."""
+    """Put files with slow tests first, and notebooks last, of which CI may skip some on a slow machine."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    items.sort(key=lambda item: ("test_notebook_runs_unmodified" in item.nodeid, item.path not in slow))
 
 
 @pytest.fixture(scope="session")
