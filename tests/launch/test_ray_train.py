@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import threading
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from conftest import LORA, REPOSITORY, losses_of, uneven_rows
+from conftest import LORA, REPOSITORY, TINY_MODEL, losses_of, uneven_rows
 from forgebook.config.parse import load_config
 from forgebook.errors import (
     CheckpointError,
@@ -128,9 +129,12 @@ def _kill_a_worker_at(run: Run, step: int, killed: list) -> None:
 
 
 @pytest.mark.slow
-def test_a_users_mistake_on_the_workers_is_told_once_and_not_retried(ray_session, make_config):
-    config = make_config(num_devices=2, lora_config={**LORA, "target_modules": ["no_such_layer"]})
-    with pytest.raises(ModelError, match="lora_config does not fit this model: Target modules"):
+def test_a_users_mistake_on_the_workers_is_told_once_and_not_retried(ray_session, make_config, tmp_path):
+    """Weights that were copied in part: the workers are the first to read them."""
+    model = Path(shutil.copytree(TINY_MODEL, tmp_path / "model"))
+    os.truncate(model / "model.safetensors", 4_000_000)
+    config = make_config(model_id=str(model), num_devices=2)
+    with pytest.raises(ModelError, match="no model could be loaded from .*metadata"):
         fine_tune(config)
     log = (Path(config.storage_path) / "run/logs/worker-0.log").read_text()
     assert log.count("worker 0: process") == 1
@@ -270,7 +274,7 @@ def test_mistakes_leave_no_run_folder(make_config, values, error):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_is_saved_while_zero_3_fetches_ahead(ray_session, tmp_path, monkeypatch):
+def test_a_checkpoint_is_saved_while_zero_3_fetches_ahead(without_ray, tmp_path, monkeypatch):
     """Evaluation leaves the next batch's first weights on their way; saving has to wait for them."""
     monkeypatch.chdir(REPOSITORY)
     overrides = ["deepspeed=zero_3", "num_devices=1", "eval_first=true", "max_steps=5", f"storage_path={tmp_path}"]

@@ -113,7 +113,7 @@ def test_two_workers_prefer_as_one(without_ray, preferences):
 @pytest.mark.slow
 def test_the_reference_can_be_scored_beside_the_training(ray_session, preferences):
     """By Ray Data workers with resources of their own; the losses are those of a run that scored it first."""
-    first = fine_tune(preferences(run_name="first", num_devices=1, num_epochs=2))
+    first = fine_tune(preferences(run_name="first", num_epochs=2))
     processor = {"concurrency": 1, "batch_size": 3, "custom_resources": {}}
     block = {"loss": "dpo", "beta": 0.2, "logprob_processor_scaling_config": processor}
     beside = fine_tune(
