@@ -134,7 +134,7 @@ def test_a_users_mistake_on_the_workers_is_told_once_and_not_retried(ray_session
     model = Path(shutil.copytree(TINY_MODEL, tmp_path / "model"))
     os.truncate(model / "model.safetensors", 4_000_000)
     config = make_config(model_id=str(model), num_devices=2)
-    with pytest.raises(ModelError, match="no model could be loaded from .*metadata"):
+    with pytest.raises(ModelError, match=r"no model could be loaded from .*metadata"):
         fine_tune(config)
     log = (Path(config.storage_path) / "run/logs/worker-0.log").read_text()
     assert log.count("worker 0: process") == 1
