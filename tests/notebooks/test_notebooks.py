@@ -13,7 +13,7 @@ import pytest
 import helpers
 from conftest import REPOSITORY
 
-PLACES = ("*.ipynb", "end-to-end-examples/**/*.ipynb", "cookbooks/**/*.ipynb")  # the longest first
+PLACES = ("*.ipynb", "cookbooks/**/*.ipynb", "end-to-end-examples/**/*.ipynb")
 NOTEBOOKS = [
     path for place in PLACES for path in sorted(REPOSITORY.glob(place)) if ".ipynb_checkpoints" not in path.parts
 ]
