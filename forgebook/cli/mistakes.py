@@ -1,4 +1,4 @@
-"""Words that are meant as something else: flags of other programs, misspelled commands. Each is told what to write."""
+"""Typos and flags of other programs among the arguments: the error says what to write instead."""
 
 from __future__ import annotations
 

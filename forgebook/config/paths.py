@@ -13,7 +13,7 @@ from forgebook.errors import ConfigError
 
 __all__ = ["expand_path", "expand_values"]
 
-# Keys whose values are paths, wherever they stand: `~`, and `$NAME` without braces, have a meaning there.
+# Keys whose values are paths, in any block: `~`, and `$NAME` without braces, are expanded in them.
 PATH_KEYS = frozenset(
     """
     config_path deepspeed initial_adapter_model_ckpt_path initial_base_model_ckpt_path model_id path repo_id run_name

@@ -125,7 +125,8 @@ def read_request(body: bytes) -> ChatRequest:
     """Check a request's body. Raises ApiError (400) that names the parameter at fault."""
     try:
         raw = json.loads(body)
-        json.dumps(raw, ensure_ascii=False).encode()  # fails for half a surrogate pair
+        if not _is_text(raw):
+            raise ValueError("half a surrogate pair is no text")
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the body is not valid JSON in UTF-8: {type(error).__name__}: {error}") from None
     if not isinstance(raw, dict):

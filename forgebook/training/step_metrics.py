@@ -140,7 +140,7 @@ def _added(totals: dict[str, int], counts: dict[str, int]) -> dict[str, int]:
 
 
 class StepMemory:
-    """Measure the memory of the largest step that a process runs: the one with the longest sequence.
+    """Measure the memory of the largest step that a process runs: the one with the most tokens, padding included.
 
     On a GPU the allocator keeps this statistic. On a CPU the tensors of that one step are measured, since the resident
     memory of the process is mostly libraries.
@@ -161,7 +161,9 @@ class StepMemory:
         lengths: of all examples. steps: the next one and those after it in its epoch.
         """
         if self._largest is None:
-            self._largest = max(range(len(steps)), key=lambda k: max(lengths[s].sum() for s in steps[k]))
+            # An epoch's last step may have a few sequences only, however long.
+            sizes = [len(step) * max(lengths[sequence].sum() for sequence in step) for step in steps]
+            self._largest = int(np.argmax(sizes))
         self._count += 1
         if self._is_gpu or self._count != self._largest + 1:
             return contextlib.nullcontext()

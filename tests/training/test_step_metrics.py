@@ -2,11 +2,14 @@
 
 import json
 import math
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 
 from forgebook.errors import TrainingError
-from forgebook.training.step_metrics import EpochSums, Step, check_step
+from forgebook.training.step_metrics import EpochSums, Step, StepMemory, check_step
 
 
 def step(loss=2.0, gradient=1.0, seconds=1.0, tokens=100, supervised=40, **values) -> Step:
@@ -72,3 +75,15 @@ def test_saved_sums_continue_in_another_process():
             sums.add(step(loss=float(k), seconds=50.0 if k in (0, 2) and sums is halves else 1.0))
     assert halves.metrics()["avg_train_loss_epoch"] == whole.metrics()["avg_train_loss_epoch"] == 1.5
     assert halves.metrics()["trained_tokens_throughput"] == 100
+
+
+def test_memory_is_measured_in_the_step_with_the_most_tokens():
+    """Not in an epoch's last one, which holds the longest sequence alone."""
+    accelerator = SimpleNamespace(device=torch.device("cpu"), num_processes=1)
+    worker = SimpleNamespace(accelerator=accelerator, model=torch.nn.Linear(1, 1), deepspeed_engine=None)
+    memory, allocated = StepMemory(worker), [1_000, 3_000, 2_000]
+    steps = [[np.array([k]) for k in step] for step in ([0, 1], [2, 3], [4])]
+    for k, size in enumerate(allocated):
+        with memory.measured(np.array([10, 12, 20, 11, 30]), steps[k:]):
+            torch.zeros(size * 1_000)
+    assert memory.step_peak() == pytest.approx(4 * 3_000_000, rel=0.2)
