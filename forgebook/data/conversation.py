@@ -16,10 +16,11 @@ import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from forgebook.data.generation_prompt import added_to_prompt, closes_thought, opened_thought
-from forgebook.data.message_parts import REASONING_KEYS, missing_part, missing_tool, split_thought
+from forgebook.data.message_parts import missing_part, missing_tool, split_thought
+from forgebook.data.messages import REASONING_KEYS, Message
 from forgebook.data.prompt_formats import render_prompt_format
 from forgebook.data.render_limits import within_limits
 from forgebook.data.special_tokens import has_end, hide, leading_token, map_texts, without_closing_token
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Conversation", "Message", "Span"]
 
-Message = dict[str, Any]
 Span = tuple[int, int]
 
 # Whether a template reads tools or reasoning shows in its source.

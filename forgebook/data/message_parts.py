@@ -12,12 +12,10 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["REASONING_KEYS", "missing_part", "missing_tool", "split_thought"]
+from forgebook.data.messages import REASONING_KEYS, Message
 
-Message = dict[str, Any]
+__all__ = ["missing_part", "missing_tool", "split_thought"]
 
-# The keys by which templates read reasoning, in the order in which they are tried.
-REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 THOUGHT_MARK = re.compile("</?think>")
 LEADING_THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 

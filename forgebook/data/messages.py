@@ -12,7 +12,7 @@ from typing import Any
 from forgebook.data.readers import parse_json
 from forgebook.errors import DataError
 
-__all__ = ["Message", "brief", "parse_field", "read_messages", "read_text", "read_tools"]
+__all__ = ["REASONING_KEYS", "Message", "brief", "parse_field", "read_messages", "read_text", "read_tools"]
 
 Message = dict[str, Any]
 
@@ -26,7 +26,7 @@ MESSAGE_KEYS = {"role", "content", "name", "tool_calls", "tool_call_id", "weight
 # Whether a turn is in the loss: OpenAI's name, then those of other tools (axolotl, ms-swift, Unsloth).
 MARKS = ("weight", "train", "training", "train_on_turn", "trainable", "loss", "loss_mask")
 SWITCHES = {"true": 1, "false": 0, "1": 1, "0": 0}
-REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")  # of data and of templates
 LONGEST_SHOWN = 60
 
 

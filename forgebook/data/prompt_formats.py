@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from forgebook.config.blocks import PromptFormat
+from forgebook.data.messages import Message
 from forgebook.errors import DataError
 
 __all__ = ["as_chat_template", "read_prompt_format", "render_prompt_format"]
-
-Message = dict[str, Any]
 
 
 def read_prompt_format(folder: str | Path) -> PromptFormat | None:

@@ -23,11 +23,11 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from forgebook.data.messages import Message
 from forgebook.errors import DataError
 
 __all__ = ["CALL_MARKS", "ToolCall", "calls_of_message", "read_tool_calls", "tools_as_text", "uses_tools"]
 
-Message = dict[str, Any]
 
 THINKING = re.compile(r"^.*?</think>", re.DOTALL)
 # What opens a call, up to its body. A call ends with its closing tag, the next call, or the end of the text.

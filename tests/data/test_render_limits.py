@@ -34,10 +34,10 @@ def test_a_template_without_end_is_stopped_and_named(template, reason, monkeypat
     monkeypatch.setattr(render_limits, "SECONDS", 0.3 if template == LOOP else 5.0)
     tokenizer = load_tokenizer(str(TINY_MODEL))
     tokenizer.chat_template = template
-    started = time.perf_counter()
+    started = time.process_time()  # the limit's own clock: what else the machine does counts for nothing
     with pytest.raises(ModelError, match=rf"the chat template of '.*tiny_model' .*{reason}"):
         chat_template.render([{"role": "user", "content": "hi"}], tokenizer)
-    assert time.perf_counter() - started < 10
+    assert time.process_time() - started < 10
     tokenizer.chat_template = "{{ messages[0].content * 1000 }}"  # the limits are gone
     assert len(chat_template.render([{"role": "user", "content": "hi"}], tokenizer)) == 2000
 
