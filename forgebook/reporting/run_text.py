@@ -139,10 +139,27 @@ def print_summary(output: Console, run: Run) -> None:
     )
     if "planned" in summary:
         output.print(f"  {compare_with_plan(summary['planned'], summary['measured'])}")
+    if summary.get("stop_check"):
+        output.print(f"  {_stop_text(run, summary['stop_check'])}")
     best = display_path(run.folder / summary["best_checkpoint"])
     output.print(f"  best checkpoint  {best}  loss curve  {display_path(run.loss_curve)}")
     if run.uri:
         output.print(f"  stored in        {run.uri}")
+
+
+def _stop_text(run: Run, check: dict[str, Any]) -> str:
+    """Report whether answers to training prompts stopped, and what to do where they did not."""
+    if check["note"]:
+        return f"[yellow]not checked whether answers stop: {escape(check['note'])}[/yellow]"
+    counted = f"{check['stopped']} of {check['prompts']} answers to training prompts stopped"
+    if check["stopped"] == check["prompts"]:
+        return counted
+    return (
+        f"[yellow]{counted} within {check['max_new_tokens']} tokens (trained answers: up to "
+        f"{check['trained_answer_tokens']}): the model has not learned to end its answers; train for more epochs or "
+        f"with a higher learning_rate, and read some: python main.py generate {escape(str(display_path(run.folder)))} "
+        "-p PROMPT[/yellow]"
+    )
 
 
 def stopped_text(run: Run) -> str:

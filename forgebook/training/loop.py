@@ -35,6 +35,7 @@ from forgebook.training.out_of_memory import explain_out_of_memory
 from forgebook.training.reference import ExampleSet, with_reference
 from forgebook.training.setup import Worker, base_overrides, make_accelerator, make_worker, prompt_format_text
 from forgebook.training.step_metrics import EpochSums, Step, StepMemory, check_step
+from forgebook.training.stop_check import check_stops
 from forgebook.training.training_state import Position
 
 __all__ = ["train_loop"]
@@ -198,14 +199,15 @@ def train_loop(config: ResolvedConfig, run: Run, report: Report = lambda metrics
     # (8) What summary.json reports.
     best = checkpoints.keep_best(run, losses, config.num_checkpoints_to_keep)
     best_loss = losses[best]
-    return {
+    seconds = time.perf_counter() - started
+    result = {
         "best_checkpoint": f"checkpoints/{best}",
         "eval_loss": best_loss,
         "perplexity": None if best_loss is None or objective.preference else objectives.perplexity(best_loss),
         "steps": step,
         "epochs": round(step / steps_per_epoch, 4),
         "trained_tokens": trained_tokens,
-        "training_seconds": time.perf_counter() - started,
+        "training_seconds": seconds,
         "parameters": parameters,
         "trainable_parameters": trainable,
         "workers": accelerator.num_processes,
@@ -215,7 +217,11 @@ def train_loop(config: ResolvedConfig, run: Run, report: Report = lambda metrics
         "peak_memory_bytes_per_worker": distributed.gathered(memory.process_peak()),
         "memory_before_bytes_per_worker": distributed.gathered(0 if gpu else memory_before),
         "step_memory_bytes_per_worker": distributed.gathered(memory.step_peak()),
+        "stop_check": None,
     }
+    if start.step < last_step:  # else an earlier process has taken the last step, and may have failed in this check
+        result["stop_check"] = check_stops(worker, train, config, seconds)
+    return result
 
 
 # One step ---------------------------------------------------------------------------------------------

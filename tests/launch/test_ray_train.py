@@ -63,6 +63,7 @@ def test_every_sharding_trains_alike(without_ray, make_config, plain_ddp, shardi
     assert len(found) == 4 and found == pytest.approx(expected, abs=0.02)
     # Alike because they are equal, not because DeepSpeed was never started.
     assert read_json(run.summary)["zero_stage"] == (None if sharding == "none" else int(sharding[-1]))
+    assert read_json(run.summary)["stop_check"]["prompts"] == 3 and read_json(run.summary)["stop_check"]["note"] is None
     weights = load_file(next((run.folder / read_json(run.summary)["best_checkpoint"]).glob("*.safetensors")))
     assert all(tensor.numel() for tensor in weights.values())
 
