@@ -126,8 +126,8 @@ def _choose(
     from forgebook.planning.hardware import hardware_in, local_hardware
     from forgebook.planning.token_count import count_data, data_is_here
 
-    shape = core_shape(config)
-    config = choose_task(config, first_rows(config) if data_is_here(config) else [])
+    shape = core_shape(config.model_id)
+    config = choose_task(config, first_rows(config.train_path) if data_is_here(config.train_path) else [])
     hardware = hardware_in(config) or local_hardware()
     data = count_data(config)
     config, choices = choose(config, shape, hardware, data)
@@ -164,7 +164,7 @@ def preview_command(arguments: list[str]) -> int:
     if config.is_default:
         from forgebook.planning.auto_config import choose_task, first_rows
 
-        config = choose_task(config, first_rows(config))
+        config = choose_task(config, first_rows(config.train_path))
     from forgebook.data.preview import example_as_json, preview_examples, print_example
 
     examples = preview_examples(config, words.options["n"])

@@ -62,7 +62,7 @@ def submit_job(config: FinetuneConfig, overrides: Sequence[str], address: str) -
 
     config: as loaded from a file of this repository (or an https:// address) with `overrides`.
     """
-    entrypoint = _entrypoint(config, overrides)
+    entrypoint = _entrypoint(config.source, config.storage_path, overrides)
     client = _client(address)
     environment = {name: os.environ[name] for name in (*SECRETS, *SETTINGS, *WITH_PASSWORD) if os.environ.get(name)}
     try:
@@ -164,7 +164,7 @@ def _job_details(client, job: str):
         raise ConfigError(f"the cluster has no job {job!r}; {latest}") from None
 
 
-def _entrypoint(config: FinetuneConfig, overrides: Sequence[str]) -> str:
+def _entrypoint(source: str | None, storage_path: str, overrides: Sequence[str]) -> str:
     """Build the job's command; refuse what would not arrive, be lost, or be read by others."""
     for override in overrides:
         key = override.partition("=")[0]
@@ -173,12 +173,11 @@ def _entrypoint(config: FinetuneConfig, overrides: Sequence[str]) -> str:
                 f"{key}: a secret in a job's arguments is read by everyone who sees the job list: set it in the "
                 f"environment instead ({', '.join(SECRETS[:3])} ... are passed on)"
             )
-    if "://" not in config.storage_path and not Path(config.storage_path).expanduser().is_absolute():
+    if "://" not in storage_path and not Path(storage_path).expanduser().is_absolute():
         raise StorageError(
-            f"storage_path: got {config.storage_path!r}, which in a job is below a folder that is deleted with it: "
+            f"storage_path: got {storage_path!r}, which in a job is below a folder that is deleted with it: "
             "set a bucket, or an absolute path on a disk that every machine shares"
         )
-    source = config.source
     if source is None:
         raise ConfigError(
             "a job needs a config file: save this config as YAML in the repository and load it from there"
@@ -226,7 +225,7 @@ def kuberay_manifest(
     A retry starts a new cluster, where the run continues from its storage_path.
     Fields: KubeRay's API reference, ray.io/v1.
     """
-    entrypoint = _entrypoint(config, overrides)
+    entrypoint = _entrypoint(config.source, config.storage_path, overrides)
     environment: dict[str, Any] = {"env_vars": {"PYTHONUNBUFFERED": "1"}}
     if "://" in working_dir:
         environment["working_dir"] = working_dir
@@ -298,7 +297,7 @@ def anyscale_job(
     settings = {name: os.environ[name] for name in SETTINGS if os.environ.get(name) and "@" not in os.environ[name]}
     return {
         "name": config.run_name,
-        "entrypoint": _entrypoint(config, overrides),
+        "entrypoint": _entrypoint(config.source, config.storage_path, overrides),
         **({"image_uri": image} if image else {"requirements": "requirements.txt"}),
         "working_dir": working_dir,
         "excludes": EXCLUDED,

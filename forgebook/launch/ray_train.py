@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 
 from forgebook import ray_cluster as cluster
-from forgebook.config.blocks import needs_reference
+from forgebook.config.blocks import PreferenceTuningConfig, needs_reference
 from forgebook.config.parse import config_differences, dump_config, load_config
 from forgebook.config.rules import check_rules, unread_keys
 from forgebook.config.schema import FinetuneConfig, ResolvedConfig
@@ -273,7 +273,7 @@ def _make_job(config: ResolvedConfig, run: Run, per_worker: dict[str, float]) ->
         raise ray_worker.storage_refusal(run, ", ".join(blind))
     # Machines that come later, to a run that may grow, are not known yet.
     through_bucket = run.uri is not None and (bool(blind) or config.min_devices is not None)
-    if through_bucket and _scorers(config):
+    if through_bucket and _scorers(config.preference_tuning_config):
         raise ResourceError(
             "logprob_processor_scaling_config needs a disk that all machines share, and not all of them see "
             f"{run.folder}: set storage_path to such a disk, or leave the block out"
@@ -318,7 +318,7 @@ def _fit(job: Job, use_gpu: bool, per_worker: dict[str, float], output: Console)
             callbacks=[ray_worker.ReportReceiver(run.logs / "progress.jsonl")],
         ),
     )
-    if _scorers(config):
+    if _scorers(config.preference_tuning_config):
         output.print("[dim]starting the workers of the reference model[/dim]")
         reference.start_stage(config, run)
     _forget_earlier(file_system, path)
@@ -362,14 +362,13 @@ def _forget_earlier(file_system: FileSystem, path: str) -> None:
 def _resources_per_worker(config: FinetuneConfig, use_gpu: bool, cluster: dict[str, float]) -> dict[str, float]:
     """Give a worker one GPU, or its share of the cores; and what worker_resources adds."""
     # A cluster of CPUs is shared out evenly: torch uses as many threads as the worker has cores.
-    cores = int(cluster.get("CPU", 1)) - _scorers(config)
+    cores = int(cluster.get("CPU", 1)) - _scorers(config.preference_tuning_config)
     base = {"GPU": 1, "CPU": 1} if use_gpu else {"CPU": max(1, cores // config.num_devices)}
     return {**base, **config.worker_resources}
 
 
-def _scorers(config: FinetuneConfig) -> int:
+def _scorers(preference: PreferenceTuningConfig | None) -> int:
     """Count the workers, one core each, that compute the reference's log-probabilities beside the training workers."""
-    preference = config.preference_tuning_config
     if preference is None or not needs_reference(preference.loss) or not preference.logprob_processor_scaling_config:
         return 0
     return preference.logprob_processor_scaling_config.concurrency

@@ -1,6 +1,6 @@
 """What --default chooses where the config leaves a key open, each choice with its reason. Needs no torch.
 
-    config = choose_task(config, first_rows(config))             before the data is tokenized: task, prompt format
+    config = choose_task(config, first_rows(config.train_path))  before the data is tokenized: task, prompt format
     config, choices = choose(config, shape, (8, gpu), data)      the rest
 
 Values of the file or an override never change. Choices depend on the config, the data and the kind and number of GPUs
@@ -31,6 +31,7 @@ from forgebook.planning.memory import memory_of
 from forgebook.planning.token_count import Statistics
 
 if TYPE_CHECKING:
+    from forgebook.config.blocks import DataPath
     from forgebook.config.schema import FinetuneConfig
 
 __all__ = ["KEYS", "Choice", "choice_rows", "choices_of", "choose", "choose_task", "core_shape", "first_rows"]
@@ -63,10 +64,10 @@ EVALUATIONS_IN_ONE_EPOCH = 4
 # Before the data is tokenized -------------------------------------------------------------------------
 
 
-def first_rows(config: FinetuneConfig, count: int = 20) -> list[Any]:
+def first_rows(train_path: DataPath, count: int = 20) -> list[Any]:
     """Read the first rows of the training data as they are written; unreadable ones are left out."""
     chunks = itertools.chain.from_iterable(
-        readers.split_source(source.uri) for source in readers.find_sources(config.train_path)
+        readers.split_source(source.uri) for source in readers.find_sources(train_path)
     )
     raw = (row for chunk in chunks for _, row in readers.read_chunk(chunk) if not isinstance(row, DataError))
     return list(itertools.islice(raw, count))
@@ -105,10 +106,10 @@ def _parses_as(task: str, raw: Any) -> bool:
     return True
 
 
-def core_shape(config: FinetuneConfig, catalog: Catalog | None = None) -> Shape:
+def core_shape(model_id: str, catalog: Catalog | None = None) -> Shape:
     """Return the shape of a core model; raise ModelError, which lists them all, for another."""
     try:
-        return shape_of(config.model_id, catalog)
+        return shape_of(model_id, catalog)
     except ModelError as error:
         core_models = ", ".join(["tiny", *(catalog or read_catalog()).shapes])
         raise ModelError(
@@ -230,7 +231,7 @@ def _choose_batch(
     only_way = f"it does not fit otherwise: {memory}"
     reasons = {
         "quantization": "the weights fit as they are" if fitted.quantization is None else only_way,
-        "deepspeed": _sharding_reason(fitted, memory),
+        "deepspeed": _sharding_reason(fitted.deepspeed, fitted.num_devices, memory),
         "gradient_checkpointing": only_way if fitted.gradient_checkpointing else "it fits without, which is faster",
         "train_batch_size_per_device": f"the largest that fits and divides the batch: {memory}",
         "gradient_accumulation_steps": f"{fitted.global_batch_size} examples per optimizer step: {batch_reason}",
@@ -268,7 +269,7 @@ def _on_gpus(
     config: FinetuneConfig, shape: Shape, hardware: tuple[int, Gpu], data: Statistics | None, fixed: set[str]
 ) -> FinetuneConfig:
     workers, gpu = max(1, config.num_devices), hardware[1]
-    for share, (values, reason) in itertools.product((1 - MARGIN, 1), _number_formats(config, gpu, fixed)):
+    for share, (values, reason) in itertools.product((1 - MARGIN, 1), _number_formats(gpu, config.is_lora, fixed)):
         smaller = dataclasses.replace(gpu, memory=int(share * gpu.memory))
         fitted = fit(config.resolve(**values), shape, (workers, smaller), data, fixed)
         if fitted is None:
@@ -282,7 +283,7 @@ def _on_gpus(
     raise ResourceError(f"{config.model_id} does not fit {workers}x{gpu.name} with the values of the config: {fix}")
 
 
-def _number_formats(config: FinetuneConfig, gpu: Gpu, fixed: set[str]) -> list[tuple[dict[str, Any], str]]:
+def _number_formats(gpu: Gpu, is_lora: bool, fixed: set[str]) -> list[tuple[dict[str, Any], str]]:
     """List dtype and quantization to be tried in turn, with the reason for the dtype."""
     formats: list[tuple[dict[str, Any], str]] = [({"dtype": "bfloat16"}, f"{gpu.name} supports it")]
     if not gpu.bfloat16:
@@ -290,16 +291,16 @@ def _number_formats(config: FinetuneConfig, gpu: Gpu, fixed: set[str]) -> list[t
         formats = [({"dtype": "float32"}, f"{gpu.name} has no bfloat16"), ({"dtype": "bfloat16"}, emulated)]
     if "dtype" in fixed:
         formats = [({}, "")]
-    if config.is_lora and "quantization" not in fixed:
+    if is_lora and "quantization" not in fixed:
         values, reason = formats[-1]
         formats.append((values | {"quantization": "nf4"}, reason))
     return formats
 
 
-def _sharding_reason(config: FinetuneConfig, memory: str) -> str:
-    if config.deepspeed is not None:
+def _sharding_reason(deepspeed: Any, workers: int, memory: str) -> str:
+    if deepspeed is not None:
         return f"the fastest way that fits: {memory}"
-    return "one device holds everything" if config.num_devices <= 1 else f"the whole model fits every GPU: {memory}"
+    return "one device holds everything" if workers <= 1 else f"the whole model fits every GPU: {memory}"
 
 
 def _epochs(task: str | None, sequences: int) -> int:

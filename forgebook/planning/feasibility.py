@@ -258,11 +258,12 @@ def fit(
         shardings = [config.deepspeed and config.deepspeed.model_dump()]
     if "gradient_checkpointing" in keep:
         checkpointings = [config.gradient_checkpointing]
+    splits = _splits(config.train_batch_size_per_device or 1, config.gradient_accumulation_steps, keep)
     for sharding in shardings:
         sharded = config.resolve(deepspeed=sharding)
         if broken_rules(sharded):
             continue
-        for checkpointing, (micro, accumulation) in itertools.product(checkpointings, _splits(config, keep)):
+        for checkpointing, (micro, accumulation) in itertools.product(checkpointings, splits):
             attempt = sharded.resolve(
                 gradient_checkpointing=checkpointing,
                 train_batch_size_per_device=micro,
@@ -273,9 +274,8 @@ def fit(
     return None
 
 
-def _splits(config: FinetuneConfig, keep: Collection[str]) -> list[tuple[int, int]]:
-    """List micro batches, the largest first, each with its accumulation."""
-    micro, accumulation = config.train_batch_size_per_device or 1, config.gradient_accumulation_steps
+def _splits(micro: int, accumulation: int, keep: Collection[str]) -> list[tuple[int, int]]:
+    """List micro batches, the largest first, each with its accumulation, that together hold as many examples."""
     if "train_batch_size_per_device" in keep:
         return [(micro, accumulation)]
     if "gradient_accumulation_steps" in keep:

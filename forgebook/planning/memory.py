@@ -243,7 +243,7 @@ def memory_of(config: FinetuneConfig, shape: Shape, *, workers: int, length: int
         config, shape, sharding, max(1, workers), width, trained, config.train_batch_size_per_device, length, on_gpu
     )
 
-    whole = _base_bytes(config, shape, width) + (trained * width if config.is_lora else 0)
+    whole = _base_bytes(shape, config.quantization, width) + (trained * width if config.is_lora else 0)
     weights = 0 if sharding.offload_param else run.shard(whole, 3)
     gathered = 0
     if sharding.stage == 3 and (workers > 1 or sharding.offload_param):
@@ -339,10 +339,10 @@ def _step(run: _Run) -> int:
     return max(norm, copies, update)
 
 
-def _base_bytes(config: FinetuneConfig, shape: Shape, width: int) -> int:
+def _base_bytes(shape: Shape, quantization: str | None, width: int) -> int:
     """Count the bytes of the base model, quantized or not: embeddings, norms and experts stay in the run's dtype."""
     linear = shape.layers * sum(layer.inputs * layer.outputs for layer in shape.linears.values())
-    each = {"nf4": NF4_BYTES, "int8": INT8_BYTES, None: width}[config.quantization]
+    each = {"nf4": NF4_BYTES, "int8": INT8_BYTES, None: width}[quantization]
     return int(linear * each + (shape.parameters - linear) * width)
 
 

@@ -58,8 +58,8 @@ def prepare(config: FinetuneConfig, run: Run, on_progress: Callable[[str, int, i
     Raises DataError, ModelError or StorageError.
     """
     if config.is_default:
-        auto_config.core_shape(config)  # fails now rather than after the data is tokenized
-        config = auto_config.choose_task(config, auto_config.first_rows(config))
+        auto_config.core_shape(config.model_id)  # fails now rather than after the data is tokenized
+        config = auto_config.choose_task(config, auto_config.first_rows(config.train_path))
     paths = {"train": config.train_path} | ({"valid": config.valid_path} if config.valid_path else {})
     sets, notes = _tokenize(config, paths, run, on_progress)
     _check_examples(config.on_bad_rows, paths, sets, notes, run)
@@ -98,7 +98,7 @@ def check_rows(config: FinetuneConfig) -> None:
     if config.on_bad_rows == "drop":
         return
     if config.is_default:
-        config = auto_config.choose_task(config, auto_config.first_rows(config))
+        config = auto_config.choose_task(config, auto_config.first_rows(config.train_path))
     assert config.task is not None  # filled in when the config is checked
     labels = tuple(config.classifier_config.label_tokens) if config.classifier_config else ()
     paths = {"train": config.train_path} | ({"valid": config.valid_path} if config.valid_path else {})
@@ -199,7 +199,7 @@ def _choose(config: FinetuneConfig, sets: dict[str, Tokens]) -> tuple[FinetuneCo
     statistics = Statistics(tuple(sets["train"].lengths.tolist()), 1.0, "the tokenized examples")
     longest_valid = int(sets["valid"].lengths.max()) if "valid" in sets else 0
     hardware = hardware_in(config) or local_hardware()
-    return auto_config.choose(config, auto_config.core_shape(config), hardware, statistics, longest_valid)
+    return auto_config.choose(config, auto_config.core_shape(config.model_id), hardware, statistics, longest_valid)
 
 
 def _fill_gaps(config: FinetuneConfig, sets: dict[str, Tokens], run_name: str) -> ResolvedConfig:

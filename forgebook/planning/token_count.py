@@ -19,6 +19,7 @@ from forgebook.errors import DataError
 from forgebook.runs import object_store
 
 if TYPE_CHECKING:
+    from forgebook.config.blocks import DataPath
     from forgebook.config.schema import FinetuneConfig
 
 __all__ = ["Statistics", "count_data", "data_is_here"]
@@ -67,7 +68,7 @@ def count_data(config: FinetuneConfig) -> Statistics | None:
     Counts with the tokenizer.json of a local model, else assumes four characters per token. Bad examples are left out.
     None if the data is stored elsewhere (nothing is downloaded) or does not exist.
     """
-    if not data_is_here(config):
+    if not data_is_here(config.train_path):
         return None
     assert config.task is not None  # filled in when the config is checked
     count, how = _counter(config.model_id)
@@ -89,9 +90,9 @@ def count_data(config: FinetuneConfig) -> Statistics | None:
     return Statistics(tuple(lengths), sum(weight for weight, _ in chunks) / read, how + part)
 
 
-def data_is_here(config: FinetuneConfig) -> bool:
+def data_is_here(train_path: DataPath) -> bool:
     """Check whether the training data is stored on this machine."""
-    paths = [config.train_path] if isinstance(config.train_path, str) else config.train_path
+    paths = [train_path] if isinstance(train_path, str) else train_path
     names = [path if isinstance(path, str) else path.path for path in paths]
     if any(object_store.is_remote(name) or name.startswith("hf://") for name in names):
         return False

@@ -22,7 +22,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from forgebook.config.blocks import needs_reference
+from forgebook.config.blocks import PreferenceTuningConfig, needs_reference
 from forgebook.data import batching, token_store
 from forgebook.data.token_store import Tokens
 from forgebook.errors import TrainingError, first_line
@@ -155,7 +155,7 @@ def start_stage(config: ResolvedConfig, run: Run) -> threading.Thread:
 def _run_stage(config: ResolvedConfig, run: Run, missing: list[int]) -> None:
     import ray
 
-    settings = _processor_of(config)
+    settings = _processor_of(config.preference_tuning_config)
     has_gpu = ray.cluster_resources().get("GPU", 0) > 0
     ray.data.DataContext.get_current().enable_progress_bars = False
     try:
@@ -172,8 +172,7 @@ def _run_stage(config: ResolvedConfig, run: Run, missing: list[int]) -> None:
         (run.tokens / "reference" / FAILED).write_text(first_line(error))
 
 
-def _processor_of(config: ResolvedConfig) -> LogprobProcessor:
-    preference = config.preference_tuning_config
+def _processor_of(preference: PreferenceTuningConfig | None) -> LogprobProcessor:
     if preference is None or preference.logprob_processor_scaling_config is None:
         raise ValueError("preference_tuning_config.logprob_processor_scaling_config is not set")
     return preference.logprob_processor_scaling_config
@@ -184,8 +183,8 @@ class _Scorer:
 
     def __init__(self, config: ResolvedConfig, run: Run):
         self.folder = run.tokens / "reference"
-        # Two examples per pair.
-        self.batch_size = 2 * (_processor_of(config).batch_size or config.train_batch_size_per_device)
+        pairs = _processor_of(config.preference_tuning_config).batch_size or config.train_batch_size_per_device
+        self.batch_size = 2 * pairs
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         tokenizer = tokenizer_of(config)
         tokens = token_store.load_view(run.tokens / "train.npz")

@@ -199,7 +199,7 @@ def test_the_same_again_and_readable_back(config, tmp_path):
 
 def test_an_unknown_model_is_told_of_the_core_models_and_of_custom_mode(config):
     with pytest.raises(ModelError, match=r"custom mode, without --default.*core models: tiny, meta-llama"):
-        core_shape(config("owner/unheard-of"))
+        core_shape("owner/unheard-of")
 
 
 def test_hardware_is_found_by_the_driver_s_name():

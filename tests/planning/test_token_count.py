@@ -52,9 +52,9 @@ def test_data_elsewhere_is_not_read(tmp_path, write_rows):
     here = write_rows([{"text": "a"}])
     for path in ("s3://bucket/rows.jsonl", "hf://owner/name:train", str(tmp_path / "missing.jsonl")):
         config = config_for("tiny", train_path=path)
-        assert not data_is_here(config) and count_data(config) is None
-    assert not data_is_here(config_for("tiny", train_path=[here, {"path": "s3://bucket/more.jsonl"}]))
-    assert data_is_here(config_for("tiny", train_path=[here, {"path": here, "weight": 0.5}]))
+        assert not data_is_here(config.train_path) and count_data(config) is None
+    assert not data_is_here(config_for("tiny", train_path=[here, {"path": "s3://bucket/more.jsonl"}]).train_path)
+    assert data_is_here(config_for("tiny", train_path=[here, {"path": here, "weight": 0.5}]).train_path)
 
 
 def test_weights_scale_a_mix(write_rows):
