@@ -19,10 +19,10 @@ from pydantic import (
     model_validator,
 )
 
-from forgebook.errors import near_miss
+from forgebook.config.lora_block import lora_problems
+from forgebook.errors import near_miss, shown_value
 
 __all__ = [
-    "LORA_KEYS",
     "CheckpointFrequency",
     "ClassifierConfig",
     "DataPath",
@@ -51,20 +51,6 @@ __all__ = [
     "needs_reference",
 ]
 
-# The constructor arguments of peft.LoraConfig, written out so that a typo is found without importing peft
-# (which imports torch); a test compares them with the installed peft.
-LORA_KEYS = frozenset(
-    """
-    alora_invocation_tokens alpha_pattern arrow_config auto_mapping base_model_name_or_path bias corda_config
-    ensure_weight_tying eva_config exclude_modules fan_in_fan_out inference_mode init_lora_weights kasa_config
-    layer_replication layers_pattern layers_to_transform loftq_config lora_alpha lora_bias lora_dropout lora_ga_config
-    megatron_config megatron_core modules_to_save monteclora_config peft_type peft_version qalora_group_size r
-    rank_pattern revision runtime_config target_modules target_parameters task_type trainable_token_indices
-    use_bdlora use_dora use_qalora use_rslora velora_config
-    """.split()
-)
-# Initializations of an adapter that leave the base weights unchanged, and PiSSA, whose checkpoints are converted.
-_ADAPTER_INITS = re.compile(r"gaussian|orthogonal|pissa(_niter_\d+)?")
 _ROPE_TYPES = ("linear", "dynamic", "yarn", "longrope", "llama3")
 _ROPE_KEYS = frozenset(
     """
@@ -83,6 +69,7 @@ class Mark(Enum):
 
 # -- values
 
+HIGHEST = 2**63  # of whole numbers; no count or seed of torch is larger
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
 
@@ -107,7 +94,7 @@ def _numbers_inside(value: Any) -> Any:
 def _amount(value: Any) -> Any:
     """Read a number, 0 or more; whole numbers stay whole: 53687091200 bytes are not 53687091200.0."""
     value = _number(value)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < HIGHEST:
         raise ValueError(f"got {value!r}, must be a number, 0 or more")
     return value
 
@@ -120,20 +107,10 @@ def _switch_or_block(value: Any) -> Any:
 
 
 def _known_to_peft(block: dict[str, Any]) -> dict[str, Any]:
-    """Check the keys of a `lora_config`, its rank and its initialization."""
-    problems = [f"unknown key {key!r}{near_miss(key, LORA_KEYS)}" for key in block if key not in LORA_KEYS]
-    rank = block.get("r", 8)
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        problems.append(f"r: got {rank!r}, must be a whole number greater than 0")
-    start = block.get("init_lora_weights", True)
-    if not isinstance(start, bool) and not _ADAPTER_INITS.fullmatch(str(start)):
-        problems.append(
-            f"init_lora_weights: got {start!r}, must be true, gaussian, orthogonal, pissa or pissa_niter_16: "
-            "the others need data, or change the base model so that a saved adapter would not fit it"
-        )
-    if problems:
+    """Check a `lora_config`; leave out nulls, which stand for PEFT's defaults."""
+    if problems := lora_problems(block):
         raise ValueError("; ".join(problems))
-    return block
+    return {key: value for key, value in block.items() if value is not None}
 
 
 def _known_to_transformers(block: dict[str, Any]) -> dict[str, Any]:
@@ -145,14 +122,16 @@ def _known_to_transformers(block: dict[str, Any]) -> dict[str, Any]:
     if kind not in _ROPE_TYPES:
         problems.append(f"rope_type: got {kind!r}, must be one of {', '.join(_ROPE_TYPES)}")
     factor = block.get("factor")
-    if kind != "longrope" and (not isinstance(factor, int | float) or isinstance(factor, bool) or factor < 1):
-        problems.append(f"factor: got {factor!r}, must be a number, 1 or more")
+    if kind != "longrope" and (
+        not isinstance(factor, int | float) or isinstance(factor, bool) or not 1 <= factor < HIGHEST
+    ):
+        problems.append(f"factor: got {shown_value(factor)}, must be a number, 1 or more")
     if problems:
         raise ValueError("; ".join(problems))
     return block
 
 
-Int = Annotated[int, BeforeValidator(_whole_number)]
+Int = Annotated[int, BeforeValidator(_whole_number), Field(gt=-HIGHEST, lt=HIGHEST)]
 Float = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 Fraction = Annotated[Float, Field(ge=0, lt=1)]
 Positive = Annotated[Int, Field(gt=0)]

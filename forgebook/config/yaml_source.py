@@ -48,15 +48,23 @@ def read_text(source: str) -> str:
     if "://" in source:
         return _download(source)
     try:
-        with open(Path(source).expanduser(), encoding="utf-8") as file:
-            text = file.read(LARGEST_TEXT + 1)
+        with open(Path(source).expanduser(), "rb") as file:
+            content = file.read(LARGEST_TEXT + 1)
     except OSError as error:
         raise ConfigError(f"cannot read {source:.200}: {error.strerror}") from None
-    except (RuntimeError, ValueError):  # UnicodeDecodeError; a name with a zero byte; `~nobody`
-        raise ConfigError(f"cannot read {source!r:.200}: it is not text, must be a YAML file") from None
-    if len(text) > LARGEST_TEXT:
-        raise ConfigError(f"cannot read {source}: more than {LARGEST_TEXT:,} characters, must be a YAML file of keys")
-    return text
+    except (RuntimeError, ValueError):  # `~nobody`; a name with a zero byte
+        raise ConfigError(f"cannot read {source!r:.200}: not the name of a file, must be a YAML file") from None
+    if len(content) > LARGEST_TEXT:
+        raise ConfigError(f"cannot read {source}: more than {LARGEST_TEXT:,} bytes, must be a YAML file of keys")
+    return _decoded(content, source)
+
+
+def _decoded(content: bytes, source: str) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"{source}:{line}: not UTF-8 text, must be a YAML file") from None
 
 
 def _download(url: str) -> str:
@@ -67,8 +75,8 @@ def _download(url: str) -> str:
         raise ConfigError(f"cannot read {url}: a config is a local file or an https:// URL")
     try:
         with urlopen(url, timeout=URL_TIMEOUT) as response:
-            return response.read().decode("utf-8")
-    except (OSError, HTTPException, UnicodeDecodeError) as error:  # a 404 and a timeout are OSErrors
+            return _decoded(response.read(), url)
+    except (OSError, HTTPException) as error:  # a 404 and a timeout are OSErrors
         raise ConfigError(f"cannot download {url}: {error}") from None
 
 
@@ -85,8 +93,9 @@ def parse_yaml(text: str, source: str) -> tuple[Any, Places]:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ConfigError(f"{source}:{line}: not valid YAML: {error.problem}") from None
-    except yaml.YAMLError as error:  # a character that YAML does not allow
-        raise ConfigError(f"{source}: not valid YAML: {error}") from None
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise ConfigError(f"{source}:{line}: not valid YAML: U+{error.character:04X} is not allowed in it") from None
     except RecursionError:
         raise ConfigError(f"{source}: not a config: nested more than {DEEPEST} levels deep") from None
 

@@ -297,9 +297,11 @@ def _read_csv(chunk: FileChunk) -> Iterator[tuple[int, Any]]:
         header = file.readline(LONGEST_LINE)
         file.seek(0)
         reader = csv.DictReader(file, strict=True, delimiter=max(DELIMITERS, key=header.count))
+        number = 1
         while True:
-            number = reader.line_num + 1 if reader.fieldnames else 1
             try:
+                if reader.fieldnames:  # reads the header
+                    number = reader.line_num + 1
                 row = next(reader)
             except StopIteration:
                 return

@@ -232,7 +232,10 @@ def _decoded(raw: dict) -> dict:
 def _alpaca_question(raw: dict) -> list[Message]:
     """Turn instruction and input into one question, as Alpaca's own prompt does: the input below."""
     messages = []
-    for turn in raw.get("history") or []:
+    history = raw.get("history") or []
+    if not isinstance(history, list):
+        raise DataError(f"history is {brief(history)}; expected a list of [question, answer] pairs")
+    for turn in history:
         if not (isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn)):
             raise DataError(f"history has {brief(turn)}; expected [question, answer] pairs")
         messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]

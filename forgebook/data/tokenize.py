@@ -124,13 +124,14 @@ def read_examples(
 ) -> list[Example]:
     """Read and check the examples of a path, the first `limit`.
 
-    Raises DataError that names every bad row, unless `on_bad_rows` drops them, and for a path without examples.
+    Raises DataError that names every bad row, unless `on_bad_rows` drops them and some are left, and for a path
+    without examples.
     """
     notes = DatasetNotes()
     chunks = itertools.chain.from_iterable(readers.split_source(one.uri) for one in readers.find_sources(path))
     parsed = itertools.chain.from_iterable(_noted(chunk, task, labels, notes) for chunk in chunks)
     examples = list(itertools.islice(parsed, limit))
-    if notes.problems and on_bad_rows == "fail":
+    if notes.problems and (on_bad_rows == "fail" or not examples):
         raise bad_rows_error(path, notes)
     if not examples:
         raise no_examples_error(path)

@@ -13,6 +13,7 @@ import hashlib
 import os
 import re
 import shutil
+import stat
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -34,10 +35,18 @@ def fetch_file(uri: str) -> Path:
     """Return a local path holding the file at `uri`; raise StorageError if there is none."""
     if not is_remote(uri):
         path = Path(uri).expanduser()
-        if path.is_dir():
+        try:
+            kind = path.stat().st_mode
+        except FileNotFoundError:
+            raise StorageError(f"{uri} does not exist (looked from {Path.cwd()})") from None
+        except (OSError, ValueError) as error:  # ValueError: a zero byte
+            raise StorageError(f"{uri!r} cannot be read: {getattr(error, 'strerror', error)}") from None
+        if stat.S_ISDIR(kind):
             raise StorageError(f"{uri} is a folder; name a file in it")
-        if not path.exists():
-            raise StorageError(f"{uri} does not exist (looked from {Path.cwd()})")
+        if not stat.S_ISREG(kind):  # a pipe is read only once, and a device may never end
+            raise StorageError(f"{uri} is a pipe or a device: write its content to a file, and name that")
+        if not os.access(path, os.R_OK):
+            raise StorageError(f"{uri} cannot be read: Permission denied")
         return path
     target = _cached(uri)
     if not target.exists():

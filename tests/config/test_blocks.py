@@ -1,11 +1,9 @@
 """The nested blocks and the kinds of values: what is read as a number, what is refused and in which words."""
 
-import dataclasses
-
 import pytest
 import yaml
 
-from forgebook.config.blocks import LORA_KEYS, PromptFormat
+from forgebook.config.blocks import PromptFormat
 from support_config import refusal
 
 
@@ -17,7 +15,7 @@ adam_epsilon: 1E-8
 adam_betas: [9e-1, 0.95]
 max_steps: 1e3
 worker_resources: {accelerator_type:A10G: 1e-3}
-lora_config: {lora_dropout: 5e-2, rank_pattern: {a: 1e1}}
+lora_config: {lora_dropout: 5e-2, alpha_pattern: {a: 1e1}}
 rope_scaling: {rope_type: linear, factor: 2e0}
 """,
         "weight_decay=1e-2",
@@ -28,7 +26,7 @@ rope_scaling: {rope_type: linear, factor: 2e0}
     assert config.max_steps == 1000 and isinstance(config.max_steps, int)
     assert config.worker_resources == {"accelerator_type:A10G": 0.001}
     assert config.trainer_resources == {"memory": 5e10}
-    assert config.lora_config == {"lora_dropout": 0.05, "rank_pattern": {"a": 10.0}}
+    assert config.lora_config == {"lora_dropout": 0.05, "alpha_pattern": {"a": 10.0}}
     assert config.rope_scaling == {"rope_type": "linear", "factor": 2.0}
 
 
@@ -70,7 +68,10 @@ def test_byte_counts_stay_whole(load_yaml):
         ("logger: wandb", "logger: got 'wandb', must be a block of 'key: value' lines"),
         ("logger: {rank_zero_only: true}", "missing key 'logger.provider'"),
         ("torch_compile: fast", "torch_compile: got 'fast', must be true, false or a block of options"),
-        ("lora_config: {r: true}", "lora_config: r: got True, must be a whole number greater than 0"),
+        ("lora_config: {r: true}", "lora_config: r: got True, must be a whole number from 1"),
+        ("seed: " + "9" * 40, "seed: got 9999"),
+        ("train_batch_size_per_device: " + "9" * 40, "must be less than 9223"),
+        ("worker_resources: {CPU: " + "9" * 40 + "}", "must be a number, 0 or more"),
         ("classifier_config: {label_tokens: [a]}", ".label_tokens: got ['a'], must be a list of at least 2"),
         ("classifier_config: {label_tokens: [a, a]}", "must not contain a label twice"),
         ("initial_base_model_ckpt_path: {repo_id: 3}", ".repo_id: got 3, must be text"),
@@ -118,8 +119,3 @@ def test_prompt_format_defaults():
     templates = PromptFormat(system="{instruction}", user="{instruction}", assistant="{instruction}")
     assert (templates.trailing_assistant, templates.bos, templates.default_system_message) == ("", "", "")
     assert templates.strip_whitespace and not templates.system_in_user
-
-
-def test_lora_keys_are_those_of_the_installed_peft():
-    peft = pytest.importorskip("peft")
-    assert {field.name for field in dataclasses.fields(peft.LoraConfig) if field.init} == LORA_KEYS

@@ -16,7 +16,7 @@ from support_config import LORA_BLOCK, MINIMAL, refusal
         ("model_id: m\n  train_path: t\n", "tiny.yaml:2: not valid YAML"),
         ("model_id: m\na: !!python/name:os.system\n", "tiny.yaml:2: not valid YAML"),
         ("model_id: m\n[a]: 1\n", "tiny.yaml:2: not valid YAML"),
-        ("model_id: \x00", "tiny.yaml: not valid YAML"),
+        ("a: 1\nmodel_id: \x00", "tiny.yaml:2: not valid YAML: U+0000 is not allowed"),
         ("a: 1\n---\nb: 1\n", "not valid YAML"),
         ("model_id: &m {a: *m}\n", "tiny.yaml:1: not valid YAML: an anchor holds an alias of itself"),
         ("model_id: &m [*m]\n", "an anchor holds an alias of itself"),
@@ -73,9 +73,9 @@ def test_unreadable_files(tmp_path):
     assert "File name too long" in refusal(load_config, "n" * 5000 + ".yaml")
     assert "cannot read" in refusal(load_config, "a\0b.yaml")
     (tmp_path / "long.yaml").write_text("#" * 1_100_000)
-    assert "more than 1,048,576 characters" in refusal(load_config, tmp_path / "long.yaml")
-    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
-    assert "is not text" in refusal(load_config, tmp_path / "binary.yaml")
+    assert "more than 1,048,576 bytes" in refusal(load_config, tmp_path / "long.yaml")
+    (tmp_path / "latin.yaml").write_bytes(MINIMAL.encode() + b"run_name: caf\xe9\n")
+    assert "latin.yaml:3: not UTF-8 text" in refusal(load_config, tmp_path / "latin.yaml")
 
 
 def test_urls(monkeypatch):

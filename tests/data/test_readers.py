@@ -218,6 +218,7 @@ def test_a_damaged_json_array_is_reported_with_its_line(tmp_path, text, message)
         (b"prompt,completion\na,\xff\n", r"r\.csv:2: not UTF-8"),
         (b"prompt,\xff\na,b\n", r"r\.csv:2: not UTF-8"),
         (b'prompt,completion\n"a,b\n', r"r\.csv:2: not valid CSV"),
+        (b'"prompt"x,completion\na,b\n', r"r\.csv:1: not valid CSV"),
     ],
 )
 def test_a_damaged_csv_is_reported_with_its_line(tmp_path, content, message):

@@ -232,6 +232,7 @@ def test_preference_pairs():
             "every assistant turn has weight 0, or train: false",
         ),
         ({"messages": "[oops"}, "instruction_tuning", r"f:1: messages: not valid JSON"),
+        ({"instruction": "i", "output": "o", "history": 3}, "instruction_tuning", "history is 3; expected a list"),
         ({"messages": [S, Q, A], "system": "t"}, "instruction_tuning", "begin with another system message"),
         ({"messages": [Q, A], "system": {"a": 1}}, "instruction_tuning", r"system is {\"a\": 1}; expected a string"),
         (

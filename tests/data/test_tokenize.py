@@ -59,6 +59,13 @@ def test_all_bad_rows_are_reported_in_one_pass(tmp_path):
     assert text.startswith("25 of 26 rows") and "rows.jsonl:21:" in text and "... and 5 more" in text
 
 
+def test_a_file_of_bad_rows_alone_is_not_empty_after_they_are_dropped(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("{\n")
+    with pytest.raises(DataError, match=r"1 of 1 rows .*\n  rows\.jsonl:1: not valid JSON"):
+        tokenize.read_examples(str(path), on_bad_rows="drop")
+
+
 def test_empty_and_missing_files(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(DataError, match="is empty"):

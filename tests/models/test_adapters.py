@@ -322,7 +322,7 @@ def test_an_adapter_is_continued_on_the_positions_it_was_trained_with(make_confi
     [
         ({"factor": 2.0}, "rope_type: got None, must be one of linear"),
         ({"rope_type": "liner", "factor": 2.0}, "rope_type: got 'liner'"),
-        ({"rope_type": "linear"}, "factor: got None"),
+        ({"rope_type": "linear"}, "factor: got nothing"),
         ({"rope_type": "linear", "factor": 2.0, "factr": 3.0}, "unknown key 'factr': did you mean 'factor'"),
     ],
 )

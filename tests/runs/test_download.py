@@ -26,6 +26,9 @@ def test_a_local_path_stands_for_itself(tmp_path):
     ("fetch", "path", "message"),
     [
         (fetch_file, ".", r"\. is a folder; name a file in it"),
+        (fetch_file, "/dev/zero", "/dev/zero is a pipe or a device: write its content to a file"),
+        (fetch_file, "a\0b", "cannot be read: embedded null byte"),
+        (fetch_file, "n" * 300, "cannot be read: File name too long"),
         (fetch_file, "none.jsonl", r"none\.jsonl does not exist \(looked from /"),
         (fetch_folder, "none", r"the folder none does not exist \(looked from /"),
         (fetch_folder, "https://host/model", "a folder can be read from a local path, s3:// or gs://"),
