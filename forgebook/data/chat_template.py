@@ -97,7 +97,7 @@ def render_for_training(
         text = conversation.through(count - 1)
         conversation.check_shown(range(count), text)
         if conversation.answers and 0 < conversation.answers[-1] == count - 1:
-            text += conversation.end_after(count - 1)
+            text += conversation.end_after(count - 1) + conversation.closing
         return [RenderedText(text, [], all_in_loss=True)]
     targets = [k for k in conversation.answers if conversation.messages[k].get("weight") != 0]
     targets = targets[-1:] if loss_on == "last" else targets
@@ -116,7 +116,7 @@ def _rewriting_error(conversation: Conversation, k: int, text: str, targets: lis
         "the chat template renders this assistant turn differently once later turns follow (it may strip the thinking)",
         "generation_config.prompt_format",
     )
-    if text.startswith(conversation.turn(k, text)):
+    if text.startswith(conversation.turn(k)):
         what = "no token ends this assistant turn when another turn follows, so the model would not learn to stop"
         if conversation.prompt_format is not None:
             other += ".assistant to a template that ends with such a token"
@@ -136,4 +136,5 @@ def _with_spans(conversation: Conversation, text: str, count: int, targets: list
     for start, end in conversation.answer_spans(text, count):
         token = ends.get(start, "")
         spans.append((start, end + len(token)))
-    return RenderedText(text, spans, [start in ends for start, _ in spans])
+    closing = conversation.closing if count - 1 in conversation.answers else ""
+    return RenderedText(text + closing, spans, [start in ends for start, _ in spans])

@@ -13,17 +13,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from forgebook.data.generation_prompt import added_to_prompt, closes_thought, opened_thought
-from forgebook.data.message_parts import missing_part, missing_tool, split_thought
+from forgebook.data.message_parts import follows_call, missing_part, missing_tool, split_thought
 from forgebook.data.messages import REASONING_KEYS, Message
 from forgebook.data.prompt_formats import render_prompt_format
-from forgebook.data.render_limits import within_limits
-from forgebook.data.special_tokens import has_end, hide, leading_token, map_texts, without_closing_token
+from forgebook.data.special_tokens import has_end, hide, leading_token, map_texts
+from forgebook.data.template_facts import TemplateFacts, apply_template, template_facts
 from forgebook.data.tools import tools_as_text, uses_tools
 from forgebook.errors import DataError
 from forgebook.models.template_settings import template_defaults, template_variables
@@ -38,38 +37,12 @@ __all__ = ["Conversation", "Message", "Span"]
 
 Span = tuple[int, int]
 
-# Whether a template reads tools or reasoning shows in its source.
-READS_TOOLS = re.compile(r"\{[%{][^}]*\btools\b")
-READS_REASONING = {
-    "reasoning_content": re.compile("reasoning_content"),
-    "thinking": re.compile(r"\.thinking\b|[\"']thinking[\"']"),
-    "reasoning": re.compile(r"\.reasoning\b|\[[\"']reasoning[\"']\]|get\([\"']reasoning[\"']"),
-}
-
-# Rendered to see whether a template writes tools, calls and results. Mistral's wants ids of nine letters and digits.
-PROBED_TOOL = {
-    "type": "function",
-    "function": {
-        "name": "probed_tool",
-        "description": "probed description",
-        "parameters": {"type": "object", "properties": {"probed_key": {"type": "string", "description": "d"}}},
-    },
-}
-PROBED_CALL = {
-    "type": "function",
-    "id": "call00001",
-    "function": {"name": "probed_tool", "arguments": {"probed_key": "probed value"}},
-}
-PROBED_MESSAGES: list[Message] = [
-    {"role": "user", "content": "a"},
-    {"role": "assistant", "content": "", "tool_calls": [PROBED_CALL]},
-    {"role": "tool", "content": "probed result", "name": "probed_tool", "tool_call_id": "call00001"},
-]
 # Stand-ins inside messages: the end of one message, the begin of the next one's content, the tags of a thought. The
 # tags are private characters that no message may contain.
-PROBED_RESULT = {"name": "probed_tool", "tool_call_id": "call00001"}
+PROBED_RESULT = {"name": "probed_tool", "tool_call_id": "call00000"}
 END_MARK, CONTENT_MARK = "Xq7EndOfMessageXq7", "Xq7ContentXq7"
 HIDDEN_TAGS = {"<think>": "\U000ffff0", "</think>": "\U000ffff1"}
+NO_TEMPLATE = TemplateFacts(None, None, "")
 OTHER_FORMAT = "set generation_config.prompt_format"
 
 
@@ -87,12 +60,14 @@ class Conversation:
         self.tokenizer, self.prompt_format, self.settings = tokenizer, prompt_format, settings or {}
         self.written = messages, tools
         self.source = source = _template_source(tokenizer, tools) if prompt_format is None else ""
-        if uses_tools(messages, tools) and not (
-            READS_TOOLS.search(source) and _renders_tools(tokenizer, source, bool(tools))
-        ):
-            messages, tools = tools_as_text(messages, tools), None
-        key = next((key for key, reads in READS_REASONING.items() if reads.search(source)), None)
-        messages = [_with_reasoning(message, key) for message in messages]
+        facts = template_facts(tokenizer, source, bool(tools)) if source else NO_TEMPLATE
+        self.closing = facts.closing
+        if uses_tools(messages, tools):
+            if facts.calls is None:
+                messages, tools = tools_as_text(messages, tools), None
+            else:
+                messages = facts.calls.write(messages)
+        messages = [_with_reasoning(message, facts.reasoning_key) for message in messages]
         hidden = functools.partial(hide, tokenizer=tokenizer)
         self.messages: list[Message] = [map_texts(message, hidden) for message in messages]
         self.tools: list[dict] | None = map_texts(tools, hidden)
@@ -126,7 +101,7 @@ class Conversation:
         That is the token with which the next turn begins (GLM 4.5), else the tokenizer's EOS. Raises DataError if
         there is none.
         """
-        turn = (self._answered.get(k) or self.through(k))[len(self.prompt(k)) :]
+        turn = self.turn(k)[len(self.prompt(k)) :]
         has_own_text = self.prompt_format is not None and not self.prompt_format.assistant.rstrip().endswith(
             "{instruction}"
         )
@@ -136,7 +111,7 @@ class Conversation:
         follows = {"role": "tool", "content": "a", **PROBED_RESULT} if calls else {"role": "user", "content": "a"}
         with contextlib.suppress(DataError):
             through = self.through(k)
-            later = self.render([*self.messages[: k + 1], follows])
+            later = self._unclosed([*self.messages[: k + 1], follows])
             token = leading_token(later.removeprefix(through), self.tokenizer) if later.startswith(through) else ""
             if has_end(token, self.tokenizer):
                 return token
@@ -158,7 +133,7 @@ class Conversation:
         answered = [self.answered(k) for k in targets]
         last = len(self.messages) - 1
         text = answered[-1] if last in targets else self.through(last)
-        turns = {k: self.turn(k, text) + (self.end_after(k) if k != last else "") for k in targets}
+        turns = {k: self.turn(k) + (self.end_after(k) if k != last else "") for k in targets}
         return text, [k for k, turn in turns.items() if not text.startswith(turn)]
 
     def helpful_setting(self, helps: Callable[[Conversation], bool]) -> str:
@@ -172,14 +147,9 @@ class Conversation:
                         return f"generation_config.chat_template_kwargs: {{{name}: {str(value).lower()}}}"
         return ""
 
-    def turn(self, k: int, text: str) -> str:
-        """Render up to message k as `text` continues: without a token that only ends a text (Phi-3's eos)."""
-        through = self._answered.get(k) or self.through(k)
-        if text.startswith(through):
-            return through
-        open_ended = without_closing_token(through, self.tokenizer)
-        continues = len(open_ended) > len(self.prompt(k)) and text.startswith(open_ended)
-        return open_ended if continues else through
+    def turn(self, k: int) -> str:
+        """Render up to message k: as `answered` did, if it was called."""
+        return self._answered.get(k) or self.through(k)
 
     def check_context(self) -> None:
         """Raise DataError unless the tools and all messages but the answers in the loss are shown."""
@@ -204,6 +174,9 @@ class Conversation:
 
     def _check_shown(self, k: int, message: Message, text: str) -> None:
         if path := missing_part(message, text):
+            if message["role"] == "system" and self.written[1] and self.tools is None:
+                shown = "the chat template shows no system message, in which they are written as text"
+                raise DataError(f"tools: {shown}: {OTHER_FORMAT}")
             raise DataError(f"messages[{k}].{self._described(k, path)}: {OTHER_FORMAT}")
 
     def _described(self, k: int, path: str) -> str:
@@ -216,7 +189,12 @@ class Conversation:
     def _lacks(self, k: int, text: str) -> str | None:
         """Name what an answer lacks in a text; an empty name if the text does not continue the answer's prompt."""
         prompt = self.prompt(k)
-        return missing_part(self.messages[k], text[len(prompt) :]) if text.startswith(prompt) else ""
+        if not text.startswith(prompt):
+            return ""
+        turn, thought = text[len(prompt) :], _thought_of(self.messages[k])[0]
+        return missing_part(self.messages[k], turn) or (
+            "reasoning" if follows_call(thought, self.messages[k], turn) else None
+        )
 
     def _possible_answers(self, k: int) -> Iterator[str]:
         """Yield ways to render up to answer k: the template's own text, then what the message adds to the prompt."""
@@ -229,7 +207,7 @@ class Conversation:
         forms = [message]
         if reasoning:
             forms.append(silent | {"content": _with_hidden_tags(_thought_as_text(reasoning, rest))})
-            yield _with_shown_tags(self.render([*self.messages[:k], forms[-1]]))
+            yield _with_shown_tags(self._unclosed([*self.messages[:k], forms[-1]]))
         elif opened_thought(prompt) and (setting := self.helpful_setting(lambda other: other.is_plain(k))):
             raise DataError(
                 f"messages[{k}]: the generation prompt of the chat template opens a thought, and this turn has no "
@@ -244,11 +222,15 @@ class Conversation:
         turns = [self._after_mark([*before, form]) for form in forms]
         yield from (prompt + turn[len(begin) :] for turn in turns if turn.startswith(begin))
         header = self._after_mark([*before, silent | {"content": CONTENT_MARK}]).partition(CONTENT_MARK)[0]
-        yield prompt + added_to_prompt(begin, header, self._after_mark([*before, silent]), reasoning)
+        added = added_to_prompt(begin, header, self._after_mark([*before, silent]), reasoning)
+        yield prompt + added
+        if reasoning and not opened_thought(prompt):  # templates may write contents, and thoughts in them, after calls
+            yield prompt + _thought_as_text(reasoning, added)
 
     def _after_mark(self, messages: list[Message], for_generation: bool = False) -> str:
         """Render messages; return what follows the one whose end is marked."""
-        return _with_shown_tags(self.render(messages, for_generation).rpartition(END_MARK)[2])
+        text = self._unclosed(messages, for_generation)
+        return _with_shown_tags(text.rpartition(END_MARK)[2])
 
     def _reason_against(self, k: int) -> str:
         """Say why answer k cannot be trained, and what to set."""
@@ -258,6 +240,8 @@ class Conversation:
         if _thought_of(self.messages[k])[0] and closes_thought(prompt):
             return f": it has reasoning, but the generation prompt of the chat template closes the thought: {fix}"
         if path := missing_part(self.messages[k], through.removeprefix(prompt)):
+            if path.startswith("tool_calls") and not path.startswith("tool_calls[0]"):
+                fix = f"give each call a turn of its own, or {fix}"
             return f".{self._described(k, path)}: {fix}"
         return (
             ": the chat template does not continue its own generation prompt with this assistant turn, so no prompt "
@@ -267,7 +251,7 @@ class Conversation:
     def _render_first(self, count: int, for_generation: bool) -> str:
         key = count, for_generation
         if key not in self._rendered:
-            self._rendered[key] = self.render(self.messages[:count], for_generation)
+            self._rendered[key] = self._unclosed(self.messages[:count], for_generation)
         return self._rendered[key]
 
     def render(self, messages: list[Message], for_generation: bool = False) -> str:
@@ -278,7 +262,12 @@ class Conversation:
             raise DataError(
                 "the conversation begins with an assistant turn, but chat templates need a message before it"
             )
-        return _apply_template(self.tokenizer, messages, self.tools, for_generation, self.settings)
+        return apply_template(self.tokenizer, messages, self.tools, for_generation, self.settings)
+
+    def _unclosed(self, messages: list[Message], for_generation: bool = False) -> str:
+        """Render messages without what the template prints after the last turn's own end."""
+        text = self.render(messages, for_generation)
+        return text if for_generation else text.removesuffix(self.closing)
 
     def answer_spans(self, text: str, count: int) -> list[Span]:
         """Find the characters [start, end) of each answer among the first `count` messages of a text.
@@ -289,7 +278,7 @@ class Conversation:
         for k in [k for k in self.answers if k < count]:
             prompt = self.prompt(k)
             if text.startswith(prompt) and len(prompt) < len(text):
-                turn = self.turn(k, text)
+                turn = self.turn(k)
                 end = len(turn) if text.startswith(turn) else len(prompt)
                 spans.append((len(prompt), max(len(prompt), end)))
         return spans
@@ -302,38 +291,6 @@ def _template_source(tokenizer: PreTrainedTokenizerBase, tools: list[dict] | Non
             "set generation_config.prompt_format in the config"
         )
     return tokenizer.get_chat_template(None, tools)
-
-
-def _apply_template(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: list[Message],
-    tools: list[dict] | None,
-    for_generation: bool,
-    settings: Mapping[str, bool] | None = None,
-) -> str:
-    from jinja2 import TemplateError
-
-    try:
-        apply = functools.partial(
-            tokenizer.apply_chat_template, messages, tools=tools, tokenize=False, **settings or {}
-        )
-        return within_limits(lambda: apply(add_generation_prompt=for_generation), tokenizer.name_or_path)
-    except TemplateError as error:
-        raise DataError(f"the chat template rejects these messages: {error}") from None
-    except (TypeError, KeyError, AttributeError, ValueError) as error:
-        raise DataError(f"the chat template fails on these messages: {error}") from None
-
-
-@functools.lru_cache(maxsize=64)
-def _renders_tools(tokenizer: PreTrainedTokenizerBase, source: str, lists_tools: bool) -> bool:
-    """Return whether the tokenizer's template, of this source, writes the list of tools, calls and results."""
-    tools = [PROBED_TOOL] if lists_tools else None
-    try:
-        text = _apply_template(tokenizer, PROBED_MESSAGES, tools, for_generation=True)
-    except DataError:  # what it wants is not known; examples are checked one by one
-        return True
-    shown = missing_tool(tools or [], text) is None
-    return shown and all(missing_part(message, text) is None for message in PROBED_MESSAGES)
 
 
 def _with_reasoning(message: Message, key: str | None) -> Message:

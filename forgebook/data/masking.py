@@ -28,8 +28,9 @@ from forgebook.data.chat_template import (
     render_for_training,
     render_prompt,
 )
-from forgebook.data.conversation import PROBED_MESSAGES, PROBED_TOOL, Message, Span
+from forgebook.data.conversation import Message, Span
 from forgebook.data.special_tokens import end_ids, has_hidden, hide, literal_tokenizer, special_ids, to_literal_form
+from forgebook.data.template_facts import PROBED_MESSAGES, PROBED_TOOL
 from forgebook.errors import DataError
 
 if TYPE_CHECKING:

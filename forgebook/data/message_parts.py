@@ -14,7 +14,7 @@ from typing import Any
 
 from forgebook.data.messages import REASONING_KEYS, Message
 
-__all__ = ["missing_part", "missing_tool", "split_thought"]
+__all__ = ["follows_call", "missing_part", "missing_tool", "split_thought"]
 
 THOUGHT_MARK = re.compile("</?think>")
 LEADING_THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
@@ -35,6 +35,16 @@ def missing_part(message: Message, text: str) -> str | None:
             return path
         text = text.replace(spelling, "\0", 1) if spelling else text
     return None
+
+
+def follows_call(thought: str, message: Message, text: str) -> bool:
+    """Return whether a message's thought stands after its first call in a rendered text."""
+    calls = message.get("tool_calls") or []
+    return bool(thought and calls) and _place(calls[0]["function"]["name"], text) < _place(thought, text)
+
+
+def _place(part: str, text: str) -> int:
+    return min((at for spelled in _spellings(part) if (at := text.find(spelled)) >= 0), default=len(text))
 
 
 def missing_tool(tools: list[dict], text: str) -> str | None:

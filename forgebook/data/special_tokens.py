@@ -32,7 +32,6 @@ __all__ = [
     "restore",
     "special_ids",
     "to_literal_form",
-    "without_closing_token",
 ]
 
 # While a template runs, special tokens inside messages are these characters, one per token; for the tokenizer of
@@ -92,13 +91,6 @@ def _end_pattern(tokenizer) -> re.Pattern:
 def has_end(turn: str, tokenizer) -> bool:
     """Return whether a turn ends with a token of its own; white space and the next text's BOS may follow it."""
     return _end_pattern(tokenizer).search(turn) is not None
-
-
-def without_closing_token(text: str, tokenizer) -> str:
-    """Remove a special token that follows another one at the end: the EOS with which some templates close a text."""
-    special = _special_tokens(tokenizer)[1].pattern
-    closed = re.fullmatch(rf"(.*(?:{special})\s*)(?:{special})\s*", text, re.DOTALL)
-    return closed[1] if closed else text
 
 
 def map_texts(value: Any, change: Callable[[str], str]) -> Any:

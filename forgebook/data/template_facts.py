@@ -1,0 +1,189 @@
+"""What a chat template does with tools, reasoning and the end of a text: seen once, by rendering probes with it.
+
+facts = template_facts(tokenizer, source, lists_tools)
+facts.calls.write(messages)     calls in the form that the template reads; facts.calls is None if it reads none
+facts.reasoning_key             the key under which it reads reasoning, if any
+facts.closing                   what it prints after a text's last answer that does not belong to the answer
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from forgebook.data.message_parts import missing_part, missing_tool
+from forgebook.data.messages import REASONING_KEYS, Message
+from forgebook.data.render_limits import within_limits
+from forgebook.data.special_tokens import has_end
+from forgebook.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["PROBED_MESSAGES", "PROBED_TOOL", "CallForm", "TemplateFacts", "apply_template", "template_facts"]
+
+# Whether a template reads tools shows in its source.
+READS_TOOLS = re.compile(r"\{[%{][^}]*\btools\b")
+
+PROBED_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "probed_tool",
+        "description": "probed description",
+        "parameters": {"type": "object", "properties": {"probed_key": {"type": "string", "description": "d"}}},
+    },
+}
+PROBED_ARGUMENTS = {"probed_key": "probed value"}
+# Named unlike the tool in the list, or its name would be seen there.
+PROBED_CALL = {"type": "function", "function": {"name": "probed_call", "arguments": PROBED_ARGUMENTS}}
+PROBED_MESSAGES: list[Message] = [
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": "", "tool_calls": [PROBED_CALL]},
+    {"role": "tool", "content": "probed result", "name": "probed_tool"},
+]
+PROBED_ANSWER, PROBED_THOUGHT = "Xq7AnswerXq7", "Xq7ThoughtXq7"
+
+
+@dataclass(frozen=True)
+class CallForm:
+    """The form in which a template reads tool calls.
+
+    arguments_as_text: JSON text instead of objects, which such templates print as Python or add to a text.
+    ids: a pattern for new ids of calls, where a template accepts or shows no others; None leaves those of the data.
+    """
+
+    arguments_as_text: bool = False
+    ids: str | None = None
+
+    def write(self, messages: list[Message]) -> list[Message]:
+        """Write the calls of messages in this form, and the ids of their results alike."""
+        numbers = itertools.count()
+        renamed: dict[str | None, str] = {}
+        unanswered: list[str] = []
+        written = []
+        for message in messages:
+            if calls := message.get("tool_calls"):
+                changed = [self._call(call, next(numbers)) for call in calls]
+                message = message | {"tool_calls": changed}
+                if self.ids:
+                    renamed |= {old.get("id"): new["id"] for old, new in zip(calls, changed, strict=True)}
+                    unanswered += [call["id"] for call in changed]
+            elif message["role"] == "tool" and self.ids:
+                old = message.get("tool_call_id")
+                new = renamed[old] if old in renamed and old is not None else next(iter(unanswered), self._id("", 0))
+                unanswered = [one for one in unanswered if one != new]
+                message = message | {"tool_call_id": new}
+            written.append(message)
+        return written
+
+    def _call(self, call: dict[str, Any], number: int) -> dict[str, Any]:
+        function = call["function"]
+        if self.arguments_as_text and not isinstance(function["arguments"], str):
+            function = function | {"arguments": json.dumps(function["arguments"], ensure_ascii=False)}
+        return call | {"function": function} | ({"id": self._id(function["name"], number)} if self.ids else {})
+
+    def _id(self, name: str, number: int) -> str:
+        return (self.ids or "").format(name=name, number=number)
+
+
+# Tried in this order. Mistral accepts ids of nine letters and digits alone; Kimi K2 names the function in the id.
+CALL_FORMS = [
+    CallForm(as_text, ids)
+    for ids, as_text in itertools.product((None, "call{number:05}", "functions.{name}:{number}"), (False, True))
+]
+
+
+@dataclass(frozen=True)
+class TemplateFacts:
+    """What is known of a template; see the head of this file."""
+
+    calls: CallForm | None
+    reasoning_key: str | None
+    closing: str
+
+
+@functools.lru_cache(maxsize=64)
+def template_facts(tokenizer: PreTrainedTokenizerBase, source: str, lists_tools: bool) -> TemplateFacts:
+    """Probe a tokenizer's template, of this source, for conversations that list tools or do not."""
+    tools = [PROBED_TOOL] if lists_tools else None
+    calls = _call_form(tokenizer, tools) if READS_TOOLS.search(source) else None
+    return TemplateFacts(calls, _reasoning_key(tokenizer, source, tools, calls), _closing(tokenizer))
+
+
+def apply_template(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[Message],
+    tools: list[dict] | None,
+    for_generation: bool,
+    settings: Mapping[str, Any] | None = None,
+) -> str:
+    """Render messages by the tokenizer's chat template, within limits. Raises DataError if it fails."""
+    from jinja2 import TemplateError
+
+    try:
+        apply = functools.partial(
+            tokenizer.apply_chat_template, messages, tools=tools, tokenize=False, **settings or {}
+        )
+        return within_limits(lambda: apply(add_generation_prompt=for_generation), tokenizer.name_or_path)
+    except TemplateError as error:
+        raise DataError(f"the chat template rejects these messages: {error}") from None
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        raise DataError(f"the chat template fails on these messages: {error}") from None
+
+
+def _rendered(tokenizer, messages: list[Message], tools: list[dict] | None = None, prompt: bool = False) -> str:
+    """Render a probe; empty if the template rejects it."""
+    try:
+        return apply_template(tokenizer, messages, tools, prompt)
+    except DataError:
+        return ""
+
+
+def _call_form(tokenizer, tools: list[dict] | None) -> CallForm | None:
+    """Find the first form in which the template shows the tools, a call and its result; None if it shows none."""
+    texts = {form: _rendered(tokenizer, form.write(PROBED_MESSAGES), tools, True) for form in CALL_FORMS}
+    if not any(texts.values()):  # what it wants is not known; examples are checked one by one
+        return CALL_FORMS[0]
+    return next((form for form, text in texts.items() if text and _shows_calls(text, form, tools)), None)
+
+
+def _shows_calls(text: str, form: CallForm, tools: list[dict] | None) -> bool:
+    shown = missing_tool(tools or [], text) is None
+    return (
+        shown
+        and str(PROBED_ARGUMENTS) not in text
+        and all(missing_part(m, text) is None for m in form.write(PROBED_MESSAGES))
+    )
+
+
+def _reasoning_key(tokenizer, source: str, tools: list[dict] | None, calls: CallForm | None) -> str | None:
+    """Find the key of which the template shows the reasoning of an answer, or else of a call."""
+    answer = {"role": "assistant", "content": PROBED_ANSWER}
+    probes = [[PROBED_MESSAGES[0], answer]] + ([calls.write(PROBED_MESSAGES[:2])] if calls else [])
+    keys = [key for key in REASONING_KEYS if key in source]
+    for *before, last in probes:
+        for key in keys:
+            if PROBED_THOUGHT in _rendered(tokenizer, [*before, last | {key: PROBED_THOUGHT}], tools):
+                return key
+    return None
+
+
+def _closing(tokenizer) -> str:
+    """Find what the template prints after a text's last answer and not before a next turn: Phi 3's eos, a header."""
+    messages = [PROBED_MESSAGES[0], {"role": "assistant", "content": PROBED_ANSWER}]
+    alone, followed = (_rendered(tokenizer, [*messages, *more]) for more in ([], PROBED_MESSAGES[:1]))
+    before, answer, rest = alone.rpartition(PROBED_ANSWER)
+    if not answer or followed.startswith(alone) or not followed.startswith(before + answer):
+        return ""
+    pairs = zip(rest, followed[len(before + answer) :], strict=False)
+    shared = "".join(one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    eos = tokenizer.eos_token
+    if eos and eos in shared:  # what follows it begins the next turn
+        return rest[shared.rindex(eos) + len(eos) :]
+    lengths = range(len(shared), 0, -1)
+    return next((rest[length:] for length in lengths if has_end(shared[:length], tokenizer)), "")
