@@ -22,7 +22,7 @@ from forgebook.errors import ResourceError, StorageError
 from forgebook.inference import generate
 from forgebook.inference.sampling import Sampling, prompt_seed
 from forgebook.models import adapters
-from forgebook.models.vllm_support import choose_engine, vllm_max_rank, vllm_serves
+from forgebook.models.vllm_support import choose_engine, vllm_max_rank, vllm_serves_saved
 from forgebook.runs import atomic
 
 __all__ = ["Prompt", "answer", "engine_for", "read_prompts", "write_answers"]
@@ -84,7 +84,7 @@ def _obstacle_for_vllm(source: str) -> str | None:
     overrides = adapters.read_overrides(source)
     if overrides:
         return f"its base was loaded with {', '.join(overrides)} in training"
-    verdict = vllm_serves(lora_config)
+    verdict = vllm_serves_saved(source)
     return None if verdict == "yes" else verdict.removeprefix("no: ")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from forgebook.data.prompt_formats import as_chat_template, read_prompt_format
 from forgebook.models import adapters
 from forgebook.models.tokenizer import load_tokenizer
-from forgebook.models.vllm_support import vllm_max_rank, vllm_serves
+from forgebook.models.vllm_support import vllm_max_rank, vllm_serves_saved
 from forgebook.runs.checksums import check_files
 
 __all__ = ["obstacle_for_vllm", "vllm_command"]
@@ -28,7 +28,7 @@ def obstacle_for_vllm(folders: dict[str, Path]) -> str | None:
         if lora_config is None:
             bases.add((str(folder), "{}"))
             continue
-        verdict = vllm_serves(lora_config)
+        verdict = vllm_serves_saved(folder)
         if verdict != "yes":
             return f"{name}: {verdict.removeprefix('no: ')}; merge it first"
         overrides = adapters.read_overrides(folder)

@@ -88,8 +88,10 @@ def fine_tune(config: FinetuneConfig) -> Run:
             output.print(f"{run.place} is complete already (on_existing=overwrite runs it again)")
             print_summary(output, run)
             return run
-    ineffective = [*unread_keys(config), *preflight.check_settings(prepared)]
+    ineffective, vllm = preflight.check_settings(prepared)
     plan, note = preflight.plan_run(prepared)
+    if plan and vllm:
+        plan = dataclasses.replace(plan, vllm=vllm)
     warnings = preflight.check_plan(plan, run.folder, force=resolved.force) if plan else []
     try:
         with run_lock.locked(run.folder):
@@ -98,8 +100,8 @@ def fine_tune(config: FinetuneConfig) -> Run:
                 if kept:
                     _warner(output)(f"kept in {run.place}, because no run wrote it: {', '.join(kept)}")
             _write_run(run, prepared, plan)
-            print_run(output, run, prepared)
-            print_plan(output, plan, [*ineffective, *warnings, *filter(None, [note])])
+            print_run(output, run, prepared, vllm)
+            print_plan(output, plan, [*unread_keys(config), *ineffective, *warnings, *filter(None, [note])])
             summary_note = _train(run, resolved, plan, started)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(stopped_text(run)) from None

@@ -1,16 +1,19 @@
-"""What vLLM can load, judged from a config without vLLM or torch; which inference engine answers."""
+"""What vLLM can load, judged without vLLM: from a config, or a saved adapter; which inference engine answers."""
 
 from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from forgebook.catalog import read_catalog
-from forgebook.errors import ConfigError
+from forgebook.errors import ConfigError, ForgebookError
+from forgebook.models.adapter_names import saved_names, unserved_layers
+from forgebook.models.adapters import read_lora_config
 
-__all__ = ["choose_engine", "vllm_loads", "vllm_max_rank", "vllm_serves"]
+__all__ = ["choose_engine", "vllm_loads", "vllm_max_rank", "vllm_serves", "vllm_serves_saved"]
 
 # The values that vLLM's max_lora_rank takes.
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -25,13 +28,26 @@ def vllm_loads(model_config: dict[str, Any]) -> str:
     return f"perhaps: {names[0]} is not among those known here to run natively; vLLM tries transformers' own code"
 
 
-def vllm_serves(lora_config: dict[str, Any]) -> str:
-    """Report whether vLLM can load an adapter of these settings on top of its base: "yes" or "no: why"."""
+def vllm_serves_saved(folder: str | Path) -> str:
+    """Report whether vLLM can load a saved adapter on top of its base: "yes" or "no: why"."""
+    lora_config = read_lora_config(folder) or {}
+    file = Path(folder) / "adapter_model.safetensors"
+    names = saved_names(file) if file.exists() else []
+    return vllm_serves(lora_config, names, lora_config.get("base_model_name_or_path"))
+
+
+def vllm_serves(lora_config: dict[str, Any], names: Iterable[str] = (), base: str | None = None) -> str:
+    """Report whether vLLM can load an adapter of these settings on top of its base: "yes" or "no: why".
+
+    names: of its tensors, to be compared with those of the base's weights.
+    """
     targets = lora_config.get("target_modules") or []
     ends = ("embed_tokens", "lm_head")
     if isinstance(targets, str):  # a pattern over whole names; all-linear leaves the output layer out
-        names = {"lm_head": ("lm_head",), "embed_tokens": ("embed_tokens", "model.embed_tokens")}
-        reached = [end for end in ends if targets != "all-linear" and any(re.fullmatch(targets, n) for n in names[end])]
+        wholes = {"lm_head": ("lm_head",), "embed_tokens": ("embed_tokens", "model.embed_tokens")}
+        reached = [
+            end for end in ends if targets != "all-linear" and any(re.fullmatch(targets, n) for n in wholes[end])
+        ]
     else:
         reached = [end for end in ends if any(name.split(".")[-1] == end for name in targets)]
     reasons = [f"target_modules include {', '.join(reached)}"] * bool(reached)
@@ -44,7 +60,16 @@ def vllm_serves(lora_config: dict[str, Any]) -> str:
     rank = _largest_rank(lora_config) * (1 + starts_from_base)
     if rank > VLLM_RANKS[-1]:
         reasons.append(f"its rank is {rank}, above {VLLM_RANKS[-1]}")
+    if base is not None and not reasons and (unserved := _unserved(names, base)):
+        reasons.append(unserved)
     return f"no: {'; '.join(reasons)}" if reasons else "yes"
+
+
+def _unserved(names: Iterable[str], base: str) -> str | None:
+    try:
+        return unserved_layers(names, base)
+    except ForgebookError:  # the base is not here any more
+        return None
 
 
 def vllm_max_rank(lora_configs: list[dict[str, Any]]) -> int:

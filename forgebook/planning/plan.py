@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from forgebook.catalog import Catalog, Gpu, Shape, read_catalog
 from forgebook.config.blocks import needs_reference
@@ -208,7 +208,7 @@ def plan(
         costs=tuple(costs),
         checkpoint_bytes=checkpoint,
         disk_bytes=disk,
-        vllm=vllm_serves(resolved.lora_config) if resolved.lora_config is not None else "yes",
+        vllm=_vllm_verdict(resolved.lora_config, shape),
         priced=catalog.priced,
         notes=tuple(_notes(resolved, shape, requested, workers, gpu, need, work, data)),
     )
@@ -277,6 +277,22 @@ def _disk_bytes(config: FinetuneConfig, shape: Shape) -> tuple[int, int]:
     # new checkpoint, is complete before the old one is deleted.
     state = trained * (width + 12 if width == 2 else width + 8)
     return checkpoint, checkpoint * (config.num_checkpoints_to_keep + 1) + 2 * state
+
+
+# What configs call the layers of an expert: no matter how many there are, they share a tensor in training.
+EXPERT_LAYERS = {"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3", "gate_up_proj", "experts"}
+
+
+def _vllm_verdict(lora_config: dict[str, Any] | None, shape: Shape) -> str:
+    """Judge whether vLLM can serve the result, without the model: a run compares the names of its layers, too."""
+    if lora_config is None:
+        return "yes"
+    targets = lora_config.get("target_modules") or ()
+    named = {targets} if isinstance(targets, str) else {name.rsplit(".", 1)[-1] for name in targets}
+    reaches_experts = lora_config.get("target_parameters") or named & {"all-linear", *EXPERT_LAYERS}
+    if shape.experts > 1 and reaches_experts:
+        return "no: its experts share one tensor, and each has its own in the published weights, where vLLM looks"
+    return vllm_serves(lora_config)
 
 
 def _notes(

@@ -1,7 +1,7 @@
 """The plan of a run that is about to start, from its own data and hardware; at its end, what was measured beside it.
 
 plan, warning = plan_run(prepared)                      Plan, or None and why there is none
-warnings = check_settings(prepared)                     what the config says and does not do
+warnings, vllm = check_settings(prepared)               what the config says and does not do; can vLLM serve it
 warnings = check_plan(plan, run.folder, force=False)    ResourceError if the run cannot work, unless forced
 figures = compare_run(plan, run, result, steps)         for summary.json: throughput, planned and measured
 warning = record_run(plan, config, result, figures)     the throughput, for the next plan
@@ -21,6 +21,7 @@ from forgebook.models.adapters import check_lora
 from forgebook.models.families import check_positions
 from forgebook.models.load import check_attention, load_skeleton
 from forgebook.models.tokenizer import locate
+from forgebook.models.vllm_support import vllm_serves, vllm_serves_saved
 from forgebook.planning import schedule
 from forgebook.planning.feasibility import Work
 from forgebook.planning.hardware import cpu_share, hardware_for
@@ -102,8 +103,10 @@ def _work_of(prepared: Prepared) -> Work:
     return Work(steps, round(tokens), round(tokens / (1 - report["padding_share"])), longest, mean)
 
 
-def check_settings(prepared: Prepared) -> list[str]:
+def check_settings(prepared: Prepared) -> tuple[list[str], str | None]:
     """List warnings about settings that do not do what they say, with this model and these data.
+
+    Returns them, and whether vLLM can serve the adapter ("yes" or "no: why"); None if the run trains none.
 
     Raises ConfigError or ModelError for those with which nothing, or not the right thing, would be trained.
     """
@@ -116,9 +119,15 @@ def check_settings(prepared: Prepared) -> list[str]:
         check_positions(base, config.context_length, config.rope_scaling),
     ]
     unmatched: list[str] = []
-    if config.lora_config is not None and config.initial_adapter_model_ckpt_path is None:
-        unmatched = check_lora(load_skeleton(base), config.lora_config)
-    return [*filter(None, warnings), *unmatched]
+    vllm = None
+    if config.initial_adapter_model_ckpt_path is not None:
+        adapter = locate(config.initial_adapter_model_ckpt_path)
+        vllm = vllm_serves_saved(adapter) if Path(adapter).is_dir() else vllm_serves(config.lora_config or {})
+    elif config.lora_config is not None:
+        skeleton = load_skeleton(base)
+        unmatched = check_lora(skeleton, config.lora_config)
+        vllm = vllm_serves(config.lora_config, (name for name, _ in skeleton.named_parameters()), base)
+    return [*filter(None, warnings), *unmatched], vllm
 
 
 def _epoch_steps(prepared: Prepared) -> int:

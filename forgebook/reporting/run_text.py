@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
-from forgebook.models.vllm_support import vllm_serves
+from forgebook.models.vllm_support import vllm_serves, vllm_serves_saved
 from forgebook.planning import preflight, schedule
 from forgebook.planning.auto_config import choice_rows, choices_of
 from forgebook.planning.plan_report import compare_with_plan, plan_summary
@@ -49,8 +49,11 @@ def print_choices(output: Console, prepared: Prepared) -> None:
     output.print(make_table("Chosen (--default)", ["key", "value", "reason"], choices))
 
 
-def print_run(output: Console, run: Run, prepared: Prepared) -> None:
-    """Print in a few lines what is about to happen, and what the data or the config should make the user look at."""
+def print_run(output: Console, run: Run, prepared: Prepared, vllm: str | None) -> None:
+    """Print in a few lines what is about to happen, and what the data or the config should make the user look at.
+
+    vllm: whether vLLM can serve the adapter; None if there is none.
+    """
     config, report = prepared.config, prepared.report
     method = "full fine-tuning" if config.lora_config is None else f"LoRA r={config.lora_config.get('r', 8)}"
     steps = schedule.steps_per_epoch(report["train"]["sequences"], config.global_batch_size)
@@ -74,8 +77,8 @@ def print_run(output: Console, run: Run, prepared: Prepared) -> None:
         f"learning rate {config.learning_rate:g} {config.lr_scheduler_type}"
     )
     output.print(f"  where  {workers}, {sharding}; run folder {run.place}")
-    if config.lora_config is not None:
-        output.print(f"  vLLM can serve the adapter: {vllm_serves(config.lora_config)}")
+    if vllm is not None:
+        output.print(f"  vLLM can serve the adapter: {escape(vllm)}")
     if config.is_lora and config.initial_base_model_ckpt_path and not config.initial_adapter_model_ckpt_path:
         output.print(
             "  [yellow]the adapter's base is a checkpoint of yours: serving it needs that whole checkpoint, which no "
@@ -112,13 +115,20 @@ def write_summary(run: Run, config: ResolvedConfig, plan: Plan | None, result: d
             "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "job_id": _job_id(),
             **result,
-            "vllm_serves": vllm_serves(config.lora_config) if config.lora_config is not None else None,
+            "vllm_serves": _vllm_verdict(run.folder / result["best_checkpoint"], config.lora_config),
             "total_seconds": round(seconds, 1),
             **figures,
             "versions": versions,
         },
     )
     return note
+
+
+def _vllm_verdict(checkpoint: Path, lora_config: dict[str, Any] | None) -> str | None:
+    """Report whether vLLM can serve a run's adapter; judged from its config if the checkpoint is not here."""
+    if lora_config is None:
+        return None
+    return vllm_serves_saved(checkpoint) if checkpoint.exists() else vllm_serves(lora_config)
 
 
 def _job_id() -> str | None:
@@ -141,6 +151,11 @@ def print_summary(output: Console, run: Run) -> None:
         output.print(f"  {compare_with_plan(summary['planned'], summary['measured'])}")
     if summary.get("stop_check"):
         output.print(f"  {_stop_text(run, summary['stop_check'])}")
+    if str(summary.get("vllm_serves")).startswith("no: "):
+        reason = escape(summary["vllm_serves"].removeprefix("no: "))
+        output.print(
+            f"  [yellow]vLLM cannot serve the adapter: {reason}; merge it first (python main.py merge)[/yellow]"
+        )
     best = display_path(run.folder / summary["best_checkpoint"])
     output.print(f"  best checkpoint  {best}  loss curve  {display_path(run.loss_curve)}")
     if run.uri:

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from forgebook.errors import CheckpointError, ForgebookError
 from forgebook.models import adapters
+from forgebook.models.vllm_support import vllm_serves_saved
 from forgebook.runs import atomic, checksums, object_store, worker_upload
 from forgebook.runs.run import Run, rank_checkpoints
 from forgebook.training import distributed
@@ -72,6 +73,8 @@ def save_checkpoint(
         if prompt_format is not None:
             (aside / "prompt_format.yaml").write_text(prompt_format)
         verify_checkpoint(aside, expected=len(weights), trained=trained)
+        if hasattr(model, "peft_config"):
+            _write_card(aside)
         checksums.write_checksums(aside)
 
 
@@ -115,6 +118,19 @@ def _write_model(model, weights: dict[str, torch.Tensor], folder: Path) -> None:
         model.get_base_model().generation_config.save_pretrained(folder)
     else:
         model.save_pretrained(folder, state_dict=weights)
+
+
+def _write_card(folder: Path) -> None:
+    """Write the README.md of an adapter: PEFT's header with the base, and whether vLLM finds its layers there."""
+    card = folder / "README.md"
+    header = card.read_text().split("---")[1]
+    verdict = vllm_serves_saved(folder)
+    fix = "" if verdict == "yes" else ". Merge it into its base first: `python main.py merge RUN FOLDER`"
+    base = atomic.read_json(folder / "adapter_config.json")["base_model_name_or_path"]
+    card.write_text(
+        f"---{header}---\n\n# An adapter of {base}\n\nFine-tuned with Forgebook. PEFT loads it on its base.\n\n"
+        f"vLLM can serve the adapter: {verdict}{fix}\n"
+    )
 
 
 @contextlib.contextmanager

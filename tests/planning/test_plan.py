@@ -95,6 +95,23 @@ def test_the_plan_names_the_parameters_of_towers():
     assert any("419,816,304 parameters of vision and audio towers" in note for note in planned.notes)
 
 
+@pytest.mark.parametrize(
+    ("model", "lora", "verdict_start"),
+    [
+        ("mistralai/Mixtral-8x7B-v0.1", LORA, "no: its experts share one tensor"),
+        (
+            "mistralai/Mixtral-8x7B-v0.1",
+            {"r": 8, "target_modules": ["q_proj", "block_sparse_moe.w1"]},
+            "no: its experts",
+        ),
+        ("mistralai/Mixtral-8x7B-v0.1", {"r": 8, "target_modules": ["q_proj", "v_proj"]}, "yes"),
+        (LLAMA_8B, LORA, "yes"),
+    ],
+)
+def test_the_plan_says_whether_vllm_finds_the_adapters_layers(model, lora, verdict_start):
+    assert plan(big(model, lora_config=lora), shape_of(model), hardware_of("8xH100")).vllm.startswith(verdict_start)
+
+
 def test_flops_are_six_and_four_per_parameter():
     shape = shape_of(big().model_id)
     active = shape.parameters - shape.embedding_parameters  # no look-up

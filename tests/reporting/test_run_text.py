@@ -29,7 +29,7 @@ def prepared_run(config):
 
 def test_a_run_says_what_it_trains_and_how(make_config, output):
     run, prepared = prepared_run(make_config(lora_config=LORA, max_steps=2))
-    print_run(output, run, prepared)
+    print_run(output, run, prepared, "yes")
     text = printed(output)
     assert f"LoRA r={LORA['r']}, instruction_tuning, float32" in text and "vLLM can serve the adapter: yes" in text
     assert "steps  1 epochs of 3, at most 2, 8 examples each, learning rate 0.001 cosine" in text
@@ -41,7 +41,7 @@ def test_what_should_make_a_user_look_is_printed(make_config, output):
     run, prepared = prepared_run(config)
     prepared.report["train"]["answer_tokens_cut"] = 3
     prepared.report["overlap"] = {"rows": 2, "places": ["valid.jsonl:1"]}
-    print_run(output, run, prepared)
+    print_run(output, run, prepared, None)
     text = printed(output)
     assert "full fine-tuning" in text and "vLLM" not in text
     assert "3 supervised tokens are cut off (truncation: error)" in text
