@@ -204,6 +204,12 @@ def submit_command(arguments: list[str]) -> int:
     if unusable:
         where = f"--format {flags.format}" if flags.format else "a job on a running cluster (see --format)"
         raise ConfigError(f"submit: {', '.join(sorted(unusable))} has no effect on {where}")
+    from forgebook.planning.prepare import check_rows
+    from forgebook.planning.token_count import data_is_here
+
+    # The job has what is in this repository; what is elsewhere may be there only.
+    if all(data_is_here(path) for path in (config.train_path, config.valid_path) if path):
+        check_rows(config)
     if flags.format:
         _print_job_file(flags.format, config, overrides, words)
         return 0

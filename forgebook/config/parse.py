@@ -24,11 +24,19 @@ from forgebook.config.deepspeed_file import REPOSITORY, SHIPPED, find_deepspeed_
 from forgebook.config.legacy_keys import RetiredNameWarning, translate_retired
 from forgebook.config.paths import expand_values
 from forgebook.config.rules import broken_rules, open_keys
-from forgebook.config.schema import DEFAULT_LORA, EVERY_EPOCH, FinetuneConfig, flatten, keys_without_effect, prefixes
+from forgebook.config.schema import (
+    DEFAULT_LORA,
+    EVERY_EPOCH,
+    FinetuneConfig,
+    ResolvedConfig,
+    flatten,
+    keys_without_effect,
+    prefixes,
+)
 from forgebook.config.yaml_source import Places, apply_override, parse_yaml, place_of, read_text
 from forgebook.errors import ConfigError, near_miss, shown_value
 
-__all__ = ["CONFIG_HEADER", "SECRET_KEY", "config_differences", "dump_config", "load_config"]
+__all__ = ["CONFIG_HEADER", "SECRET_KEY", "config_differences", "dump_config", "load_config", "load_resolved"]
 
 CONFIG_HEADER = (
     "# As resolved; each line ends with where its value came from: file, override, default or auto (and why)."
@@ -91,6 +99,15 @@ def load_config(path_or_url: str | Path, overrides: Sequence[str] = (), default:
         note = "metrics cover all workers and are sent once, by the process that started the run"
         warnings.warn(f"logger.rank_zero_only: false has no effect: {note}", stacklevel=2)
     return config
+
+
+def load_resolved(path: str | Path) -> ResolvedConfig:
+    """Read the config of a run's folder; raise ConfigError if it lacks what every run's has."""
+    try:
+        return load_config(path).resolved()
+    except ValidationError as error:
+        missing = ", ".join(sorted({str(item["loc"][0]) for item in error.errors(include_url=False)}))
+        raise ConfigError(f"{path} has no value of {missing}: it is damaged, or not the config of a run") from None
 
 
 def _divide_devices(values: dict[str, Any], places: Places) -> None:

@@ -86,9 +86,8 @@ def content_key(uri: str) -> str:
 
 
 def is_large(uri: str) -> bool:
-    """Report whether a local file takes long to read only once."""
-    path = Path(uri).expanduser()
-    return path.is_file() and path.stat().st_size > LARGE_FILE
+    """Report whether a source takes long to read only once: a large file, or a data set of the hub."""
+    return uri.startswith(HUB) or download.fetch_file(uri).stat().st_size > LARGE_FILE
 
 
 def split_source(uri: str) -> list[FileChunk]:

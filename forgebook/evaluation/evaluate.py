@@ -19,19 +19,18 @@ import functools
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from forgebook.config import blocks
-from forgebook.config.parse import load_config
+from forgebook.config.parse import load_config, load_resolved
 from forgebook.data import tokenize
 from forgebook.data.row_formats import Example
 from forgebook.data.tools import calls_of_message
 from forgebook.errors import ConfigError, DataError
-from forgebook.evaluation import logprobs, statistics, tool_accuracy
+from forgebook.evaluation import statistics, tool_accuracy
 from forgebook.evaluation.judge import AnswerPair, Judge, judge_all
-from forgebook.evaluation.logprobs import Models, OnProgress
 from forgebook.evaluation.results import (
     Comparison,
     Evaluation,
@@ -46,7 +45,10 @@ from forgebook.inference import generate
 from forgebook.inference.generate import LoadedModel
 from forgebook.models.tokenizer import locate
 from forgebook.runs.run import Run, find_checkpoint
-from forgebook.training import classification
+
+if TYPE_CHECKING:
+    from forgebook.evaluation import logprobs
+    from forgebook.evaluation.logprobs import Models, OnProgress
 
 __all__ = ["both_models", "evaluate"]
 
@@ -82,8 +84,9 @@ def evaluate(
     the examples. rows: the first so many. checkpoint: default the best.
 
     Raises ConfigError without held-out examples or for an unknown metric, StorageError if the run has not finished.
+    torch is imported only after the examples are read: a mistake in them is answered at once.
     """
-    config = load_config(run.config).resolved()
+    config = load_resolved(run.config)
     source, classifier = path or config.valid_path, config.classifier_config
     if source is None:
         raise ConfigError(f"the run {run.name} has no valid_path: name held-out examples with data=FILE")
@@ -102,6 +105,8 @@ def evaluate(
         return _classification(examples, labels, classifier.eval_metrics, models, on_progress)
     if chosen in ("preference", "perplexity"):
         options = tokenize.EncodingOptions(task, None, config.train_on, config.rewritten_turns)
+        from forgebook.evaluation import logprobs
+
         measured = logprobs.measure(examples, options, config.context_length, config.truncation, models, on_progress)
         return (_preference if chosen == "preference" else _perplexity)(measured)
     if metric is None and any(example.tools for example in examples):
@@ -261,6 +266,8 @@ def _judged(turns: list[_Turn], compared: Comparison, judge: Judge, on_progress:
 def _classification(
     examples: list[Example], labels: Sequence[str], metrics: Sequence[str], models: Models, on_progress: OnProgress
 ) -> Evaluation:
+    from forgebook.evaluation import logprobs
+
     truth = np.array([labels.index(example.conversation[-1]["content"]) for example in examples])
     probabilities = {}
     for name, loaded in models:
@@ -287,6 +294,8 @@ def _classification(
 
 
 def _classifier_metric(name: str) -> Callable[[np.ndarray, np.ndarray], float]:
+    from forgebook.training import classification
+
     return lambda probabilities, truth: classification.score_predictions(probabilities, truth, [name])[f"eval_{name}"]
 
 

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from forgebook.config.parse import load_config
+from forgebook.config.parse import load_config, load_resolved
 from forgebook.errors import ConfigError, StorageError, first_line
 from forgebook.models import adapters
 from forgebook.models.tokenizer import locate
@@ -81,7 +81,7 @@ def model_card(run: Run, repo_id: str, base: str) -> str:
     """Return the README.md of a model: what it is, what it was trained on, its figures, how to load it."""
     from huggingface_hub import ModelCardData
 
-    config, record = load_config(run.config).resolved(), registry.get_model(run.uri or str(run.folder))
+    config, record = load_resolved(run.config), registry.get_model(run.uri or str(run.folder))
     summary, report = atomic.read_json(run.summary), atomic.read_json(run.data_report)
     is_public = not (Path(base).exists() or object_store.is_remote(base))
     facts = ModelCardData(

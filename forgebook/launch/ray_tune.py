@@ -30,7 +30,7 @@ from forgebook import ray_cluster
 from forgebook.config.parse import load_config
 from forgebook.config.schema import FinetuneConfig
 from forgebook.errors import ConfigError, ForgebookError, StorageError, TrainingError
-from forgebook.launch.ray_train import fine_tune
+from forgebook.planning.prepare import check_rows
 from forgebook.reporting import plots
 from forgebook.reporting.console import make_console, make_table, quiet_descriptors
 from forgebook.runs.atomic import read_json
@@ -87,7 +87,7 @@ def tune(
     words: overrides; a list, `uniform(a,b)` or `loguniform(a,b)` as the value is searched (see `variants`).
     samples: how many values are sampled; needed if any is. All variants are checked before the first one starts.
 
-    Raises ConfigError, StorageError; TrainingError if every trial failed.
+    Raises ConfigError, DataError, StorageError; TrainingError if every trial failed.
     """
     fixed = [word for word in words if not _is_searched(word)]
     base = load_config(config_path, fixed, default)
@@ -104,6 +104,9 @@ def tune(
         )
         for name, own in overrides.items()
     }
+    # A mistake in the data is answered before torch and ray are imported; most sweeps have one data set.
+    for config in {f"{one.train_path} {one.valid_path} {one.task}": one for one in configs.values()}.values():
+        check_rows(config)
     ray_cluster.name_address(base.address)
     folder.mkdir(parents=True, exist_ok=True)
     with quiet_descriptors(folder / "tune.log") as output:
@@ -265,6 +268,8 @@ def _run_all(configs: dict[str, FinetuneConfig], num_devices: int, folder: Path,
 
 def _trial(parameters: dict[str, Any], configs: dict[str, FinetuneConfig], folder: str) -> None:
     """Fine-tune one variant in a process of Ray Tune's."""
+    from forgebook.launch.ray_train import fine_tune
+
     if os.path.isdir(folder):
         os.chdir(folder)
     config = configs[parameters["name"]]

@@ -93,10 +93,8 @@ def prepare(config: FinetuneConfig, run: Run, on_progress: Callable[[str, int, i
 def check_rows(config: FinetuneConfig) -> None:
     """Raise DataError or StorageError for what is wrong with the rows, before the GPU stack is imported.
 
-    Reads for two seconds at most; `prepare` checks every example, and as the chat template renders it.
+    Reads for two seconds at most, after downloads; `prepare` checks every example, and as the chat template renders it.
     """
-    if config.on_bad_rows == "drop":
-        return
     if config.is_default:
         config = auto_config.choose_task(config, auto_config.first_rows(config.train_path))
     assert config.task is not None  # filled in when the config is checked
@@ -104,7 +102,7 @@ def check_rows(config: FinetuneConfig) -> None:
     paths = {"train": config.train_path} | ({"valid": config.valid_path} if config.valid_path else {})
     notes = {name: data.read_notes(path, config.task, labels) for name, path in paths.items()}
     bad = {name: note for name, note in notes.items() if note}
-    if bad:
+    if bad and config.on_bad_rows == "fail":
         _refuse_bad_rows(paths, bad, open_run(config))
 
 

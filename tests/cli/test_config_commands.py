@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from conftest import REPOSITORY, TINY_MODEL
+from conftest import REPOSITORY, TINY_MODEL, chat
 from forgebook.cli.main import main
 from forgebook.launch import ray_jobs, ray_train
 
@@ -81,26 +81,51 @@ def test_fine_tuning_is_what_a_config_alone_does(config, monkeypatch):
     assert started[0].num_epochs == 2 and started[0].model_id == str(TINY_MODEL)
 
 
-def test_a_mistake_in_the_data_is_answered_before_torch_is_imported(tmp_path):
+MISTAKES = """
+import sys
+from forgebook.cli.main import main
+from forgebook.runs import object_store
+
+def download(uri, target):  # as a bucket would answer
+    if "absent" in uri:
+        raise object_store.StorageError(f"{uri} could not be read: no such file")
+    target.write_bytes(open(uri.rpartition("/")[2], "rb").read())
+
+object_store.download_file = download
+everywhere, everything = ("", "s3://bucket/", "gs://bucket/"), ("json", "answer", "key", "absent")
+commands = {
+    "c.yaml train_path={} run_name={}": (everywhere, everything),
+    "preview c.yaml train_path={}": (everywhere, everything),
+    "tune c.yaml train_path={} run_name={} learning_rate=[0.1,0.2] valid_path=good.jsonl": (everywhere, everything),
+    "submit c.yaml train_path={} run_name={} --format anyscale": (("",), everything[:3]),  # elsewhere may be there only
+    "generate tiny data={}": (everywhere, ("json", "key", "absent")),  # a prompt has no answer
+    "evaluate runs/done data={}": (everywhere, everything),
+}
+for command, (places, names) in commands.items():
+    for path in [f"{place}{name}.jsonl" for place in places for name in names]:
+        assert main(command.format(path, path.replace("/", "-")).split()) == 2
+        print("answered", command, path, sorted({"torch", "ray", "transformers"} & set(sys.modules)))
+"""
+
+
+def test_a_mistake_in_the_data_is_answered_before_torch_is_imported(tmp_path, make_run):
     """In a process of its own: the tests beside import torch."""
     config = "model_id: tiny\ntrain_path: rows.jsonl\ntask: instruction_tuning\nnum_devices: 0\ndeepspeed: none\n"
     (tmp_path / "c.yaml").write_text(config)
     (tmp_path / "json.jsonl").write_text("{oops\n")
     (tmp_path / "answer.jsonl").write_text('{"messages": [{"role": "user", "content": "q"}]}\n')
     (tmp_path / "key.jsonl").write_text('{"mesages": []}\n')
-    code = """
-import sys
-from forgebook.cli.main import main
-for command in ([], ["preview"]):
-    for name in ("json", "answer", "key", "absent"):
-        assert main([*command, "c.yaml", f"train_path={name}.jsonl", f"run_name={name}"]) == 2
-print(sorted({"torch", "ray", "transformers"} & set(sys.modules)))
-"""
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    (tmp_path / "good.jsonl").write_text(json.dumps(chat("q", "a")) + "\n")
+    checkpoint = make_run("done", context_length=64).checkpoints / "epoch-1"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "config.json").write_text("{}")
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "FORGEBOOK_CACHE": str(tmp_path / "cache")}
     ended = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", MISTAKES], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
-    assert ended.stdout == "[]\n" and ended.stderr.count("Error: ") == 8, ended.stderr
+    answered = [line for line in ended.stdout.splitlines() if line.startswith("answered ")]
+    assert len(answered) == 4 * 12 + 3 + 9 and all(line.endswith(" []") for line in answered), ended
+    assert ended.stderr.count("Error: ") == len(answered) and "Traceback" not in ended.stderr, ended.stderr
 
 
 def interrupt():

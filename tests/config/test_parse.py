@@ -10,9 +10,9 @@ import pytest
 from conftest import REPOSITORY
 from forgebook.config import parse as config_module
 from forgebook.config.deepspeed_file import read_deepspeed_config
-from forgebook.config.parse import config_differences, dump_config, load_config
+from forgebook.config.parse import config_differences, dump_config, load_config, load_resolved
 from forgebook.config.schema import FinetuneConfig
-from support_config import LORA_BLOCK, refusal
+from support_config import LORA_BLOCK, MINIMAL, refusal
 
 
 def test_missing_keys(write_yaml):
@@ -315,3 +315,11 @@ def test_public_names_exist():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert isinstance(FinetuneConfig(model_id="m", train_path="t"), FinetuneConfig)
+
+
+def test_a_runs_config_that_lacks_a_value_is_named(write_yaml):
+    path = write_yaml(MINIMAL + "context_length: 64\nnum_epochs: 1\ntrain_batch_size_per_device: 1\n")
+    message = "has no value of eval_batch_size_per_device: it is damaged, or not the config of a run"
+    assert message in refusal(load_resolved, path)
+    path.write_text(path.read_text() + "eval_batch_size_per_device: 1\n")
+    assert load_resolved(path).context_length == 64

@@ -117,7 +117,7 @@ def test_a_sweep_finds_the_better_rate(ray_session, tmp_path, monkeypatch, capfd
 
 @pytest.mark.slow
 def test_a_sweep_of_failures_says_why(ray_session, tmp_path, capsys):
-    words = ["num_devices=0", "deepspeed=none", "train_path=none.jsonl", "learning_rate=[1.0e-3,2.0e-3]"]
+    words = ["num_devices=0", "deepspeed=none", "context_length=4", "learning_rate=[1.0e-3,2.0e-3]"]
     assert main(["tune", QUICKSTART, *words, f"storage_path={tmp_path}"]) == 1
     told = capsys.readouterr().err
-    assert "all 2 trials failed" in told and "none.jsonl does not exist" in told
+    assert "all 2 trials failed" in told and "context_length 4" in told

@@ -12,7 +12,7 @@ from forgebook.data import readers, tokenize
 from forgebook.errors import DataError, StorageError
 from forgebook.models.tokenizer import load_tokenizer
 from forgebook.planning.prepare import check_rows, prepare, report_rows
-from forgebook.runs import atomic, run
+from forgebook.runs import atomic, object_store, run
 
 FORMAT = {"system": "{instruction}", "user": "{instruction}", "assistant": "{instruction}<|end|>"}
 
@@ -67,14 +67,18 @@ def test_rows_are_checked_without_a_tokenizer(make_config, write_rows, monkeypat
     monkeypatch.setattr("forgebook.planning.prepare.tokenizer_of", None)
     check_rows(make_config(train_path=good))
     check_rows(make_config(train_path=bad, on_bad_rows="drop"))
-    check_rows(make_config(train_path="s3://no-bucket-is-read/x.jsonl", valid_path=None))
+    monkeypatch.setattr(object_store, "download_file", lambda uri, target: shutil.copy(bad, target))
+    monkeypatch.setenv("FORGEBOOK_CACHE", str(tmp_path / "cache"))
+    for place in ("s3", "gs"):
+        with pytest.raises(DataError, match=r"1 of 2 rows of .*\n  x\.jsonl:2: no 'messages'"):
+            check_rows(make_config(train_path=f"{place}://bucket/x.jsonl", valid_path=None))
     for paths in ({"train_path": bad}, {"train_path": good, "valid_path": bad}):
         config = make_config(**paths)
         with pytest.raises(DataError, match=r"1 of 2 rows of .*\n  bad\.jsonl:2: no 'messages'") as error:
             check_rows(config)
         assert run.open_run(config).data_report.exists() and "All of them: " in str(error.value)
     with pytest.raises(StorageError, match=r"absent\.jsonl does not exist"):
-        check_rows(make_config(train_path=str(tmp_path / "absent.jsonl")))
+        check_rows(make_config(train_path=str(tmp_path / "absent.jsonl"), on_bad_rows="drop"))
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(DataError, match="is empty"):
         check_rows(make_config(train_path=str(tmp_path / "empty.jsonl")))
