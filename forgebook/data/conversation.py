@@ -162,6 +162,8 @@ class Conversation:
                 self.check_shown(range(start, k), text[len(before) :] if text.startswith(before) else text)
             if k < len(self.messages):
                 before, start = self.through(k), k + 1
+                if self._answered.get(k) == before:  # checked whole
+                    continue
                 # Thoughts of earlier turns are not shown by many templates.
                 shown = before.removeprefix(self.prompt(k))
                 said = {key: value for key, value in self.messages[k].items() if key not in REASONING_KEYS}

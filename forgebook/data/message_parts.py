@@ -28,8 +28,11 @@ def split_thought(content: str) -> tuple[str, str]:
 
 def missing_part(message: Message, text: str) -> str | None:
     """Name the part of a message that is not in its rendered text, as `tool_calls[0].function.name`; None if all is."""
+    parts = list(_parts(message))
+    if len(parts) == 1 and isinstance(parts[0][1], str) and parts[0][1].strip() in text:  # nearly all messages
+        return None
     # Longest first: what is in a long part does not count as a short one.
-    for path, part in sorted(_parts(message), key=lambda entry: -len(str(entry[1]))):
+    for path, part in sorted(parts, key=lambda entry: -len(str(entry[1]))):
         spelling = next((spelled for spelled in _spellings(part) if spelled in text), None)
         if spelling is None:
             return path
@@ -63,10 +66,13 @@ def missing_tool(tools: list[dict], text: str) -> str | None:
 def _parts(message: Message) -> Iterator[tuple[str, Any]]:
     """Yield (path, text or value) of everything that a message says."""
     # A template that parses thinking out of the content may put other white space around it.
-    for piece in THOUGHT_MARK.split(message.get("content") or ""):
-        yield "content", piece
+    content = message.get("content") or ""
+    for piece in THOUGHT_MARK.split(content) if "think>" in content else [content]:
+        if piece:
+            yield "content", piece
     for key in REASONING_KEYS:
-        yield key, message.get(key) or ""
+        if thought := message.get(key):
+            yield key, thought
     for k, call in enumerate(message.get("tool_calls") or []):
         path = f"tool_calls[{k}].function"
         yield f"{path}.name", call["function"]["name"]

@@ -83,14 +83,19 @@ def end_ids(tokenizer) -> frozenset[int]:
 
 
 @functools.lru_cache(maxsize=64)
-def _end_pattern(tokenizer) -> re.Pattern:
-    ends = sorted(map(re.escape, tokenizer.convert_ids_to_tokens(sorted(end_ids(tokenizer)))))
-    return re.compile(rf"(?:{'|'.join(ends) or '(?!)'})(?:\s|{re.escape(tokenizer.bos_token or ' ')})*\Z")
+def _ends(tokenizer) -> tuple[tuple[str, ...], str | None]:
+    """List the tokens that can end a turn, and the BOS that may follow one."""
+    return tuple(tokenizer.convert_ids_to_tokens(sorted(end_ids(tokenizer)))), tokenizer.bos_token
 
 
 def has_end(turn: str, tokenizer) -> bool:
     """Return whether a turn ends with a token of its own; white space and the next text's BOS may follow it."""
-    return _end_pattern(tokenizer).search(turn) is not None
+    (ends, bos), turn = _ends(tokenizer), turn.rstrip()
+    while not turn.endswith(ends):
+        if not bos or not turn.endswith(bos):
+            return False
+        turn = turn.removesuffix(bos).rstrip()
+    return True
 
 
 def map_texts(value: Any, change: Callable[[str], str]) -> Any:
