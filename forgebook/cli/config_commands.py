@@ -82,6 +82,7 @@ def plan_command(arguments: list[str]) -> int:
     from forgebook.planning.history import read_throughputs
     from forgebook.planning.plan import plan
     from forgebook.planning.plan_report import plan_as_json, plan_rows, plan_summary, price_rows, verdict
+    from forgebook.planning.settings import check_written
     from forgebook.planning.token_count import count_data
 
     config = _load(words)
@@ -95,8 +96,10 @@ def plan_command(arguments: list[str]) -> int:
         config = _write_fitting(config, shape, hardware, data)
     throughputs, warning = read_throughputs()
     planned = plan(config, shape, hardware, data, mfu=words.options.get("mfu"), throughputs=throughputs)
+    warnings = check_written(config, shape, planned.steps)
     if words.flags.json:
-        print(json.dumps(plan_as_json(planned) | {"choices": [vars(choice) for choice in choices]}, indent=2))
+        added = {"choices": [vars(choice) for choice in choices], "warnings": warnings}
+        print(json.dumps(plan_as_json(planned) | added, indent=2))
         return 0
     from forgebook.reporting.console import make_console, make_table
 
@@ -113,7 +116,9 @@ def plan_command(arguments: list[str]) -> int:
         here = plan(config, shape, (workers, cpu_share(workers)), data, throughputs=throughputs)
         output.print(f"on this machine ({here.cpu}): {plan_summary(here)}")
     for note in [*planned.notes, *filter(None, [warning])]:
-        output.print(f"note: {note}")
+        output.print(f"note: {note}", markup=False)
+    for text in warnings:
+        output.print(f"warning: {text}", style="yellow", markup=False)
     output.print(f"[bold]{verdict(planned)}[/bold]")
     return 0
 
@@ -165,17 +170,21 @@ def preview_command(arguments: list[str]) -> int:
         from forgebook.planning.auto_config import choose_task, first_rows
 
         config = choose_task(config, first_rows(config.train_path))
-    from forgebook.data.preview import example_as_json, preview_examples, print_example
+    from forgebook.data.preview import example_as_json, ignored_keys, preview_examples, print_example
 
     examples = preview_examples(config, words.options["n"])
     if words.flags.json:
         print("\n".join(map(example_as_json, examples)))
+        if ignored := ignored_keys(config):
+            print(f"ignored keys: {ignored}", file=sys.stderr)
         return 0
     from forgebook.reporting.console import make_console
 
     output = make_console()
     for example in examples:
         print_example(example, output)
+    if ignored := ignored_keys(config):
+        output.print(f"ignored keys: {ignored}", style="yellow", markup=False)
     return 0
 
 

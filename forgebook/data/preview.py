@@ -6,8 +6,10 @@ show(encode(messages, tokenizer), tokenizer)        the same in a notebook
 
 from __future__ import annotations
 
+import collections
 import itertools
 import json
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +19,7 @@ from rich.text import Text
 
 from forgebook.config.parse import load_config
 from forgebook.config.schema import FinetuneConfig
-from forgebook.data import batching, tokenize
+from forgebook.data import batching, readers, row_formats, tokenize
 from forgebook.data.masking import Encoded, encode
 from forgebook.data.special_tokens import special_ids
 from forgebook.data.token_store import Tokens, Truncation, fit_tokens
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = [
     "PreviewedExample",
     "example_as_json",
+    "ignored_keys",
     "pieces_of",
     "preview_examples",
     "print_example",
@@ -82,6 +85,29 @@ def preview_examples(config: FinetuneConfig, count: int = 3) -> list[PreviewedEx
         for (one, note), answer in zip(fitted, answers, strict=False):
             previewed.append(PreviewedExample(example.where + answer, one, pieces_of(one, tokenizer), note))
     return previewed
+
+
+def ignored_keys(config: FinetuneConfig, seconds: float = 2.0) -> str:
+    """List the keys of the training rows that nothing reads, each with the rows that have it; empty if there are none.
+
+    Reads for some seconds at most, and says so if rows are left. Raises DataError or StorageError for a file
+    that cannot be read.
+    """
+    assert config.task is not None  # filled in when the config is checked
+    labels = tuple(config.classifier_config.label_tokens) if config.classifier_config else ()
+    counts: collections.Counter[str] = collections.Counter()
+    until, part = time.monotonic() + seconds, ""
+    sources = readers.find_sources(config.train_path)
+    chunks = itertools.chain.from_iterable(readers.split_source(source.uri) for source in sources)
+    rows = (parsed for chunk in chunks for parsed in row_formats.parse_chunk(chunk, config.task or "", labels))
+    for number, parsed in enumerate(rows, 1):
+        if not isinstance(parsed, DataError):
+            counts.update(parsed[1].ignored)
+        if time.monotonic() > until:
+            part = f" in the first {number:,} row{'s' * (number > 1)}"
+            break
+    listed = ", ".join(f"{key} ({count:,})" for key, count in sorted(counts.items()))
+    return f"{listed}{part}" if listed else ""
 
 
 def _fit(

@@ -10,6 +10,7 @@ s (B A - B0 A0) = s [B, -B0] [A; A0], an ordinary adapter of twice the rank.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from forgebook.errors import CheckpointError, ModelError, first_line
 from forgebook.models.families import freeze_towers, tower_modules
+from forgebook.models.lora_targets import Layers, unmatched_targets
 from forgebook.models.tokenizer import readable_model_errors, refuse_pickled
 from forgebook.runs.atomic import read_json
 from forgebook.runs.checksums import check_files
@@ -40,6 +42,7 @@ __all__ = [
     "continue_lora",
     "double_rank",
     "fit_original_base",
+    "layers_of",
     "read_lora_config",
     "read_overrides",
     "start_of",
@@ -71,7 +74,7 @@ def check_lora(model: PreTrainedModel, lora_config: dict[str, Any]) -> list[str]
 
     Raises ModelError if lora_config does not fit, or no layer gets an adapter.
     """
-    unmatched = _unmatched(model, lora_config)
+    unmatched = unmatched_targets(lora_config, layers_of(model))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -87,49 +90,13 @@ def check_lora(model: PreTrainedModel, lora_config: dict[str, Any]) -> list[str]
     return [*unmatched, *(f"lora_config: {text}" for text in ignored)]
 
 
-# Names that Llama's family gives to layers, and what other families call a layer that holds them together.
-FUSED = (
-    (("q_proj", "k_proj", "v_proj"), ("qkv_proj", "query_key_value", "c_attn", "Wqkv", "wqkv", "qkv")),
-    (("gate_proj", "up_proj", "w1", "w3"), ("gate_up_proj",)),
-)
-
-
-def _unmatched(model: PreTrainedModel, lora_config: dict[str, Any]) -> list[str]:
-    """Say which names of target_modules and modules_to_save no layer has, and what to name instead.
-
-    A layer of a vision or audio tower does not count: no text passes through it.
-    """
+def layers_of(model: PreTrainedModel) -> Layers:
+    """Name the modules of a model; those of a vision or audio tower do not count: no text passes through them."""
     towers = tuple(f"{name}." for name in tower_modules(model))
     names = [name for name, _ in model.named_modules() if name and not f"{name}.".startswith(towers)]
-    whole_names = [name for name in names if _is_linear(model.get_submodule(name))]
-    example, linears = whole_names[0], {name.rsplit(".", 1)[-1] for name in whole_names}
-    listed = f"its linear layers are {', '.join(sorted(linears))}"
+    linears = [name for name in names if _is_linear(model.get_submodule(name))]
     parameters = {name.rsplit(".", 1)[-1] for name, _ in model.named_parameters()}
-    problems = []
-    for key in ("target_modules", "modules_to_save"):
-        wanted = lora_config.get(key) or []
-        if isinstance(wanted, str):
-            if wanted.lower() != "all-linear" and not any(re.fullmatch(wanted, name) for name in names):
-                text = f"lora_config.{key}: {wanted} is a pattern over whole names such as {example} and matches none"
-                problems.append(f"{text}; a list takes names of layers: {listed}")
-            continue
-        unknown = [one for one in wanted if not any(f".{name}".endswith(f".{one}") for name in names)]
-        unknown = [one for one in unknown if not _is_expert(model, one)]
-        fixes = []
-        for parts, wholes in FUSED:
-            fused, whole = set(parts) & set(unknown), next((one for one in wholes if one in linears | parameters), None)
-            if fused and whole:
-                verb = "are" if len(fused) > 1 else "is"
-                place = "" if whole in linears else " in target_parameters"
-                fixes.append(f"{', '.join(sorted(fused))} {verb} fused into {whole}: name that instead{place}")
-        if unknown:
-            text = f"lora_config.{key}: no layer that a text passes through is named {', '.join(unknown)}"
-            problems.append("; ".join([text, *(fixes or [listed])]))
-    layers = lora_config.get("layers_to_transform")
-    for layer in [layers] if isinstance(layers, int) else layers or []:
-        if not any(f".{layer}." in name for name in names):
-            problems.append(f"lora_config.layers_to_transform: there is no layer {layer}; the first one is 0")
-    return problems
+    return Layers(names, linears, parameters, functools.partial(_is_expert, model))
 
 
 def _is_linear(module: nn.Module) -> bool:

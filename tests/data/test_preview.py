@@ -9,7 +9,7 @@ from conftest import chat, uneven_rows
 from forgebook.cli.main import main
 from forgebook.data.chat_template import render
 from forgebook.data.masking import encode
-from forgebook.data.preview import example_as_json, pieces_of, preview_examples, show, show_example
+from forgebook.data.preview import example_as_json, ignored_keys, pieces_of, preview_examples, show, show_example
 from forgebook.errors import DataError
 from forgebook.planning.prepare import prepare
 from forgebook.runs.run import open_run
@@ -129,3 +129,19 @@ def test_pieces_join_to_the_text(tokenizer):
     pieces = pieces_of(encode(messages, tokenizer), tokenizer)
     assert "".join(text for text, _, _ in pieces) == render(messages, tokenizer)
     assert [text for text, trained, _ in pieces if trained] == ["👩\u200d👩 ok", "<|end|>"]
+
+
+def test_keys_that_nothing_reads_are_counted_over_all_rows(make_config, write_rows, monkeypatch, tmp_path, capsys):
+    rows = [chat("q", "a") | {"source": "web"} for _ in range(5)]
+    rows[3]["messages"][0]["mood"] = "good"
+    config = make_config(train_path=write_rows([*rows, chat("q", "a")], "t.jsonl"))
+    assert ignored_keys(config) == "messages[].mood (1), source (5)"
+    assert ignored_keys(config, seconds=0) == "source (1) in the first 1 row"
+    assert ignored_keys(make_config(train_path=write_rows([chat("q", "a")], "t.jsonl"))) == ""
+    make_config(train_path=write_rows(rows, "t.jsonl"))
+    monkeypatch.chdir(tmp_path)
+    assert main(["preview", "run.yaml", "n=1"]) == 0
+    assert capsys.readouterr().out.rstrip().endswith("ignored keys: messages[].mood (1), source (5)")
+    assert main(["preview", "run.yaml", "n=1", "--json"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.count("\n") == 1 and printed.err == "ignored keys: messages[].mood (1), source (5)\n"

@@ -1,0 +1,58 @@
+"""What a lora_config names and no layer has: the catalog's shapes say the same as the models of transformers."""
+
+import re
+
+import pytest
+import torch
+
+from forgebook.catalog import shape_of
+from forgebook.models import adapters
+from forgebook.models.lora_targets import layers_of_shape, unmatched_targets
+
+TEXT = {
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 8, "vocab_size": 64, "max_position_embeddings": 64, "pad_token_id": 0,
+}  # fmt: skip
+KINDS = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2", "Gemma3Text", "Phi3")
+LLAMA_NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "embed_tokens", "lm_head"]
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def both(request, tmp_path_factory):
+    """A model without weights, and its shape as config.json states it."""
+    import transformers
+
+    config = getattr(transformers, f"{request.param}Config")(**TEXT)
+    folder = tmp_path_factory.mktemp(request.param)
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(config), shape_of(str(folder))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": LLAMA_NAMES},
+        {"target_modules": "all-linear"},
+        {"target_modules": ["qkv_proj", "gate_up_proj", "mlp.down_proj"]},
+        {"target_modules": ["q_proj", "query"], "modules_to_save": ["norm", "input_layernorm", "score"]},
+        {"target_modules": r"model\.layers\.\d+\.mlp\.down_proj"},
+        {"target_modules": "q_proj"},
+        {"target_modules": ["o_proj"], "layers_to_transform": [0, 1, 7]},
+    ],
+    ids=lambda settings: str(settings)[:40],
+)
+def test_a_shape_says_what_a_model_says(both, settings):
+    model, shape = both
+    by_model, by_shape = (
+        # The first layer serves as an example; the order within one is the model's own.
+        [re.sub(r"such as \S+", "", text) for text in unmatched_targets(settings, layers)]
+        for layers in (adapters.layers_of(model), layers_of_shape(shape))
+    )
+    assert by_shape == by_model
+
+
+def test_names_of_experts_are_known():
+    layers = layers_of_shape(shape_of("mistralai/Mixtral-8x7B-v0.1"))
+    assert unmatched_targets({"target_modules": ["q_proj", "w1", "w2", "w3", "gate"]}, layers) == []
+    assert "is named query" in unmatched_targets({"target_modules": ["query"]}, layers)[0]
