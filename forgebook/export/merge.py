@@ -26,7 +26,7 @@ from forgebook.data import masking, tokenize
 from forgebook.data.prompt_formats import as_chat_template, read_prompt_format
 from forgebook.errors import CheckpointError, ConfigError, DataError, ModelError, StorageError
 from forgebook.inference.generate import base_of, load_for_generation, run_config
-from forgebook.models import adapters, load
+from forgebook.models import adapters, load, saved_adapters
 from forgebook.models.tokenizer import load_tokenizer, readable_model_errors, refuse_pickled
 from forgebook.models.vllm_support import vllm_loads
 from forgebook.runs import atomic, run
@@ -160,7 +160,6 @@ def _merge(folder: Path, staged: Path, out: Path) -> Merged:
 
 def _load_unquantized(folder: Path, rope_scaling: dict[str, Any] | None):
     """Load an adapter over its base, the base in its own dtype, however it was quantized in training."""
-    from peft import PeftModel
     from transformers import AutoConfig
 
     source, _ = base_of(folder)
@@ -191,8 +190,7 @@ def _load_unquantized(folder: Path, rope_scaling: dict[str, Any] | None):
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
     _untie(model)
-    with readable_model_errors(str(folder), "adapter"):
-        return PeftModel.from_pretrained(model, str(folder)).eval(), tokenizer
+    return saved_adapters.attach_adapter(model, str(folder)).eval(), tokenizer
 
 
 def _load_plainly(folder: Path):

@@ -25,9 +25,9 @@ from forgebook.data import chat_template, masking
 from forgebook.data.prompt_formats import read_prompt_format
 from forgebook.errors import ModelError, ResourceError, first_line
 from forgebook.inference.sampling import Sampler, Sampling, StopStrings, TokenSampling, prompt_seed
-from forgebook.models import adapters, load
+from forgebook.models import adapters, load, saved_adapters
 from forgebook.models.template_settings import set_template_defaults
-from forgebook.models.tokenizer import load_tokenizer, locate, readable_model_errors, refuse_pickled
+from forgebook.models.tokenizer import load_tokenizer, locate, refuse_pickled
 from forgebook.runs import download, object_store, run
 from forgebook.runs.checksums import check_files
 
@@ -163,19 +163,13 @@ def load_together(
 
 def _add_adapters(model, sources: Sequence[str | Path]) -> tuple[Any, list[str | None]]:
     """Load each source's adapter into the model; return the model and each adapter's name, None for the base."""
-    from peft import PeftModel
-
     names: list[str | None] = []
     for source in sources:
         if adapters.read_lora_config(source) is None:
             names.append(None)
             continue
         name = f"adapter-{len(names)}" if any(names) else "default"
-        with readable_model_errors(str(source), "adapter"):
-            if name == "default":
-                model = PeftModel.from_pretrained(model, str(source), adapter_name=name)
-            else:
-                model.load_adapter(str(source), adapter_name=name)
+        model = saved_adapters.attach_adapter(model, str(source), name)
         names.append(name)
     return model, names
 

@@ -28,7 +28,7 @@ from forgebook.config.rules import check_rules, unread_keys
 from forgebook.config.schema import FinetuneConfig, ResolvedConfig
 from forgebook.data import token_store
 from forgebook.errors import ForgebookError, ResourceError, StorageError, TrainingError, last_line
-from forgebook.models import adapters
+from forgebook.models import saved_adapters
 from forgebook.models.tokenizer import locate, refuse_pickled
 from forgebook.planning import preflight
 from forgebook.planning.plan import Plan
@@ -142,7 +142,7 @@ def _refuse_impossible(config: FinetuneConfig, run: Run) -> None:
     if config.initial_adapter_model_ckpt_path is not None:
         adapter = locate(config.initial_adapter_model_ckpt_path)
         refuse_pickled(adapter)
-        adapters.check_adapter(adapter, config.lora_config or {}, config.rope_scaling)
+        saved_adapters.check_adapter(adapter, config.lora_config or {}, config.rope_scaling)
     if not run.is_complete:
         _check_devices(config)
 

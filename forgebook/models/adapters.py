@@ -1,7 +1,6 @@
-"""LoRA adapters: added, continued, and saved so that they fit the public base model.
+"""LoRA adapters: added, and saved so that they fit the public base model.
 
 model = add_lora(model, config.lora_config)       a new adapter; only it trains
-model = continue_lora(model, adapter_folder, ...) one trained before, trained further
 
 PiSSA (arXiv 2404.02948) takes the largest singular directions out of the base and trains those: W = W' + s B0 A0.
 Its adapter fits W', which nobody else has. So it is saved as the difference from its start, which fits W itself:
@@ -20,12 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from forgebook.errors import CheckpointError, ModelError, first_line
-from forgebook.models.families import freeze_towers, tower_modules
+from forgebook.models.families import tower_modules
 from forgebook.models.lora_targets import Layers, unmatched_targets
-from forgebook.models.tokenizer import readable_model_errors, refuse_pickled
 from forgebook.runs.atomic import read_json
-from forgebook.runs.checksums import check_files
-from forgebook.runs.run import display_path
 
 if TYPE_CHECKING:
     import torch
@@ -37,11 +33,10 @@ __all__ = [
     "add_lora",
     "align_base",
     "changes_base",
-    "check_adapter",
     "check_lora",
-    "continue_lora",
     "double_rank",
     "fit_original_base",
+    "in_dtype_of_base",
     "layers_of",
     "read_lora_config",
     "read_overrides",
@@ -64,7 +59,7 @@ def add_lora(model: PreTrainedModel, lora_config: dict[str, Any]):
         config = LoraConfig(**{"task_type": "CAUSAL_LM", **lora_config})
         if towers:
             config.exclude_modules = _without(config.exclude_modules, towers)
-        return _in_dtype_of_base(get_peft_model(model, config, autocast_adapter_dtype=False))
+        return in_dtype_of_base(get_peft_model(model, config, autocast_adapter_dtype=False))
     except (ValueError, TypeError, NotImplementedError) as error:
         raise ModelError(f"lora_config does not fit this model: {first_line(error)}") from None
 
@@ -125,53 +120,7 @@ def _without(excluded: str | Collection[str] | None, towers: Sequence[str]) -> s
     return f"{named}|{inside}"
 
 
-def check_adapter(source: str, lora_config: dict[str, Any], rope_scaling: dict[str, Any] | None = None) -> None:
-    """Raise ModelError unless a saved adapter matches the rope_scaling and lora_config of the config."""
-    earlier, named = read_overrides(source).get("rope_scaling"), display_path(Path(source))
-    if earlier != rope_scaling:
-        raise ModelError(
-            f"the adapter {named} was trained with rope_scaling: {earlier or 'null'}, the config says "
-            f"{rope_scaling or 'null'}: set it to the same"
-        )
-    with readable_model_errors(source, "adapter"):
-        if Path(source).is_dir():  # PEFT is slow to import, and not quiet
-            saved = read_json(Path(source) / "adapter_config.json")
-        else:
-            from peft import PeftConfig
-
-            saved = PeftConfig.from_pretrained(source).to_dict()
-    for key in ("r", "lora_alpha", "use_dora", "use_rslora"):
-        if key in lora_config and lora_config[key] != saved.get(key, False):
-            raise ModelError(
-                f"the adapter {named} has {key}: {saved.get(key, False)}, lora_config says {lora_config[key]}: "
-                "a continued adapter keeps its settings; leave the key out or set it to the same"
-            )
-
-
-def continue_lora(
-    model: PreTrainedModel,
-    source: str,
-    lora_config: dict[str, Any],
-    rope_scaling: dict[str, Any] | None = None,
-):
-    """Put a trained LoRA adapter on a model, to be trained further.
-
-    lora_config: what the config says of the adapter; rope_scaling: that of `model`.
-
-    Raises ModelError if the adapter is another one than these say.
-    """
-    from peft import PeftModel
-
-    check_adapter(source, lora_config, rope_scaling)
-    refuse_pickled(source)
-    check_files(source)
-    with readable_model_errors(source, "adapter"):
-        model = PeftModel.from_pretrained(model, source, is_trainable=True, autocast_adapter_dtype=False)
-    freeze_towers(model)  # an adapter of another program may reach them
-    return _in_dtype_of_base(model)
-
-
-def _in_dtype_of_base(model):
+def in_dtype_of_base(model):
     """Cast the adapter to the base's dtype, which PEFT cannot see in packed weights; the optimizer keeps float32."""
     for p in model.parameters():
         if p.requires_grad and p.dtype != model.dtype:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from forgebook.errors import ModelError
 from forgebook.models import cpu_bfloat16
-from forgebook.models.adapters import continue_lora
 from forgebook.models.attention import attention_facts, choose_attention, lacking_kernels
+from forgebook.models.saved_adapters import continue_lora
 from forgebook.models.tokenizer import locate, readable_model_errors, refuse_pickled
 from forgebook.runs.checksums import check_files
 

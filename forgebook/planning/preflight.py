@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from forgebook.errors import ModelError, ResourceError
 from forgebook.models.adapters import check_lora
 from forgebook.models.families import check_positions
 from forgebook.models.load import check_attention, load_skeleton
+from forgebook.models.saved_adapters import check_reach
 from forgebook.models.tokenizer import locate
 from forgebook.models.vllm_support import vllm_serves, vllm_serves_saved
 from forgebook.planning import schedule
@@ -122,6 +124,7 @@ def check_settings(prepared: Prepared) -> tuple[list[str], str | None]:
     vllm = None
     if config.initial_adapter_model_ckpt_path is not None:
         adapter = locate(config.initial_adapter_model_ckpt_path)
+        check_reach(partial(load_skeleton, base), adapter, config.lora_config or {})
         vllm = vllm_serves_saved(adapter) if Path(adapter).is_dir() else vllm_serves(config.lora_config or {})
     elif config.lora_config is not None:
         skeleton = load_skeleton(base)

@@ -34,7 +34,7 @@ from forgebook.config.deepspeed_file import read_deepspeed_config
 from forgebook.config.schema import ResolvedConfig
 from forgebook.data import masking
 from forgebook.errors import TrainingError
-from forgebook.models import adapters, load
+from forgebook.models import adapters, load, saved_adapters
 from forgebook.models.families import freeze_towers
 from forgebook.models.tokenizer import label_tokens, locate, tokenizer_of
 from forgebook.training import distributed, kernels, optimizers
@@ -178,7 +178,7 @@ def _load_model(config: ResolvedConfig, tokenizer: Any, base: str, adapter: str 
     if config.liger_kernel.enabled:
         kernels.use_liger(model, {str(name): on for name, on in config.liger_kernel.kwargs.items()})
     if adapter is not None:
-        model = adapters.continue_lora(model, adapter, config.lora_config or {}, config.rope_scaling)
+        model = saved_adapters.continue_lora(model, adapter, config.lora_config or {}, config.rope_scaling)
     elif config.lora_config is not None:
         model = adapters.add_lora(model, config.lora_config | new_token_settings)
     else:

@@ -10,7 +10,7 @@ import transformers
 from conftest import LORA, TINY_MODEL
 from forgebook.catalog import read_catalog, shape_of
 from forgebook.errors import ConfigError, ModelError
-from forgebook.models import adapters, load
+from forgebook.models import adapters, load, saved_adapters
 from forgebook.models.families import (
     check_positions,
     context_limit,
@@ -131,7 +131,7 @@ def test_an_adapter_of_another_program_keeps_its_part_in_a_tower(tmp_path):
 
     whole = get_peft_model(model_with_towers("Gemma3"), LoraConfig(r=2, target_modules=["q_proj"]))
     whole.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
-    model = adapters.continue_lora(model_with_towers("Gemma3"), str(tmp_path / "theirs"), {})
+    model = saved_adapters.continue_lora(model_with_towers("Gemma3"), str(tmp_path / "theirs"), {})
     assert without_gradient(model) == []
     save_checkpoint(model, load_tokenizer(str(TINY_MODEL)), tmp_path / "ours", trained=False)
     theirs, ours = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("theirs", "ours"))

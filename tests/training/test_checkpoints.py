@@ -11,9 +11,9 @@ from conftest import TINY_MODEL
 from forgebook.errors import CheckpointError, ModelError, StorageError
 from forgebook.export.merge import merge_run
 from forgebook.inference import generate
-from forgebook.models import adapters
 from forgebook.models.adapters import add_lora
 from forgebook.models.load import load_model
+from forgebook.models.saved_adapters import continue_lora
 from forgebook.models.tokenizer import load_tokenizer
 from forgebook.runs.run import Run
 from forgebook.training import checkpoints
@@ -65,7 +65,7 @@ def flip_a_byte(path):
 OPENERS = {
     "generate": lambda folder: generate.load_together([folder]),
     "merge": lambda folder: merge_run(str(folder), folder.parent / "merged"),
-    "continue": lambda folder: adapters.continue_lora(None, str(folder), {}),
+    "continue": lambda folder: continue_lora(None, str(folder), {}),
     "tokenizer": lambda folder: load_tokenizer(str(folder)),
 }
 
