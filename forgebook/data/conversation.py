@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from forgebook.data.generation_prompt import added_to_prompt, closes_thought, opened_thought
-from forgebook.data.message_parts import follows_call, missing_part, missing_tool, split_thought
-from forgebook.data.messages import REASONING_KEYS, Message
+from forgebook.data.message_parts import follows_call, missing_part, missing_tool
+from forgebook.data.messages import REASONING_KEYS, Message, split_thought
 from forgebook.data.prompt_formats import render_prompt_format
 from forgebook.data.special_tokens import has_end, hide, leading_token, map_texts
 from forgebook.data.template_facts import TemplateFacts, apply_template, template_facts

@@ -14,16 +14,9 @@ from typing import Any
 
 from forgebook.data.messages import REASONING_KEYS, Message
 
-__all__ = ["follows_call", "missing_part", "missing_tool", "split_thought"]
+__all__ = ["follows_call", "missing_part", "missing_tool"]
 
 THOUGHT_MARK = re.compile("</?think>")
-LEADING_THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
-
-
-def split_thought(content: str) -> tuple[str, str]:
-    """Divide a content into the thought it begins with (empty without one) and the rest."""
-    match = LEADING_THOUGHT.fullmatch(content)
-    return (match[1].strip(), match[2].strip()) if match else ("", content)
 
 
 def missing_part(message: Message, text: str) -> str | None:

@@ -7,12 +7,22 @@ read_tools(raw)                                                  what the assist
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
-from forgebook.data.readers import parse_json
+from forgebook.data.readers import parse_json, without_nulls
 from forgebook.errors import DataError
 
-__all__ = ["REASONING_KEYS", "Message", "brief", "parse_field", "read_messages", "read_text", "read_tools"]
+__all__ = [
+    "REASONING_KEYS",
+    "Message",
+    "brief",
+    "parse_field",
+    "read_messages",
+    "read_text",
+    "read_tools",
+    "split_thought",
+]
 
 Message = dict[str, Any]
 
@@ -20,40 +30,64 @@ ROLES = ("system", "user", "assistant", "tool")
 ROLE_OF = {
     "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
     "model": "assistant", "developer": "system", "observation": "tool", "function_response": "tool",
-    "function": "tool", "function_call": "assistant",
+    "function": "tool", "function_call": "assistant", "tool_call": "assistant", "tool_response": "tool",
+    "tool_result": "tool", "ipython": "tool", "environment": "tool",
 }  # fmt: skip
+CALL_ROLES = ("function_call", "tool_call")  # a call as a turn of its own: LLaMA-Factory, ms-swift
+ARGUMENT_KEYS = ("arguments", "parameters", "args", "input")  # OpenAI, Llama 3, LangChain, Anthropic
+TEXT_TYPES = ("text", "input_text", "output_text")  # the latter two: OpenAI's responses
 MESSAGE_KEYS = {"role", "content", "name", "tool_calls", "tool_call_id", "weight", "reasoning_content"}
 # Whether a turn is in the loss: OpenAI's name, then those of other tools (axolotl, ms-swift, Unsloth).
 MARKS = ("weight", "train", "training", "train_on_turn", "trainable", "loss", "loss_mask")
 SWITCHES = {"true": 1, "false": 0, "1": 1, "0": 0}
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")  # of data and of templates
 LONGEST_SHOWN = 60
+LEADING_THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 
 
 def read_messages(value: Any, field: str, ignored: set[str]) -> list[Message]:
     """Convert a list of messages to OpenAI's keys and types."""
     if not isinstance(value, list) or not value:
         raise DataError(f"{field} is {brief(value)}; expected a non-empty list of {{role, content}}")
-    return [_message(message, f"{field}[{k}]", ignored) for k, message in enumerate(value)]
+    messages: list[Message] = []
+    for k, raw in enumerate(value):
+        message = _message(raw, f"{field}[{k}]", ignored)
+        if k and all(isinstance(one, dict) and _written_role(one) in CALL_ROLES for one in value[k - 1 : k + 1]):
+            messages[-1]["tool_calls"] += message["tool_calls"]  # turns of parallel calls are one
+        else:
+            messages.append(message)
+    return messages
+
+
+def _written_role(raw: dict) -> Any:
+    return raw["role"] if raw.get("role") is not None else raw.get("from")
 
 
 def _message(raw: Any, at: str, ignored: set[str]) -> Message:
     if not isinstance(raw, dict):
         raise DataError(f"{at} is {brief(raw)}; expected an object with role and content")
     message = dict(raw)
-    if "from" in message and "role" not in message:  # ShareGPT's names
-        message |= {"role": message.pop("from"), "content": message.pop("value", None)}
+    for openai, sharegpt in (("role", "from"), ("content", "value")):
+        if message.get(openai) is None and sharegpt in message:
+            message[openai] = message.pop(sharegpt)
     written = message.get("role")
-    message["role"] = role = ROLE_OF.get(written, written) if isinstance(written, str) else written
+    if isinstance(written, str):
+        known = written.lower()
+        written = ROLE_OF.get(known, known if known in ROLES else written)
+    message["role"] = role = written
     if role not in ROLES:
         raise DataError(f"{at}.role is {brief(role)}; expected {', '.join(ROLES[:-1])} or {ROLES[-1]}")
-    if written == "function_call":
-        message["tool_calls"] = parse_field(message["content"], f"{at}.value")
-        message["content"] = ""
+    if _written_role(raw) in CALL_ROLES:
+        call = message.get("content")
+        message |= {"tool_calls": parse_field(call, f"{at}.content") if isinstance(call, str) else call, "content": ""}
+        if not message["tool_calls"]:
+            raise DataError(f"{at}.content is {brief(call)}; expected a call")
     if call := message.pop("function_call", None):  # OpenAI's former name
         if message.get("tool_calls"):
             raise DataError(f"{at} has tool_calls and function_call, its former name: keep tool_calls")
         message["tool_calls"] = parse_field(call, f"{at}.function_call") if isinstance(call, str) else call
+    if role == "assistant" and isinstance(message.get("content"), list):
+        message |= _divided(message["content"])
     reasoning = {key: message.pop(key, None) for key in REASONING_KEYS}
     # Sets with one schema for all rows hold "" where there is none; only an assistant reasons.
     written_keys = [key for key, text in reasoning.items() if text is not None and text != ""]
@@ -61,6 +95,8 @@ def _message(raw: Any, at: str, ignored: set[str]) -> Message:
         message["reasoning_content"] = reasoning[written_keys.pop(0)]
     ignored |= {f"{at.split('[')[0]}[].{key}" for key in written_keys}
     message["content"] = _content(message, at)
+    if "<think>" in message["content"] and message.get("reasoning_content"):
+        _check_thoughts(message["reasoning_content"], message, at)
     if message.get("tool_calls"):
         message["tool_calls"] = _tool_calls(message["tool_calls"], role, at)
     for key in ("reasoning_content", "name", "tool_call_id"):
@@ -72,6 +108,30 @@ def _message(raw: Any, at: str, ignored: set[str]) -> Message:
     unread = (key for key in message if key not in MESSAGE_KEYS and message[key] not in empty)
     ignored |= {f"{at.split('[')[0]}[].{key}" for key in unread}
     return {key: value for key, value in message.items() if key in MESSAGE_KEYS and value not in empty}
+
+
+def _divided(parts: list) -> Message:
+    """Divide the parts of a content into thoughts, as Mistral and Anthropic write them, and the rest."""
+    thoughts = [part for part in parts if isinstance(part, dict) and part.get("type") == "thinking"]
+    if not thoughts:
+        return {}
+    texts = [read_text(part.get("thinking"), "thinking") for part in thoughts]
+    return {"thinking": "\n".join(texts), "content": [part for part in parts if part not in thoughts]}
+
+
+def split_thought(content: str) -> tuple[str, str]:
+    """Divide a content into the thought it begins with (empty without one) and the rest."""
+    match = LEADING_THOUGHT.fullmatch(content)
+    return (match[1].strip(), match[2].strip()) if match else ("", content)
+
+
+def _check_thoughts(reasoning: Any, message: Message, at: str) -> None:
+    """Take a thought that stands in the content and beside it out of the message; raise DataError for two."""
+    thought, rest = split_thought(message["content"])
+    if thought and isinstance(reasoning, str) and thought != reasoning.strip():
+        raise DataError(f"{at} has reasoning and another thought in its content: keep one of them")
+    if thought:
+        message["content"] = rest
 
 
 def _weight(message: Message, role: str, at: str) -> int | None:
@@ -101,7 +161,8 @@ def read_text(content: Any, field: str) -> str:
         return content
     if isinstance(content, list):
         for k, part in enumerate(content):
-            if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
+            is_text = isinstance(part, dict) and part.get("type") in TEXT_TYPES and isinstance(part.get("text"), str)
+            if not is_text:
                 raise DataError(f"{field}[{k}] is {brief(part)}; only text parts are supported")
         return "".join(part["text"] for part in content)
     raise DataError(f"{field} is {brief(content)}; expected a string")
@@ -118,8 +179,10 @@ def _tool_calls(value: Any, role: str, at: str) -> list[dict]:
         function = raw.get("function", raw) if isinstance(raw, dict) else raw
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise DataError(f'{here} is {brief(raw)}; expected {{"function": {{"name": ..., "arguments": ...}}}}')
-        arguments = function.get("arguments")
-        arguments = parse_field(arguments, f"{here}.arguments") if isinstance(arguments, str) else (arguments or {})
+        arguments = next((function[key] for key in ARGUMENT_KEYS if function.get(key) is not None), None)
+        if isinstance(arguments, str):
+            arguments = parse_field(arguments, f"{here}.arguments") if arguments.strip() else {}
+        arguments = arguments or {}
         if not isinstance(arguments, dict):
             raise DataError(f"{here}.arguments is {brief(arguments)}; expected a JSON object")
         call = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
@@ -144,7 +207,8 @@ def _tools(value: Any, key: str) -> list[dict]:
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             expected = '{"type": "function", "function": {"name": ...}}'
             raise DataError(f"{key}[{k}] is {brief(raw)}; expected {expected}")
-        tools.append({"type": "function", "function": function})
+        # As sets hold them that went through Arrow: a template would print the keys of other tools.
+        tools.append({"type": "function", "function": without_nulls(function, kept=("default", "const"))})
     return tools
 
 

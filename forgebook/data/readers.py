@@ -26,7 +26,10 @@ from forgebook.config.blocks import DataSource
 from forgebook.errors import DataError, StorageError, first_line
 from forgebook.runs import atomic, download
 
-__all__ = ["FileChunk", "Source", "content_key", "find_sources", "is_large", "parse_json", "read_chunk", "split_source"]
+__all__ = [
+    "FileChunk", "Source", "content_key", "find_sources", "is_large", "parse_json", "read_chunk", "split_source",
+    "without_nulls",
+]  # fmt: skip
 
 # What one task reads at once: large enough to be worth a task, small enough to share work evenly.
 CHUNK_BYTES = 2 * 2**20
@@ -345,7 +348,7 @@ def _read_parquet(chunk: FileChunk) -> Iterator[tuple[int, Any]]:
     try:
         for batch in pq.ParquetFile(_plain_copy(chunk.uri)).iter_batches(batch_size=1_000, row_groups=[chunk.start]):
             for row in _batch_rows(batch):
-                yield number, row if isinstance(row, DataError) else _without_nulls(row)
+                yield number, row if isinstance(row, DataError) else without_nulls(row)
                 number += 1
     except Exception as error:
         # Nothing after this in its row group can be read: a damaged page holds many rows.
@@ -364,11 +367,11 @@ def _batch_rows(batch) -> Iterator[Any]:
                 yield DataError(f"a cell cannot be read ({first_line(error)}): save text as UTF-8")
 
 
-def _without_nulls(value: Any) -> Any:
+def without_nulls(value: Any, kept: tuple[str, ...] = ()) -> Any:
     """Leave out keys without a value: a column type gives every row the keys of all rows."""
     if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+        return {key: without_nulls(item, kept) for key, item in value.items() if item is not None or key in kept}
+    return [without_nulls(item, kept) for item in value] if isinstance(value, list) else value
 
 
 def _hub_dataset(uri: str):
@@ -393,4 +396,4 @@ def _hub_dataset(uri: str):
 def _read_hub(chunk: FileChunk) -> Iterator[tuple[int, Any]]:
     dataset = _hub_dataset(chunk.uri).select(range(chunk.start, chunk.stop))
     for number, row in enumerate(dataset, chunk.first):
-        yield number, _without_nulls(row)
+        yield number, without_nulls(row)

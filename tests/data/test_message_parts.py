@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from forgebook.data.message_parts import missing_part, missing_tool, split_thought
+from forgebook.data.message_parts import missing_part, missing_tool
+from forgebook.data.messages import split_thought
 
 ARGUMENTS = {"place": 'Oslo\'s "old" town', "days": 2, "dry": True, "near": ["sea", None], "at": {"hour": 9.5}}
 CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "read", "arguments": ARGUMENTS}}]}

@@ -62,3 +62,104 @@ def test_texts():
     with pytest.raises(DataError, match="system is 3; expected a string"):
         read_text(3, "system")
     assert len(brief("x" * 100)) == 60
+
+
+CALL = {"type": "function", "function": {"name": "find", "arguments": {"city": "Rome"}}}
+
+
+@pytest.mark.parametrize("key", ["arguments", "parameters", "args", "input"])
+@pytest.mark.parametrize("as_text", [False, True])
+def test_arguments_of_every_name(key, as_text):
+    """OpenAI's, Llama 3's, LangChain's and Anthropic's; unread, a call would be trained without any."""
+    arguments = json.dumps({"city": "Rome"}) if as_text else {"city": "Rome"}
+    [message], _ = read({"role": "assistant", "content": "", "tool_calls": [{"name": "find", key: arguments}]})
+    assert message["tool_calls"] == [CALL]
+
+
+@pytest.mark.parametrize("arguments", ["", " ", None, "{}", {}])
+def test_a_call_without_arguments(arguments):
+    calls = [{"function": {"name": "find", "arguments": arguments}}]
+    [message], _ = read({"role": "assistant", "content": None, "tool_calls": calls})
+    assert message["tool_calls"][0]["function"]["arguments"] == {}
+
+
+@pytest.mark.parametrize(
+    ("asking", "answering", "named"),
+    [("tool_call", "tool_response", "role"), ("function_call", "observation", "from"), ("tool_call", "tool", "role")],
+    ids="ms-swift llama-factory mixed".split(),
+)
+@pytest.mark.parametrize("as_text", [False, True])
+def test_calls_as_turns_of_their_own_and_parallel_ones_as_one(asking, answering, named, as_text):
+    text = "content" if named == "role" else "value"
+    call = {"name": "find", "arguments": {"city": "Rome"}}
+    turns = [(asking, json.dumps(call) if as_text else call)] * 2 + [(answering, "sunny"), (answering, "dry")]
+    messages, ignored = read(Q, *({named: role, text: said} for role, said in turns), A)
+    assert messages[1] == {"role": "assistant", "content": "", "tool_calls": [CALL, CALL]}
+    assert [message["role"] for message in messages] == ["user", "assistant", "tool", "tool", "assistant"]
+    assert ignored == set()
+    with pytest.raises(DataError, match=r"messages\[0\].content is .*; expected a call"):
+        read({named: asking, text: None})
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "User", "content": "q"},
+        {"from": "human", "content": "q"},
+        {"role": "user", "value": "q"},
+        {"from": "user", "role": None, "value": "q", "content": None},
+        {"role": "user", "content": [{"type": "input_text", "text": "q"}]},
+    ],
+    ids="capital from-content role-value both-empty responses-api".split(),
+)
+def test_mixed_spellings_of_a_message(message):
+    assert read(message) == ([Q], set())
+
+
+THOUGHT = "<think>\nhm\n</think>\n\na"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"content": THOUGHT, "reasoning_content": "hm"},
+        {"content": THOUGHT, "reasoning": " hm\n"},
+        {"content": [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "a"}]},
+        {
+            "content": [
+                {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]},
+                {"type": "text", "text": "a"},
+            ]
+        },
+    ],
+    ids="in-content-and-beside with-margins anthropic mistral".split(),
+)
+def test_a_thought_that_stands_twice_or_in_parts_is_one(answer):
+    [message], ignored = read({"role": "assistant", **answer})
+    assert message["content"] == "a" and message["reasoning_content"].strip() == "hm" and ignored == set()
+
+
+def test_two_different_thoughts_are_an_error():
+    with pytest.raises(DataError, match=r"messages\[0\] has reasoning and another thought in its content: keep one"):
+        read({"role": "assistant", "content": THOUGHT, "reasoning_content": "well"})
+
+
+def test_a_thought_beside_a_content_that_only_names_the_tag():
+    message = {"role": "assistant", "content": "Write <think> first.", "reasoning_content": "hm"}
+    assert read(message)[0] == [message]
+
+
+def test_keys_without_a_value_are_no_part_of_a_schema():
+    """Arrow puts them where other tools have one; a template would print them."""
+    schema = {
+        "type": "object",
+        "properties": {"city": {"type": "string", "enum": None}, "days": None},
+        "required": None,
+    }
+    [tool] = read_tools({"tools": [{"name": "find", "strict": None, "parameters": schema}]})
+    assert tool["function"] == {
+        "name": "find",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    }
+    kept = {"properties": {"city": {"type": ["string", "null"], "default": None, "enum": ["Rome", None]}}}
+    assert read_tools({"tools": [{"name": "find", "parameters": kept}]})[0]["function"]["parameters"] == kept
