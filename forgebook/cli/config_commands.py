@@ -6,6 +6,7 @@ Each takes its words and returns an exit code; each imports what it needs when i
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -156,8 +157,12 @@ def _write_fitting(
     if fitting is None:
         raise ResourceError(f"{config.model_id} fits {hardware[0]}x{hardware[1].name} with no settings: take more GPUs")
     folder = Path() if config.source is None or "://" in config.source else Path(config.source).parent
-    target = folder / f"{config.run_name}-fit.yaml"
-    target.write_text(dump_config(fitting))
+    target, text = folder / f"{config.run_name}-fit.yaml", dump_config(fitting)
+    if target.exists() and target.read_bytes() != text.encode():
+        kept = next(path for k in itertools.count(1) if not (path := target.with_suffix(f".yaml.{k}")).exists())
+        target.rename(kept)
+        print(f"{target} was there with other content, which is now {kept}", file=sys.stderr)
+    target.write_text(text, encoding="utf-8")
     print(f"wrote {target}", file=sys.stderr)
     return fitting
 
@@ -194,7 +199,8 @@ def tune_command(arguments: list[str]) -> int:
     from forgebook.launch.ray_tune import print_sweep, sweep_as_json, tune
 
     samples, is_json = words.options.get("samples"), words.flags.json
-    sweep = tune(words.target, words.rest, samples, words.flags.default, silent=is_json)
+    with _second_interrupt_ends():
+        sweep = tune(words.target, words.rest, samples, words.flags.default, silent=is_json)
     if is_json:
         print(json.dumps(sweep_as_json(sweep), indent=2))
     else:

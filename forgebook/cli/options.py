@@ -270,16 +270,14 @@ _TABLE = (
     ),
     Command(
         "serve",
-        "RUN [RUN ...] [port=8000] [host=127.0.0.1] [key=...] [engine=auto] [dtype=float32]",
+        "RUN [RUN ...] [port=8000] [host=127.0.0.1] [key_file=FILE] [engine=auto] [dtype=float32]",
         "Serve one or more runs at an OpenAI-compatible endpoint; a request's model is a run's name.",
         A_RUN,
         (
             Option("port", "0 takes a free one; default 8000", at_least(0, 65535), "8000"),
             Option("host", "default 127.0.0.1; any other host needs a key", default="127.0.0.1"),
-            Option(
-                "key",
-                "what clients must send; better set in the environment, as FORGEBOOK_API_KEY, to which it is moved",
-            ),
+            Option("key_file", "a file of mode 600 with what clients must send; or set FORGEBOOK_API_KEY", expand_path),
+            Option("key", "the key itself; others can read it while the command starts, until it is moved out of view"),
             Option("engine", "transformers, vllm, or auto: vLLM where it is installed and can", default="auto"),
             Option("dtype", "default: the run's own", one_of("float32", "bfloat16", "float16")),
         ),

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = ["chat_command", "evaluate_command", "generate_command", "merge_command", "serve_command"]
 
+LONGEST_KEY = 4096
+
 
 def generate_command(arguments: list[str]) -> int:
     """Answer prompts, to the terminal or to a file."""
@@ -183,10 +185,14 @@ def merge_command(arguments: list[str]) -> int:
 def serve_command(arguments: list[str]) -> int:
     """Serve runs at an OpenAI-compatible endpoint."""
     words = parse_words("serve", arguments)
-    _hide_key(words.options.get("key", ""))
+    options = words.options
+    if {"key", "key_file"} <= options.keys():
+        raise ConfigError("serve: key and key_file are both there: keep key_file")
+    _hide_key(options.get("key", ""))
+    key = _read_key(options["key_file"]) if "key_file" in options else options.get("key")
     from forgebook.inference.server import clean_key, serve
 
-    key = clean_key(words.options.get("key")) or os.environ.get("FORGEBOOK_API_KEY")
+    key = clean_key(key) or os.environ.get("FORGEBOOK_API_KEY")
     serve([words.target, *words.rest], key=key, **words.get("port", "host", "engine", "dtype"))
     return 0
 
@@ -195,4 +201,26 @@ def _hide_key(key: str) -> None:
     """Start this process again with the key in its environment: a process's arguments can be read by every user."""
     arguments = [word for word in sys.orig_argv if not word.startswith("key=")]
     if key.strip() and f"key={key}" in sys.orig_argv:
+        fix = "set FORGEBOOK_API_KEY, or key_file= to a file of mode 600"
+        print(
+            f"note: key= could be read by other users until now, and is in your shell's history: {fix}", file=sys.stderr
+        )
+        sys.stderr.flush()
         os.execve(sys.executable, arguments, {**os.environ, "FORGEBOOK_API_KEY": key})
+
+
+def _read_key(path: str) -> str:
+    """Read a key from a file; raise ConfigError if others can read it, too, or it holds none."""
+    try:
+        mode = os.stat(path).st_mode
+        with open(path, encoding="utf-8") as file:
+            key = file.read(LONGEST_KEY + 1).strip()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"serve: key_file {path} cannot be read: {getattr(error, 'strerror', error)}") from None
+    if mode & 0o077:
+        raise ConfigError(
+            f"serve: key_file {path} has mode {mode & 0o777:o}, so that others can use it: chmod 600 {path}"
+        )
+    if not key or len(key) > LONGEST_KEY:
+        raise ConfigError(f"serve: key_file {path} must hold the key alone, of at most {LONGEST_KEY:,} characters")
+    return key

@@ -70,8 +70,8 @@ def serve(
     key = clean_key(key)
     if key is None and not is_loopback(host):
         raise ConfigError(
-            f"serve: host={host} can be reached from other machines: set a key with key=... or FORGEBOOK_API_KEY, or "
-            "leave host out"
+            f"serve: host={host} can be reached from other machines: set a key with FORGEBOOK_API_KEY or "
+            "key_file=FILE, or leave host out"
         )
     folders = name_models(names)
     if choose_engine(engine, lambda: obstacle_for_vllm(folders)) == "vllm":

@@ -112,7 +112,10 @@ def tune(
     with quiet_descriptors(folder / "tune.log") as output:
         output.quiet = silent
         output.print(f"[bold]{base.run_name}[/bold]  {len(configs)} trials in {display_path(folder)}")
-        reasons = _run_all(configs, base.num_devices, folder, output)
+        try:
+            reasons = _run_all(configs, base.num_devices, folder, output)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(_stopped_text(folder, list(configs))) from None
     trials = [
         _outcome(Run(folder / name), values, reasons.get(name, ""))
         for name, values in zip(configs, _unique(chosen), strict=True)
@@ -225,6 +228,8 @@ def _unique(chosen: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def _run_all(configs: dict[str, FinetuneConfig], num_devices: int, folder: Path, output) -> dict[str, str]:
     """Run the trials, as many at once as the cluster holds; return why some failed."""
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    # Its own handler would end the sweep as if it were complete.
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
     import ray
     from ray import tune as ray_tune
     from ray.tune.schedulers import ASHAScheduler
@@ -264,6 +269,21 @@ def _run_all(configs: dict[str, FinetuneConfig], num_devices: int, folder: Path,
             reasons[name] = re.sub(r"^[\w.]+Error: ", "", lines[-1]) if lines else type(result.error).__name__
     shutil.rmtree(state_folder, ignore_errors=True)
     return reasons
+
+
+def _stopped_text(folder: Path, names: Sequence[str]) -> str:
+    """Say what a sweep that was interrupted has saved, and how to resume it."""
+    runs = [Run(folder / name) for name in names]
+    complete = sum(run.is_complete for run in runs)
+    saved = sum(not run.is_complete and any(run.resume.glob("step-*/place.json")) for run in runs)
+    if not complete + saved:
+        return (
+            f"stopped before a trial saved a state in {display_path(folder)}; the same command starts the sweep again"
+        )
+    return (
+        f"stopped; {complete} of {len(runs)} trials are complete in {display_path(folder)}, {saved} "
+        f"{'has' if saved == 1 else 'have'} a saved state; the same command resumes those and runs the others"
+    )
 
 
 def _trial(parameters: dict[str, Any], configs: dict[str, FinetuneConfig], folder: str) -> None:

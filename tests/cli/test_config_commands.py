@@ -53,7 +53,18 @@ def test_fit_writes_the_settings_that_fit(config, capsys, tmp_path):
     assert main(["plan", config, "hardware=1xA100-80G", "fit=true", "--json"]) == 0
     printed = capsys.readouterr()
     assert json.loads(printed.out)["fits"] and printed.err == "wrote run-fit.yaml\n"
-    assert "hardware: 1xA100-80G" in (tmp_path / "run-fit.yaml").read_text()
+    fitting = (tmp_path / "run-fit.yaml").read_text()
+    assert "hardware: 1xA100-80G" in fitting
+    # The same again; then over two files of the user's own.
+    assert main(["plan", config, "hardware=1xA100-80G", "fit=true", "--json"]) == 0
+    assert capsys.readouterr().err == "wrote run-fit.yaml\n"
+    for k in (1, 2):
+        (tmp_path / "run-fit.yaml").write_text(f"# mine {k}")
+        assert main(["plan", config, "hardware=1xA100-80G", "fit=true", "--json"]) == 0
+        renamed = f"run-fit.yaml was there with other content, which is now run-fit.yaml.{k}"
+        assert capsys.readouterr().err == f"{renamed}\nwrote run-fit.yaml\n"
+        assert (tmp_path / f"run-fit.yaml.{k}").read_text() == f"# mine {k}"
+        assert (tmp_path / "run-fit.yaml").read_text() == fitting
 
 
 def test_preview_prints_examples_or_json(config, capsys):

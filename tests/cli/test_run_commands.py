@@ -54,6 +54,65 @@ def test_serve_hands_on_its_options_and_the_key_of_the_environment(monkeypatch):
     ]
 
 
+@pytest.fixture
+def served(monkeypatch):
+    """The keys that `serve` hands on, without a server."""
+    keys = []
+    monkeypatch.setattr("forgebook.inference.server.serve", lambda names, key, **options: keys.append(key))
+    monkeypatch.delenv("FORGEBOOK_API_KEY", raising=False)
+    return keys
+
+
+def test_the_key_of_the_endpoint_comes_from_a_file_or_the_environment(served, monkeypatch, tmp_path):
+    (tmp_path / "key").write_text("s3cret\n")
+    (tmp_path / "key").chmod(0o600)
+    assert main(["serve", "a", "key_file=key"]) == 0
+    monkeypatch.setenv("FORGEBOOK_API_KEY", "other")
+    assert main(["serve", "a"]) == main(["serve", "a", "key_file=key"]) == 0
+    assert served == ["s3cret", "other", "s3cret"]
+
+
+@pytest.mark.parametrize(
+    ("content", "mode", "words", "message"),
+    [
+        ("s3cret", 0o644, [], "key_file key has mode 644, so that others can use it: chmod 600 key"),
+        ("s3cret", 0o660, [], "has mode 660"),
+        ("s3cret", 0o604, [], "has mode 604"),
+        (" \n", 0o600, [], "key_file key must hold the key alone"),
+        ("a" * 5000, 0o600, [], "must hold the key alone"),
+        ("a\nb", 0o600, [], "must consist of printable ASCII characters"),
+        (None, 0o600, [], "key_file key cannot be read: No such file"),
+        ("s3cret", 0o600, ["key=other"], "key and key_file are both there"),
+    ],
+)
+def test_a_file_of_a_key_is_of_mode_600_and_holds_one(served, capsys, tmp_path, content, mode, words, message):
+    if content is not None:
+        (tmp_path / "key").write_text(content)
+        (tmp_path / "key").chmod(mode)
+    assert main(["serve", "a", "key_file=key", *words]) == 2 and served == []
+    error = capsys.readouterr().err
+    assert message in error and "s3cret" not in error
+
+
+def test_a_key_among_the_arguments_is_gone_before_anything_is_loaded(monkeypatch, capsys):
+    """The process starts again, with the key in its environment and these arguments without it."""
+
+    class StartedError(BaseException):
+        pass
+
+    def start(program, arguments, environment):
+        assert environment["FORGEBOOK_API_KEY"] == "s3cret"
+        raise StartedError(arguments)
+
+    monkeypatch.setattr("os.execve", start)
+    monkeypatch.setattr("sys.orig_argv", ["python", "main.py", "serve", "a", "key=s3cret", "port=0"])
+    with pytest.raises(StartedError) as started:
+        main(["serve", "a", "key=s3cret", "port=0"])
+    assert started.value.args[0] == ["python", "main.py", "serve", "a", "port=0"]
+    error = capsys.readouterr().err
+    assert "set FORGEBOOK_API_KEY, or key_file=" in error and "s3cret" not in error
+
+
 def test_merge_hands_on_the_run_the_folder_and_the_checkpoint(monkeypatch):
     merged = []
 

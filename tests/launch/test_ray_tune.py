@@ -77,6 +77,30 @@ def test_mistakes_are_found_before_the_first_trial(tmp_path, capsys, words, said
     assert said in told and "Traceback" not in told and not any(tmp_path.iterdir())
 
 
+def test_an_interrupt_says_what_is_saved_and_ends_with_130(tmp_path, monkeypatch, capsys):
+    def run_all(configs, num_devices, folder, output):
+        if not saves:
+            raise KeyboardInterrupt
+        first, second, _ = (Run(folder / name) for name in configs)
+        first.folder.mkdir()
+        first.summary.write_text("{}")
+        (second.resume / "step-3").mkdir(parents=True)
+        (second.resume / "step-3" / "place.json").write_text("{}")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("forgebook.launch.ray_tune._run_all", run_all)
+    monkeypatch.chdir(REPOSITORY)
+    command = ["tune", QUICKSTART, "learning_rate=[1.0e-3,2.0e-3,3.0e-3]", f"storage_path={tmp_path}"]
+    saves = False
+    assert main(command) == 130
+    assert "stopped before a trial saved a state in " in capsys.readouterr().err
+    saves = True
+    assert main(command) == 130
+    error = capsys.readouterr().err
+    assert "stopped; 1 of 3 trials are complete in " in error and "1 has a saved state" in error
+    assert "the same command resumes those and runs the others" in error and "Traceback" not in error
+
+
 @pytest.mark.slow
 def test_a_sweep_finds_the_better_rate(ray_session, tmp_path, monkeypatch, capfd):
     """Three learning rates, one of them useless: it is stopped early or ends last; the same command continues."""
