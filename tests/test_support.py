@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from conftest import REPOSITORY, config_for
-from forgebook.config.rules import RULES, Rule, broken_rules
+from forgebook.config.rules import RULES, UNREAD, Rule, broken_rules
 from support_runs import METHODS, SHARDINGS, TASKS
 
 METHODS_AND_TASKS = [(method, task) for method in METHODS for task in TASKS]
@@ -79,12 +79,21 @@ def support_page() -> str:
         "| | does not work | do instead |", "|---|---|---|",
     ]  # fmt: skip
     lines += [f"| {NOTES[rule]} | {rule.message} | {rule.fix} |" for rule in RULES]
+    lines += [
+        "", "## What has no effect", "",
+        "These keys are read only in some tasks and modes. Where the file or an override sets one beside settings that",
+        "leave it unread, the run starts with a warning.",
+        "",
+        "| has no effect | do instead |", "|---|---|",
+    ]  # fmt: skip
+    lines += [f"| {rule.message} | {rule.fix} |" for rule in UNREAD]
     return "\n".join(lines) + "\n"
 
 
 def test_the_page_is_the_table():
     """`PYTHONPATH=. python tests/test_support.py` writes it."""
-    assert (REPOSITORY / "SUPPORT.md").read_text() == support_page()
+    page = (REPOSITORY / "SUPPORT.md").read_text()
+    assert page == support_page() and all(rule.message in page for rule in (*RULES, *UNREAD))
 
 
 def test_every_refusal_of_the_table_is_a_rule():

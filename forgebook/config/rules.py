@@ -3,7 +3,7 @@
     check_rules(config)             ConfigError names every broken rule, and the fix
     if not broken_rules(config):    a change that the plan may propose
 
-SUPPORT.md prints the table. What a machine lacks (a package, a GPU) is not here but in `training.kernels`.
+SUPPORT.md prints both tables. What a machine lacks (a package, a GPU) is not here but in `training.kernels`.
 """
 
 from collections.abc import Callable, Collection
