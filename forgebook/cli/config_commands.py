@@ -98,6 +98,10 @@ def plan_command(arguments: list[str]) -> int:
     throughputs, warning = read_throughputs()
     planned = plan(config, shape, hardware, data, mfu=words.options.get("mfu"), throughputs=throughputs)
     warnings = check_written(config, shape, planned.steps)
+    if _is_all_here(config):
+        from forgebook.planning.prepare import row_warnings
+
+        warnings += row_warnings(config)
     if words.flags.json:
         added = {"choices": [vars(choice) for choice in choices], "warnings": warnings}
         print(json.dumps(plan_as_json(planned) | added, indent=2))
@@ -122,6 +126,13 @@ def plan_command(arguments: list[str]) -> int:
         output.print(f"warning: {text}", style="yellow", markup=False)
     output.print(f"[bold]{verdict(planned)}[/bold]")
     return 0
+
+
+def _is_all_here(config: FinetuneConfig) -> bool:
+    """Check whether the examples, for training and validation, are stored on this machine."""
+    from forgebook.planning.token_count import data_is_here
+
+    return all(data_is_here(path) for path in (config.train_path, config.valid_path) if path)
 
 
 def _choose(
@@ -219,11 +230,9 @@ def submit_command(arguments: list[str]) -> int:
     if unusable:
         where = f"--format {flags.format}" if flags.format else "a job on a running cluster (see --format)"
         raise ConfigError(f"submit: {', '.join(sorted(unusable))} has no effect on {where}")
-    from forgebook.planning.prepare import check_rows
-    from forgebook.planning.token_count import data_is_here
+    if _is_all_here(config):  # the job has what is in this repository; what is elsewhere may be there only
+        from forgebook.planning.prepare import check_rows
 
-    # The job has what is in this repository; what is elsewhere may be there only.
-    if all(data_is_here(path) for path in (config.train_path, config.valid_path) if path):
         check_rows(config)
     if flags.format:
         _print_job_file(flags.format, config, overrides, words)

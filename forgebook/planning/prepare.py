@@ -29,7 +29,7 @@ from forgebook.runs.run import Run, display_path, open_run
 if TYPE_CHECKING:
     from forgebook.config.schema import FinetuneConfig, ResolvedConfig
 
-__all__ = ["Prepared", "check_rows", "prepare", "report_rows"]
+__all__ = ["Prepared", "check_rows", "prepare", "report_rows", "row_warnings"]
 
 LISTED_PLACES = 5
 
@@ -95,15 +95,30 @@ def check_rows(config: FinetuneConfig) -> None:
 
     Reads for two seconds at most, after downloads; `prepare` checks every example, and as the chat template renders it.
     """
+    paths, bad = _bad_rows(config)
+    if bad and config.on_bad_rows == "fail":
+        _refuse_bad_rows(paths, bad, open_run(config))
+
+
+def row_warnings(config: FinetuneConfig) -> list[str]:
+    """List what `check_rows` would raise about the rows, one text per set; nothing is written.
+
+    Raises DataError or StorageError for a file that cannot be read at all.
+    """
+    paths, bad = _bad_rows(config)
+    follows = "the run stops at these" if config.on_bad_rows == "fail" else "the run drops these"
+    return [f"{data.bad_rows_error(display_paths(paths[name]), note)}\n  {follows}" for name, note in bad.items()]
+
+
+def _bad_rows(config: FinetuneConfig) -> tuple[dict[str, Any], dict[str, data.DatasetNotes]]:
+    """Read the rows of each set for a while; return the paths by set, and the notes on those with bad rows."""
     if config.is_default:
         config = auto_config.choose_task(config, auto_config.first_rows(config.train_path))
     assert config.task is not None  # filled in when the config is checked
     labels = tuple(config.classifier_config.label_tokens) if config.classifier_config else ()
     paths = {"train": config.train_path} | ({"valid": config.valid_path} if config.valid_path else {})
     notes = {name: data.read_notes(path, config.task, labels) for name, path in paths.items()}
-    bad = {name: note for name, note in notes.items() if note}
-    if bad and config.on_bad_rows == "fail":
-        _refuse_bad_rows(paths, bad, open_run(config))
+    return paths, {name: note for name, note in notes.items() if note}
 
 
 def _tokenize(

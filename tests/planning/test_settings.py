@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from conftest import LORA, REPOSITORY, TINY_MODEL
+from conftest import LORA, REPOSITORY, TINY_MODEL, uneven_rows
 from forgebook.cli.main import main
 
 
@@ -39,6 +39,15 @@ def plan(make_config, tmp_path, monkeypatch, capsys):
 def test_what_has_no_effect_is_a_warning(plan, overrides, warning):
     code, warnings, _ = plan(*overrides)
     assert code == 0 and any(text.startswith(warning) for text in warnings), warnings
+
+
+def test_bad_rows_are_a_warning_and_nothing_is_written(plan, write_rows, tmp_path):
+    bad = write_rows([*uneven_rows(3), {"mesages": []}], "bad.jsonl")
+    for on_bad_rows, follows in (("fail", "the run stops at these"), ("drop", "the run drops these")):
+        code, [warning], _ = plan(f"train_path={bad}", f"on_bad_rows={on_bad_rows}")
+        assert code == 0 and warning.startswith("1 of 4 rows of ") and follows in warning
+        assert "bad.jsonl:4: no 'messages'" in warning
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(
