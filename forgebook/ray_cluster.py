@@ -30,7 +30,15 @@ __all__ = [
 
 SECRETS = ("HF_TOKEN", "WANDB_API_KEY", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 # Not secret, and workers need the same ones. MLFLOW_TRACKING_URI may hold a password: it travels with the secrets.
-SETTINGS = ("AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "WANDB_BASE_URL", "HF_HOME")
+SETTINGS = (
+    "AWS_REGION",
+    "AWS_DEFAULT_REGION",
+    "AWS_ENDPOINT_URL",
+    "AWS_ENDPOINT_URL_S3",
+    "WANDB_BASE_URL",
+    "HF_HOME",
+    "FORGEBOOK_MODELS",
+)
 WITH_PASSWORD = ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_TOKEN")
 # How libraries behave; Ray's workers on this machine get them by themselves, those on others do not.
 _BEHAVIOR = ("TOKENIZERS_PARALLELISM", "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "HF_HUB_OFFLINE", "AWS_MAX_ATTEMPTS")
@@ -39,7 +47,17 @@ ANSWER_SECONDS = 60  # for a machine of the cluster to answer a question
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # Beside what .gitignore names, which Ray leaves out by itself.
-EXCLUDED = [".git", ".venv", "/runs", "__pycache__", ".pytest_cache", ".ruff_cache", "*.ipynb", "/benchmarks"]
+EXCLUDED = [
+    ".git",
+    ".venv",
+    "/runs",
+    "__pycache__",
+    ".pytest_cache",
+    ".ruff_cache",
+    "*.ipynb",
+    "/benchmarks",
+    "/.models",
+]
 
 
 def name_address(address: str | None) -> None:

@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from forgebook.catalog import hub_id_of
 from forgebook.config.parse import load_config, load_resolved
 from forgebook.errors import ConfigError, StorageError, first_line
 from forgebook.models import adapters
@@ -67,7 +68,8 @@ def _public_base(run: Run, checkpoint: Path) -> str:
     """Return the base model as others can load it; for full weights, which need no base, only for the card."""
     model_id, lora_config = load_config(run.config).model_id, adapters.read_lora_config(checkpoint)
     if lora_config is None:
-        return model_id if isinstance(model_id, str) and object_store.is_remote(model_id) else locate(model_id)
+        source = model_id if isinstance(model_id, str) and object_store.is_remote(model_id) else locate(model_id)
+        return hub_id_of(source) or source
     base = lora_config["base_model_name_or_path"]
     if Path(base).exists() or object_store.is_remote(base):
         raise ConfigError(

@@ -27,7 +27,7 @@ from forgebook.errors import ModelError, ResourceError, first_line
 from forgebook.inference.sampling import Sampler, Sampling, StopStrings, TokenSampling, prompt_seed
 from forgebook.models import adapters, load, saved_adapters
 from forgebook.models.template_settings import set_template_defaults
-from forgebook.models.tokenizer import load_tokenizer, locate, refuse_pickled
+from forgebook.models.tokenizer import copy_of, load_tokenizer, locate, refuse_pickled
 from forgebook.runs import download, object_store, run
 from forgebook.runs.checksums import check_files
 
@@ -102,7 +102,7 @@ def base_of(source: str | Path) -> tuple[str, dict[str, Any]]:
     lora_config = adapters.read_lora_config(source)
     if lora_config is None:
         return str(source), {}
-    return lora_config["base_model_name_or_path"], adapters.read_overrides(source)
+    return copy_of(lora_config["base_model_name_or_path"]), adapters.read_overrides(source)
 
 
 def load_for_generation(source: str | Path, dtype: str | None = None):

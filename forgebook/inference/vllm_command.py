@@ -7,7 +7,7 @@ from pathlib import Path
 
 from forgebook.data.prompt_formats import as_chat_template, read_prompt_format
 from forgebook.models import adapters
-from forgebook.models.tokenizer import load_tokenizer
+from forgebook.models.tokenizer import copy_of, load_tokenizer
 from forgebook.models.vllm_support import vllm_max_rank, vllm_serves_saved
 from forgebook.runs.checksums import check_files
 
@@ -45,7 +45,7 @@ def vllm_command(folders: dict[str, Path], *, host: str, port: int) -> list[str]
     lora_configs = [one for one in map(adapters.read_lora_config, folders.values()) if one is not None]
     if lora_configs:
         overrides = adapters.read_overrides(first)
-        base, rank = lora_configs[0]["base_model_name_or_path"], vllm_max_rank(lora_configs)
+        base, rank = copy_of(lora_configs[0]["base_model_name_or_path"]), vllm_max_rank(lora_configs)
         command += [base, "--tokenizer", str(first), "--enable-lora", "--max-lora-rank", str(rank)]
         command += ["--max-loras", str(len(folders)), "--lora-modules"]
         command += [f"{name}={folder}" for name, folder in folders.items()]

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from forgebook.catalog import hub_id_of
 from forgebook.errors import ModelError
 from forgebook.models import cpu_bfloat16
 from forgebook.models.attention import attention_facts, choose_attention, lacking_kernels
@@ -119,6 +120,8 @@ def load_model(
             ),
             **{"device_map": device_map, **_quantized(quantization, dtype)},
         )
+    if hub_id := hub_id_of(source):  # others have no such mirror: an adapter names its base as the hub does
+        model.name_or_path = model.config._name_or_path = hub_id
     for module in model.modules():
         # On some CPUs an evaluation would repack 4-bit weights, for good, for kernels without a backward pass.
         if hasattr(module, "support_avx512bf16_for_cpu"):

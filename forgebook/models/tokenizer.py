@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from forgebook.catalog import TINY_MODEL
-from forgebook.errors import ForgebookError, ModelError, first_line
+from forgebook.catalog import TINY_MODEL, hub_id_of, model_folder, read_catalog
+from forgebook.errors import ForgebookError, ModelError, first_line, near_miss
 from forgebook.models.template_settings import set_template_defaults
 from forgebook.runs.checksums import check_files
 from forgebook.runs.download import fetch_folder
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from forgebook.config.schema import FinetuneConfig
 
 __all__ = [
+    "copy_of",
     "label_tokens",
     "load_tokenizer",
     "locate",
@@ -53,13 +54,20 @@ def locate(model: str | HubRepo) -> str:
     Raises StorageError for a URI or path with nothing there, ModelError if the hub cannot be reached.
     """
     if not isinstance(model, str):
-        return _fetch_repo(model)
+        is_any = model.revision is None  # a mirror does not say which revision it holds
+        return locate(model.repo_id) if is_any and hub_id_of(model_folder(model.repo_id)) else _fetch_repo(model)
     if model == "tiny":
         return str(TINY_MODEL)
     looks_local = model.startswith((".", "/", "~")) or Path(model).is_dir()
     if is_remote(model) or looks_local:
         return str(fetch_folder(model).resolve())
-    return model
+    return copy_of(model)
+
+
+def copy_of(model: str) -> str:
+    """Return the folder of a hub's model in a mirror on this machine; the name as it is where there is none."""
+    folder = model_folder(model)
+    return str(folder) if hub_id_of(folder) else model
 
 
 def _fetch_repo(repo: HubRepo) -> str:
@@ -130,12 +138,36 @@ class readable_model_errors:
             raise ModelError(CODE_REFUSED.format(source=self.source)) from None
         if isinstance(error, pickle.UnpicklingError) or "use_safetensors" in str(error):
             raise ModelError(PICKLE_REFUSED.format(source=self.source, files="a .bin file")) from None
+        if problem := _hub_problem(self.source, str(error)):
+            raise ModelError(problem) from None
         # OSError: not there, no network; ValueError: unknown architecture, unusable attention; KeyError, TypeError,
         # AttributeError: bad config; SafetensorError: truncated weights.
         # A damaged tokenizer.json is a plain Exception.
         is_damaged = type(error).__name__ == "SafetensorError" or type(error) is Exception
         if is_damaged or isinstance(error, OSError | ValueError | KeyError | TypeError | AttributeError):
             raise ModelError(f"no {self.what} could be loaded from {self.source!r}: {first_line(error)}") from None
+
+
+def _hub_problem(model_id: str, text: str) -> str:
+    """Say what to do where the hub does not give a model; empty if the text speaks of something else."""
+    if "gated repo" in text:
+        return (
+            f"{model_id!r} is gated: accept its license on https://huggingface.co/{model_id}, then run `hf auth login` "
+            "or set HF_TOKEN to a token of that account"
+        )
+    if "401 Unauthorized" in text:
+        return (
+            f"the hub does not accept the token for {model_id!r}: run `hf auth login`, or set HF_TOKEN to a valid one"
+        )
+    if "not a valid model identifier" in text:
+        hint = near_miss(model_id.lower(), read_catalog().shapes)
+        return f"the hub has no model {model_id!r}{hint}; a private one needs HF_TOKEN, a folder is written ./folder"
+    if "couldn't connect" in text:
+        return (
+            f"{model_id!r} is not on this machine, and the hub cannot be reached: where it can, run `hf download "
+            f"{model_id} --local-dir MODELS/{model_id}`, bring MODELS here and set FORGEBOOK_MODELS to it"
+        )
+    return ""
 
 
 def refuse_own_code(folder: Path) -> None:

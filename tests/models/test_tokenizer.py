@@ -1,20 +1,27 @@
 """Where a model's files are, and how its tokenizer is loaded; without torch."""
 
 import ast
+import http.server
 import json
+import os
 import pickle
 import re
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
-from conftest import REPOSITORY, TINY_MODEL
+from conftest import LORA, REPOSITORY, TINY_MODEL
+from forgebook.catalog import shape_of
 from forgebook.config.blocks import HubRepo
 from forgebook.errors import ModelError, StorageError
 from forgebook.export.gguf import export_gguf
+from forgebook.inference.generate import base_of
+from forgebook.launch.ray_train import fine_tune
+from forgebook.models.adapters import read_lora_config
 from forgebook.models.families import context_limit, native_context_length
 from forgebook.models.tokenizer import (
     label_tokens,
@@ -25,6 +32,7 @@ from forgebook.models.tokenizer import (
     tokenizer_of,
     tokenizer_source,
 )
+from forgebook.runs.run import best_checkpoint
 
 
 def test_a_path_is_a_folder_and_another_name_a_hub_id():
@@ -36,10 +44,81 @@ def test_a_path_is_a_folder_and_another_name_a_hub_id():
 
 
 def test_a_hub_that_cannot_be_reached_is_one_readable_sentence():
-    with pytest.raises(ModelError, match="no tokenizer could be loaded from 'no-such-owner/no-such-model'"):
-        load_tokenizer("no-such-owner/no-such-model")
+    with pytest.raises(
+        ModelError, match=r"cannot be reached: where it can, run `hf download owner/x .* FORGEBOOK_MODELS"
+    ):
+        load_tokenizer("owner/x")
     with pytest.raises(ModelError, match="no-such-owner/no-such-model could not be fetched from the hub"):
         locate(HubRepo(repo_id="no-such-owner/no-such-model"))
+
+
+# What a hub answers for each name, and what the user reads.
+ANSWERS = {
+    "owner/gated": (403, "GatedRepo", "accept its license on https://huggingface.co/owner/gated, then"),
+    "owner/revoked": (401, "", "the hub does not accept the token for 'owner/revoked'"),
+    "meta-llama/llama-3.1-8": (
+        404, "RepoNotFound", "has no model 'meta-llama/llama-3.1-8': did you mean 'meta-llama/llama-3.1-8b'?",
+    ),
+}  # fmt: skip
+LOAD_EACH = """
+import sys
+from forgebook.errors import ModelError
+from forgebook.models.tokenizer import load_tokenizer
+for name in sys.argv[1:]:
+    try:
+        load_tokenizer(name)
+    except ModelError as error:
+        print(error)
+"""
+
+
+def test_each_refusal_of_the_hub_says_what_to_do(tmp_path):
+    """A server on loopback in the hub's place; the real huggingface_hub asks it."""
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            status, code, _ = next(answer for name, answer in ANSWERS.items() if name in self.path)
+            self.send_response(status)
+            self.send_header("X-Error-Code", code)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    there = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
+    command = [sys.executable, "-c", LOAD_EACH, *ANSWERS]
+    done = subprocess.run(command, cwd=REPOSITORY, env=os.environ | there, capture_output=True, text=True)
+    server.shutdown()
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(ANSWERS), done.stderr
+    for line, (_, _, said) in zip(lines, ANSWERS.values(), strict=True):
+        assert said in line
+
+
+@pytest.fixture
+def mirror(tmp_path, monkeypatch):
+    """A folder of models in the place of a hub: it holds `owner/chat`."""
+    shutil.copytree(TINY_MODEL, tmp_path / "models/owner/chat")
+    monkeypatch.setenv("FORGEBOOK_MODELS", str(tmp_path / "models"))
+    return tmp_path / "models"
+
+
+def test_a_hub_id_is_looked_up_in_the_mirror_first(mirror):
+    assert locate("owner/chat") == locate(HubRepo(repo_id="owner/chat")) == str(mirror / "owner/chat")
+    assert locate("owner/another") == "owner/another"
+    with pytest.raises(ModelError, match="could not be fetched"):  # it does not say which revision it holds
+        locate(HubRepo(repo_id="owner/chat", revision="v2"))
+    assert shape_of("owner/chat").parameters == 2_885_888
+
+
+def test_what_is_trained_on_a_mirrored_model_names_the_hub_id(mirror, make_config):
+    run = fine_tune(make_config(model_id="owner/chat", lora_config=LORA, num_epochs=1))
+    checkpoint = best_checkpoint(run)
+    assert read_lora_config(checkpoint)["base_model_name_or_path"] == "owner/chat"
+    assert base_of(checkpoint)[0] == str(mirror / "owner/chat")
 
 
 @pytest.fixture
