@@ -9,19 +9,23 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Set
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from forgebook.runs.atomic import read_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["published_layers", "saved_names", "unserved_layers"]
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
-def unserved_layers(names: Iterable[str], source: str) -> str | None:
+def unserved_layers(names: Iterable[str], source: str, base: PreTrainedModel | None = None) -> str | None:
     """Say which layers of an adapter the published weights of its base do not have; None if there is no such layer.
 
     names: of the adapter's tensors, in a model or a file. source: the base's folder or hub id; without its weights
-    nothing can be said.
+    nothing can be said. base: the model from there, if it is in memory; under ZeRO-3 no rank can make one by itself.
     """
     published = published_layers(source)
     if published is None:
@@ -30,15 +34,25 @@ def unserved_layers(names: Iterable[str], source: str) -> str | None:
     unknown = sorted({match[1] for match in matches if match} - published)
     if unknown:
         # The published class may give its decoder another name than the file does, as Gemma 3: servers know both.
-        from forgebook.models.load import load_skeleton
-
-        own = {name for name, _ in load_skeleton(source).named_modules()}
+        own = _class_layers(base or _skeleton(source))
         inside = {_within_layer(name) for name in published}
         unknown = [name for name in unknown if name not in own or _within_layer(name) not in inside]
     if not unknown:
         return None
     more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
     return f"the published weights of {source} have no layer {unknown[0]}{more}, and vLLM answers as the base there"
+
+
+def _skeleton(source: str) -> PreTrainedModel:
+    from forgebook.models.load import load_skeleton
+
+    return load_skeleton(source)
+
+
+def _class_layers(base: PreTrainedModel) -> Set[str]:
+    """List the layers of the class that a base is published as; none if transformers loads it as another one."""
+    is_published = type(base).__name__ in (base.config.architectures or [])
+    return {name for name, _ in base.named_modules()} if is_published else set()
 
 
 def _within_layer(name: str) -> str:

@@ -6,12 +6,15 @@ import importlib.util
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from forgebook.catalog import read_catalog
 from forgebook.errors import ConfigError, ForgebookError
 from forgebook.models.adapter_names import saved_names, unserved_layers
 from forgebook.models.adapters import read_lora_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["choose_engine", "vllm_loads", "vllm_max_rank", "vllm_serves", "vllm_serves_saved"]
 
@@ -28,18 +31,27 @@ def vllm_loads(model_config: dict[str, Any]) -> str:
     return f"perhaps: {names[0]} is not among those known here to run natively; vLLM tries transformers' own code"
 
 
-def vllm_serves_saved(folder: str | Path) -> str:
-    """Report whether vLLM can load a saved adapter on top of its base: "yes" or "no: why"."""
+def vllm_serves_saved(folder: str | Path, base: PreTrainedModel | None = None) -> str:
+    """Report whether vLLM can load a saved adapter on top of its base: "yes" or "no: why".
+
+    base: the base model, if it is in memory.
+    """
     lora_config = read_lora_config(folder) or {}
     file = Path(folder) / "adapter_model.safetensors"
     names = saved_names(file) if file.exists() else []
-    return vllm_serves(lora_config, names, lora_config.get("base_model_name_or_path"))
+    return vllm_serves(lora_config, names, lora_config.get("base_model_name_or_path"), base)
 
 
-def vllm_serves(lora_config: dict[str, Any], names: Iterable[str] = (), base: str | None = None) -> str:
+def vllm_serves(
+    lora_config: dict[str, Any],
+    names: Iterable[str] = (),
+    source: str | None = None,
+    base: PreTrainedModel | None = None,
+) -> str:
     """Report whether vLLM can load an adapter of these settings on top of its base: "yes" or "no: why".
 
-    names: of its tensors, to be compared with those of the base's weights.
+    names: of its tensors, to be compared with those of the base's weights at `source`. base: that model, if it is in
+    memory.
     """
     targets = lora_config.get("target_modules") or []
     ends = ("embed_tokens", "lm_head")
@@ -60,14 +72,14 @@ def vllm_serves(lora_config: dict[str, Any], names: Iterable[str] = (), base: st
     rank = _largest_rank(lora_config) * (1 + starts_from_base)
     if rank > VLLM_RANKS[-1]:
         reasons.append(f"its rank is {rank}, above {VLLM_RANKS[-1]}")
-    if base is not None and not reasons and (unserved := _unserved(names, base)):
+    if source is not None and not reasons and (unserved := _unserved(names, source, base)):
         reasons.append(unserved)
     return f"no: {'; '.join(reasons)}" if reasons else "yes"
 
 
-def _unserved(names: Iterable[str], base: str) -> str | None:
+def _unserved(names: Iterable[str], source: str, base: PreTrainedModel | None) -> str | None:
     try:
-        return unserved_layers(names, base)
+        return unserved_layers(names, source, base)
     except ForgebookError:  # the base is not here any more
         return None
 

@@ -129,7 +129,8 @@ def check_settings(prepared: Prepared) -> tuple[list[str], str | None]:
     elif config.lora_config is not None:
         skeleton = load_skeleton(base)
         unmatched = check_lora(skeleton, config.lora_config)
-        vllm = vllm_serves(config.lora_config, (name for name, _ in skeleton.named_parameters()), base)
+        names = [name for name, _ in skeleton.named_parameters()]
+        vllm = vllm_serves(config.lora_config, names, base, skeleton)
     return [*filter(None, warnings), *unmatched], vllm
 
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
-from forgebook.models.vllm_support import vllm_serves, vllm_serves_saved
 from forgebook.planning import preflight, schedule
 from forgebook.planning.auto_config import choice_rows, choices_of
 from forgebook.planning.plan_report import compare_with_plan, plan_summary
@@ -115,20 +114,12 @@ def write_summary(run: Run, config: ResolvedConfig, plan: Plan | None, result: d
             "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "job_id": _job_id(),
             **result,
-            "vllm_serves": _vllm_verdict(run.folder / result["best_checkpoint"], config.lora_config),
             "total_seconds": round(seconds, 1),
             **figures,
             "versions": versions,
         },
     )
     return note
-
-
-def _vllm_verdict(checkpoint: Path, lora_config: dict[str, Any] | None) -> str | None:
-    """Report whether vLLM can serve a run's adapter; judged from its config if the checkpoint is not here."""
-    if lora_config is None:
-        return None
-    return vllm_serves_saved(checkpoint) if checkpoint.exists() else vllm_serves(lora_config)
 
 
 def _job_id() -> str | None:

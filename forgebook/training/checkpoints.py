@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from forgebook.errors import CheckpointError, ForgebookError
 from forgebook.models import adapters
-from forgebook.models.vllm_support import vllm_serves_saved
+from forgebook.models.vllm_support import vllm_serves, vllm_serves_saved
 from forgebook.runs import atomic, checksums, object_store, worker_upload
 from forgebook.runs.run import Run, rank_checkpoints
 from forgebook.training import distributed
@@ -33,6 +33,7 @@ __all__ = [
     "save_start",
     "try_save",
     "verify_checkpoint",
+    "vllm_verdict",
     "write_errors",
 ]
 
@@ -74,7 +75,7 @@ def save_checkpoint(
             (aside / "prompt_format.yaml").write_text(prompt_format)
         verify_checkpoint(aside, expected=len(weights), trained=trained)
         if hasattr(model, "peft_config"):
-            _write_card(aside)
+            _write_card(aside, vllm_serves_saved(aside, model.get_base_model()))
         checksums.write_checksums(aside)
 
 
@@ -120,17 +121,25 @@ def _write_model(model, weights: dict[str, torch.Tensor], folder: Path) -> None:
         model.save_pretrained(folder, state_dict=weights)
 
 
-def _write_card(folder: Path) -> None:
-    """Write the README.md of an adapter: PEFT's header with the base, and whether vLLM finds its layers there."""
+def _write_card(folder: Path, verdict: str) -> None:
+    """Write the README.md of an adapter: PEFT's header with the base, and whether vLLM can serve it there."""
     card = folder / "README.md"
     header = card.read_text().split("---")[1]
-    verdict = vllm_serves_saved(folder)
     fix = "" if verdict == "yes" else ". Merge it into its base first: `python main.py merge RUN FOLDER`"
     base = atomic.read_json(folder / "adapter_config.json")["base_model_name_or_path"]
     card.write_text(
         f"---{header}---\n\n# An adapter of {base}\n\nFine-tuned with Forgebook. PEFT loads it on its base.\n\n"
         f"vLLM can serve the adapter: {verdict}{fix}\n"
     )
+
+
+def vllm_verdict(model) -> str | None:
+    """Report whether vLLM can serve a model's adapter, as its checkpoints do; None if it has none."""
+    if not hasattr(model, "peft_config"):
+        return None
+    config = model.peft_config["default"].to_dict()
+    names = [name for name, _ in model.named_parameters()]
+    return vllm_serves(config, names, config["base_model_name_or_path"], model.get_base_model())
 
 
 @contextlib.contextmanager

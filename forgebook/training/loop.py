@@ -217,6 +217,7 @@ def train_loop(config: ResolvedConfig, run: Run, report: Report = lambda metrics
         "peak_memory_bytes_per_worker": distributed.gathered(memory.process_peak()),
         "memory_before_bytes_per_worker": distributed.gathered(0 if gpu else memory_before),
         "step_memory_bytes_per_worker": distributed.gathered(memory.step_peak()),
+        "vllm_serves": checkpoints.vllm_verdict(worker.model),
         "stop_check": None,
     }
     if start.step < last_step:  # else an earlier process has taken the last step, and may have failed in this check

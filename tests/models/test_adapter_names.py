@@ -15,7 +15,7 @@ from forgebook.models.vllm_support import vllm_serves_saved
 from forgebook.planning.preflight import check_settings
 from forgebook.planning.prepare import prepare
 from forgebook.runs.run import open_run
-from forgebook.training.checkpoints import save_checkpoint
+from forgebook.training.checkpoints import save_checkpoint, vllm_verdict
 from support_models import TEXT, WITH_TOWERS, model_with_towers
 
 ALL_LINEAR = {"r": 2, "target_modules": "all-linear"}
@@ -83,6 +83,17 @@ def test_experts_are_found_where_they_are_published_as_one_tensor(name, lora_con
     assert layer in reason if layer else reason is None
 
 
+def test_a_base_in_memory_answers_as_its_files_do(tmp_path, monkeypatch):
+    """Under ZeRO-3 rank 0 saves alone: making a model there would wait for the other ranks."""
+    base = save("Gemma3", tmp_path)
+    model = load_skeleton(base)
+    names = names_of(model)
+    monkeypatch.setattr(load, "load_skeleton", lambda source: pytest.fail("a model was made"))
+    assert unserved_layers(names, base, model) is None
+    model.config.architectures = ["Gemma3ForAnotherTask"]
+    assert "have no layer model.language_model.layers.0" in unserved_layers(names, base, model)
+
+
 def test_without_the_weights_nothing_is_said(tmp_path):
     base = save("Llama", tmp_path)
     assert "model.layers.1.mlp.up_proj" in published_layers(base)
@@ -106,7 +117,7 @@ def test_plan_and_checkpoint_say_whether_vllm_finds_the_layers(name, is_served, 
     model = adapters.add_lora(load.load_model(base, dtype="float32"), ALL_LINEAR)
     save_checkpoint(model, tokenizer, tmp_path / "checkpoint", trained=False)
     after = vllm_serves_saved(tmp_path / "checkpoint")
-    assert before == after
+    assert before == after == vllm_verdict(model)
     assert after == "yes" if is_served else after.startswith("no: the published weights of")
     card = (tmp_path / "checkpoint/README.md").read_text()
     assert card.startswith("---\n") and f"base_model: {base}" in card and "More Information Needed" not in card

@@ -63,14 +63,16 @@ def test_a_summary_is_written_and_printed(make_config, output, monkeypatch):
     result = {
         "best_checkpoint": "checkpoints/epoch-1", "eval_loss": 0.5, "perplexity": 1.649, "steps": 3,
         "trained_tokens": 1234, "training_seconds": 2.4, "trained_tokens_throughput": 512.6,
+        "vllm_serves": "no: why",
     }  # fmt: skip
     assert write_summary(run, prepared.config, None, result, 9.87) == "not saved"
     summary = read_json(run.summary)
-    assert summary["vllm_serves"] == "yes" and summary["total_seconds"] == 9.9 and summary["run_name"] == "run"
+    assert summary["total_seconds"] == 9.9 and summary["run_name"] == "run"
     assert summary["job_id"] == "raysubmit_1" and "torch" in summary["versions"] and run.loss_curve.exists()
     print_summary(output, run)
     text = printed(output)
     assert "done  evaluation loss 0.5000, perplexity 1.649" in text and "checkpoints/epoch-1" in text
+    assert "  vLLM cannot serve the adapter: why; merge it first" in text
     assert "3 steps, 1,234 tokens in 2 s, 513 tokens/s (excluding padding)" in text
 
 
