@@ -17,7 +17,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from forgebook.data.generation_prompt import added_to_prompt, closes_thought, opened_thought
+from forgebook.data.generation_prompt import (
+    added_to_prompt,
+    begins_with_empty_thought,
+    closes_thought,
+    fill_thought,
+    opened_thought,
+)
 from forgebook.data.message_parts import follows_call, missing_part, missing_tool
 from forgebook.data.messages import REASONING_KEYS, Message, split_thought
 from forgebook.data.prompt_formats import render_prompt_format
@@ -110,8 +116,9 @@ class Conversation:
         calls = self.messages[k].get("tool_calls")
         follows = {"role": "tool", "content": "a", **PROBED_RESULT} if calls else {"role": "user", "content": "a"}
         with contextlib.suppress(DataError):
-            through = self.through(k)
-            later = self._unclosed([*self.messages[: k + 1], follows])
+            # Without thoughts, which many templates do not show once a question follows.
+            turns = [_without_thought(m) if m["role"] == "assistant" else m for m in self.messages[: k + 1]]
+            through, later = self._unclosed(turns), self._unclosed([*turns, follows])
             token = leading_token(later.removeprefix(through), self.tokenizer) if later.startswith(through) else ""
             if has_end(token, self.tokenizer):
                 return token
@@ -194,9 +201,9 @@ class Conversation:
         if not text.startswith(prompt):
             return ""
         turn, thought = text[len(prompt) :], _thought_of(self.messages[k])[0]
-        return missing_part(self.messages[k], turn) or (
-            "reasoning" if follows_call(thought, self.messages[k], turn) else None
-        )
+        if thought and (begins_with_empty_thought(turn) or follows_call(thought, self.messages[k], turn)):
+            return "reasoning"
+        return missing_part(self.messages[k], turn)
 
     def _possible_answers(self, k: int) -> Iterator[str]:
         """Yield ways to render up to answer k: the template's own text, then what the message adds to the prompt."""
@@ -205,7 +212,7 @@ class Conversation:
         reasoning, rest = _thought_of(message)
         if self.prompt_format is not None or (reasoning and closes_thought(prompt)):
             return
-        silent = {key: value for key, value in message.items() if key not in REASONING_KEYS} | {"content": rest}
+        silent = _without_thought(message)
         forms = [message]
         if reasoning:
             forms.append(silent | {"content": _with_hidden_tags(_thought_as_text(reasoning, rest))})
@@ -225,6 +232,7 @@ class Conversation:
         yield from (prompt + turn[len(begin) :] for turn in turns if turn.startswith(begin))
         header = self._after_mark([*before, silent | {"content": CONTENT_MARK}]).partition(CONTENT_MARK)[0]
         added = added_to_prompt(begin, header, self._after_mark([*before, silent]), reasoning)
+        yield prompt + fill_thought(added, reasoning)
         yield prompt + added
         if reasoning and not opened_thought(prompt):  # templates may write contents, and thoughts in them, after calls
             yield prompt + _thought_as_text(reasoning, added)
@@ -308,6 +316,11 @@ def _thought_of(message: Message) -> tuple[str, str]:
     """Return an answer's reasoning, written beside its content or in it, and the rest of the content."""
     beside = next((message[key] for key in REASONING_KEYS if message.get(key)), "")
     return (beside, message["content"]) if beside else split_thought(message["content"])
+
+
+def _without_thought(message: Message) -> Message:
+    others = {key: value for key, value in message.items() if key not in REASONING_KEYS}
+    return others | {"content": _thought_of(message)[1]}
 
 
 def _thought_as_text(reasoning: str, content: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import re
 
-__all__ = ["added_to_prompt", "closes_thought", "opened_thought"]
+__all__ = ["added_to_prompt", "begins_with_empty_thought", "closes_thought", "fill_thought", "opened_thought"]
 
 # <think>, <thought>, <seed:think>, <|inner_thoughts_begin|>; [THINK]; Cohere's <|START_THINKING|>; Gemma 4's channel.
 NAME = r"[\w:]*(?:think|thought|reason)[\w:]*"
@@ -18,6 +18,7 @@ OPENED = re.compile(
     re.IGNORECASE,
 )
 CLOSED = re.compile(rf"(?:</{NAME}>|\[/THINK\]|<\|END_THINKING\|>|<channel\|>)\s*$", re.IGNORECASE)
+EMPTY = re.compile(rf"(\s*<{NAME}>)(\s*)(</{NAME}>)", re.IGNORECASE)
 OPEN_TAG = re.compile(r"(?:<[^<>\s]*|\[[^\[\]\s]*)$")
 
 
@@ -36,6 +37,20 @@ def opened_thought(prompt: str) -> str:
     if match["bracket"]:
         return "[/THINK]"
     return "<|END_THINKING|>" if match["start"] else "<channel|>"
+
+
+def begins_with_empty_thought(turn: str) -> bool:
+    """Return whether a turn begins with a thought that holds nothing."""
+    return EMPTY.match(turn) is not None
+
+
+def fill_thought(turn: str, reasoning: str) -> str:
+    """Write reasoning into the empty thought with which a turn begins."""
+    match = EMPTY.match(turn)
+    if match is None:
+        return turn
+    half = len(match[2]) // 2
+    return f"{match[1]}{match[2][:half]}{reasoning}{match[2][half:]}{match[3]}{turn[match.end() :]}"
 
 
 def added_to_prompt(prompt: str, header: str, turn: str, reasoning: str) -> str:

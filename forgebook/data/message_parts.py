@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import html
 import json
-import re
 from collections.abc import Iterator
 from typing import Any
 
-from forgebook.data.messages import REASONING_KEYS, Message
+from forgebook.data.messages import REASONING_KEYS, Message, split_thought
 
 __all__ = ["follows_call", "missing_part", "missing_tool"]
-
-THOUGHT_MARK = re.compile("</?think>")
 
 
 def missing_part(message: Message, text: str) -> str | None:
@@ -59,8 +56,7 @@ def missing_tool(tools: list[dict], text: str) -> str | None:
 def _parts(message: Message) -> Iterator[tuple[str, Any]]:
     """Yield (path, text or value) of everything that a message says."""
     # A template that parses thinking out of the content may put other white space around it.
-    content = message.get("content") or ""
-    for piece in THOUGHT_MARK.split(content) if "think>" in content else [content]:
+    for piece in split_thought(message.get("content") or ""):
         if piece:
             yield "content", piece
     for key in REASONING_KEYS:

@@ -22,6 +22,7 @@ __all__ = [
     "read_text",
     "read_tools",
     "split_thought",
+    "with_whole_thought",
 ]
 
 Message = dict[str, Any]
@@ -42,6 +43,8 @@ MARKS = ("weight", "train", "training", "train_on_turn", "trainable", "loss", "l
 SWITCHES = {"true": 1, "false": 0, "1": 1, "0": 0}
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")  # of data and of templates
 LONGEST_SHOWN = 60
+# A model's output whose prompt opened the thought (R1): "...\n</think>\n\nanswer".
+UNOPENED_THOUGHT = re.compile(r"(?!\s*<think>)(.*?)\n</think>[ \t]*\n(.*)", re.DOTALL)
 LEADING_THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 
 
@@ -123,6 +126,16 @@ def split_thought(content: str) -> tuple[str, str]:
     """Divide a content into the thought it begins with (empty without one) and the rest."""
     match = LEADING_THOUGHT.fullmatch(content)
     return (match[1].strip(), match[2].strip()) if match else ("", content)
+
+
+def with_whole_thought(content: str, field: str) -> str:
+    """Open the thought of a content whose prompt did. Raises DataError for one that does not end."""
+    if "think>" not in content:
+        return content
+    if content.lstrip().startswith("<think>") and "</think>" not in content:
+        raise DataError(f"{field} opens a thought with <think> that does not end: add </think>, or remove the row")
+    match = UNOPENED_THOUGHT.fullmatch(content)
+    return f"<think>\n{match[1].strip()}\n</think>\n\n{match[2].lstrip()}" if match else content
 
 
 def _check_thoughts(reasoning: Any, message: Message, at: str) -> None:

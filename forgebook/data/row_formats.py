@@ -22,7 +22,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from forgebook.data.messages import Message, brief, parse_field, read_messages, read_text, read_tools
+from forgebook.data.messages import (
+    Message,
+    brief,
+    parse_field,
+    read_messages,
+    read_text,
+    read_tools,
+    with_whole_thought,
+)
 from forgebook.data.readers import FileChunk, read_chunk
 from forgebook.errors import DataError
 
@@ -263,6 +271,8 @@ def _check_conversation(messages: list[Message], needs_answer: bool) -> None:
     for k, message in enumerate(messages):
         if message["role"] == "system" and k > 0:
             raise DataError(f"messages[{k}].role: a system message can only come first")
+        if message["role"] == "assistant":
+            message["content"] = with_whole_thought(message["content"], f"messages[{k}].content")
     answers = [message for message in messages if message["role"] == "assistant"]
     if needs_answer and not answers:
         raise DataError(

@@ -256,3 +256,60 @@ def test_prompt_formats_end_with_their_own_text_or_with_eos(tokenizer, assistant
 def test_the_tokens_that_end_an_answer(with_template, template, ends):
     tokenizer = with_template(template)
     assert end_of_turn(tokenizer, None) == ("", tokenizer.convert_tokens_to_ids(ends))
+
+
+# Kimi K2 Thinking: the last answer without calls has an empty thought, as earlier ones.
+EMPTIES_THOUGHT = NO_CALLS.replace(
+    "<|{{ m.role }}|>",
+    "<|{{ m.role }}|>{% if m.role == 'assistant' %}<think>{{ m.reasoning_content if m.tool_calls }}</think>{% endif %}",
+)
+
+
+def test_an_empty_thought_of_the_template_is_filled(with_template):
+    tokenizer = with_template(EMPTIES_THOUGHT)
+    assert (
+        supervised_text(encode([QUESTION, REASONED], tokenizer), tokenizer) == "<think>It says 4.</think>Four.<|end|>"
+    )
+    assert supervised_text(encode(SHORT, tokenizer), tokenizer) == "<think></think>4<|end|>"
+
+
+def test_an_answer_with_a_thought_ends_as_one_without(with_template):
+    """GLM 4.5 shows no thought of an earlier turn, so that a next turn changes the text before it too."""
+    shown = (
+        "{% if m.reasoning_content and loop.last %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}"
+    )
+    tokenizer = with_template(NO_END.replace("{{ m.content }}", shown))
+    for answer in (REASONED, {"role": "assistant", "content": "Four."}):
+        assert supervised_text(encode([QUESTION, answer], tokenizer), tokenizer).endswith("Four.<|user|>")
+
+
+# Qwen 3: what stands before the closing tag in a content is its thought, wherever the tag is.
+PARSES_THOUGHT = NO_CALLS.replace(
+    "{{ m.content }}",
+    "{% if m.role == 'assistant' and '</think>' in m.content %}<think>\n{{ m.content.split('</think>')[0]"
+    ".split('<think>')[-1].strip() }}\n</think>\n\n{{ m.content.split('</think>')[-1].lstrip() }}"
+    "{% else %}{{ m.content }}{% endif %}",
+)
+
+
+def test_a_tag_that_an_answer_only_names_makes_no_thought(with_template):
+    tokenizer = with_template(PARSES_THOUGHT)
+    with pytest.raises(DataError, match=r"messages\[1\].content: the chat template does not show it unchanged"):
+        encode([QUESTION, {"role": "assistant", "content": "Write </think> to end it."}], tokenizer)
+    encode([{"role": "user", "content": "What is </think>?"}, SHORT[1]], tokenizer)
+
+
+@pytest.mark.parametrize("template", [PARSES_THOUGHT, CUTS_THOUGHT], ids="qwen3 r1".split())
+def test_an_output_whose_prompt_opened_the_thought_is_trained_with_it(with_template, template):
+    tokenizer = with_template(template)
+    for answer in ("It says 4.\n</think>\n\nFour.", "<think>\nIt says 4.\n</think>\n\nFour."):
+        row = {"prompt": "How warm?", "completion": answer}
+        example, _ = parse_row(row, "rows:1", "instruction_tuning")
+        supervised = supervised_text(encode(example.messages, tokenizer), tokenizer)
+        assert supervised == "<think>\nIt says 4.\n</think>\n\nFour.<|end|>"
+
+
+def test_a_thought_that_does_not_end_is_an_error():
+    row = {"prompt": "How warm?", "completion": "<think>\nIt says 4"}
+    with pytest.raises(DataError, match=r"rows:1: messages\[1\].content opens a thought .* does not end: add </think>"):
+        parse_row(row, "rows:1", "instruction_tuning")

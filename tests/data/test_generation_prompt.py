@@ -2,7 +2,13 @@
 
 import pytest
 
-from forgebook.data.generation_prompt import added_to_prompt, closes_thought, opened_thought
+from forgebook.data.generation_prompt import (
+    added_to_prompt,
+    begins_with_empty_thought,
+    closes_thought,
+    fill_thought,
+    opened_thought,
+)
 
 
 @pytest.mark.parametrize(
@@ -50,3 +56,19 @@ def test_closed_thoughts(prompt, closed):
 )
 def test_what_a_message_adds_to_its_prompt(prompt, header, turn, reasoning, added):
     assert added_to_prompt(prompt, header, turn, reasoning) == added
+
+
+@pytest.mark.parametrize(
+    ("turn", "filled"),
+    [
+        ("<think></think>Four.", "<think>cold</think>Four."),
+        ("\n<think>\n\n</think>\n\nFour.", "\n<think>\ncold\n</think>\n\nFour."),
+        ("<seed:think></seed:think>Four.", "<seed:think>cold</seed:think>Four."),
+        ("<think>warm</think>Four.", None),
+        ("Write <think></think>.", None),
+    ],
+    ids="kimi qwen seed not-empty not-first".split(),
+)
+def test_an_empty_thought_at_the_begin_of_a_turn_is_filled(turn, filled):
+    assert begins_with_empty_thought(turn) == (filled is not None)
+    assert fill_thought(turn, "cold") == (filled or turn)

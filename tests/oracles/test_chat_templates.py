@@ -259,6 +259,7 @@ def assert_right(tokenizer, ends: list[str], shape: str, row: dict, encodings: l
             at = next((said.find(form, position) for form in (part, json.dumps(part)[1:-1]) if form in said), -1)
             assert at >= 0, f"{part!r} is not in {said!r}, or not in order"
             position = at if part else position
+        assert said.count("</think>") <= 1, f"two thoughts: {said!r}"
         assert all(said.count(value) >= values.count(value) for value in values), f"a call is cut in {said!r}"
         first = min([said.find(value) for value in values], default=position)
         assert said.find(thought) <= first, f"the thought follows a call: {said!r}"
