@@ -14,9 +14,10 @@ from typing import Any
 
 from forgebook.catalog import hub_id_of
 from forgebook.config.parse import load_config, load_resolved
-from forgebook.errors import ConfigError, StorageError, first_line
+from forgebook.errors import ConfigError, ModelError, StorageError, first_line
 from forgebook.models import adapters
-from forgebook.models.tokenizer import locate
+from forgebook.models.load import auto_class
+from forgebook.models.tokenizer import locate, readable_model_errors
 from forgebook.runs import atomic, object_store, registry
 from forgebook.runs.checksums import check_files
 from forgebook.runs.run import Run, best_checkpoint
@@ -114,8 +115,10 @@ def model_card(run: Run, repo_id: str, base: str) -> str:
         _table(training),
         *(["## Figures\n\nOf this checkpoint.", _table(figures)] if figures else []),
         "## Use",
-        f"```python\n{_loading(repo_id, base, config.is_lora)}\n```",
+        f"```python\n{_loading(repo_id, base, config.is_lora, _class_name(best_checkpoint(run)))}\n```",
     ]
+    if (verdict := summary.get("vllm_serves") or "").startswith("no: "):
+        parts.append(f"vLLM cannot serve the adapter: {verdict.removeprefix('no: ')}. Merge it into its base first.")
     return "\n\n".join(parts) + "\n"
 
 
@@ -129,20 +132,32 @@ def _table(rows: dict[str, str]) -> str:
     return "\n".join(["| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows.items())])
 
 
-def _loading(repo_id: str, base: str, is_adapter: bool) -> str:
+def _class_name(checkpoint: Path) -> str:
+    """Name the class of transformers whose layers have the names of a checkpoint's: the published one."""
+    from transformers import AutoConfig
+
+    source = (adapters.read_lora_config(checkpoint) or {}).get("base_model_name_or_path") or str(checkpoint)
+    try:
+        with readable_model_errors(source, "model"):
+            return auto_class(AutoConfig.from_pretrained(source, trust_remote_code=False)).__name__
+    except ModelError:  # the base is not here any more
+        return "AutoModelForCausalLM"
+
+
+def _loading(repo_id: str, base: str, is_adapter: bool, class_name: str) -> str:
     if is_adapter:
         lines = [
             "from peft import PeftModel",
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            f"from transformers import {class_name}, AutoTokenizer",
             "",
-            f'model = AutoModelForCausalLM.from_pretrained("{base}", dtype="auto")',
+            f'model = {class_name}.from_pretrained("{base}", dtype="auto")',
             f'model = PeftModel.from_pretrained(model, "{repo_id}")',
         ]
     else:
         lines = [
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            f"from transformers import {class_name}, AutoTokenizer",
             "",
-            f'model = AutoModelForCausalLM.from_pretrained("{repo_id}", dtype="auto")',
+            f'model = {class_name}.from_pretrained("{repo_id}", dtype="auto")',
         ]
     lines += [
         f'tokenizer = AutoTokenizer.from_pretrained("{repo_id}")',

@@ -40,7 +40,7 @@ def unserved_layers(names: Iterable[str], source: str, base: PreTrainedModel | N
     if not unknown:
         return None
     more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
-    return f"the published weights of {source} have no layer {unknown[0]}{more}, and vLLM answers as the base there"
+    return f"the published weights of its base have no layer {unknown[0]}{more}, and vLLM answers as the base there"
 
 
 def _skeleton(source: str) -> PreTrainedModel:

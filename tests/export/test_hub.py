@@ -138,6 +138,21 @@ def test_an_adapter_on_a_local_base_is_not_pushed_without_its_name(make_run):
         push_to_hub(make_run("local", LORA), "someone/tuned")
 
 
+def test_the_card_of_an_adapter_loads_the_published_class_and_names_what_cannot_serve_it(make_run, tmp_path):
+    """As a plain text model, Qwen3.5 has other names: the adapter would change nothing."""
+    from support_models import model_with_towers
+
+    run = make_run("wrapped", LORA)
+    model_with_towers("Qwen3_5").save_pretrained(tmp_path / "base")
+    file = run.checkpoints / "epoch-1/adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(tmp_path / "base")}))
+    reason = "the published weights of its base have no layer model.layers.0.mlp.experts"
+    atomic.write_json(run.summary, atomic.read_json(run.summary) | {"vllm_serves": f"no: {reason}"})
+    card = model_card(run, "someone/tuned", "Qwen/Qwen3.5-4B")
+    assert 'model = AutoModelForImageTextToText.from_pretrained("Qwen/Qwen3.5-4B"' in card
+    assert card.endswith(f"vLLM cannot serve the adapter: {reason}. Merge it into its base first.\n")
+
+
 def test_the_card_of_full_weights(make_run):
     run = make_run("full")
     card = model_card(run, "someone/tuned", str(TINY_MODEL))
