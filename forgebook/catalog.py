@@ -354,10 +354,11 @@ def hardware_of(text: str, catalog: Catalog | None = None) -> tuple[int, Gpu]:
     """
     gpus = (catalog or read_catalog()).gpus
     by_name = {name.lower(): gpu for name, gpu in gpus.items()}
-    match = re.fullmatch(r"(?:([1-9]\d*)\s*x\s*)?(\S+)", text.strip(), flags=re.IGNORECASE)
+    match = re.fullmatch(r"(?:([1-9]\d{0,5})\s*x\s*)?(\S+)", text.strip(), flags=re.IGNORECASE)
     name = match[2].lower() if match else ""
     if match is None or name not in by_name:
         raise ConfigError(
-            f"hardware: got {text!r}{near_miss(name, by_name)}, must be like 8xA100-80G, with one of {', '.join(gpus)}"
+            f"hardware: got {shown_value(text)}{near_miss(name, by_name)}, must be like 8xA100-80G, with one of "
+            f"{', '.join(gpus)}"
         )
     return int(match[1] or 1), by_name[name]

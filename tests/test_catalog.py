@@ -154,3 +154,9 @@ def test_a_figure_that_is_no_number_is_named(own_catalog, key, value):
     own_catalog(**{key: value})
     with pytest.raises(ConfigError, match=rf"is no catalog.*gpus\.A10G\.{key}: got .*must be a positive number"):
         read_catalog()
+
+
+def test_no_machine_has_a_million_gpus():
+    assert hardware_of("999999xT4")[0] == 999_999
+    with pytest.raises(ConfigError, match="must be like 8xA100-80G"):
+        hardware_of("9" * 40 + "xT4")

@@ -28,6 +28,7 @@ __all__ = [
     "DataPath",
     "DataSource",
     "DeepSpeed",
+    "Examples",
     "Float",
     "Fraction",
     "GenerationConfig",
@@ -95,14 +96,14 @@ def _amount(value: Any) -> Any:
     """Read a number, 0 or more; whole numbers stay whole: 53687091200 bytes are not 53687091200.0."""
     value = _number(value)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < HIGHEST:
-        raise ValueError(f"got {value!r}, must be a number, 0 or more")
+        raise ValueError(f"got {shown_value(value)}, must be a number, 0 or more")
     return value
 
 
 def _switch_or_block(value: Any) -> Any:
     """Accept true, false or a block of options."""
     if not isinstance(value, bool | dict):
-        raise ValueError(f"got {value!r}, must be true, false or a block of options")
+        raise ValueError(f"got {shown_value(value)}, must be true, false or a block of options")
     return _numbers_inside(value)
 
 
@@ -120,7 +121,7 @@ def _known_to_transformers(block: dict[str, Any]) -> dict[str, Any]:
     problems = [f"unknown key {key!r}{near_miss(key, _ROPE_KEYS)}" for key in block if key not in _ROPE_KEYS]
     kind = block.get("rope_type")
     if kind not in _ROPE_TYPES:
-        problems.append(f"rope_type: got {kind!r}, must be one of {', '.join(_ROPE_TYPES)}")
+        problems.append(f"rope_type: got {shown_value(kind)}, must be one of {', '.join(_ROPE_TYPES)}")
     factor = block.get("factor")
     if kind != "longrope" and (
         not isinstance(factor, int | float) or isinstance(factor, bool) or not 1 <= factor < HIGHEST
@@ -135,6 +136,7 @@ Int = Annotated[int, BeforeValidator(_whole_number), Field(gt=-HIGHEST, lt=HIGHE
 Float = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 Fraction = Annotated[Float, Field(ge=0, lt=1)]
 Positive = Annotated[Int, Field(gt=0)]
+Examples = Annotated[Int, Field(gt=0, le=65_536)]  # of one batch, or batches of one step
 Block = Annotated[dict[str, Any], BeforeValidator(_numbers_inside)]
 LoraBlock = Annotated[Block, AfterValidator(_known_to_peft)]
 RopeBlock = Annotated[Block, AfterValidator(_known_to_transformers)]
@@ -179,13 +181,17 @@ class PromptFormat(StrictBlock):
     @classmethod
     def _has_instruction(cls, template: str) -> str:
         if "{instruction}" not in template:
-            raise ValueError(f"got {template!r}, must contain '{{instruction}}', which stands for the content")
+            raise ValueError(
+                f"got {shown_value(template)}, must contain '{{instruction}}', which stands for the content"
+            )
         return template
 
     @model_validator(mode="after")
     def _has_system(self) -> Self:
         if self.system_in_user and "{system}" not in self.user:
-            raise ValueError(f"system_in_user: true needs '{{system}}' in the user template, got {self.user!r}")
+            raise ValueError(
+                f"system_in_user: true needs '{{system}}' in the user template, got {shown_value(self.user)}"
+            )
         if self.system_in_last_user and not self.system_in_user:
             raise ValueError("system_in_last_user: true needs system_in_user: true")
         return self
@@ -237,7 +243,7 @@ class ClassifierConfig(StrictBlock):
     @classmethod
     def _distinct(cls, labels: list[str]) -> list[str]:
         if len(set(labels)) < len(labels):
-            raise ValueError(f"got {labels!r}, must not contain a label twice")
+            raise ValueError(f"got {shown_value(labels)}, must not contain a label twice")
         return labels
 
 

@@ -18,6 +18,7 @@ from forgebook.config.blocks import (
     ClassifierConfig,
     DataPath,
     DeepSpeed,
+    Examples,
     Float,
     Fraction,
     GenerationConfig,
@@ -107,11 +108,11 @@ class FinetuneConfig(StrictBlock):
     quantization: Annotated[Literal["nf4", "int8"] | None, Mark.AUTO] = None
     """Hold the frozen weights in 4 bits (QLoRA: NF4 with double quantization) or 8 bits, through bitsandbytes;
     embeddings and output layer stay as they are. Needs `lora_config`; not with ZeRO-3."""
-    train_batch_size_per_device: Annotated[Positive | None, Mark.AUTO] = None
+    train_batch_size_per_device: Annotated[Examples | None, Mark.AUTO] = None
     """Examples per device in one forward pass. None: chosen from the model, the context and the memory."""
-    eval_batch_size_per_device: Annotated[Positive | None, Mark.AUTO, Mark.NO_EFFECT] = None
+    eval_batch_size_per_device: Annotated[Examples | None, Mark.AUTO, Mark.NO_EFFECT] = None
     """The same for evaluation."""
-    gradient_accumulation_steps: Annotated[Positive, Mark.AUTO] = 1
+    gradient_accumulation_steps: Annotated[Examples, Mark.AUTO] = 1
     """Forward passes per optimizer step."""
     learning_rate: Annotated[Rate | None, Mark.AUTO] = None
     """Peak learning rate. None: 1e-4 for LoRA, 1e-5 for full fine-tuning."""
@@ -352,8 +353,8 @@ class ResolvedConfig(FinetuneConfig):
 
     task: Annotated[Task, Mark.AUTO]
     context_length: Annotated[Positive, Mark.AUTO]
-    train_batch_size_per_device: Annotated[Positive, Mark.AUTO]
-    eval_batch_size_per_device: Annotated[Positive, Mark.AUTO, Mark.NO_EFFECT]
+    train_batch_size_per_device: Annotated[Examples, Mark.AUTO]
+    eval_batch_size_per_device: Annotated[Examples, Mark.AUTO, Mark.NO_EFFECT]
     learning_rate: Annotated[Rate, Mark.AUTO]
     num_epochs: Annotated[Positive, Mark.AUTO]
     checkpoint_and_evaluation_frequency: Annotated[CheckpointFrequency, Mark.AUTO]

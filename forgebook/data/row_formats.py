@@ -41,6 +41,7 @@ JSON_KEYS = ("messages", "conversations", "tools", "functions", "history")
 TEXT_OR_JSON_KEYS = ("prompt", "completion", "chosen", "rejected")
 ALPACA_QUESTION = ("instruction", "input", "history")
 SHARED_KEYS = {"system", "tools", "functions"}
+LONGEST_NAMES = 300  # characters of a row's keys in a message
 JSON_TYPES = {list: "array", str: "string", int: "number", float: "number", bool: "boolean", type(None): "null"}
 
 
@@ -313,4 +314,5 @@ def _check_label(messages: list[Message], labels: list[str]) -> None:
 
 
 def _names(raw: dict) -> str:
-    return ", ".join(map(str, raw)) or "none"
+    names = ", ".join(map(str, raw)) or "none"
+    return names if len(names) <= LONGEST_NAMES else f"{names[:LONGEST_NAMES]}..."

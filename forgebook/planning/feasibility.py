@@ -279,6 +279,12 @@ def _splits(micro: int, accumulation: int, keep: Collection[str]) -> list[tuple[
     if "train_batch_size_per_device" in keep:
         return [(micro, accumulation)]
     if "gradient_accumulation_steps" in keep:
-        return [(n, accumulation) for n in range(micro, 0, -1) if micro % n == 0]
+        return [(n, accumulation) for n in _divisors(micro)]
     examples = micro * accumulation
-    return [(n, examples // n) for n in range(examples, 0, -1) if examples % n == 0]
+    return [(n, examples // n) for n in _divisors(examples)]
+
+
+def _divisors(number: int) -> list[int]:
+    """List the divisors of a number, the largest first."""
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)}, reverse=True)

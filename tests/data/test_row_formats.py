@@ -275,3 +275,9 @@ def test_a_label_outside_the_list_is_rejected():
     parse({"messages": [Q, A | {"content": "[[1]]"}]}, "classification", labels=labels)
     with pytest.raises(DataError, match=r"must be one of classifier_config.label_tokens \(\[\[1\]\], \[\[2\]\]\)"):
         parse({"messages": [Q, A]}, "classification", labels=labels)
+
+
+def test_only_the_first_keys_of_a_very_wide_row_are_named():
+    with pytest.raises(DataError, match=r"its keys: k0, k1, .*\.\.\.\): add a list of messages") as error:
+        parse({f"k{n}": n for n in range(1000)})
+    assert len(str(error.value)) < 400

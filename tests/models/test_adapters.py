@@ -320,7 +320,7 @@ def test_an_adapter_is_continued_on_the_positions_it_was_trained_with(make_confi
 @pytest.mark.parametrize(
     ("scaling", "told"),
     [
-        ({"factor": 2.0}, "rope_type: got None, must be one of linear"),
+        ({"factor": 2.0}, "rope_type: got nothing, must be one of linear"),
         ({"rope_type": "liner", "factor": 2.0}, "rope_type: got 'liner'"),
         ({"rope_type": "linear"}, "factor: got nothing"),
         ({"rope_type": "linear", "factor": 2.0, "factr": 3.0}, "unknown key 'factr': did you mean 'factor'"),
