@@ -40,6 +40,7 @@ __all__ = ["Example", "RowNotes", "parse_chunk", "parse_row"]
 JSON_KEYS = ("messages", "conversations", "tools", "functions", "history")
 TEXT_OR_JSON_KEYS = ("prompt", "completion", "chosen", "rejected")
 ALPACA_QUESTION = ("instruction", "input", "history")
+QUESTION_KEYS = ("prompt", "question", "query")  # of a pair
 SHARED_KEYS = {"system", "tools", "functions"}
 LONGEST_NAMES = 300  # characters of a row's keys in a message
 JSON_TYPES = {list: "array", str: "string", int: "number", float: "number", bool: "boolean", type(None): "null"}
@@ -164,16 +165,17 @@ def _pair(raw: dict, ignored: set[str]) -> tuple[tuple[str, ...], list[list[Mess
     whole = any(messages and messages[0]["role"] != "assistant" for messages in answers)
     keys: tuple[str, ...] = ()
     prompt: list[Message] = []
-    if raw.get("prompt"):
-        keys, prompt = ("prompt",), _as_messages(raw["prompt"], "prompt", "user", ignored)
+    names = QUESTION_KEYS[:1] if whole else QUESTION_KEYS  # beside whole conversations the others may be anything
+    if asked := next((key for key in names if raw.get(key)), None):
+        keys, prompt = (asked,), _as_messages(raw[asked], asked, "user", ignored)
     elif not whole:  # else what stands beside repeats it
         named = next((key for key in ("messages", "conversations") if raw.get(key)), None)
         if named:
             keys, prompt = (named,), read_messages(raw[named], named, ignored)
         elif raw.get("instruction"):
             keys, prompt = ALPACA_QUESTION, _alpaca_question(raw)
-    names = ("chosen", "rejected")
-    return keys, [_joined(prompt, messages, name) for name, messages in zip(names, answers, strict=True)]
+    pair = zip(("chosen", "rejected"), answers, strict=True)
+    return keys, [_joined(prompt, messages, name) for name, messages in pair]
 
 
 def _joined(prompt: list[Message], answer: list[Message], key: str) -> list[Message]:
@@ -292,6 +294,8 @@ def _check_pair(chosen: list[Message], rejected: list[Message]) -> None:
         _check_last_is_in_loss(name, messages)
         if len(messages) < 2 or messages[-1]["role"] != "assistant":
             raise DataError(f"{name} ends with {brief(messages[-1])}; expected an answer to a prompt")
+    if all(message["role"] == "system" for message in chosen[:-1]):
+        raise DataError("chosen and rejected answer no question: add prompt, or the question to both")
     if chosen[:-1] != rejected[:-1]:
         raise DataError("chosen and rejected: their prompts differ; all but the last message must be the same")
     if chosen[-1] == rejected[-1]:

@@ -281,3 +281,18 @@ def test_only_the_first_keys_of_a_very_wide_row_are_named():
     with pytest.raises(DataError, match=r"its keys: k0, k1, .*\.\.\.\): add a list of messages") as error:
         parse({f"k{n}": n for n in range(1000)})
     assert len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize("key", ["prompt", "question", "query"])
+def test_the_question_of_a_pair_has_several_names(key):
+    """Orca's pairs hold system, question, chosen and rejected."""
+    row = {"system": "Be short.", key: "How warm?", "chosen": "Four.", "rejected": "Cold."}
+    example, notes = parse_row(row, "rows:1", "preference_tuning")
+    assert [message["content"] for message in example.messages] == ["Be short.", "How warm?", "Four."]
+    assert example.rejected[:-1] == example.messages[:-1] and notes.ignored == ()
+
+
+def test_a_pair_that_answers_no_question_is_an_error():
+    row = {"system": "Be short.", "problem": "How warm?", "chosen": "Four.", "rejected": "Cold."}
+    with pytest.raises(DataError, match=r"rows:1: chosen and rejected answer no question: add prompt"):
+        parse_row(row, "rows:1", "preference_tuning")
