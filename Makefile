@@ -30,7 +30,8 @@ quickstart: .venv/run ## install, fine-tune the tiny model, show answers before 
 	python main.py training_configs/tiny/quickstart.yaml on_existing=overwrite
 	python main.py evaluate quickstart
 
-test: .venv/dev check models ## install what the tests need and run all of them
+test: .venv/dev check ## install what the tests need and run all of them
+	python tests/real/get_models.py .models --if-reachable
 	OMP_NUM_THREADS=1 python -m pytest $(PARALLEL)
 
 test-fast: .venv/dev ## the tests of daily use: no Ray workers, no notebooks
