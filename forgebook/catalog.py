@@ -38,7 +38,7 @@ _HERE = Path(__file__).resolve().parent
 _OWN = _HERE / "catalog.yaml"
 # The model in this repository: what `model_id: tiny` means.
 TINY_MODEL = _HERE.parent / "tiny_model"
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _NEEDED = {
     "num_hidden_layers": "layers", "hidden_size": "hidden", "intermediate_size": "intermediate",
     "num_attention_heads": "heads", "vocab_size": "vocab",
@@ -293,11 +293,10 @@ def model_mirrors() -> list[Path]:
 
 
 def hub_id_of(folder: str | Path) -> str | None:
-    """Return the hub id of a folder in a mirror: what is published names that; None for other folders."""
-    for mirror in model_mirrors():
-        if Path(folder).is_relative_to(mirror):
-            return Path(folder).relative_to(mirror).as_posix()
-    return None
+    """Return the hub id of a model's folder in a mirror: what is published names that; None for other folders."""
+    mirror = next((mirror for mirror in model_mirrors() if Path(folder).is_relative_to(mirror)), None)
+    name = Path(folder).relative_to(mirror).as_posix() if mirror else ""
+    return name if _HUB_ID.fullmatch(name) else None
 
 
 def _shape_in(path: Path, catalog: Catalog | None) -> Shape:

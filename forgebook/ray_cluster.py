@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from forgebook.catalog import model_mirrors
 from forgebook.errors import ConfigError, ResourceError, last_line
 
 __all__ = [
@@ -37,7 +38,6 @@ SETTINGS = (
     "AWS_ENDPOINT_URL_S3",
     "WANDB_BASE_URL",
     "HF_HOME",
-    "FORGEBOOK_MODELS",
 )
 WITH_PASSWORD = ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_TOKEN")
 # How libraries behave; Ray's workers on this machine get them by themselves, those on others do not.
@@ -47,17 +47,7 @@ ANSWER_SECONDS = 60  # for a machine of the cluster to answer a question
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # Beside what .gitignore names, which Ray leaves out by itself.
-EXCLUDED = [
-    ".git",
-    ".venv",
-    "/runs",
-    "__pycache__",
-    ".pytest_cache",
-    ".ruff_cache",
-    "*.ipynb",
-    "/benchmarks",
-    "/.models",
-]
+EXCLUDED = [".git", ".venv", "/runs", "__pycache__", ".pytest_cache", ".ruff_cache", "*.ipynb", "/benchmarks"]
 
 
 def name_address(address: str | None) -> None:
@@ -218,7 +208,10 @@ def _without_dashboard() -> Iterator[None]:
 def _runtime_env() -> dict[str, Any]:
     """Build what every worker gets: this repository, unless it came here with a job, and its environment."""
     names = (*SECRETS, *SETTINGS, *WITH_PASSWORD, *_BEHAVIOR)
-    hook = {"worker_process_setup_hook": _worker_hook({name: os.environ[name] for name in names if name in os.environ})}
+    # A worker runs in a copy of this repository, which has no .models/.
+    variables = {"FORGEBOOK_MODELS": str(model_mirrors()[0])}
+    variables |= {name: os.environ[name] for name in names if name in os.environ}
+    hook = {"worker_process_setup_hook": _worker_hook(variables)}
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
         return hook
     return {"working_dir": str(REPOSITORY), "excludes": EXCLUDED, **hook}

@@ -1,5 +1,6 @@
 """Shared by all tests: the tiny model, small data, configs, and one Ray session."""
 
+import copy
 import json
 import os
 import tempfile
@@ -51,6 +52,18 @@ def tokenizer():
     from forgebook.models.tokenizer import load_tokenizer
 
     return load_tokenizer(str(TINY_MODEL))
+
+
+@pytest.fixture
+def with_template(tokenizer):
+    """A function that copies the tiny model's tokenizer with another chat template."""
+
+    def copied(template: str):
+        changed = copy.deepcopy(tokenizer)
+        changed.chat_template = template
+        return changed
+
+    return copied
 
 
 def chat(question: str, answer: str, system: str | None = "You are helpful.") -> dict:

@@ -85,7 +85,8 @@ def command(config) -> list[str]:
 def test_a_cut_link_and_a_killed_node_change_nothing(nodes, make_config, write_rows):
     """A worker on each node, the run's folder on a disk that both see: equal to one process all the way.
 
-    The link between the nodes is down for a while: training waits. A node dies: training resumes with one worker, and
+    The link between the nodes is down for 20 s: training waits (or resumes with one worker and takes the second one in
+    again, where a machine is so busy that Ray gives the node up). A node dies: training resumes with one worker, and
     takes a second one in when a node comes. The secrets of the head are in no argument and no log.
     """
     settings = {
@@ -103,19 +104,22 @@ def test_a_cut_link_and_a_killed_node_change_nothing(nodes, make_config, write_r
     process = nodes.popen(command(config), **environment)
     until_step(process, run, 6)
     nodes.cut(2)
-    time.sleep(10)
+    time.sleep(20)
     nodes.heal(2)
     until_step(process, run, len(losses_of(run)) + 12)
-    assert workers_of(run) == [2]
+    wait_until(process, lambda: workers_of(run)[-1] == 2)
+    counts = workers_of(run)
+    assert counts in ([2], [2, 1, 2])
     commands = nodes.commands()
     assert len(commands) > 10 and not any(SECRET in words for words in commands)
-    for change, workers in ((nodes.kill, [2, 1]), (nodes.start, [2, 1, 2])):
+    for change, workers in ((nodes.kill, 1), (nodes.start, 2)):
         change(2)
-        wait_until(process, lambda workers=workers: workers_of(run) == workers)
+        counts = [*counts, workers]
+        wait_until(process, lambda counts=counts: workers_of(run) == counts)
         until_step(process, run, len(losses_of(run)) + 12)
     process.send_signal(signal.SIGTERM)
     printed = process.communicate(timeout=240)[0]
-    assert workers_of(run) == [2, 1, 2] and process.returncode == 143 and "with 2 workers\n" in printed, printed
+    assert workers_of(run) == counts and process.returncode == 143 and "with 2 workers\n" in printed, printed
 
     steps = len(losses_of(run))
     alone = fine_tune(make_config(run_name="alone", train_batch_size_per_device=8, max_steps=steps, **settings))

@@ -17,7 +17,7 @@ from forgebook.config.parse import load_config, load_resolved
 from forgebook.errors import ConfigError, ModelError, StorageError, first_line
 from forgebook.models import adapters
 from forgebook.models.load import auto_class
-from forgebook.models.tokenizer import locate, readable_model_errors
+from forgebook.models.tokenizer import copy_of, locate, readable_model_errors
 from forgebook.runs import atomic, object_store, registry
 from forgebook.runs.checksums import check_files
 from forgebook.runs.run import Run, best_checkpoint
@@ -136,7 +136,7 @@ def _class_name(checkpoint: Path) -> str:
     """Name the class of transformers whose layers have the names of a checkpoint's: the published one."""
     from transformers import AutoConfig
 
-    source = (adapters.read_lora_config(checkpoint) or {}).get("base_model_name_or_path") or str(checkpoint)
+    source = copy_of((adapters.read_lora_config(checkpoint) or {}).get("base_model_name_or_path") or str(checkpoint))
     try:
         with readable_model_errors(source, "model"):
             return auto_class(AutoConfig.from_pretrained(source, trust_remote_code=False)).__name__

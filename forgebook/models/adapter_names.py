@@ -11,6 +11,7 @@ from collections.abc import Iterable, Set
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from forgebook.models.tokenizer import copy_of
 from forgebook.runs.atomic import read_json
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ def unserved_layers(names: Iterable[str], source: str, base: PreTrainedModel | N
     names: of the adapter's tensors, in a model or a file. source: the base's folder or hub id; without its weights
     nothing can be said. base: the model from there, if it is in memory; under ZeRO-3 no rank can make one by itself.
     """
+    source = copy_of(source)
     published = published_layers(source)
     if published is None:
         return None

@@ -13,7 +13,7 @@ from typing import Any
 
 from forgebook.catalog import Shape
 
-__all__ = ["Layers", "layers_of_shape", "unmatched_targets"]
+__all__ = ["EXPERT_LAYERS", "Layers", "layers_of_shape", "unmatched_targets"]
 
 # Names that Llama's family gives to layers, and what other families call a layer that holds them together.
 FUSED = (
@@ -24,7 +24,9 @@ FUSED = (
 NORMS = (
     "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm",
 )  # fmt: skip
-EXPERTS = {"w1", "w2", "w3", "gate_proj", "up_proj", "down_proj", "gate_up_proj", "gate", "experts", "router"}
+# What configs call the layers of an expert: however many experts there are, these share a tensor in training.
+EXPERT_LAYERS = {"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3", "gate_up_proj", "experts"}
+ROUTERS = {"gate", "router"}
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def layers_of_shape(shape: Shape) -> Layers:
         ]
         names += [own, f"{own}.self_attn", f"{own}.mlp", *(f"{own}.{norm}" for norm in NORMS)]
         names += [f"{own}.self_attn.{norm}" for norm in ("q_norm", "k_norm") if shape.family.qk_norm]
-    experts = EXPERTS if shape.experts > 1 else set()
+    experts = EXPERT_LAYERS | ROUTERS if shape.experts > 1 else set()
     return Layers([*names, *linears], [*linears, "lm_head"], (), lambda name: name.rsplit(".", 1)[-1] in experts)
 
 

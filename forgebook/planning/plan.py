@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from forgebook.catalog import Catalog, Gpu, Shape, read_catalog
 from forgebook.config.blocks import needs_reference
+from forgebook.models.lora_targets import EXPERT_LAYERS
 from forgebook.models.vllm_support import vllm_serves
 from forgebook.planning.feasibility import Work, capacity, cheapest_change, fits, without_gaps, work_of
 from forgebook.planning.hardware import Cpu
@@ -277,10 +278,6 @@ def _disk_bytes(config: FinetuneConfig, shape: Shape) -> tuple[int, int]:
     # new checkpoint, is complete before the old one is deleted.
     state = trained * (width + 12 if width == 2 else width + 8)
     return checkpoint, checkpoint * (config.num_checkpoints_to_keep + 1) + 2 * state
-
-
-# What configs call the layers of an expert: no matter how many there are, they share a tensor in training.
-EXPERT_LAYERS = {"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3", "gate_up_proj", "experts"}
 
 
 def _vllm_verdict(lora_config: dict[str, Any] | None, shape: Shape) -> str:

@@ -60,6 +60,7 @@ def print_run(output: Console, run: Run, prepared: Prepared, vllm: str | None) -
     plural = "s" if config.num_devices > 1 else ""
     workers = f"{config.num_devices} worker{plural}" if config.num_devices else "this process"
     unit = "packed sequences" if config.padding == "packed" else "examples"
+    many = "s" if config.num_epochs > 1 else ""
     capped = f", at most {config.max_steps}" if config.max_steps else ""
     output.print(f"[bold]{run.name}[/bold]  {config.model_id}, {method}, {config.task}, {config.dtype}")
     output.print(make_table("", ["", "training", "validation"][: len(report_rows(report)[0])], report_rows(report)))
@@ -72,7 +73,7 @@ def print_run(output: Console, run: Run, prepared: Prepared, vllm: str | None) -
             f"measures nothing ({report['overlap']['places'][0]})[/yellow]"
         )
     output.print(
-        f"  steps  {config.num_epochs} epochs of {steps}{capped}, {config.global_batch_size} {unit} each, "
+        f"  steps  {config.num_epochs} epoch{many} of {steps}{capped}, {config.global_batch_size} {unit} each, "
         f"learning rate {config.learning_rate:g} {config.lr_scheduler_type}"
     )
     output.print(f"  where  {workers}, {sharding}; run folder {run.place}")
@@ -131,12 +132,13 @@ def _job_id() -> str | None:
 def print_summary(output: Console, run: Run) -> None:
     """Print a finished run's results in a few lines."""
     summary = read_json(run.summary, SUMMARY_KEYS)
+    loss = ""
     if summary["eval_loss"] is not None:
         perplexity = f", perplexity {summary['perplexity']:.3f}" if summary["perplexity"] else ""
-        output.print(f"[bold]done[/bold]  evaluation loss {summary['eval_loss']:.4f}{perplexity}")
+        loss = f"evaluation loss {summary['eval_loss']:.4f}{perplexity}; "
     output.print(
-        f"  {summary['steps']} steps, {summary['trained_tokens']:,} tokens in {summary['training_seconds']:.0f} s, "
-        f"{summary['trained_tokens_throughput']:,.0f} tokens/s (excluding padding)"
+        f"[bold]done[/bold]  {loss}{summary['steps']} steps, {summary['trained_tokens']:,} tokens in "
+        f"{summary['training_seconds']:.0f} s, {summary['trained_tokens_throughput']:,.0f} tokens/s (excluding padding)"
     )
     if "planned" in summary:
         output.print(f"  {compare_with_plan(summary['planned'], summary['measured'])}")

@@ -104,7 +104,7 @@ def test_the_command_as_a_process(here):
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert any("evaluation loss" in line for line in lines) and any("best checkpoint" in line for line in lines)
-    assert len(lines) < 32 and done.stderr == ""
+    assert len(lines) < 30 and done.stderr == ""
     evaluated = run("evaluate", "c", "rows=2")
     assert evaluated.returncode == 0, evaluated.stderr
     assert "exact match on 2 held-out examples" in evaluated.stdout and "95% intervals" in evaluated.stdout

@@ -1,7 +1,5 @@
 """Answers that continue their prompts with all that their messages say, in templates that make this hard."""
 
-import copy
-
 import pytest
 
 from conftest import supervised_text
@@ -60,16 +58,6 @@ AGENT = [
     {"role": "tool", "content": "4"},
     {"role": "assistant", "content": "Four degrees.", "reasoning_content": "It says 4."},
 ]
-
-
-@pytest.fixture
-def with_template(tokenizer):
-    def copied(template: str):
-        changed = copy.deepcopy(tokenizer)
-        changed.chat_template = template
-        return changed
-
-    return copied
 
 
 def test_a_template_that_writes_no_calls_gets_tools_as_text(with_template):

@@ -49,16 +49,6 @@ AGENT = [
 ]
 
 
-@pytest.fixture
-def with_template(tokenizer):
-    def copied(template: str):
-        changed = copy.deepcopy(tokenizer)
-        changed.chat_template = template
-        return changed
-
-    return copied
-
-
 @pytest.mark.parametrize(
     ("template", "form", "shown"),
     [

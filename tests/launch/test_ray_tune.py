@@ -73,8 +73,8 @@ def test_what_cannot_be_tried_is_refused(words, samples, said):
 )
 def test_mistakes_are_found_before_the_first_trial(tmp_path, capsys, words, said):
     assert main(["tune", QUICKSTART, f"storage_path={tmp_path}", *words]) == 2
-    told = capsys.readouterr().err
-    assert said in told and "Traceback" not in told and not any(tmp_path.iterdir())
+    printed = capsys.readouterr().err
+    assert said in printed and "Traceback" not in printed and not any(tmp_path.iterdir())
 
 
 def test_an_interrupt_says_what_is_saved_and_ends_with_130(tmp_path, monkeypatch, capsys):
@@ -110,8 +110,8 @@ def test_a_sweep_finds_the_better_rate(ray_session, tmp_path, monkeypatch, capfd
         "checkpoint_and_evaluation_frequency={unit: steps, frequency: 4}", f"storage_path={tmp_path}",
     ]  # fmt: skip
     assert main(["tune", QUICKSTART, *words, "--json"]) == 0
-    told = capfd.readouterr().out  # here Ray Tune's own lines come first; a command sends them to tune.log
-    found = json.loads(told[told.index("{\n") :])
+    printed = capfd.readouterr().out  # here Ray Tune's own lines come first; a command sends them to tune.log
+    found = json.loads(printed[printed.index("{\n") :])
     best, *others = found["trials"]
     assert best["values"] == {"learning_rate": 0.005} and best["state"] == "complete"
     assert [step for step, _ in best["curve"]] == [4, 8, 12]
@@ -134,14 +134,14 @@ def test_a_sweep_finds_the_better_rate(ray_session, tmp_path, monkeypatch, capfd
     before = complete.stat().st_mtime_ns
     words[0] = "learning_rate=[5.0e-3,4.0e-3]"
     assert main(["tune", QUICKSTART, *words]) == 0
-    told = capfd.readouterr().out
+    printed = capfd.readouterr().out
     assert complete.stat().st_mtime_ns == before
-    assert "best checkpoint" in told and "0.004" in told and "tune.png" in told
+    assert "best checkpoint" in printed and "0.004" in printed and "tune.png" in printed
 
 
 @pytest.mark.slow
 def test_a_sweep_of_failures_says_why(ray_session, tmp_path, capsys):
     words = ["num_devices=0", "deepspeed=none", "context_length=4", "learning_rate=[1.0e-3,2.0e-3]"]
     assert main(["tune", QUICKSTART, *words, f"storage_path={tmp_path}"]) == 1
-    told = capsys.readouterr().err
-    assert "all 2 trials failed" in told and "context_length 4" in told
+    printed = capsys.readouterr().err
+    assert "all 2 trials failed" in printed and "context_length 4" in printed

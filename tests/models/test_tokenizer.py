@@ -15,12 +15,13 @@ from pathlib import Path
 import pytest
 
 from conftest import LORA, REPOSITORY, TINY_MODEL
-from forgebook.catalog import shape_of
+from forgebook.catalog import hub_id_of, model_folder, shape_of
 from forgebook.config.blocks import HubRepo
 from forgebook.errors import ModelError, StorageError
 from forgebook.export.gguf import export_gguf
 from forgebook.inference.generate import base_of
 from forgebook.launch.ray_train import fine_tune
+from forgebook.models.adapter_names import unserved_layers
 from forgebook.models.adapters import read_lora_config
 from forgebook.models.families import context_limit, native_context_length
 from forgebook.models.tokenizer import (
@@ -112,6 +113,19 @@ def test_a_hub_id_is_looked_up_in_the_mirror_first(mirror):
     with pytest.raises(ModelError, match="could not be fetched"):  # it does not say which revision it holds
         locate(HubRepo(repo_id="owner/chat", revision="v2"))
     assert shape_of("owner/chat").parameters == 2_885_888
+
+
+def test_only_owner_and_name_below_the_mirror_are_a_hub_id(mirror):
+    """A run or a checkpoint that is kept there has no name that others know."""
+    assert hub_id_of(mirror / "owner/chat") == "owner/chat" and hub_id_of(TINY_MODEL) is None
+    assert hub_id_of(mirror / "tuned") is None and hub_id_of(mirror / "owner/chat/checkpoints/epoch-1") is None
+    assert model_folder("../chat") == Path("../chat")
+
+
+def test_layers_of_an_adapter_are_compared_with_a_mirrored_base(mirror):
+    known, unknown = (f"base_model.model.model.layers.0.{name}.lora_A.weight" for name in ("mlp.up_proj", "mlp.w1"))
+    assert unserved_layers([known], "owner/chat") is None
+    assert "no layer model.layers.0.mlp.w1" in unserved_layers([known, unknown], "owner/chat")
 
 
 def test_what_is_trained_on_a_mirrored_model_names_the_hub_id(mirror, make_config):

@@ -48,7 +48,7 @@ def test_the_plan_counts_its_parameters(plain):
     assert shape_of(SMOLLM2).parameters == sum(p.numel() for p in plain.parameters()) == 134_515_008
 
 
-def test_it_answers(tmp_path):
+def test_it_answers():
     question = [{"role": "user", "content": "What is the capital of France?"}]
     [answer] = load_for_generation(SMOLLM2).answer([question], max_new_tokens=12)
     assert "Paris" in answer

@@ -32,7 +32,7 @@ def test_a_run_says_what_it_trains_and_how(make_config, output):
     print_run(output, run, prepared, "yes")
     text = printed(output)
     assert f"LoRA r={LORA['r']}, instruction_tuning, float32" in text and "vLLM can serve the adapter: yes" in text
-    assert "steps  1 epochs of 3, at most 2, 8 examples each, learning rate 0.001 cosine" in text
+    assert "steps  1 epoch of 3, at most 2, 8 examples each, learning rate 0.001 cosine" in text
     assert "where  this process, no DeepSpeed" in text and "beyond the" not in text
 
 

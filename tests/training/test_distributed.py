@@ -176,7 +176,7 @@ def test_sigterm_saves_and_ends(request, make_config, write_rows, devices):
     run = Run(Path(config.storage_path) / "stopped")
     assert 5 <= step < 40 and [path.name for path in run.resume.iterdir()] == [f"step-{step}"]
     if devices:
-        request.getfixturevalue("without_ray")  # the stop was its subject
+        request.getfixturevalue("ray_session")
     fine_tune(config)
     assert f'"start": {step}, "workers": {devices or 1}' in (run.logs / "progress.jsonl").read_text()
     alone = fine_tune(make_config(run_name="alone", **settings | ONE_PROCESS))
