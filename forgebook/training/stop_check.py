@@ -87,7 +87,8 @@ def _check(
     stopped = sum(_is_stopped(ids, stops, texts, worker.tokenizer) for ids in answers)
     tokens = max(map(len, answers))
     if stopped < len(answers) and tokens < limit:
-        return {"note": f"{tokens} tokens of each answer took {time.perf_counter() - started:.0f} s"}
+        plural = "s" if tokens > 1 else ""
+        return {"note": f"{tokens} token{plural} of each answer took {time.perf_counter() - started:.0f} s"}
     return {
         "prompts": len(answers), "stopped": stopped, "max_new_tokens": limit, "trained_answer_tokens": longest,
     }  # fmt: skip

@@ -163,4 +163,4 @@ def test_generation_ends_in_time(checked, monkeypatch):
     """A model that is slow, as one gathered from all ranks for each token, is not generated from to the end."""
     monkeypatch.setattr("forgebook.training.stop_check.LEAST_SECONDS", 0.0)
     result = check_stops(checked[0], tokens_of(100), checked[1], 0)
-    assert result["note"].startswith("1 tokens of each answer took 0 s") and result["prompts"] == 0
+    assert result["note"].startswith("1 token of each answer took 0 s") and result["prompts"] == 0
