@@ -82,7 +82,7 @@ def plan_command(arguments: list[str]) -> int:
     from forgebook.planning.hardware import cpu_share, hardware_in, has_gpu
     from forgebook.planning.history import read_throughputs
     from forgebook.planning.plan import plan
-    from forgebook.planning.plan_report import plan_as_json, plan_rows, plan_summary, price_rows, verdict
+    from forgebook.planning.plan_report import choice_rows, plan_as_json, plan_rows, plan_summary, price_rows, verdict
     from forgebook.planning.settings import check_written
     from forgebook.planning.token_count import count_data
 
@@ -110,8 +110,6 @@ def plan_command(arguments: list[str]) -> int:
 
     output = make_console()
     if choices:
-        from forgebook.planning.auto_config import choice_rows
-
         output.print(make_table("Chosen (--default)", ["key", "value", "reason"], choice_rows(choices)))
     output.print(make_table(f"Plan of {config.run_name}: {planned.model_id}", ["", "", ""], plan_rows(planned)))
     columns = ["hardware", "fits", "time", "cost", "per million tokens"]

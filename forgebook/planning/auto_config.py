@@ -4,7 +4,7 @@
     config, choices = choose(config, shape, (8, gpu), data)      the rest
 
 Values of the file or an override never change. Choices depend on the config, the data and the kind and number of GPUs
-alone, not on what else the machine is doing: the same command chooses the same again, and so resumes its run.
+(of a CPU: its kind) alone, not on what else the machine is doing: the same command chooses the same, and so resumes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import dataclasses
 import itertools
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,6 +25,7 @@ from forgebook.data.batching import group_size, padding_in
 from forgebook.data.row_formats import parse_row
 from forgebook.errors import DataError, ModelError, ResourceError
 from forgebook.planning import schedule
+from forgebook.planning.cpu_dtype import choose_cpu_dtype
 from forgebook.planning.feasibility import capacity, cheapest_change, fit, longest_sequence
 from forgebook.planning.memory import memory_of
 from forgebook.planning.token_count import Statistics
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from forgebook.config.blocks import DataPath
     from forgebook.config.schema import FinetuneConfig
 
-__all__ = ["KEYS", "Choice", "choice_rows", "choices_of", "choose", "choose_task", "core_shape", "first_rows"]
+__all__ = ["KEYS", "Choice", "choices_of", "choose", "choose_task", "core_shape", "first_rows"]
 
 KEYS = auto_keys()
 # A null of these is a choice: no adapter, no quantization, no DeepSpeed. A null of any other key leaves it open.
@@ -144,7 +144,7 @@ def choose(
         config = config.resolve(lora_config=dict(DEFAULT_LORA)).explained({"lora_config.r": reason})
     config = _choose_length(config, shape, data, longest_valid)
     config = _choose_padding(config, data)
-    config = _choose_machines(config, hardware, catalog)
+    config = _choose_machines(config, shape, hardware, catalog)
     config = _choose_batch(config, shape, hardware, data)
     config = _choose_schedule(config, data, catalog)
     check_rules(config)
@@ -204,10 +204,13 @@ def _padding_share(lengths: tuple[int, ...]) -> float:
     )
 
 
-def _choose_machines(config: FinetuneConfig, hardware: tuple[int, Gpu] | None, catalog: Catalog) -> FinetuneConfig:
+def _choose_machines(
+    config: FinetuneConfig, shape: Shape, hardware: tuple[int, Gpu] | None, catalog: Catalog
+) -> FinetuneConfig:
     if hardware is None:
         config = take(config, "num_devices", 0, "no GPU: in this process, which starts at once")
-        return take(config, "dtype", "float32", "exact, and the fastest on most CPUs")
+        is_chosen = is_open(config, "dtype")  # else there is nothing to measure
+        return take(config, "dtype", *choose_cpu_dtype(shape.hidden, shape.intermediate)) if is_chosen else config
     count, gpu = hardware
     if gpu.name in catalog.gpus:
         config = take(config, "hardware", f"{count}x{gpu.name}", "the GPUs of this machine")
@@ -376,25 +379,3 @@ def choices_of(config: FinetuneConfig) -> list[Choice]:
 
 def _plain(value: Any) -> Any:
     return value.model_dump(mode="json") if hasattr(value, "model_dump") else value
-
-
-def choice_rows(choices: list[Choice]) -> list[list[str]]:
-    """Lay choices out as lines of a table: key, value, reason."""
-    return [[choice.key, _format_value(choice), choice.reason] for choice in choices]
-
-
-def _format_value(choice: Choice) -> str:
-    value = choice.value
-    if value is None:
-        return "none"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if choice.key == "deepspeed":
-        return Path(value["config_path"]).stem
-    if choice.key == "lora_config":
-        return ", ".join(f"{name} {setting}" for name, setting in value.items())
-    if choice.key == "generation_config.prompt_format":
-        return value["user"].replace("\n", "\\n")
-    if choice.key == "checkpoint_and_evaluation_frequency":
-        return f"{value['frequency']} {value['unit']}"
-    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,14 +1,25 @@
-"""A plan as people read it: tables, one sentence, JSON."""
+"""A plan and the choices of --default as people read them: tables, one sentence, JSON."""
 
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from forgebook.planning.auto_config import Choice
     from forgebook.planning.plan import Plan
 
-__all__ = ["compare_with_plan", "format_bytes", "plan_as_json", "plan_rows", "plan_summary", "price_rows", "verdict"]
+__all__ = [
+    "choice_rows",
+    "compare_with_plan",
+    "format_bytes",
+    "plan_as_json",
+    "plan_rows",
+    "plan_summary",
+    "price_rows",
+    "verdict",
+]
 
 
 def format_bytes(size: float) -> str:
@@ -122,3 +133,25 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
         if memory is not None:
             values[name] |= {"total": memory.total, "largest": memory.largest}
     return values | {"verdict": verdict(plan)}
+
+
+def choice_rows(choices: list[Choice]) -> list[list[str]]:
+    """Lay choices out as lines of a table: key, value, reason."""
+    return [[choice.key, _format_value(choice), choice.reason] for choice in choices]
+
+
+def _format_value(choice: Choice) -> str:
+    value = choice.value
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if choice.key == "deepspeed":
+        return Path(value["config_path"]).stem
+    if choice.key == "lora_config":
+        return ", ".join(f"{name} {setting}" for name, setting in value.items())
+    if choice.key == "generation_config.prompt_format":
+        return value["user"].replace("\n", "\\n")
+    if choice.key == "checkpoint_and_evaluation_frequency":
+        return f"{value['frequency']} {value['unit']}"
+    return f"{value:g}" if isinstance(value, float) else str(value)

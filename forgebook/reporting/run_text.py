@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 
 from forgebook.planning import preflight, schedule
-from forgebook.planning.auto_config import choice_rows, choices_of
-from forgebook.planning.plan_report import compare_with_plan, plan_summary
+from forgebook.planning.auto_config import choices_of
+from forgebook.planning.plan_report import choice_rows, compare_with_plan, plan_summary
 from forgebook.planning.prepare import Prepared, report_rows
 from forgebook.reporting.console import make_table
 from forgebook.reporting.plots import plot_losses

@@ -90,10 +90,18 @@ def test_quantisation_is_the_last_resort(config):
         chosen(config("meta-llama/Llama-3.3-70B-Instruct", "deepspeed=none"), "1xT4")
 
 
-def test_a_laptop_trains_in_this_process(config):
+def test_a_laptop_trains_in_this_process(config, monkeypatch):
+    monkeypatch.setattr("forgebook.planning.cpu_dtype.bfloat16_speedup", lambda hidden, inner: 0.9)
     done, _ = chosen(config(), None)
     assert (done.num_devices, done.deepspeed, done.dtype, done.attention) == (0, None, "float32", "eager")
     assert (done.train_batch_size_per_device, done.gradient_checkpointing, done.hardware) == (64, False, None)
+
+
+def test_a_cpu_that_is_faster_in_bfloat16_gets_it(config, monkeypatch):
+    monkeypatch.setattr("forgebook.planning.cpu_dtype.bfloat16_speedup", lambda hidden, inner: 2.7)
+    done, choices = chosen(config(), None)
+    assert done.dtype == "bfloat16" and "2.7 times faster" in {c.key: c.reason for c in choices}["dtype"]
+    assert chosen(config(dtype="float32"), None)[0].dtype == "float32"
 
 
 # -- the rules
