@@ -17,11 +17,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
-
 from forgebook.inference import generate
-from forgebook.inference.sampling import Sampler, StopStrings, TokenSampling
+from forgebook.inference.decode import Request, decode
+from forgebook.inference.sampling import StopStrings, TokenSampling
 from forgebook.models import adapters, families
 
 __all__ = ["Engine", "GenerationRequest", "Job", "QueueFull", "ServedModel"]
@@ -211,37 +209,12 @@ class Engine:
 # Generating -------------------------------------------------------------------------------------------
 
 
-@torch.inference_mode()
 def _generate(served: ServedModel, jobs: list[Job]) -> None:
     """Answer a batch of requests for one model."""
-    tokenizer = served.loaded.tokenizer
-    prompts = [job.request.input_ids for job in jobs]
+    requests = [Request(job.request.input_ids, job.request.sampling, job.add_token) for job in jobs]
     with served.loaded.active() as model:
-        batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
-        sampler = Sampler([job.request.sampling for job in jobs], model.device)
-        model.generate(
-            **batch,
-            max_new_tokens=max(job.request.max_new_tokens for job in jobs),
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            logits_processor=LogitsProcessorList([sampler]),
-            stopping_criteria=StoppingCriteriaList([_Deliver(jobs)]),
-            tokenizer=tokenizer,
-        )
-
-
-class _Deliver(StoppingCriteria):
-    """Hand each answer's newest token to its job; an answer is done when its job is."""
-
-    def __init__(self, jobs: list[Job]):
-        self.jobs = jobs
-
-    def __call__(self, input_ids: torch.LongTensor, scores, **kwargs) -> torch.BoolTensor:
-        newest = input_ids[:, -1].tolist()
-        done = [job.add_token(token) for job, token in zip(self.jobs, newest, strict=True)]
-        return torch.tensor(done, device=input_ids.device)
+        for _ in decode(model, requests, len(requests)):
+            pass
 
 
 # Loading ----------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from forgebook.config.schema import FinetuneConfig
 from forgebook.data import chat_template, masking
 from forgebook.data.prompt_formats import read_prompt_format
 from forgebook.errors import ModelError, ResourceError, first_line
-from forgebook.inference.sampling import Sampler, Sampling, StopStrings, TokenSampling, prompt_seed
+from forgebook.inference.sampling import Sampling, StopStrings, TokenSampling, prompt_seed
 from forgebook.models import adapters, load, saved_adapters
 from forgebook.models.template_settings import set_template_defaults
 from forgebook.models.tokenizer import copy_of, load_tokenizer, locate, refuse_pickled
@@ -278,56 +278,81 @@ def answer_in_batches(
     keep_special: bool = False,
     numbers: Sequence[int] | None = None,
     streamer: Any = None,
+    on_step: Callable[[int], None] = lambda tokens: None,
 ) -> Iterator[tuple[int, str]]:
-    """Yield (index of a conversation, its answer) batch by batch, batches grouped by length.
+    """Yield (index of a conversation, its answer) in the order in which answers end; the longest prompts come first.
 
     numbers: each conversation's number in the set of which these are a part; its seed is derived from it.
+    on_step: called with the number of tokens that each step adds.
     streamer: a transformers streamer, which gets each token; for a single conversation only.
 
     Raises ResourceError if the GPU runs out of memory.
     """
     import torch
 
+    from forgebook.inference.decode import Request, decode
+
     encoded = [
         masking.encode_prompt(messages, tokenizer, prompt_format, offered)
         for messages, offered in zip(conversations, tools or [None] * len(conversations), strict=True)
     ]
+    if not encoded:
+        return
     numbers = range(len(encoded)) if numbers is None else numbers
-    # Grouping by length saves padding and changes no answer. The longest come first, so that memory runs out at the
-    # start or never.
-    order = sorted(range(len(encoded)), key=lambda k: -len(encoded[k]))
-    reads_text = {"tokenizer": tokenizer} if model.generation_config.stop_strings else {}
-    for start in range(0, len(order), sampling.batch_size):
-        part = order[start : start + sampling.batch_size]
-        batch = tokenizer.pad({"input_ids": [encoded[k] for k in part]}, return_tensors="pt").to(model.device)
-        seeds = [prompt_seed(sampling.seed, numbers[k]) for k in part]
-        sampler = Sampler(
-            [TokenSampling(sampling.temperature, sampling.top_p, seed=seed) for seed in seeds], model.device
-        )
-        try:
-            with torch.inference_mode():
-                output = model.generate(
-                    **batch,
-                    max_new_tokens=sampling.max_new_tokens,
-                    do_sample=False,
-                    temperature=None,
-                    top_p=None,
-                    top_k=None,
-                    logits_processor=[sampler],
-                    streamer=streamer,
-                    **reads_text,
-                )
-        except torch.OutOfMemoryError:
-            raise ResourceError(
-                f"the GPU has too little memory for {len(part)} prompts of {batch['input_ids'].shape[1]} tokens; "
-                f"lower batch_size (now {sampling.batch_size})"
-            ) from None
-        for k, ids in zip(part, output[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
-            yield k, _text(ids, model.generation_config, tokenizer, keep_special)
+    ends = model.generation_config
+    answers = [_Answer(ends, tokenizer, sampling.max_new_tokens, streamer) for _ in encoded]
+    requests = [
+        Request(ids, TokenSampling(sampling.temperature, sampling.top_p, seed=seed), answer.add_token)
+        for ids, answer, seed in zip(encoded, answers, (prompt_seed(sampling.seed, n) for n in numbers), strict=True)
+    ]
+    longest = max(map(len, encoded))
+    if streamer is not None:
+        streamer.put(torch.tensor(encoded[0]))
+    try:
+        for k in decode(model, requests, sampling.batch_size, on_step):
+            yield k, _text(answers[k].ids, ends, tokenizer, keep_special)
+    except torch.OutOfMemoryError:
+        raise ResourceError(
+            f"the GPU has too little memory for {min(sampling.batch_size, len(encoded))} prompts of up to {longest} "
+            f"tokens and their answers; lower batch_size (now {sampling.batch_size})"
+        ) from None
+
+
+class _Answer:
+    """The tokens of an answer in progress: it ends with a token or text that ends answers, or at a limit."""
+
+    def __init__(self, ends, tokenizer, limit: int, streamer: Any = None):
+        self.ids: list[int] = []
+        self._tokenizer, self._limit, self._streamer = tokenizer, limit, streamer
+        self._stop_ids = _stop_ids(ends)
+        self._stops = StopStrings(ends.stop_strings or ())
+        # No token is shorter than a byte, and a letter may begin or end inside one.
+        self._tail = 2 + max((len(stop.encode()) for stop in self._stops.stops), default=0)
+
+    def add_token(self, token: int) -> bool:
+        """Add a token; return whether the answer has ended."""
+        self.ids.append(token)
+        has_ended = token in self._stop_ids or len(self.ids) >= self._limit or self._has_stop_text()
+        if self._streamer is not None:
+            import torch
+
+            self._streamer.put(torch.tensor([token]))
+            if has_ended:
+                self._streamer.end()
+        return has_ended
+
+    def _has_stop_text(self) -> bool:
+        return bool(self._stops.stops) and self._stops.find(self._tokenizer.decode(self.ids[-self._tail :])) is not None
 
 
 def _text(ids: list[int], ends, tokenizer, keep_special: bool) -> str:
     """Decode an answer up to what ends it."""
-    closing = {*ends.eos_token_id, tokenizer.pad_token_id} if isinstance(ends.eos_token_id, list) else set()
+    closing = _stop_ids(ends)
     stop = next((k for k, token in enumerate(ids) if token in closing), len(ids))
     return StopStrings(ends.stop_strings or ()).cut(tokenizer.decode(ids[:stop], skip_special_tokens=not keep_special))
+
+
+def _stop_ids(ends) -> frozenset[int]:
+    """Return the tokens that end an answer, padding among them; a generation config has none, one or a list."""
+    ids = ends.eos_token_id if isinstance(ends.eos_token_id, list) else [ends.eos_token_id]
+    return frozenset(token for token in (*ids, ends.pad_token_id) if token is not None)

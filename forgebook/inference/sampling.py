@@ -1,7 +1,8 @@
 """How the next token is chosen and where an answer stops: one implementation for generate, chat and serve.
 
-    sampler = Sampler([TokenSampling(temperature=0.7, seed=prompt_seed(0, number))], device)
-    model.generate(..., do_sample=False, logits_processor=[sampler])
+    sampling = TokenSampling(temperature=0.7, seed=prompt_seed(0, number))
+    sampler = Sampler([sampling], device, [generator_of(sampling, device)])
+    tokens = sampler(None, logits).argmax(-1)
 
 The same prompt, seed and settings give the same answer through each of them, whatever shares its batch.
 """
@@ -19,7 +20,7 @@ from forgebook.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["LEAST", "Sampler", "Sampling", "StopStrings", "TokenSampling", "prompt_seed"]
+__all__ = ["LEAST", "Sampler", "Sampling", "StopStrings", "TokenSampling", "generator_of", "prompt_seed"]
 
 # The smallest temperature and top_p that float32 computes with: below, logits overflow and no token has a probability.
 LEAST = 1e-8
@@ -72,14 +73,35 @@ class TokenSampling:
     seed: int | None = None
 
 
+def generator_of(answer: TokenSampling, device) -> torch.Generator | None:
+    """Make the random numbers of one answer; None for a greedy one."""
+    import torch
+
+    if not answer.temperature:
+        return None
+    return torch.Generator(device).manual_seed(secrets.randbits(63) if answer.seed is None else answer.seed)
+
+
 class Sampler:
     """A logits processor that turns greedy decoding into sampling, each answer with random numbers of its own.
 
     The largest of p / e, with e sampled from the exponential distribution, is token k with probability p[k].
     """
 
-    def __init__(self, answers: Sequence[TokenSampling], device):
+    def __init__(
+        self,
+        answers: Sequence[TokenSampling],
+        device,
+        generators: Sequence[torch.Generator | None] | None = None,
+    ):
+        """Make a processor of answers that begin, or, with their generators, of answers in progress."""
         import torch
+
+        if generators is None:
+            generators = [generator_of(one, device) for one in answers]
+        self._generators = generators
+        if not any(generators):
+            return
 
         def column(values: Iterable[float], dtype=torch.float32) -> torch.Tensor:
             return torch.tensor(list(values), dtype=dtype, device=device).unsqueeze(1)
@@ -90,12 +112,6 @@ class Sampler:
         self._top_p = column(one.top_p if one.top_p < 1 else math.inf for one in answers)
         self._top_k = column((one.top_k or 2**31 for one in answers), torch.int64)
         self._limits = any(one.temperature and (one.top_p < 1 or one.top_k) for one in answers)
-        self._generators = [
-            torch.Generator(device).manual_seed(secrets.randbits(63) if one.seed is None else one.seed)
-            if one.temperature
-            else None
-            for one in answers
-        ]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Return [answers, vocabulary] scores whose largest is the sampled token; scores of greedy answers stay."""
