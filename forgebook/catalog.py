@@ -18,26 +18,31 @@ from typing import Any
 import yaml
 
 from forgebook.errors import ConfigError, ModelError, near_miss, shown_value
+from forgebook.layer_counts import CountedDecoder, LayerKind, counted_from
 
 __all__ = [
     "TINY_MODEL",
     "Catalog",
     "Family",
     "Gpu",
-    "Linear",
     "Shape",
     "hardware_of",
     "hub_id_of",
     "model_folder",
     "model_mirrors",
     "read_catalog",
+    "shape_from",
     "shape_of",
 ]
 
 _HERE = Path(__file__).resolve().parent
 _OWN = _HERE / "catalog.yaml"
+# Shapes of published models whose parameters do not follow from a few figures, as models/shapes.py counts them.
+_COUNTED = _HERE / "counted_shapes.json"
 # The model in this repository: what `model_id: tiny` means.
 TINY_MODEL = _HERE.parent / "tiny_model"
+# Norms of a decoder layer, in the families whose parameters follow from config.json.
+NORMS = tuple(f"{name}_layernorm" for name in ("input", "post_attention", "pre_feedforward", "post_feedforward"))
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _NEEDED = {
     "num_hidden_layers": "layers", "hidden_size": "hidden", "intermediate_size": "intermediate",
@@ -67,8 +72,8 @@ class Family:
     architecture: the class name in config.json. norms: RMS norms per layer. qk_norm: norms of queries and keys, too.
     qkv_bias: biases of q, k and v. fused: q, k and v are one linear layer, gate and up another. experts: a mixture.
     softcap: the logits pass through a tanh. tied: one embedding table where config.json does not say. defaults: values
-    that config.json may leave out. counted: whether the parameters follow from config.json by the rules of `Shape`.
-    vllm: whether vLLM runs it with code of its own.
+    that config.json may leave out. counted: whether the parameters follow from config.json by the rules of `Shape`;
+    those of others are counted on the model's own class. vllm: whether vLLM runs it with code of its own.
     """
 
     architecture: str
@@ -85,19 +90,11 @@ class Family:
 
 
 @dataclass(frozen=True)
-class Linear:
-    """A linear layer that occurs once per decoder layer. holder: attention, mlp or experts."""
-
-    inputs: int
-    outputs: int
-    holder: str
-
-
-@dataclass(frozen=True)
 class Shape:
     """The shape of a decoder: all that its parameters, activations and FLOPs depend on.
 
     towers: parameters of vision and audio towers and projectors, which are loaded, but no text passes through them.
+    counted: the layers of a family whose parameters do not follow from the other figures.
     """
 
     model_type: str
@@ -115,6 +112,7 @@ class Shape:
     attention_bias: bool = False
     mlp_bias: bool = False
     towers: int = 0
+    counted: CountedDecoder | None = None
 
     @property
     def family(self) -> Family:
@@ -122,33 +120,65 @@ class Shape:
         return read_catalog().families.get(self.model_type, Family(architecture=""))
 
     @property
-    def linears(self) -> dict[str, Linear]:
-        """Name the linear layers of one decoder layer, as transformers does; experts are not among them."""
+    def kinds(self) -> tuple[LayerKind, ...]:
+        """Return the decoder's layers, alike ones together."""
+        if self.counted:
+            return self.counted.kinds
+        linears, width = self._linears, self.intermediate
+        gate_up = ("mlp.experts.gate_up_proj", self.experts, self.hidden, 2 * width)
+        experts = (gate_up, ("mlp.experts.down_proj", self.experts, width, self.hidden)) if self.experts > 1 else ()
+        norms = [f"self_attn.{norm}" for norm in ("q_norm", "k_norm") if self.family.qk_norm]
+        modules = ("self_attn", "mlp", *NORMS, *norms, *(name for name, _, _ in linears))
+        numbers = tuple(range(self.layers))
+        return (LayerKind(numbers, self._layer_parameters, self.family.norms, linears, experts, modules),)
+
+    @property
+    def layers_name(self) -> str:
+        """Return the whole name of the list of decoder layers."""
+        if self.counted:
+            return self.counted.layers
+        return "model.language_model.layers" if self.towers else "model.layers"
+
+    @property
+    def inner(self) -> int:
+        """Return the width inside the MLP, over all experts that work on a token."""
+        if self.counted:
+            return self.counted.inner(self.active_experts)
+        return self.intermediate * self.active_experts
+
+    @property
+    def softcap(self) -> bool:
+        """Report whether the logits pass through a tanh."""
+        return self.counted.softcap if self.counted else self.family.softcap
+
+    @property
+    def adapts_experts(self) -> bool:
+        """Report whether all-linear reaches the experts' tensors."""
+        return self.counted.adapts_experts if self.counted else self.experts > 1
+
+    @property
+    def _linears(self) -> tuple[tuple[str, int, int], ...]:
+        """Name the linear layers of a decoder layer of a family that follows the rules, as transformers does."""
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        is_fused = self.family.fused
-        if is_fused:
-            layers = {"qkv_proj": Linear(self.hidden, q + 2 * kv, "attention")}
+        if self.family.fused:
+            attention, mlp = {"qkv_proj": q + 2 * kv}, {"gate_up_proj": 2 * self.intermediate}
         else:
-            layers = {"q_proj": Linear(self.hidden, q, "attention")}
-            layers |= {name: Linear(self.hidden, kv, "attention") for name in ("k_proj", "v_proj")}
-        layers["o_proj"] = Linear(q, self.hidden, "attention")
-        if is_fused:
-            layers["gate_up_proj"] = Linear(self.hidden, 2 * self.intermediate, "mlp")
-        elif self.experts == 1:
-            layers |= {name: Linear(self.hidden, self.intermediate, "mlp") for name in ("gate_proj", "up_proj")}
-        if self.experts == 1:
-            layers["down_proj"] = Linear(self.intermediate, self.hidden, "mlp")
-        return layers
+            attention, mlp = (
+                {"q_proj": q, "k_proj": kv, "v_proj": kv},
+                dict.fromkeys(("gate_proj", "up_proj"), self.intermediate),
+            )
+        layers = [(f"self_attn.{name}", self.hidden, outputs) for name, outputs in attention.items()]
+        layers.append(("self_attn.o_proj", q, self.hidden))
+        if self.experts == 1:  # those of a mixture share tensors
+            layers += [(f"mlp.{name}", self.hidden, outputs) for name, outputs in mlp.items()]
+            layers.append(("mlp.down_proj", self.intermediate, self.hidden))
+        return tuple(layers)
 
     @property
-    def expert_parameters(self) -> int:
-        """Count the parameters of all experts of one layer; 0 if it has an ordinary MLP."""
-        return self.experts * 3 * self.hidden * self.intermediate if self.experts > 1 else 0
-
-    @property
-    def layer_parameters(self) -> int:
-        """Count the parameters of one decoder layer."""
-        products = sum(one.inputs * one.outputs for one in self.linears.values()) + self.expert_parameters
+    def _layer_parameters(self) -> int:
+        """Count the parameters of one decoder layer of a family that follows the rules."""
+        products = sum(inputs * outputs for _, inputs, outputs in self._linears)
+        products += self.experts * 3 * self.hidden * self.intermediate if self.experts > 1 else 0
         router = self.hidden * self.experts if self.experts > 1 else 0
         norms = self.hidden * self.family.norms + (2 * self.head_dim if self.family.qk_norm else 0)
         biases = 0
@@ -171,14 +201,18 @@ class Shape:
     @property
     def text_parameters(self) -> int:
         """Count the parameters that a text passes through."""
+        if self.counted:
+            return self.counted.parameters
         tables = self.embedding_parameters * (1 if self.tied else 2)
-        return tables + self.layers * self.layer_parameters + self.hidden
+        return tables + self.layers * self._layer_parameters + self.hidden
 
     @property
     def active_parameters(self) -> int:
         """Count the parameters that one token is multiplied with: no look-up table, the chosen experts only."""
-        idle = self.expert_parameters * (self.experts - self.active_experts) // self.experts
-        return self.embedding_parameters + self.layers * (self.layer_parameters - idle) + self.hidden
+        all_experts = sum(len(kind.layers) * kind.expert_parameters for kind in self.kinds)
+        idle = all_experts * (self.experts - self.active_experts) // self.experts
+        tables = self.counted.embeddings if self.counted else self.embedding_parameters
+        return self.text_parameters - tables + self.embedding_parameters * self.tied - idle
 
 
 @dataclass(frozen=True)
@@ -211,11 +245,8 @@ def _read(path: Path) -> Catalog:
     try:
         facts = yaml.safe_load(path.read_text(encoding="utf-8"))
         gpus = {name: _gpu(name, one) for name, one in facts["gpus"].items()}
-        shapes = {
-            model.lower(): Shape(**{"tied": False, **entry["shape"]})
-            for entry in facts["models"]
-            for model in entry["ids"]
-        }
+        entries = [*json.loads(_COUNTED.read_text(encoding="utf-8")), *facts["models"]]
+        shapes = {model.lower(): shape_from(entry["shape"]) for entry in entries for model in entry["ids"]}
         rates = {model.lower(): rates for model, rates in facts.get("learning_rates", {}).items()}
         formats = {model.lower(): one["format"] for one in facts.get("prompt_formats", []) for model in one["ids"]}
         families = _families(facts["families"]) if "families" in facts else _read(_OWN).families
@@ -253,6 +284,12 @@ def _families(rows: dict[str, dict[str, Any]]) -> dict[str, Family]:
         model_type: Family(**{**row, "defaults": tuple(row.get("defaults", {}).items())})
         for model_type, row in rows.items()
     }
+
+
+def shape_from(facts: dict[str, Any]) -> Shape:
+    """Read a shape from a catalog's entry, or from the JSON of one that was counted."""
+    counted = facts.get("counted")
+    return Shape(**facts | {"counted": counted_from(counted) if counted else None})
 
 
 def shape_of(model_id: str, catalog: Catalog | None = None) -> Shape:
@@ -305,15 +342,15 @@ def _shape_in(path: Path, catalog: Catalog | None) -> Shape:
         facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} cannot be read: {error}") from None
-    towers = _tower_parameters(facts)
+    towers, whole = _tower_parameters(facts), str(facts.get("model_type"))
     facts = facts.get("text_config", facts)  # models that read images wrap their text decoder
     kind, families = str(facts.get("model_type")), (catalog or read_catalog()).families
-    family = families.get(kind)
+    family = families.get(kind) if kind == whole or whole == "gemma3" else None  # no rule for the towers of others
     facts = (dict(family.defaults) if family else {}) | facts
     missing = [key for key in _NEEDED if not isinstance(facts.get(key), int)]
-    if family is None or not family.counted or missing:
-        is_counted = family is not None and family.counted
-        problem = f"lacks {', '.join(missing)}" if is_counted else f"has model_type {kind!r}"
+    is_counted = family is not None and family.counted
+    if family is None or not is_counted or missing:
+        problem = f"lacks {', '.join(missing)}" if is_counted else f"has model_type {whole!r}"
         counted = ", ".join(name for name, one in families.items() if one.counted)
         raise ModelError(f"{path} {problem}: the shape is known for {counted}")
     heads = facts["num_attention_heads"]
@@ -333,15 +370,14 @@ def _shape_in(path: Path, catalog: Catalog | None) -> Shape:
 
 
 def _tower_parameters(facts: dict[str, Any]) -> int:
-    """Count the parameters of a vision tower and its projector: exact for SigLIP as Gemma 3 has it, else about."""
+    """Count the parameters of a vision tower and its projector: SigLIP, as Gemma 3 has it."""
     vision = facts.get("vision_config") or {}
-    hidden, layers = vision.get("hidden_size"), vision.get("num_hidden_layers") or vision.get("depth")
+    hidden, layers = vision.get("hidden_size"), vision.get("num_hidden_layers")
     if not isinstance(hidden, int) or not isinstance(layers, int):
         return 0
     inner, patch = vision.get("intermediate_size", 4 * hidden), vision.get("patch_size", 16)
     layer = 4 * hidden * (hidden + 1) + 2 * hidden * inner + inner + hidden + 4 * hidden
-    pixels = vision.get("num_channels", 3) * patch**2
-    positions = (vision.get("image_size", 0) // patch) ** 2
+    pixels, positions = vision.get("num_channels", 3) * patch**2, (vision.get("image_size", 0) // patch) ** 2
     projector = hidden * (facts.get("text_config", {}).get("hidden_size", 0) + 1)
     return layers * layer + hidden * (pixels + 1 + positions + 2) + projector
 

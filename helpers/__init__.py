@@ -80,20 +80,21 @@ def prepare_data(config: FinetuneConfig) -> Prepared:
 
 def plan(config: FinetuneConfig, hardware: str | None = None) -> Plan:
     """Plan memory, time and cost on hardware such as "8xA100-80G", else on what the config names; reads no data."""
-    from forgebook import catalog
+    from forgebook.catalog import hardware_of
+    from forgebook.models.shapes import find_shape
     from forgebook.planning.hardware import hardware_in
     from forgebook.planning.plan import plan
 
-    gpus = catalog.hardware_of(hardware) if hardware else hardware_in(config)
-    return plan(config, catalog.shape_of(config.model_id), gpus)
+    return plan(config, find_shape(config.model_id), hardware_of(hardware) if hardware else hardware_in(config))
 
 
 def fit(config: FinetuneConfig, hardware: str) -> FinetuneConfig | None:
     """Find the fastest settings with which a config fits hardware such as "4xA10G"; None if none do."""
-    from forgebook import catalog
+    from forgebook.catalog import hardware_of
+    from forgebook.models.shapes import find_shape
     from forgebook.planning.feasibility import fit
 
-    return fit(config, catalog.shape_of(config.model_id), catalog.hardware_of(hardware))
+    return fit(config, find_shape(config.model_id), hardware_of(hardware))
 
 
 def load_for_generation(name: str | Path) -> LoadedModel:

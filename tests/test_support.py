@@ -87,6 +87,11 @@ def support_page() -> str:
         "| has no effect | do instead |", "|---|---|",
     ]  # fmt: skip
     lines += [f"| {rule.message} | {rule.fix} |" for rule in UNREAD]
+    lines += [
+        "", "## Models", "",
+        "Any decoder that transformers knows. [tests/oracles/families.md](tests/oracles/families.md) lists those",
+        "that are tested: loading, LoRA, full fine-tuning, the plan's counts, loss masks, vLLM.",
+    ]  # fmt: skip
     return "\n".join(lines) + "\n"
 
 

@@ -78,7 +78,7 @@ def _second_interrupt_ends() -> Iterator[None]:
 def plan_command(arguments: list[str]) -> int:
     """Print memory, time and cost before the run."""
     words = parse_words("plan", arguments)
-    from forgebook.catalog import shape_of
+    from forgebook.models.shapes import find_shape
     from forgebook.planning.hardware import cpu_share, hardware_in, has_gpu
     from forgebook.planning.history import read_throughputs
     from forgebook.planning.plan import plan
@@ -92,7 +92,7 @@ def plan_command(arguments: list[str]) -> int:
         config, hardware, data, choices = _choose(config)
     else:
         hardware, data = hardware_in(config), count_data(config)
-    shape = shape_of(config.model_id)
+    shape = find_shape(config.model_id)
     if words.options["fit"]:
         config = _write_fitting(config, shape, hardware, data)
     throughputs, warning = read_throughputs()

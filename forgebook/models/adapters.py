@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from forgebook.errors import CheckpointError, ModelError, first_line
 from forgebook.models.families import tower_modules
-from forgebook.models.lora_targets import Layers, unmatched_targets
+from forgebook.models.lora_targets import ROUTERS, Layers, unmatched_targets
 from forgebook.runs.atomic import read_json
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ __all__ = [
     "changes_base",
     "check_lora",
     "double_rank",
+    "expert_tensors_of",
     "fit_original_base",
     "in_dtype_of_base",
     "layers_of",
@@ -50,18 +51,56 @@ OVERRIDES = "config_overrides.json"
 def add_lora(model: PreTrainedModel, lora_config: dict[str, Any]):
     """Add a new LoRA adapter to a model; only the adapter trains. Raises ModelError if lora_config does not fit.
 
-    It reaches no vision or audio tower: a text trains nothing there.
+    It reaches no vision or audio tower: a text trains nothing there. Nor does all-linear reach routers.
     """
     from peft import LoraConfig, get_peft_model
 
     towers = tower_modules(model)
     try:
-        config = LoraConfig(**{"task_type": "CAUSAL_LM", **lora_config})
+        config = LoraConfig(**{"task_type": "CAUSAL_LM", **_without_routers(model, lora_config)})
         if towers:
             config.exclude_modules = _without(config.exclude_modules, towers)
-        return in_dtype_of_base(get_peft_model(model, config, autocast_adapter_dtype=False))
+        adapted = in_dtype_of_base(get_peft_model(model, config, autocast_adapter_dtype=False))
     except (ValueError, TypeError, NotImplementedError) as error:
         raise ModelError(f"lora_config does not fit this model: {first_line(error)}") from None
+    _refuse_tuples(adapted)
+    return adapted
+
+
+def _without_routers(model: PreTrainedModel, lora_config: dict[str, Any]) -> dict[str, Any]:
+    """Spell out all-linear for a mixture of experts: a router that is adapted sends tokens to other experts."""
+    if str(lora_config.get("target_modules")).lower() != "all-linear":
+        return lora_config
+    layers = layers_of(model)
+    experts = _expert_names(model).keys()
+    routers = {name for name in layers.linears if _is_router(model, name)}
+    if not experts and not routers:
+        return lora_config
+    head = model.get_output_embeddings()
+    linears = {name.rsplit(".", 1)[-1] for name in layers.linears if model.get_submodule(name) is not head}
+    return lora_config | {"target_modules": sorted((linears | experts) - ROUTERS)}
+
+
+def _is_router(model: PreTrainedModel, name: str) -> bool:
+    text = model.config.get_text_config()
+    experts = {getattr(text, key, None) for key in ("num_experts", "num_local_experts", "n_routed_experts")}
+    return name.rsplit(".", 1)[-1] in ROUTERS and getattr(model.get_submodule(name), "out_features", None) in experts
+
+
+def _refuse_tuples(model) -> None:
+    """Raise ModelError if an adapter is on a layer that returns more than its product, where PEFT fails when used."""
+    import torch
+    from peft.tuners.lora import LoraLayer
+
+    for name, module in model.named_modules():
+        base = module.get_base_layer() if isinstance(module, LoraLayer) else None
+        is_own = type(base).__module__.startswith("transformers.models.")
+        if isinstance(base, torch.nn.Linear) and is_own and type(base).forward is not torch.nn.Linear.forward:
+            leaf = name.rsplit(".", 1)[-1]
+            raise ModelError(
+                f"lora_config: {leaf} computes more than a product in this model, and PEFT cannot adapt it: leave it "
+                "out of target_modules"
+            )
 
 
 def check_lora(model: PreTrainedModel, lora_config: dict[str, Any]) -> list[str]:
@@ -91,7 +130,20 @@ def layers_of(model: PreTrainedModel) -> Layers:
     names = [name for name, _ in model.named_modules() if name and not f"{name}.".startswith(towers)]
     linears = [name for name in names if _is_linear(model.get_submodule(name))]
     parameters = {name.rsplit(".", 1)[-1] for name, _ in model.named_parameters()}
-    return Layers(names, linears, parameters, functools.partial(_is_expert, model))
+    experts = [name for name in expert_tensors_of(model) if not name.startswith(towers)]
+    return Layers(names, linears, parameters, functools.partial(_is_expert, model), experts)
+
+
+def expert_tensors_of(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Find the tensors that hold the weights of all experts of a layer, by name."""
+    from torch.nn.modules.conv import _ConvNd
+
+    return {
+        f"{holder_name}.{name}": p
+        for holder_name, holder in module.named_modules()
+        for name, p in holder.named_parameters(recurse=False)
+        if p.dim() == 3 and not isinstance(holder, _ConvNd)
+    }
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -102,13 +154,18 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _is_expert(model: PreTrainedModel, name: str) -> bool:
-    """Report whether PEFT translates a name of an expert's layer: transformers 5 holds all experts in one tensor."""
+    """Report whether PEFT translates a name of an expert's layer."""
+    return name.rsplit(".", 1)[-1] in _expert_names(model)
+
+
+def _expert_names(model: PreTrainedModel) -> dict[str, str]:
+    """List the names of experts' layers that PEFT translates: transformers 5 holds all experts in one tensor."""
     from peft.utils import transformers_weight_conversion as peft_names
 
     kind = peft_names._MODEL_TO_CONVERSION_PATTERN.get(  # type: ignore[attr-defined]  # PEFT has no public name for it
         model.config.model_type
     )
-    return name.rsplit(".", 1)[-1] in peft_names._MOE_TARGET_MODULE_MAPPING.get(kind, {})
+    return peft_names._MOE_TARGET_MODULE_MAPPING.get(kind, {})
 
 
 def _without(excluded: str | Collection[str] | None, towers: Sequence[str]) -> str:

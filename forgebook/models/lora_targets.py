@@ -20,10 +20,6 @@ FUSED = (
     (("q_proj", "k_proj", "v_proj"), ("qkv_proj", "query_key_value", "c_attn", "Wqkv", "wqkv", "qkv")),
     (("gate_proj", "up_proj", "w1", "w3"), ("gate_up_proj",)),
 )
-# Beside the linear layers of one decoder layer, for the families that the catalog counts.
-NORMS = (
-    "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm",
-)  # fmt: skip
 # What configs call the layers of an expert: however many experts there are, these share a tensor in training.
 EXPERT_LAYERS = {"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3", "gate_up_proj", "experts"}
 ROUTERS = {"gate", "router"}
@@ -34,30 +30,36 @@ class Layers:
     """The modules of a model that a text passes through.
 
     names: whole names of all; linears: of those that an adapter can be added to, in order. parameters: last parts of
-    parameters' names. is_expert: whether a name is that of an expert's layer, which PEFT translates.
+    parameters' names. is_expert: whether a name is that of an expert's layer, which PEFT translates. experts: whole
+    names of tensors that hold the weights of all experts.
     """
 
     names: Sequence[str]
     linears: Sequence[str]
     parameters: Collection[str]
     is_expert: Callable[[str], bool]
+    experts: Collection[str] = ()
 
 
 def layers_of_shape(shape: Shape) -> Layers:
-    """Name the modules of a model whose shape the catalog or a config.json states."""
-    decoder = "model.language_model" if shape.towers else "model"
-    names = [decoder, f"{decoder}.embed_tokens", f"{decoder}.layers", f"{decoder}.norm", "lm_head"]
-    linears = []
-    for layer in range(shape.layers):
-        own = f"{decoder}.layers.{layer}"
-        linears += [
-            f"{own}.{'self_attn' if linear.holder == 'attention' else 'mlp'}.{name}"
-            for name, linear in shape.linears.items()
-        ]
-        names += [own, f"{own}.self_attn", f"{own}.mlp", *(f"{own}.{norm}" for norm in NORMS)]
-        names += [f"{own}.self_attn.{norm}" for norm in ("q_norm", "k_norm") if shape.family.qk_norm]
-    experts = EXPERT_LAYERS | ROUTERS if shape.experts > 1 else set()
-    return Layers([*names, *linears], [*linears, "lm_head"], (), lambda name: name.rsplit(".", 1)[-1] in experts)
+    """Name the modules of a model whose shape is known."""
+    if shape.counted:
+        names = list(shape.counted.modules)
+        outside = [name for name, _, _ in shape.counted.others]
+    else:
+        decoder = shape.layers_name.rpartition(".")[0]
+        names = [decoder, *(f"{decoder}.{name}" for name in ("embed_tokens", "layers", "norm")), "lm_head"]
+        outside = ["lm_head"]
+    linears: list[str] = []
+    for kind in shape.kinds:
+        for layer in kind.layers:
+            own = f"{shape.layers_name}.{layer}"
+            names += [own, *(f"{own}.{name}" for name in kind.modules)]
+            linears += [f"{own}.{name}" for name, _, _ in kind.linears]
+    experts = EXPERT_LAYERS | ROUTERS if shape.adapts_experts else set()
+    tensors = [f"{shape.layers_name}.{kind.layers[0]}.{name}" for kind in shape.kinds for name, *_ in kind.experts]
+    parameters = {name.rsplit(".", 1)[-1] for name in tensors}
+    return Layers(names, [*linears, *outside], parameters, lambda name: name.rsplit(".", 1)[-1] in experts, tensors)
 
 
 def unmatched_targets(lora_config: dict[str, Any], layers: Layers) -> list[str]:
@@ -72,6 +74,8 @@ def unmatched_targets(lora_config: dict[str, Any], layers: Layers) -> list[str]:
                 example = f"such as {layers.linears[0]} and matches none"
                 text = f"lora_config.{key}: {wanted} is a pattern over whole names {example}"
                 problems.append(f"{text}; a list takes names of layers: {listed}")
+            elif wanted.lower() == "all-linear" and not lora_config.get("target_parameters"):
+                problems += _left_out(layers)
             continue
         unknown = [one for one in wanted if not any(f".{name}".endswith(f".{one}") for name in layers.names)]
         unknown = [one for one in unknown if not layers.is_expert(one)]
@@ -84,6 +88,32 @@ def unmatched_targets(lora_config: dict[str, Any], layers: Layers) -> list[str]:
         if not any(f".{layer}." in name for name in layers.names):
             problems.append(f"lora_config.layers_to_transform: there is no layer {layer}; the first one is 0")
     return problems
+
+
+def left_out_of_all_linear(layers: Layers) -> list[str]:
+    """List the linear layers that all-linear does not reach beside the experts whose names PEFT translates."""
+    if not layers.is_expert("gate_proj") and not layers.is_expert("w1"):
+        return []
+    return [name for name in layers.linears if layers.is_expert(name)]
+
+
+def _left_out(layers: Layers) -> list[str]:
+    """Say which weights all-linear leaves frozen in a mixture of experts."""
+
+    def short(names: Collection[str]) -> str:
+        return ", ".join(dict.fromkeys(re.sub(r"^.*?\.\d+\.", "", name) for name in names))
+
+    if layers.experts and not layers.is_expert("down_proj") and not layers.is_expert("w2"):
+        return [
+            f"lora_config.target_modules: all-linear leaves {short(layers.experts)} frozen, which hold the experts: "
+            "name them in lora_config.target_parameters to train them, too"
+        ]
+    if frozen := left_out_of_all_linear(layers):
+        return [
+            f"lora_config.target_modules: all-linear leaves {short(frozen)} frozen: PEFT gives these names to the "
+            "experts alone"
+        ]
+    return []
 
 
 def _fused(unknown: Sequence[str], linears: Collection[str], parameters: Collection[str]) -> list[str]:

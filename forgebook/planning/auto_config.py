@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from forgebook.catalog import Catalog, Gpu, Shape, read_catalog, shape_of
+from forgebook.catalog import Catalog, Gpu, Shape, read_catalog
 from forgebook.config.rules import check_rules, open_keys
 from forgebook.config.schema import DEFAULT_LORA, LEARNING_RATES, auto_keys
 from forgebook.data import readers
 from forgebook.data.batching import group_size, padding_in
 from forgebook.data.row_formats import parse_row
 from forgebook.errors import DataError, ModelError, ResourceError
+from forgebook.models.shapes import find_shape
 from forgebook.planning import schedule
 from forgebook.planning.cpu_dtype import choose_cpu_dtype
 from forgebook.planning.feasibility import capacity, cheapest_change, fit, longest_sequence
@@ -107,18 +108,15 @@ def _parses_as(task: str, raw: Any) -> bool:
 
 
 def core_shape(model_id: str, catalog: Catalog | None = None) -> Shape:
-    """Return the shape of a core model; raise ModelError, which lists them all, for another."""
+    """Return the shape of a model; raise ModelError, which lists the core models, for an unknown one."""
     try:
-        return shape_of(model_id, catalog)
+        return find_shape(model_id, catalog)
     except ModelError as error:
         core_models = ", ".join(["tiny", *(catalog or read_catalog()).shapes])
         raise ModelError(
-            f"{error}. --default needs a model of a known shape; custom mode, without --default, takes any model, with "
-            f"a config that sets the rest. The core models: {core_models}"
+            f"{error}. --default needs a model of a known shape: one whose config.json is on this machine or the hub, "
+            f"of an architecture that transformers has. The core models: {core_models}"
         ) from None
-
-
-# The rest ---------------------------------------------------------------------------------------------
 
 
 def choose(

@@ -15,18 +15,19 @@ Assumptions, and their sources:
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from forgebook.config.deepspeed_file import read_deepspeed_config, zero_of
 from forgebook.data.batching import group_size
+from forgebook.planning.trainable import adapted_layers, trainable_parameters
 
 if TYPE_CHECKING:
     from forgebook.catalog import Shape
     from forgebook.config.schema import FinetuneConfig
+    from forgebook.layer_counts import LayerKind
 
-__all__ = ["LOSS_CHUNK", "Memory", "Sharding", "memory_of", "sharding_of", "trainable_parameters"]
+__all__ = ["LOSS_CHUNK", "Memory", "Sharding", "memory_of", "sharding_of"]
 
 # Positions per chunk of the loss (forgebook/training/losses.py). Larger chunks make no step faster, as the matrix
 # products are large already; they only take more memory.
@@ -117,77 +118,6 @@ def sharding_of(config: FinetuneConfig, shape: Shape) -> Sharding:
     )
 
 
-def trainable_parameters(config: FinetuneConfig, shape: Shape) -> int:
-    """Count the trainable parameters: all that a text passes through, or those of the adapter."""
-    lora = config.lora_config
-    if lora is None:
-        return shape.text_parameters
-    count = sum(_adapter_size(rank, inputs, outputs, lora) for _, rank, inputs, outputs in _targets(lora, shape))
-    count += _expert_adapters(lora, shape)
-    saved = lora.get("modules_to_save") or []
-    tables = {"embed_tokens", "lm_head"} & set(saved)
-    count += shape.embedding_parameters * len(tables)
-    if config.classifier_config is not None and not tables and "trainable_token_indices" not in lora:
-        # One vector per label, in the embeddings and, if it is a separate layer, in the output layer.
-        count += len(config.classifier_config.label_tokens) * shape.hidden * (1 if shape.tied else 2)
-    return count
-
-
-def _adapter_size(rank: int, inputs: int, outputs: int, lora: dict[str, Any]) -> int:
-    extras = (outputs if lora.get("use_dora") else 0) + (outputs if lora.get("lora_bias") else 0)
-    return rank * (inputs + outputs) + extras
-
-
-def _targets(lora: dict[str, Any], shape: Shape) -> list[tuple[str, int, int, int]]:
-    """List the layers that get an adapter, as (full name, rank, inputs, outputs)."""
-    targets = lora.get("target_modules") or ["q_proj", "v_proj"]
-    layers = lora.get("layers_to_transform")
-    layers = [layers] if isinstance(layers, int) else layers
-    adapted = []
-    decoder = "model.language_model" if shape.towers else "model"
-    for layer in range(shape.layers):
-        for name, linear in shape.linears.items():
-            holder = "self_attn" if linear.holder == "attention" else "mlp"
-            full = f"{decoder}.layers.{layer}.{holder}.{name}"
-            if (layers is None or layer in layers) and _is_target(full, targets):
-                adapted.append((full, _rank_of(full, lora), linear.inputs, linear.outputs))
-    # PEFT leaves the tables out of all-linear, and layers_to_transform names decoder layers alone.
-    for full, inputs, outputs in (
-        (f"{decoder}.embed_tokens", shape.vocab, shape.hidden),
-        ("lm_head", shape.hidden, shape.vocab),
-    ):
-        if targets != "all-linear" and layers is None and _is_target(full, targets):
-            adapted.append((full, _rank_of(full, lora), inputs, outputs))
-    return [target for target in adapted if not _is_target(target[0], lora.get("exclude_modules") or [])]
-
-
-def _is_target(full: str, targets: str | list[str]) -> bool:
-    """Match a module as PEFT does: a pattern against the whole name, the names of a list against its end."""
-    if isinstance(targets, str):
-        return targets == "all-linear" or re.fullmatch(targets, full) is not None
-    return any(full == name or full.endswith(f".{name}") for name in targets)
-
-
-def _rank_of(full: str, lora: dict[str, Any]) -> int:
-    for pattern, rank in (lora.get("rank_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", full):
-            return rank
-    return lora.get("r", 8)
-
-
-def _expert_adapters(lora: dict[str, Any], shape: Shape) -> int:
-    """Count the adapters of a mixture's experts and router, which PEFT adds for all-linear."""
-    if shape.experts == 1 or lora.get("target_modules") != "all-linear":
-        return 0
-    rank = lora.get("r", 8)
-    # PEFT adapts experts as target_parameters: gate and up are one tensor, whose adapter has twice the rank, and each
-    # expert has its own.
-    gate_up = 2 * rank * (shape.hidden + 2 * shape.intermediate)
-    down = rank * (shape.intermediate + shape.hidden)
-    router = rank * (shape.hidden + shape.experts)
-    return shape.layers * (shape.experts * (gate_up + down) + router)
-
-
 @dataclass(frozen=True)
 class _Run:
     """What the terms are computed from. width: bytes of a weight; trained: parameters; micro_batch: examples."""
@@ -218,10 +148,6 @@ class _Run:
     @property
     def tokens(self) -> int:
         return self.sequences * self.length
-
-    @property
-    def inner(self) -> int:
-        return self.shape.intermediate * self.shape.active_experts
 
 
 def memory_of(config: FinetuneConfig, shape: Shape, *, workers: int, length: int, on_gpu: bool = True) -> Memory:
@@ -341,7 +267,7 @@ def _step(run: _Run) -> int:
 
 def _base_bytes(shape: Shape, quantization: str | None, width: int) -> int:
     """Count the bytes of the base model, quantized or not: embeddings, norms and experts stay in the run's dtype."""
-    linear = shape.layers * sum(layer.inputs * layer.outputs for layer in shape.linears.values())
+    linear = sum(len(kind.layers) * inputs * outputs for kind in shape.kinds for _, inputs, outputs in kind.linears)
     each = {"nf4": NF4_BYTES, "int8": INT8_BYTES, None: width}[quantization]
     return int(linear * each + (shape.parameters - linear) * width)
 
@@ -349,49 +275,59 @@ def _base_bytes(shape: Shape, quantization: str | None, width: int) -> int:
 def _activations(run: _Run) -> tuple[int, int, int]:
     """Count the bytes saved for the backward pass, what that pass allocates beside them, and one layer's of both."""
     config, shape, width = run.config, run.shape, run.width
-    layer = run.tokens * _saved_per_token(run)
+    layers = [run.tokens * _saved_per_token(run, kind) for kind in shape.kinds]
+    layer, all_layers = (
+        max(layers),
+        sum(len(kind.layers) * saved for kind, saved in zip(shape.kinds, layers, strict=True)),
+    )
     # The backward pass of the MLP holds three gradients of its inner width, that of a norm works in float32.
-    working = run.tokens * (3 * width * run.inner + 2 * width * shape.hidden + 8 * shape.hidden)
+    working = run.tokens * (3 * width * shape.inner + 2 * width * shape.hidden + 8 * shape.hidden)
     if config.attention == "eager":
         square = run.sequences * shape.heads * run.length**2
         # Saved: the softmax in float32 and its copy in the run's dtype; the backward pass: two gradients of that size.
         layer += square * (4 if width == 4 else 4 + width)
+        all_layers += shape.layers * square * (4 if width == 4 else 4 + width)
         working += square * 2 * 4
     if config.quantization is not None:  # bitsandbytes unpacks the weights of one layer at a time
-        working += max(layer.inputs * layer.outputs for layer in shape.linears.values()) * width
+        working += max(inputs * outputs for kind in shape.kinds for _, inputs, outputs in kind.linears) * width
     last_norm = run.tokens * shape.hidden * (4 + 3 * width)
     if config.gradient_checkpointing:  # saved: each layer's input alone; layers are recomputed one at a time
         return shape.layers * run.tokens * shape.hidden * width + last_norm, layer + working, layer + working
-    return shape.layers * layer + last_norm, working, layer + working
+    return all_layers + last_norm, working, layer + working
 
 
-def _saved_per_token(run: _Run) -> int:
+def _saved_per_token(run: _Run, kind: LayerKind) -> int:
     """Count the bytes that one decoder layer saves per token, except for length^2 matrices."""
     config, shape, width = run.config, run.shape, run.width
-    hidden, inner = shape.hidden, run.inner
-    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    hidden, inner = shape.hidden, shape.inner
     # A norm saves its input in float32, and the normalized input if its own weight is trained.
-    saved = shape.family.norms * hidden * (4 if config.is_lora else 4 + width)
-    saved += width * (2 * q + 2 * kv)  # queries, keys, values and the output of attention
-    saved += 3 * width * inner  # gate, its activation, up
+    saved = kind.norms * hidden * (4 if config.is_lora else 4 + width)
+    if shape.counted:  # whatever the layers do: what enters a product other than hidden states, and all that leaves one
+        products = [(inputs, outputs) for _, inputs, outputs in kind.linears]
+        products += [(inputs, outputs) for *_, inputs, outputs in kind.experts] * shape.active_experts
+        saved += width * sum(outputs + inputs * (inputs != hidden) for inputs, outputs in products)
+    else:
+        q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+        saved += width * (2 * q + 2 * kv)  # queries, keys, values and the output of attention
+        saved += 3 * width * inner  # gate, its activation, up
     lora = config.lora_config
     if lora is None:
         # A trained weight needs its input: that of q, k and v; of gate and up; of down.
         return saved + width * (2 * hidden + inner)
-    layer = [(name, rank, inputs) for name, rank, inputs, _ in _targets(lora, shape) if ".layers.0." in name]
+    first = f"{shape.layers_name}.{kind.layers[0]}."
+    layer = [(name, rank, inputs) for name, rank, inputs, _ in adapted_layers(lora, shape) if name.startswith(first)]
     if lora.get("lora_dropout", 0):  # each adapter saves its own input after dropout, and the mask
         mask = 1 if run.on_gpu else width  # booleans on a GPU, factors on a CPU
         saved += sum(inputs * (width + mask) for _, _, inputs in layer)
-    else:  # adapters of one input share it
-        shared = {name.rsplit(".", 1)[-1] for name, _, _ in layer}
-        saved += width * hidden * bool(shared & {"q_proj", "k_proj", "v_proj", "qkv_proj"})
-        saved += width * hidden * bool(shared & {"gate_proj", "up_proj", "gate_up_proj"})
-        saved += width * inner * ("down_proj" in shared)
+    else:  # adapters of one input share it; that of o is saved as the output of attention
+        own = [(name.rpartition("."), inputs) for name, _, inputs in layer]
+        shared = {(holder, inputs) for (holder, _, name), inputs in own if name != "o_proj"}
+        saved += width * sum(inputs for _, inputs in shared)
     return saved + sum(width * rank for _, rank, _ in layer)
 
 
 def _chunk(run: _Run) -> int:
     """Count the bytes of a chunk of logits: in the weights' dtype and in float32."""
     # The loss has a gradient of its own, computed in place; a softcap leaves it to autograd, which saves more.
-    float32_copies = 4 if run.shape.family.softcap else 1
+    float32_copies = 4 if run.shape.softcap else 1
     return min(LOSS_CHUNK, run.tokens) * run.shape.vocab * (run.width + 4 * float32_copies)

@@ -22,8 +22,9 @@ from forgebook.models.vllm_support import vllm_serves
 from forgebook.planning.feasibility import Work, capacity, cheapest_change, fits, without_gaps, work_of
 from forgebook.planning.hardware import Cpu
 from forgebook.planning.history import RunKind, Throughput, method_name, typical_throughput
-from forgebook.planning.memory import Memory, memory_of, sharding_of, trainable_parameters
+from forgebook.planning.memory import Memory, memory_of, sharding_of
 from forgebook.planning.token_count import Statistics
+from forgebook.planning.trainable import trainable_parameters
 
 if TYPE_CHECKING:
     from forgebook.config.schema import FinetuneConfig, ResolvedConfig
@@ -286,8 +287,8 @@ def _vllm_verdict(lora_config: dict[str, Any] | None, shape: Shape) -> str:
         return "yes"
     targets = lora_config.get("target_modules") or ()
     named = {targets} if isinstance(targets, str) else {name.rsplit(".", 1)[-1] for name in targets}
-    reaches_experts = lora_config.get("target_parameters") or named & {"all-linear", *EXPERT_LAYERS}
-    if shape.experts > 1 and reaches_experts:
+    is_named = shape.adapts_experts and named & {"all-linear", *EXPERT_LAYERS}
+    if shape.experts > 1 and (is_named or lora_config.get("target_parameters")):
         return "no: its experts share one tensor, and each has its own in the published weights, where vLLM looks"
     return vllm_serves(lora_config)
 

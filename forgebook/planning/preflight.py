@@ -16,12 +16,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from forgebook.catalog import Shape, read_catalog, shape_of
+from forgebook.catalog import read_catalog
 from forgebook.errors import ModelError, ResourceError
 from forgebook.models.adapters import check_lora
 from forgebook.models.families import check_positions
 from forgebook.models.load import check_attention, load_skeleton
 from forgebook.models.saved_adapters import check_reach
+from forgebook.models.shapes import find_shape
 from forgebook.models.tokenizer import locate
 from forgebook.models.vllm_support import vllm_serves, vllm_serves_saved
 from forgebook.planning import schedule
@@ -69,29 +70,11 @@ def plan_run(prepared: Prepared) -> tuple[Plan | None, str]:
     """
     config = prepared.config
     try:
-        shape = _shape_of(config.model_id)
+        shape = find_shape(config.model_id)
     except ModelError as error:
         return None, f"no plan: {error}"
     throughputs, warning = read_throughputs()
     return plan(config, shape, hardware_for(config), work=_work_of(prepared), throughputs=throughputs), warning
-
-
-def _shape_of(model_id: str) -> Shape:
-    """Find the model's shape in the catalog or its folder, else in the config.json of its repository on the hub."""
-    try:
-        return shape_of(model_id)
-    except ModelError:
-        source = locate(model_id)
-        if not Path(source).is_dir():
-            from transformers.utils import cached_file
-
-            # The tokenizer was read from there already; None: there is no such file, or it cannot be read.
-            kinds = ("missing_entries", "connection_errors", "gated_repo")
-            file = cached_file(source, "config.json", **{f"_raise_exceptions_for_{kind}": False for kind in kinds})
-            source = str(Path(file).parent) if file else source
-        if source == model_id:
-            raise
-        return shape_of(source)
 
 
 def _work_of(prepared: Prepared) -> Work:

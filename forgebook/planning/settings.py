@@ -11,7 +11,7 @@ from forgebook.config.rules import unread_keys
 from forgebook.errors import ModelError
 from forgebook.models.lora_targets import layers_of_shape, unmatched_targets
 from forgebook.planning import schedule
-from forgebook.planning.memory import trainable_parameters
+from forgebook.planning.trainable import trainable_parameters
 
 if TYPE_CHECKING:
     from forgebook.catalog import Shape

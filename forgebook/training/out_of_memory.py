@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from forgebook.catalog import shape_of
 from forgebook.errors import ModelError, ResourceError
+from forgebook.models.shapes import find_shape
 from forgebook.planning.feasibility import cheapest_change, device_of
 from forgebook.planning.memory import memory_of
 from forgebook.planning.plan_report import format_bytes
@@ -65,7 +65,7 @@ def _planned_change(config: ResolvedConfig, workers: int, length: int) -> str:
     """Say what the plan would change to need less memory."""
     on_gpu = torch.cuda.is_available()
     with contextlib.suppress(ModelError):  # a model of unknown shape
-        shape = shape_of(config.model_id)
+        shape = find_shape(config.model_id)
         need = memory_of(config, shape, workers=workers, length=length, on_gpu=on_gpu)
         smaller = device_of(int((1 - SAVED) * need.total), on_gpu=on_gpu)
         changes, changed = cheapest_change(config, shape, workers, length, smaller)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from forgebook.catalog import shape_of
+from forgebook.errors import ModelError
 from forgebook.models import adapters
 from forgebook.models.lora_targets import layers_of_shape, unmatched_targets
 
@@ -56,3 +57,42 @@ def test_names_of_experts_are_known():
     layers = layers_of_shape(shape_of("mistralai/Mixtral-8x7B-v0.1"))
     assert unmatched_targets({"target_modules": ["q_proj", "w1", "w2", "w3", "gate"]}, layers) == []
     assert "is named query" in unmatched_targets({"target_modules": ["query"]}, layers)[0]
+
+
+def mixture(kind, **settings):
+    import transformers
+
+    config = transformers.CONFIG_MAPPING[kind](**TEXT, **settings)
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(config)
+
+
+MIXTURES = {
+    "mixtral": {"num_local_experts": 4},
+    "llama4_text": {"num_local_experts": 4, "intermediate_size_mlp": 24},
+    "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 8},
+}
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_all_linear_leaves_routers_alone(kind):
+    model = adapters.add_lora(mixture(kind, **MIXTURES[kind]), {"r": 2, "target_modules": "all-linear"})
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert any("q_proj" in name for name in trained) and not any(".gate." in n or ".router." in n for n in trained)
+
+
+def test_a_router_that_is_more_than_a_product_is_refused():
+    """PEFT wraps it and fails in the first forward pass, where Llama 4's returns two tensors."""
+    with pytest.raises(ModelError, match=r"router computes more than a product .* leave it out of target_modules"):
+        adapters.add_lora(mixture("llama4_text", **MIXTURES["llama4_text"]), {"r": 2, "target_modules": ["router"]})
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_what_all_linear_leaves_frozen_is_reported():
+    model = mixture("llama4_text", **MIXTURES["llama4_text"])
+    [text] = unmatched_targets({"target_modules": "all-linear"}, adapters.layers_of(model))
+    assert "leaves feed_forward.experts.gate_up_proj, feed_forward.experts.down_proj frozen" in text
+    named = {"target_modules": "all-linear", "target_parameters": ["feed_forward.experts.gate_up_proj"]}
+    assert unmatched_targets(named, adapters.layers_of(model)) == []
+    assert unmatched_targets({"target_modules": "all-linear"}, adapters.layers_of(mixture("mixtral"))) == []

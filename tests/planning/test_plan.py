@@ -13,10 +13,10 @@ from forgebook.cli.main import main
 from forgebook.models.tokenizer import tokenizer_of
 from forgebook.planning.hardware import Cpu
 from forgebook.planning.history import Throughput
-from forgebook.planning.memory import trainable_parameters
 from forgebook.planning.plan import cost_per_million_tokens, flops_per_token, plan, running_figures, utilization
 from forgebook.planning.plan_report import plan_as_json, plan_summary, verdict
 from forgebook.planning.token_count import count_data
+from forgebook.planning.trainable import trainable_parameters
 
 # -- does it fit, and what would make it
 

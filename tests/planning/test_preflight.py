@@ -9,6 +9,7 @@ import pytest
 from conftest import TINY_MODEL, losses_of
 from forgebook.errors import ConfigError, ModelError, ResourceError
 from forgebook.launch.ray_train import fine_tune
+from forgebook.models.shapes import find_shape
 from forgebook.planning.history import read_throughputs
 from forgebook.planning.preflight import plan_run
 from forgebook.planning.prepare import prepare
@@ -124,10 +125,21 @@ def test_memory_that_is_taken_now_is_a_warning(make_config, monkeypatch):
     assert told.fits and "0.0 GB are free now" in warning
 
 
-def test_an_architecture_that_is_not_known_has_no_plan(make_config, model_of):
-    config = make_config(model_id=model_of(model_type="olmo"))
+def test_an_architecture_that_is_not_known_has_no_plan(make_config, monkeypatch):
+    def find_none(model_id):
+        raise ModelError("no shape of newcomer is known")
+
+    config = make_config()
+    monkeypatch.setattr("forgebook.planning.preflight.find_shape", find_none)
     told, note = plan_run(prepare(config, open_run(config)))
-    assert told is None and note.startswith("no plan: ") and "model_type 'olmo'" in note
+    assert told is None and note.startswith("no plan: ") and "newcomer" in note
+
+
+def test_an_architecture_without_a_rule_is_counted(make_config, model_of):
+    config = make_config(model_id=model_of(model_type="olmo"))
+    planned, _ = plan_run(prepare(config, open_run(config)))
+    tiny = find_shape("tiny")
+    assert planned.parameters == tiny.parameters - (2 * tiny.layers + 1) * tiny.hidden  # OLMo's norms have no weights
 
 
 @pytest.mark.parametrize("lora", [None, {"r": 4, "target_modules": "all-linear"}])

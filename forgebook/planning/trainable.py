@@ -1,0 +1,100 @@
+"""Which parameters train: all, or those of the adapter, counted from the shape of the model alone.
+
+count = trainable_parameters(config, shape)       what PEFT counts on the model itself
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from forgebook.models.lora_targets import EXPERT_LAYERS, ROUTERS
+
+if TYPE_CHECKING:
+    from forgebook.catalog import Shape
+    from forgebook.config.schema import FinetuneConfig
+
+__all__ = ["adapted_layers", "trainable_parameters"]
+
+
+def trainable_parameters(config: FinetuneConfig, shape: Shape) -> int:
+    """Count the trainable parameters: all that a text passes through, or those of the adapter."""
+    lora = config.lora_config
+    if lora is None:
+        return shape.text_parameters
+    count = sum(_adapter_size(rank, inputs, outputs, lora) for _, rank, inputs, outputs in adapted_layers(lora, shape))
+    count += _expert_adapters(lora, shape)
+    saved = lora.get("modules_to_save") or []
+    tables = {"embed_tokens", "lm_head"} & set(saved)
+    count += shape.embedding_parameters * len(tables)
+    if config.classifier_config is not None and not tables and "trainable_token_indices" not in lora:
+        # One vector per label, in the embeddings and, if it is a separate layer, in the output layer.
+        count += len(config.classifier_config.label_tokens) * shape.hidden * (1 if shape.tied else 2)
+    return count
+
+
+def _adapter_size(rank: int, inputs: int, outputs: int, lora: dict[str, Any]) -> int:
+    extras = (outputs if lora.get("use_dora") else 0) + (outputs if lora.get("lora_bias") else 0)
+    return rank * (inputs + outputs) + extras
+
+
+def adapted_layers(lora: dict[str, Any], shape: Shape) -> list[tuple[str, int, int, int]]:
+    """List the layers that get an adapter, as (full name, rank, inputs, outputs)."""
+    targets = lora.get("target_modules") or ["q_proj", "v_proj"]
+    layers = lora.get("layers_to_transform")
+    layers = [layers] if isinstance(layers, int) else layers
+    adapted = []
+    for kind in shape.kinds:
+        for layer in kind.layers if layers is None else set(kind.layers) & set(layers):
+            for name, inputs, outputs in kind.linears:
+                full = f"{shape.layers_name}.{layer}.{name}"
+                is_skipped = targets == "all-linear" and _all_linear_skips(name, shape)
+                if _is_target(full, targets) and not is_skipped:
+                    adapted.append((full, _rank_of(full, lora), inputs, outputs))
+    # PEFT leaves the tables out of all-linear, and layers_to_transform names decoder layers alone.
+    decoder = shape.layers_name.rpartition(".")[0]
+    tables = ((f"{decoder}.embed_tokens", shape.vocab, shape.hidden), ("lm_head", shape.hidden, shape.vocab))
+    for full, inputs, outputs in [
+        *tables * (targets != "all-linear"),
+        *(shape.counted.others if shape.counted else ()),
+    ]:
+        if layers is None and _is_target(full, targets):
+            adapted.append((full, _rank_of(full, lora), inputs, outputs))
+    return [target for target in adapted if not _is_target(target[0], lora.get("exclude_modules") or [])]
+
+
+def _all_linear_skips(name: str, shape: Shape) -> bool:
+    """Report whether all-linear leaves a linear layer out: a router, or one whose name PEFT gives to the experts."""
+    last = name.rsplit(".", 1)[-1]
+    return shape.experts > 1 and (last in ROUTERS or (shape.adapts_experts and last in EXPERT_LAYERS))
+
+
+def _is_target(full: str, targets: str | list[str]) -> bool:
+    """Match a module as PEFT does: a pattern against the whole name, the names of a list against its end."""
+    if isinstance(targets, str):
+        return targets == "all-linear" or re.fullmatch(targets, full) is not None
+    return any(full == name or full.endswith(f".{name}") for name in targets)
+
+
+def _rank_of(full: str, lora: dict[str, Any]) -> int:
+    for pattern, rank in (lora.get("rank_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", full):
+            return rank
+    return lora.get("r", 8)
+
+
+def _expert_adapters(lora: dict[str, Any], shape: Shape) -> int:
+    """Count the adapters of a mixture's experts: those that all-linear reaches, or target_parameters name."""
+    named = lora.get("target_parameters") or []
+    is_whole = lora.get("target_modules") == "all-linear" and shape.adapts_experts
+    layers = lora.get("layers_to_transform")
+    layers = [layers] if isinstance(layers, int) else layers
+    total = 0
+    for kind in shape.kinds:
+        count = len(kind.layers if layers is None else set(kind.layers) & set(layers))
+        for name, experts, inputs, outputs in kind.experts:
+            # Each expert has an adapter; where PEFT translates the names of gate and up, theirs has twice the rank.
+            rank = lora.get("r", 8) * (2 if is_whole and name.endswith("gate_up_proj") else 1)
+            if is_whole or _is_target(f"{shape.layers_name}.0.{name}", named):
+                total += count * experts * rank * (inputs + outputs)
+    return total
