@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
@@ -50,6 +51,7 @@ def _run_ranks(count: int, scenario, folder: Path, *arguments) -> list:
 
 def _join(rank: int, environment: dict[str, str], scenario, folder: str, *arguments) -> None:
     os.environ |= environment | {"RANK": str(rank), "LOCAL_RANK": str(rank), "GLOO_SOCKET_IFNAME": "lo"}
+    torch.set_num_threads(1)  # as Ray's workers have: sums of more threads round otherwise
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
     Path(folder, f"rank-{rank}.json").write_text(json.dumps(scenario(rank, *arguments)))
 

@@ -30,18 +30,9 @@ from forgebook.planning.prepare import prepare
 from forgebook.runs.atomic import read_json
 from forgebook.runs.metrics import read_metrics
 from forgebook.runs.run import Run, open_run
+from support_ranks import train_in_ranks
 
 SHARDINGS = ["none", "zero_1", "zero_2", "zero_3"]  # none first: the others are compared with it
-
-
-@pytest.mark.slow
-def test_two_workers_train_what_one_does(ray_session, make_config):
-    """(2 workers x 4 rows) = (1 x 8), with rows of very different lengths: equal to float32 rounding."""
-    one = fine_tune(make_config(run_name="one", num_epochs=2))
-    two = fine_tune(make_config(run_name="two", num_epochs=2, num_devices=2, train_batch_size_per_device=4))
-    assert len(losses_of(one)) == 6 and losses_of(two) == pytest.approx(losses_of(one), abs=1e-4)
-    summary = read_json(two.summary)
-    assert summary["workers"] == 2 and len(summary["peak_memory_bytes_per_worker"]) == 2
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +62,10 @@ def test_every_sharding_trains_alike(without_ray, make_config, plain_ddp, shardi
 @pytest.mark.slow
 @pytest.mark.parametrize("sharding", ["none", "zero_3"])
 def test_a_killed_worker_changes_nothing(ray_session, make_config, write_rows, sharding):
-    """SIGKILL in the middle of an epoch: Ray restarts the workers, which end with the same losses."""
+    """SIGKILL in the middle of an epoch: Ray restarts the workers, which end with the losses of plain processes.
+
+    And (2 workers x 2 examples) = (1 x 4), with examples of very different lengths: equal to float32 rounding.
+    """
     settings = {
         "train_path": write_rows(uneven_rows(80), "many.jsonl"),
         "num_devices": 2,
@@ -80,7 +74,11 @@ def test_a_killed_worker_changes_nothing(ray_session, make_config, write_rows, s
         "deepspeed": sharding,
         "checkpoint_and_evaluation_frequency": {"unit": "steps", "frequency": 15},
     }
-    undisturbed = losses_of(fine_tune(make_config(run_name="undisturbed", **settings)))
+    one_process = settings | {"num_devices": 0, "train_batch_size_per_device": 4, "deepspeed": None}
+    alone = losses_of(fine_tune(make_config(run_name="alone", **one_process)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ray_train, "_run_on_ray", train_in_ranks)
+        undisturbed = losses_of(fine_tune(make_config(run_name="undisturbed", **settings)))
     config = make_config(run_name="disturbed", **settings)
     run = Run(Path(config.storage_path) / "disturbed")
     killed = []
@@ -92,6 +90,9 @@ def test_a_killed_worker_changes_nothing(ray_session, make_config, write_rows, s
     progress = (run.logs / "progress.jsonl").read_text()
     assert progress.count('"training"') == 2 and '"start": 15,' in progress
     assert len(undisturbed) == 40 and losses_of(run) == undisturbed
+    assert undisturbed[:6] == pytest.approx(alone[:6], abs=1e-4)
+    summary = read_json(run.summary)
+    assert summary["workers"] == 2 and len(summary["peak_memory_bytes_per_worker"]) == 2
     steps = [row["step"] for row in read_metrics(run.metrics) if "train_loss_batch" in row]
     assert steps == list(range(1, 41))
 
