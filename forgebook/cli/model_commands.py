@@ -90,15 +90,23 @@ def push_command(arguments: list[str]) -> int:
 
 
 def export_command(arguments: list[str]) -> int:
-    """Write a GGUF file."""
+    """Write a GGUF file, and a Modelfile for Ollama."""
     words = parse_words("export", arguments, extra=["a file to write after the MODEL, such as model.gguf"])
     from pathlib import Path
 
-    from forgebook.export.gguf import export_gguf
+    from forgebook.export.gguf import check_exportable, export_gguf
     from forgebook.runs.run import best_checkpoint, find_run
 
-    folder = Path(words.target)
+    folder, out, kind = Path(words.target), Path(words.rest[0]), words.options["type"]
     if not (folder / "config.json").is_file():
         folder = best_checkpoint(find_run(words.target))
-    print(f"wrote {export_gguf(folder, Path(words.rest[0]), words.options['type'])}")
+    if words.options["ollama"]:
+        from forgebook.export.ollama import write_modelfile
+
+        check_exportable(folder, kind)
+        # Before minutes of converting: it is refused where Ollama cannot write the model's prompts.
+        modelfile = write_modelfile(folder, out)
+    print(f"wrote {export_gguf(folder, out, kind)}")
+    if words.options["ollama"]:
+        print(f"wrote {modelfile}: ollama create NAME -f {modelfile}")
     return 0

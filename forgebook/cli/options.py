@@ -302,10 +302,13 @@ _TABLE = (
     ),
     Command(
         "export",
-        "MODEL OUT.gguf [type=q8_0]",
+        "MODEL OUT.gguf [type=q8_0] [ollama=true]",
         "Write full weights as a GGUF file with llama.cpp's converter, from $LLAMA_CPP or the PATH.",
         "MODEL: a folder written by merge, or a full fine-tuning RUN",
-        (Option("type", "f32, f16, bf16, q8_0 (the default), ...", default="q8_0"),),
+        (
+            Option("type", "f32, f16, bf16, q8_0 (the default), ...", default="q8_0"),
+            Option("ollama", "true: also OUT.Modelfile, with the model's prompts and ends", switch, "false"),
+        ),
     ),
 )
 COMMANDS = {command.name: command for command in _TABLE}

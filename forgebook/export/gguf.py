@@ -13,7 +13,7 @@ from forgebook.models.tokenizer import refuse_own_code, refuse_pickled
 from forgebook.runs.atomic import atomic_file
 from forgebook.runs.checksums import check_files
 
-__all__ = ["export_gguf"]
+__all__ = ["check_exportable", "export_gguf"]
 
 TENSOR_TYPES = ("f32", "f16", "bf16", "q8_0", "tq1_0", "tq2_0", "auto")
 CONVERTER = "convert_hf_to_gguf.py"
@@ -26,6 +26,19 @@ def export_gguf(source: Path, out: Path, kind: str = "q8_0") -> Path:
 
     Raises ModelError for an adapter, ConfigError without llama.cpp. The file is complete or absent.
     """
+    check_exportable(source, kind)
+    converter = _find_converter()
+    with atomic_file(out.expanduser().resolve()) as temporary:
+        command = [sys.executable, str(converter), str(source), "--outfile", str(temporary), "--outtype", kind]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode or not temporary.exists():
+            lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
+            raise ModelError(f"{converter} could not convert {source}: {lines[-1] if lines else 'it wrote no file'}")
+    return out
+
+
+def check_exportable(source: Path, kind: str = "q8_0") -> None:
+    """Raise ModelError for a folder that holds no full model, ConfigError for a type that GGUF does not have."""
     if kind not in TENSOR_TYPES:
         raise ConfigError(f"export: type must be one of {', '.join(TENSOR_TYPES)}, got {kind!r}")
     if (source / "adapter_config.json").exists():
@@ -38,14 +51,6 @@ def export_gguf(source: Path, out: Path, kind: str = "q8_0") -> Path:
     refuse_own_code(source)
     refuse_pickled(str(source))
     check_files(source)
-    converter = _find_converter()
-    with atomic_file(out.expanduser().resolve()) as temporary:
-        command = [sys.executable, str(converter), str(source), "--outfile", str(temporary), "--outtype", kind]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode or not temporary.exists():
-            lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
-            raise ModelError(f"{converter} could not convert {source}: {lines[-1] if lines else 'it wrote no file'}")
-    return out
 
 
 def _find_converter() -> Path:
