@@ -95,6 +95,7 @@ def export_command(arguments: list[str]) -> int:
     from pathlib import Path
 
     from forgebook.export.gguf import check_exportable, export_gguf
+    from forgebook.reporting.console import make_console, show_stages
     from forgebook.runs.run import best_checkpoint, find_run
 
     folder, out, kind = Path(words.target), Path(words.rest[0]), words.options["type"]
@@ -106,7 +107,9 @@ def export_command(arguments: list[str]) -> int:
         check_exportable(folder, kind)
         # Before minutes of converting: it is refused where Ollama cannot write the model's prompts.
         modelfile = write_modelfile(folder, out)
-    print(f"wrote {export_gguf(folder, out, kind)}")
+    with show_stages(make_console(), f"converting {folder}"):
+        written = export_gguf(folder, out, kind)
+    print(f"wrote {written}")
     if words.options["ollama"]:
         print(f"wrote {modelfile}: ollama create NAME -f {modelfile}")
     return 0

@@ -5,6 +5,7 @@ Each takes its words and returns an exit code; each imports what it needs when i
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from contextlib import AbstractContextManager
@@ -49,12 +50,13 @@ def generate_command(arguments: list[str]) -> int:
         if "out" in options:
             count = write_answers(
                 Path(options["out"]), source, prompts, sampling, engine=engine, num_devices=workers,
-                on_progress=lambda done, total: show("prompts", done, total),
+                on_progress=functools.partial(show, "prompts"),
             )  # fmt: skip
         else:
-            for number, text in answer(source, prompts, sampling, engine=engine, num_devices=workers):
-                answers[number] = text
-                show("prompts", len(answers), len(prompts))
+            answers = dict(answer(
+                source, prompts, sampling, engine=engine, num_devices=workers,
+                on_progress=lambda done, tokens, begun: show("prompts", done, len(prompts), tokens, begun),
+            ))  # fmt: skip
     if "out" in options:
         print(f"{count} of {len(prompts)} prompts answered, {len(prompts) - count} were there: {options['out']}")
     elif len(prompts) == 1:
@@ -125,7 +127,7 @@ def evaluate_command(arguments: list[str]) -> int:
         from forgebook.evaluation.judge import Judge
 
         evaluation = evaluate(
-            run, path=options.get("data"), on_progress=show,
+            run, path=options.get("data"), on_progress=show, on_note=output.print,
             judge=Judge(options["judge"], options.get("base_url")) if "judge" in options else None,
             **words.get("metric", "rows", "max_new_tokens", "checkpoint"),
         )  # fmt: skip
@@ -170,14 +172,16 @@ def _run_lm_eval(run: Run, options: dict[str, Any], output: Console) -> None:
 def merge_command(arguments: list[str]) -> int:
     """Merge an adapter into its base."""
     words = parse_words("merge", arguments, extra=["OUT: a folder that does not exist yet"])
-    from forgebook.reporting.console import make_console, quiet_descriptors
+    from forgebook.reporting.console import make_console, quiet_descriptors, show_stages
     from forgebook.runs.download import cache_folder
 
-    with quiet_descriptors(cache_folder() / "merge.log") as output:
-        output.print("merging, then loading the merged model for the comparison")
+    with (
+        quiet_descriptors(cache_folder() / "merge.log") as output,
+        show_stages(output, "merging, then loading the merged model for the comparison") as show,
+    ):
         from forgebook.export.merge import merge_run, report_lines
 
-        merged = merge_run(words.target, words.rest[0], words.options.get("checkpoint"))
+        merged = merge_run(words.target, words.rest[0], words.options.get("checkpoint"), on_stage=show)
     make_console().print("\n".join(report_lines(merged)))
     return 0
 

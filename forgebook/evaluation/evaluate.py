@@ -15,10 +15,12 @@ perplexity       any that the run could train on        (how likely the tokens i
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,12 +32,14 @@ from forgebook.data.row_formats import Example
 from forgebook.data.tools import calls_of_message
 from forgebook.errors import ConfigError, DataError
 from forgebook.evaluation import statistics, tool_accuracy
+from forgebook.evaluation.answers import SavedAnswers, model_identity, prompt_key
 from forgebook.evaluation.judge import AnswerPair, Judge, judge_all
 from forgebook.evaluation.results import (
     Comparison,
     Evaluation,
     Score,
     conversation_text,
+    limit_text,
     make_evaluation,
     message_text,
     share_score,
@@ -44,7 +48,7 @@ from forgebook.evaluation.results import (
 from forgebook.inference import generate
 from forgebook.inference.generate import LoadedModel
 from forgebook.models.tokenizer import locate
-from forgebook.runs.run import Run, find_checkpoint
+from forgebook.runs.run import Run, display_path, find_checkpoint
 
 if TYPE_CHECKING:
     from forgebook.evaluation import logprobs
@@ -52,16 +56,10 @@ if TYPE_CHECKING:
 
 __all__ = ["both_models", "evaluate"]
 
-# The metrics, and how many tokens an answer may have; None: what the longest reference needs.
-ANSWER_LIMITS = {
-    "exact_match": None,
-    "gsm8k": 512,
-    "tool_calls": 256,
-    "judge": 512,
-    "classification": 0,
-    "preference": 0,
-    "perplexity": 0,
-}
+METRICS = ("exact_match", "gsm8k", "tool_calls", "judge", "classification", "preference", "perplexity")
+# How many tokens an answer may have: half as many again as the longest reference, but not this many more, and at least
+# as many as LEAST_TOKENS. An answer that does not stop is cut there, and its time is most of an evaluation's.
+MOST_MORE_TOKENS, LEAST_TOKENS = 512, 128
 USUAL_METRICS = {"classification": "classification", "causal_lm": "perplexity", "preference_tuning": "preference"}
 # Resamples for metrics of scikit-learn, which take a thousand times as long as a mean.
 CLASSIFIER_RESAMPLES = 999
@@ -76,12 +74,16 @@ def evaluate(
     checkpoint: str | None = None,
     judge: Judge | None = None,
     max_new_tokens: int | None = None,
-    on_progress: OnProgress = lambda name, done, total: None,
+    on_progress: OnProgress = lambda *counts: None,
+    on_note: Callable[[str], None] = lambda text: None,
 ) -> Evaluation:
     """Measure a run's checkpoint, and the model from which the run started, on the same held-out examples.
 
     path: held-out examples; default: the run's validation file. metric: see the table above; default: by the task and
-    the examples. rows: the first so many. checkpoint: default the best.
+    the examples. rows: the first so many. checkpoint: default the best. max_new_tokens: of an answer; default: by the
+    longest reference. on_note: called with what the user should know before the answers, a sentence at a time.
+
+    Answers are saved in the run folder as they come; a call after an interrupted one uses them.
 
     Raises ConfigError without held-out examples or for an unknown metric, StorageError if the run has not finished.
     torch is imported only after the examples are read: a mistake in them is answered at once.
@@ -90,8 +92,8 @@ def evaluate(
     source, classifier = path or config.valid_path, config.classifier_config
     if source is None:
         raise ConfigError(f"the run {run.name} has no valid_path: name held-out examples with data=FILE")
-    if metric is not None and metric not in ANSWER_LIMITS:
-        raise ConfigError(f"evaluate: unknown metric {metric!r}; expected one of {', '.join(ANSWER_LIMITS)}")
+    if metric is not None and metric not in METRICS:
+        raise ConfigError(f"evaluate: unknown metric {metric!r}; expected one of {', '.join(METRICS)}")
     chosen = metric or USUAL_METRICS.get(config.task, "exact_match")
     if chosen == "classification" and classifier is None:
         raise ConfigError(f"metric=classification: the run {run.name} has no classifier_config with label_tokens")
@@ -114,10 +116,13 @@ def evaluate(
     turns = [turn for k, example in enumerate(examples) for turn in _turns(k, example, chosen == "tool_calls")]
     if not turns:
         raise DataError("no assistant turn of these examples follows a prompt, so there is nothing to answer")
-    compared = _answer(turns, chosen == "tool_calls", max_new_tokens or ANSWER_LIMITS[chosen], models, on_progress)
+    folder = run.folder / "evaluation"
+    compared, limits = _answer(turns, chosen == "tool_calls", max_new_tokens, models, folder, on_progress, on_note)
     if judge is not None and chosen == "judge":
-        return _judged(turns, compared, judge, on_progress)
-    return _scored(chosen, turns, compared, len(examples))
+        evaluation = _judged(turns, compared, judge, on_progress)
+    else:
+        evaluation = _scored(chosen, turns, compared, len(examples))
+    return dataclasses.replace(evaluation, limits=limits)
 
 
 def _task_of(metric: str, task: str) -> str:
@@ -177,28 +182,68 @@ def _turns(number: int, example: Example, every: bool) -> list[_Turn]:
 
 
 def _answer(
-    turns: list[_Turn], keep_special: bool, limit: int | None, models: Models, on_progress: OnProgress
-) -> Comparison:
-    """Let both models answer every turn. limit: tokens per answer; None: what the longest reference needs."""
+    turns: list[_Turn],
+    keep_special: bool,
+    limit: int | None,
+    models: Models,
+    folder: Path,
+    on_progress: OnProgress,
+    on_note: Callable[[str], None],
+) -> tuple[Comparison, dict[str, int]]:
+    """Let both models answer every turn, and save each answer in a folder.
+
+    limit: tokens per answer; None: by the longest reference. Returns the answers and the limit as evaluation.json has
+    it.
+    """
     references = [message_text(turn.reference) for turn in turns]
+    keys = [prompt_key(turn.messages, turn.tools) for turn in turns]
     answers: dict[str, list[str]] = {}
+    limits: dict[str, int] = {}
     for name, loaded in models:
-        answers[name] = loaded.answer(
-            [turn.messages for turn in turns],
-            tools=[turn.tools for turn in turns],
+        limits = limits or _answer_limits(loaded.tokenizer, references, limit)
+        if not answers:
+            on_note(limit_text(limits))
+        settings = {
+            "model": model_identity(loaded.source),
+            "dtype": str(loaded.model.dtype),
+            "prompt_format": repr(loaded.prompt_format),
+            "max_new_tokens": limits["max_new_tokens"],
+            "keep_special": keep_special,
+        }
+        saved = SavedAnswers(folder / f"answers-{name}.jsonl", settings)
+        missing = [k for k, key in enumerate(keys) if key not in saved]
+        if found := len(turns) - len(missing):
+            on_note(f"{found} of {len(turns)} answers of the {name} model are in {display_path(saved.path)}")
+        on_progress(name, found, len(turns))
+        loaded.answer(
+            [turns[k].messages for k in missing],
+            tools=[turns[k].tools for k in missing],
             keep_special=keep_special,
-            max_new_tokens=limit or _longest(loaded.tokenizer, references),
-            on_progress=functools.partial(_report, on_progress, name, len(turns)),
+            max_new_tokens=limits["max_new_tokens"],
+            on_progress=functools.partial(_report_answers, on_progress, name, found, len(turns)),
+            on_answer=functools.partial(_save, saved, [keys[k] for k in missing]),
         )
+        answers[name] = [saved[key] for key in keys]
         del loaded
-    return Comparison(
-        [conversation_text(turn.messages) for turn in turns], references, answers["base"], answers["tuned"]
-    )
+    prompts = [conversation_text(turn.messages) for turn in turns]
+    return Comparison(prompts, references, answers["base"], answers["tuned"]), limits
 
 
-def _longest(tokenizer, references: list[str]) -> int:
-    """Count the tokens of the longest reference, and some more: longer answers are wrong anyway."""
-    return max(128, 8 + max(map(len, tokenizer(references)["input_ids"])))
+def _save(saved: SavedAnswers, keys: list[str], index: int, text: str) -> None:
+    saved.add(keys[index], text)
+
+
+def _report_answers(
+    on_progress: OnProgress, name: str, found: int, total: int, done: int, tokens: int, begun: float
+) -> None:
+    on_progress(name, found + done, total, tokens, begun)
+
+
+def _answer_limits(tokenizer, references: list[str], limit: int | None) -> dict[str, int]:
+    """Return the tokens that an answer may have, and those of the longest reference; names as in evaluation.json."""
+    longest = max(map(len, tokenizer(references, add_special_tokens=False)["input_ids"]))
+    margin = min(max(longest // 2, 8), MOST_MORE_TOKENS)
+    return {"max_new_tokens": limit or max(LEAST_TOKENS, longest + margin), "longest_reference_tokens": longest}
 
 
 def _scored(metric: str, turns: list[_Turn], compared: Comparison, count: int) -> Evaluation:

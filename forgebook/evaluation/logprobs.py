@@ -20,8 +20,9 @@ __all__ = ["Measured", "Models", "OnProgress", "label_probabilities", "log_proba
 
 # (name, model): "base", then "tuned".
 Models = Iterator[tuple[str, LoadedModel]]
-# Called with the name of the model, examples done, examples in all.
-OnProgress = Callable[[str, int, int], None]
+# Called with the name of the model, examples done, examples in all; for answers also with the tokens so far and the
+# answers in progress (`OnAnswers`).
+OnProgress = Callable[..., None]
 
 
 def log_probabilities(

@@ -26,6 +26,7 @@ __all__ = [
     "Score",
     "conversation_text",
     "figure_lines",
+    "limit_text",
     "make_evaluation",
     "message_text",
     "save",
@@ -75,6 +76,7 @@ class Evaluation:
     rows: how many examples were scored. mistakes: the tuned model's, first those that the base did not make.
     kinds: for each kind of mistake, how many examples the base got wrong that way, and how many the tuned model.
     left_out: examples that the truncation of the run drops, which are not measured.
+    limits: max_new_tokens of the answers, and longest_reference_tokens, from which it is derived by default.
     """
 
     metric: str
@@ -84,6 +86,7 @@ class Evaluation:
     mistakes: list[dict[str, Any]] = field(default_factory=list)
     kinds: dict[str, tuple[int, int]] = field(default_factory=dict)
     left_out: int = 0
+    limits: dict[str, int] = field(default_factory=dict)
 
     def summary(self) -> dict[str, Any]:
         """Return all figures under flat names, for evaluation.json."""
@@ -96,7 +99,7 @@ class Evaluation:
             summary[f"{score.name}_p"] = float(f"{score.difference.p:.3g}")
             summary[f"{score.name}_test"] = score.difference.test
         kinds = {kind: {"before": before, "after": after} for kind, (before, after) in self.kinds.items()}
-        return summary | {"metric": self.metric} | ({"mistakes": kinds} if kinds else {})
+        return summary | {"metric": self.metric} | self.limits | ({"mistakes": kinds} if kinds else {})
 
 
 def make_evaluation(
@@ -155,6 +158,12 @@ def figure_lines(evaluation: Evaluation) -> list[str]:
     if evaluation.left_out:
         examples += f" ({evaluation.left_out} left out: dropped by truncation)"
     return [line for score in evaluation.scores for line in score_lines(score, examples)]
+
+
+def limit_text(limits: dict[str, int]) -> str:
+    """Report how long answers may be."""
+    longest, limit = limits["longest_reference_tokens"], limits["max_new_tokens"]
+    return f"answers of at most {limit} tokens; the longest reference has {longest} (change it with max_new_tokens=)"
 
 
 def score_lines(score: Score, examples: str) -> list[str]:

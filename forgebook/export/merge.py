@@ -13,7 +13,7 @@ from __future__ import annotations
 import gc
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -69,10 +69,13 @@ class Merged:
     compared: str = ""
 
 
-def merge_run(name: str, out: str | Path, checkpoint: str | None = None) -> Merged:
+def merge_run(
+    name: str, out: str | Path, checkpoint: str | None = None, on_stage: Callable[[str], None] = lambda stage: None
+) -> Merged:
     """Merge a run's checkpoint into its 16-bit base and write the model to `out`; copy a full fine-tuned checkpoint.
 
     name: a run's name or folder, or a checkpoint folder. checkpoint: a named one of the run instead of its best.
+    on_stage: called with what is being done.
 
     Raises StorageError if `out` exists, ModelError if the base cannot be merged into, CheckpointError if the adapter
     changes nothing or the merged model differs from it. Then nothing is left at `out`.
@@ -88,7 +91,7 @@ def merge_run(name: str, out: str | Path, checkpoint: str | None = None) -> Merg
             _write_template(staged)
             write_checksums(staged)
             return Merged(out, vllm_loads(atomic.read_json(staged / "config.json")))
-        return _merge(folder, staged, out)
+        return _merge(folder, staged, out, on_stage)
 
 
 def report_lines(merged: Merged) -> list[str]:
@@ -117,18 +120,22 @@ def mean_kl(of: Sequence[torch.Tensor], to: Sequence[torch.Tensor]) -> float:
     return max(0.0, float(torch.cat(each).double().mean()))
 
 
-def _merge(folder: Path, staged: Path, out: Path) -> Merged:
+def _merge(folder: Path, staged: Path, out: Path, on_stage: Callable[[str], None]) -> Merged:
+    on_stage("loading the base and the adapter")
     overrides = adapters.read_overrides(folder)
     rope_scaling = overrides.get("rope_scaling")
     model, tokenizer = _load_unquantized(folder, rope_scaling)
     examples, compared = _compared_examples(folder, tokenizer)
+    on_stage("comparing the adapter with the base")
     adapter, base = _with_and_without_adapter(model, examples)
     kl_base = mean_kl(adapter, base)
     if kl_base == 0:
         raise CheckpointError(f"the adapter {folder} changes nothing: the base has the same probabilities ({compared})")
+    on_stage("merging and writing")
     _write(_merge_layers(model), folder, staged)
     del model
     gc.collect()
+    on_stage("loading the merged model and comparing it with the adapter")
     merged = _log_probabilities(_load_plainly(staged), examples)
     kl_merged = mean_kl(adapter, merged)
     if mean_kl(base, merged) == 0:
@@ -137,6 +144,7 @@ def _merge(folder: Path, staged: Path, out: Path) -> Merged:
             "lost in rounding: train it longer, or serve the adapter itself"
         )
     if kl_merged > MAX_LOSS * kl_base:
+        on_stage("comparing again, in float32")
         # Both models round activations to 16 bits, each in other places, and a router may then choose other experts: a
         # small adapter changes less than that. In float32 the weights alone are compared, at twice the memory.
         adapter, base = _with_and_without_adapter(_load_unquantized(folder, rope_scaling)[0].float(), examples)

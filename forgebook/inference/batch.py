@@ -20,6 +20,7 @@ from typing import Any
 from forgebook.data import masking, tokenize
 from forgebook.errors import ResourceError, StorageError
 from forgebook.inference import generate
+from forgebook.inference.generate import OnAnswers
 from forgebook.inference.sampling import Sampling, prompt_seed
 from forgebook.models import adapters
 from forgebook.models.vllm_support import choose_engine, vllm_max_rank, vllm_serves_saved
@@ -35,7 +36,10 @@ VLLM_CHUNK = 1_000
 BATCHES_PER_TASK = 8
 
 # Answers prompts with a loaded model: (number of the prompt, answer), in the order in which they are ready.
-AnswerPrompts = Callable[[list["Prompt"]], Iterator[tuple[int, str]]]
+AnswerPrompts = Callable[[list["Prompt"], OnAnswers], Iterator[tuple[int, str]]]
+# Called with the prompts that are answered, all prompts, the tokens generated so far, and the answers in progress as in
+# `OnAnswers`.
+OnProgress = Callable[[int, int, int, float], None]
 
 
 @dataclass(frozen=True)
@@ -92,17 +96,28 @@ def _obstacle_for_vllm(source: str) -> str | None:
 
 
 def answer(
-    source: str, prompts: list[Prompt], sampling: Sampling, *, engine: str = "auto", num_devices: int = 0
+    source: str,
+    prompts: list[Prompt],
+    sampling: Sampling,
+    *,
+    engine: str = "auto",
+    num_devices: int = 0,
+    on_progress: OnAnswers = lambda done, tokens, begun: None,
 ) -> Iterator[tuple[int, str]]:
     """Yield (number of the prompt, answer) in the order in which they are ready.
 
     num_devices: 0 answers in this process; else this many Ray workers, each with a GPU if the cluster has any.
+    on_progress: called at each step in this process; other engines report complete answers alone.
     """
     engine = engine_for(engine, source, len(prompts))
     if num_devices:
-        yield from _answer_on_ray(source, prompts, sampling, engine, num_devices)
+        answers = _answer_on_ray(source, prompts, sampling, engine, num_devices)
     else:
-        yield from _load(source, sampling, engine)(prompts)
+        answers = _load(source, sampling, engine)(prompts, on_progress)
+    for done, one in enumerate(answers, 1):
+        if num_devices or engine == "vllm":
+            on_progress(done, 0, 0.0)
+        yield one
 
 
 def _load(source: str, sampling: Sampling, engine: str) -> AnswerPrompts:
@@ -111,7 +126,7 @@ def _load(source: str, sampling: Sampling, engine: str) -> AnswerPrompts:
         return _load_in_vllm(source, sampling)
     [loaded] = generate.load_together([source])
 
-    def answer_prompts(prompts: list[Prompt]) -> Iterator[tuple[int, str]]:
+    def answer_prompts(prompts: list[Prompt], on_progress: OnAnswers) -> Iterator[tuple[int, str]]:
         with loaded.active() as model:
             for k, text in generate.answer_in_batches(
                 model,
@@ -121,6 +136,7 @@ def _load(source: str, sampling: Sampling, engine: str) -> AnswerPrompts:
                 prompt_format=loaded.prompt_format,
                 tools=[prompt.tools for prompt in prompts],
                 numbers=[prompt.number for prompt in prompts],
+                on_progress=on_progress,
             ):
                 yield prompts[k].number, text
 
@@ -140,7 +156,7 @@ def _load_in_vllm(source: str, sampling: Sampling) -> AnswerPrompts:
         options = {"enable_lora": True, "max_lora_rank": vllm_max_rank([lora_config])}
     llm = LLM(model=base, tokenizer=source, **options)
 
-    def answer_prompts(prompts: list[Prompt]) -> Iterator[tuple[int, str]]:
+    def answer_prompts(prompts: list[Prompt], on_progress: OnAnswers) -> Iterator[tuple[int, str]]:
         for start in range(0, len(prompts), VLLM_CHUNK):
             part = prompts[start : start + VLLM_CHUNK]
             inputs = [
@@ -171,7 +187,8 @@ class _Worker:
         self.answer_prompts = _load(source, sampling, engine)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        answers = list(self.answer_prompts([Prompt(**json.loads(prompt)) for prompt in batch["prompt"]]))
+        prompts = [Prompt(**json.loads(prompt)) for prompt in batch["prompt"]]
+        answers = list(self.answer_prompts(prompts, lambda done, tokens, begun: None))
         return {"number": [number for number, _ in answers], "text": [text for _, text in answers]}
 
 
@@ -217,7 +234,7 @@ def write_answers(
     *,
     engine: str = "auto",
     num_devices: int = 0,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: OnProgress = lambda done, total, tokens, begun: None,
 ) -> int:
     """Answer prompts into a file, line by line; prompts that the file answers already are skipped.
 
@@ -231,17 +248,20 @@ def write_answers(
     by_number = {prompt.number: prompt for prompt in prompts}
     lines = _read_answers(path, by_number, by)
     missing = [prompt for prompt in prompts if prompt.number not in lines]
-    on_progress(len(lines), len(prompts))
+    found, total = len(lines), len(prompts)
+    on_progress(found, total, 0, 0.0)
     if missing:
         path.parent.mkdir(parents=True, exist_ok=True)
         # First the complete lines of an earlier file, then the new answers.
         _rewrite(path, lines)
         with open(path, "a") as file:
-            for number, text in answer(source, missing, sampling, engine=engine, num_devices=num_devices):
+            for number, text in answer(
+                source, missing, sampling, engine=engine, num_devices=num_devices,
+                on_progress=lambda done, tokens, begun: on_progress(found + done, total, tokens, begun),
+            ):  # fmt: skip
                 lines[number] = _line(by_number[number], text, by)
                 file.write(lines[number] + "\n")
                 file.flush()
-                on_progress(len(lines), len(prompts))
     _rewrite(path, dict(sorted(lines.items())))
     return len(missing)
 
@@ -259,9 +279,8 @@ def _read_answers(path: Path, prompts: dict[int, Prompt], by: str) -> dict[int, 
     if not path.exists():
         return {}
     lines = {}
-    for line_number, line in enumerate(path.read_text().splitlines(keepends=True), 1):
-        if not line.endswith("\n"):
-            break
+    # Not splitlines: an answer may hold a line separator of Unicode. What follows the last line end was cut off.
+    for line_number, line in enumerate(path.read_text().split("\n")[:-1], 1):
         try:
             row = json.loads(line)
             number, messages, written_by = row["row"], row["messages"], row["by"]
@@ -273,7 +292,7 @@ def _read_answers(path: Path, prompts: dict[int, Prompt], by: str) -> dict[int, 
             )
         if written_by != by:
             raise StorageError(f"{path}:{line_number} was written by {written_by}, not {by}: choose another out=FILE")
-        lines[number] = line.rstrip("\n")
+        lines[number] = line
     return lines
 
 

@@ -27,12 +27,14 @@ from forgebook.errors import ModelError, ResourceError, first_line
 from forgebook.inference.sampling import Sampling, StopStrings, TokenSampling, prompt_seed
 from forgebook.models import adapters, load, saved_adapters
 from forgebook.models.template_settings import set_template_defaults
-from forgebook.models.tokenizer import copy_of, load_tokenizer, locate, refuse_pickled
+from forgebook.models.tokenizer import copy_of, load_tokenizer, locate, readable_model_errors, refuse_pickled
+from forgebook.planning.cpu_dtype import choose_cpu_dtype
 from forgebook.runs import download, object_store, run
 from forgebook.runs.checksums import check_files
 
 __all__ = [
     "LoadedModel",
+    "OnAnswers",
     "answer_in_batches",
     "base_of",
     "complete",
@@ -43,12 +45,17 @@ __all__ = [
     "run_config",
 ]
 
+# Called with the answers that are complete, the tokens of all so far, and those in progress as a number of answers: of
+# each the share of its longest possible length.
+OnAnswers = Callable[[int, int, float], None]
+
 
 @dataclass(frozen=True)
 class LoadedModel:
     """One of several models that share the weights of a base; `active()` switches the shared weights to it.
 
     adapter: the name of its adapter on the model; None is the base itself. generation_config: what ends its answers.
+    source: what it was loaded from.
     """
 
     model: Any
@@ -56,6 +63,7 @@ class LoadedModel:
     prompt_format: PromptFormat | None
     adapter: str | None
     generation_config: Any
+    source: str = ""
 
     @contextlib.contextmanager
     def active(self) -> Iterator[Any]:
@@ -108,7 +116,7 @@ def base_of(source: str | Path) -> tuple[str, dict[str, Any]]:
 def load_for_generation(source: str | Path, dtype: str | None = None):
     """Load a checkpoint folder (adapter or full), a model folder or a hub id: on a GPU if there is one.
 
-    dtype: None takes that of the run to which the checkpoint belongs, else bfloat16.
+    dtype: None takes that of the run to which the checkpoint belongs, else bfloat16, or on a CPU what is faster.
 
     Returns (model, tokenizer, prompt_format); prompt_format is None if the model uses its chat template.
     """
@@ -122,7 +130,8 @@ def load_together(
 ) -> list[LoadedModel]:
     """Load several adapters of one base, and the base itself if it is among them, with its weights in memory once.
 
-    dtype: None takes that of the first source that belongs to a run, else bfloat16. defaults: the prompt format,
+    dtype: None takes that of the first source that belongs to a run, else bfloat16, or on a CPU what is faster.
+    defaults: the prompt format,
     template settings and stopping sequences of sources that belong to no run.
 
     Raises ModelError if they have different bases, or some have tokens that others lack.
@@ -136,7 +145,7 @@ def load_together(
         raise ModelError(f"only adapters of one base share its weights, got {listed}: load the others separately")
     base, overrides = bases[0]
     configs = [run_config(source) for source in sources]
-    dtype = dtype or next((config.dtype for config in configs if config is not None), "bfloat16")
+    dtype = dtype or next((config.dtype for config in configs if config is not None), None) or _usual_dtype(base)
     attention = next((config.attention for config in configs if config is not None), "auto")
     model = load.load_model(
         base, dtype=dtype, attention=attention, attention_is_required=False, device_map="auto", **overrides
@@ -157,8 +166,21 @@ def load_together(
             set_template_defaults(tokenizer, defaults.chat_template_kwargs)
         prompt_format, sequences = _prompting(source, config.generation_config if config else defaults)
         ends = _generation_config(source, model.generation_config, tokenizer, prompt_format, sequences)
-        loaded.append(LoadedModel(model, tokenizer, prompt_format, name, ends))
+        loaded.append(LoadedModel(model, tokenizer, prompt_format, name, ends, str(source)))
     return loaded
+
+
+def _usual_dtype(base: str) -> str:
+    """Choose the dtype of a model that belongs to no run."""
+    import torch
+    from transformers import AutoConfig
+
+    if torch.cuda.is_available():
+        return "bfloat16"
+    with readable_model_errors(base, "model"):
+        sizes = AutoConfig.from_pretrained(base, trust_remote_code=False).get_text_config()
+    hidden = getattr(sizes, "hidden_size", 1024)
+    return choose_cpu_dtype(hidden, getattr(sizes, "intermediate_size", None) or 4 * hidden)[0]
 
 
 def _add_adapters(model, sources: Sequence[str | Path]) -> tuple[Any, list[str | None]]:
@@ -239,13 +261,15 @@ def complete(
     *,
     prompt_format: PromptFormat | None = None,
     tools: list[list[dict] | None] | None = None,
-    on_progress: Callable[[int], None] = lambda done: None,
+    on_progress: OnAnswers = lambda done, tokens, begun: None,
+    on_answer: Callable[[int, str], None] = lambda index, text: None,
     keep_special: bool = False,
     **sampling: Any,
 ) -> list[str]:
     """Answer each conversation, which ends with a user's turn; greedily unless a temperature is set.
 
     tools: for each conversation the tools that it lists, as in its training example.
+    on_progress: called at each step. on_answer: called with a conversation's index and its complete answer.
     keep_special: leave special tokens in the answers, except those that end them; some models mark tool calls so.
     sampling: the fields of `Sampling`.
 
@@ -260,10 +284,11 @@ def complete(
         prompt_format=prompt_format,
         tools=tools,
         keep_special=keep_special,
+        on_progress=on_progress,
     )
-    for done, (k, text) in enumerate(finished, 1):
+    for k, text in finished:
         answers[k] = text
-        on_progress(done)
+        on_answer(k, text)
     return answers
 
 
@@ -278,12 +303,12 @@ def answer_in_batches(
     keep_special: bool = False,
     numbers: Sequence[int] | None = None,
     streamer: Any = None,
-    on_step: Callable[[int], None] = lambda tokens: None,
+    on_progress: OnAnswers = lambda done, tokens, begun: None,
 ) -> Iterator[tuple[int, str]]:
     """Yield (index of a conversation, its answer) in the order in which answers end; the longest prompts come first.
 
     numbers: each conversation's number in the set of which these are a part; its seed is derived from it.
-    on_step: called with the number of tokens that each step adds.
+    on_progress: called at each step.
     streamer: a transformers streamer, which gets each token; for a single conversation only.
 
     Raises ResourceError if the GPU runs out of memory.
@@ -306,11 +331,21 @@ def answer_in_batches(
         for ids, answer, seed in zip(encoded, answers, (prompt_seed(sampling.seed, n) for n in numbers), strict=True)
     ]
     longest = max(map(len, encoded))
+
+    tokens = done = tokens_of_done = 0
+
+    def report(added: int = 0) -> None:
+        nonlocal tokens
+        tokens += added
+        on_progress(done, tokens, (tokens - tokens_of_done) / sampling.max_new_tokens)
+
     if streamer is not None:
         streamer.put(torch.tensor(encoded[0]))
     try:
-        for k in decode(model, requests, sampling.batch_size, on_step):
+        for k in decode(model, requests, sampling.batch_size, report):
+            done, tokens_of_done = done + 1, tokens_of_done + len(answers[k].ids)
             yield k, _text(answers[k].ids, ends, tokenizer, keep_special)
+            report()
     except torch.OutOfMemoryError:
         raise ResourceError(
             f"the GPU has too little memory for {min(sampling.batch_size, len(encoded))} prompts of up to {longest} "

@@ -7,21 +7,40 @@ its last lines are shown when something fails.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from forgebook.runs import metrics
 
-__all__ = ["last_lines", "make_console", "make_table", "progress_bar", "quiet_descriptors", "show_progress"]
+__all__ = [
+    "last_lines",
+    "make_console",
+    "make_table",
+    "progress_bar",
+    "quiet_descriptors",
+    "show_progress",
+    "show_stages",
+]
 
 POLL_SECONDS = 0.2
 # Without a terminal a run prints about this many lines, a long one a line at least every so many seconds.
@@ -183,30 +202,98 @@ def _evaluation_text(event: dict[str, Any]) -> str:
     return f"{where}  evaluation loss {event['eval_loss']:.4f}{perplexity}{best}"
 
 
+# Without a terminal a wait is reported after this many seconds, then after twice as many and so on, at last every
+# SECONDS_PER_LINE; one that takes less than the second figure is reported by nothing.
+FIRST_LINE_SECONDS, SHORT_WAIT_SECONDS = 10, 2
+
+
 @contextlib.contextmanager
-def progress_bar(console: Console, action: str) -> Iterator[Callable[[str, int, int], None]]:
-    """Yield a function to call with (name, done, total): in a terminal a bar with count, rate and time left."""
-    if not console.is_terminal:
-        yield lambda name, done, total: None
+def progress_bar(console: Console, action: str) -> Iterator[Callable[..., None]]:
+    """Yield a function to call with (name, done, total): in a terminal it moves a bar, else it prints a few lines.
+
+    Two more of its arguments make its figures better: tokens, generated so far, for the rate; begun, what is in
+    progress as a number of finished ones, for the time left.
+    """
+    view = _CountBar(console, action) if console.is_terminal else _CountLines(console, action)
+    try:
+        yield view.show
+    finally:
+        view.close()
+
+
+@dataclass(frozen=True)
+class _Start:
+    """When a count was first shown, and how many were done then: an interrupted command's are no part of the rate."""
+
+    time: float
+    done: int
+
+    def pace(self, done: int, total: int, tokens: int, begun: float) -> str:
+        """Write the count, the rate and the time left."""
+        seconds, now = max(time.monotonic() - self.time, 1e-9), done - self.done
+        rate = f"{tokens / seconds:,.0f} tok/s" if tokens else f"{now / seconds:,.1f}/s"
+        left = "--:--:--"
+        if now + begun > 0:
+            left = time.strftime("%H:%M:%S", time.gmtime(seconds * max(0.0, total - done - begun) / (now + begun)))
+        return f"{done}/{total}  {rate}  {left} left"
+
+
+class _CountBar:
+    def __init__(self, console: Console, action: str):
+        self._action, self._starts = action, dict[str, _Start]()
+        self._tasks: dict[str, TaskID] = {}
+        columns = TextColumn("{task.description}"), BarColumn(bar_width=30), TextColumn("{task.fields[pace]}")
+        self._progress = Progress(*columns, console=console, transient=True)
+        self._progress.start()
+
+    def show(self, name: str, done: int, total: int, tokens: int = 0, begun: float = 0.0) -> None:
+        if name not in self._tasks:
+            self._starts[name] = _Start(time.monotonic(), done)
+            self._tasks[name] = self._progress.add_task(f"{self._action} {name}", total=total, pace="")
+        pace = self._starts[name].pace(done, total, tokens, begun)
+        self._progress.update(self._tasks[name], completed=done + begun, total=total, pace=pace)
+
+    def close(self) -> None:
+        self._progress.stop()
+
+
+class _CountLines:
+    def __init__(self, console: Console, action: str):
+        self._console, self._action, self._starts = console, action, dict[str, _Start]()
+        self._due: dict[str, float] = {}  # by name: seconds after its start
+
+    def show(self, name: str, done: int, total: int, tokens: int = 0, begun: float = 0.0) -> None:
+        start = self._starts.setdefault(name, _Start(time.monotonic(), done))
+        seconds, due = time.monotonic() - start.time, self._due.setdefault(name, FIRST_LINE_SECONDS)
+        is_last = done == total and seconds > SHORT_WAIT_SECONDS and due < math.inf
+        if is_last or seconds >= due:
+            self._due[name] = math.inf if is_last else seconds + min(seconds, SECONDS_PER_LINE)
+            self._console.print(f"{self._action} {name}  {start.pace(done, total, tokens, begun)}")
+
+    def close(self) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def show_stages(console: Console, text: str) -> Iterator[Callable[[str], None]]:
+    """Show a wait whose length is unknown; yield a function that names what it waits for now.
+
+    In a terminal a line with the time so far; else the text, and the stages of a wait that is longer than 2 seconds.
+    """
+    if console.is_terminal:
+        columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+        with Progress(*columns, console=console, transient=True) as progress:
+            task = progress.add_task(text)
+            yield lambda stage: progress.update(task, description=f"{text}: {stage}")
         return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(compact=True),
-        TextColumn("left"),
-    )
-    with Progress(*columns, console=console, transient=True) as bar:
-        tasks: dict[str, TaskID] = {}
+    console.print(text)
+    began = time.monotonic()
 
-        def show(name: str, done: int, total: int) -> None:
-            if name not in tasks:
-                tasks[name] = bar.add_task(f"{action} {name}", total=total, rate="")
-            seconds = bar.tasks[bar.task_ids.index(tasks[name])].elapsed
-            bar.update(tasks[name], completed=done, total=total, rate=f"{done / seconds:,.0f}/s" if seconds else "")
+    def show(stage: str) -> None:
+        if (seconds := time.monotonic() - began) > SHORT_WAIT_SECONDS:
+            console.print(f"{stage}, after {seconds:.0f} s")
 
-        yield show
+    yield show
 
 
 def make_table(title: str, columns: list[str], rows: Iterable[Iterable[str]]) -> Table:

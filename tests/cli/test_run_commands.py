@@ -116,7 +116,7 @@ def test_a_key_among_the_arguments_is_gone_before_anything_is_loaded(monkeypatch
 def test_merge_hands_on_the_run_the_folder_and_the_checkpoint(monkeypatch):
     merged = []
 
-    def merge_run(*words):
+    def merge_run(*words, on_stage):
         merged.append(words)
         raise KeyboardInterrupt
 

@@ -10,6 +10,7 @@ from conftest import LORA, TINY_MODEL, chat, uneven_rows
 from forgebook.config.parse import load_config
 from forgebook.errors import ConfigError, DataError, StorageError
 from forgebook.evaluation import results
+from forgebook.evaluation.answers import SavedAnswers
 from forgebook.evaluation.evaluate import evaluate
 from forgebook.evaluation.judge import Judge
 from forgebook.launch.ray_train import fine_tune
@@ -62,6 +63,7 @@ def test_a_run_learns_its_rows_by_heart(by_heart):
     evaluation = evaluate(by_heart)
     compared, [score] = evaluation.comparison, evaluation.scores
     assert (score.name, score.before.value, score.after.value, evaluation.rows) == ("exact_match", 0, 1, 4)
+    assert evaluation.summary()["max_new_tokens"] == 128  # the least
     assert (
         compared.tuned == compared.references
         and compared.references[0] == "alpha and out\n#### 0"
@@ -87,6 +89,37 @@ def test_right_and_wrong_answers_are_counted_and_shown(by_heart, held_out, metri
     assert written["rows"] == 4 and written[f"{name}_after"] == 0.75 and written[f"{name}_after_95"] == [0.3006, 0.9544]
     assert sum(counts["after"] for counts in written["mistakes"].values()) == 1
     assert f"{name.replace('_', ' ')} on 4 held-out examples: base 0.0%, tuned 75.0%" in results.figure_lines(found)[0]
+
+
+def test_an_interrupted_evaluation_resumes(by_heart, held_out, monkeypatch):
+    """It says how many answers were saved; other settings start anew."""
+    settings = {"path": held_out, "metric": "gsm8k", "max_new_tokens": 20}
+    saved, add = [], SavedAnswers.add
+
+    def add_until_killed(self, key, text):
+        if len(saved) == 6:
+            raise KeyboardInterrupt
+        saved.append(key)
+        add(self, key, text)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(SavedAnswers, "add", add_until_killed)
+        evaluate(by_heart, **settings)
+    notes, counts = [], []
+    resumed = evaluate(by_heart, **settings, on_note=notes.append, on_progress=lambda *count: counts.append(count))
+    assert "20 tokens" in notes[0] and "4 of 4 answers of the base model" in notes[1]
+    assert "2 of 4 answers of the tuned model" in notes[2] and len(notes) == 3
+    assert [count[:3] for count in counts if len(count) == 3] == [("base", 4, 4), ("tuned", 2, 4)]
+    notes.clear()
+    whole = evaluate(by_heart, **{**settings, "max_new_tokens": 21}, on_note=notes.append)
+    assert len(notes) == 1 and whole.comparison.tuned == resumed.comparison.tuned
+
+
+def test_answers_may_be_half_as_long_again_as_the_longest_reference(by_heart, write_rows):
+    long = write_rows([chat("alpha", "the old lamp of Maria " * 30)], "long.jsonl")
+    limits = evaluate(by_heart, path=long).limits
+    longest = limits["longest_reference_tokens"]
+    assert longest > 120 and limits["max_new_tokens"] == longest + longest // 2
 
 
 def test_perplexity_is_that_of_the_training_loop(by_heart):

@@ -56,6 +56,51 @@ def test_on_a_gpu_utilisation_and_money_are_shown(tmp_path, monkeypatch, termina
     assert "tok/s  MFU 43%  $12.50 so far" in follow(tmp_path, terminal, steps=5)
 
 
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that a test sets."""
+    now = [0.0]
+    monkeypatch.setattr(consoles.time, "monotonic", lambda: now[0])
+    return now
+
+
+def count_answers(clock, seconds: int, terminal: bool = False) -> str:
+    """Count to 100 answers of 10 tokens each, 20 of which an earlier command left; return what is printed."""
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=terminal, width=120, soft_wrap=True)
+    with consoles.progress_bar(console, "evaluating") as show:
+        show("base", 20, 100)
+        for step in range(1, 801):
+            clock[0] += seconds / 800
+            show("base", 20 + step // 10, 100, step, 0.1 * (step % 10))
+    return screen.getvalue()
+
+
+def test_without_a_terminal_a_wait_is_a_few_lines_and_a_short_one_none(clock):
+    assert count_answers(clock, 1) == ""
+    assert count_answers(clock, 8) == "evaluating base  100/100  100 tok/s  00:00:00 left\n"
+    lines = count_answers(clock, 1600).splitlines()
+    assert lines[0] == "evaluating base  20/100  0 tok/s  00:26:30 left" and lines[-1].endswith("00:00:00 left")
+    assert len(lines) == 11 and len(count_answers(clock, 24 * 3600).splitlines()) < 300
+
+
+def test_in_a_terminal_answers_in_progress_move_the_bar(clock):
+    shown = count_answers(clock, 1600, terminal=True)
+    assert "evaluating base" in shown and "100/100" in shown and "tok/s" in shown and "00:00:00 left" in shown
+
+
+@pytest.mark.parametrize("terminal", [False, True], ids=["lines", "spinner"])
+def test_stages_of_a_long_wait_are_named(clock, terminal):
+    screen = io.StringIO()
+    with consoles.show_stages(Console(file=screen, force_terminal=terminal, width=120), "merging") as show:
+        show("loading")
+        clock[0] += 0 if terminal else 3
+        show("writing")
+        time.sleep(0.2 if terminal else 0)
+    expected = "merging: writing" if terminal else "merging\nwriting, after 3 s\n"
+    assert expected in screen.getvalue()
+
+
 def test_half_a_line_is_waited_for(tmp_path):
     log = tmp_path / "progress.jsonl"
     screen = io.StringIO()

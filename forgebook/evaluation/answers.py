@@ -1,0 +1,88 @@
+"""Answers of an evaluation, saved as they are generated, so that an interrupted one resumes.
+
+<run>/evaluation/answers-tuned.jsonl    the settings that an answer depends on, then {"prompt": sha256, "text": answer}
+
+Answers of other settings (another checkpoint, limit, dtype or library version) are deleted, and the evaluation starts
+anew; an answer is found by its prompt, so that more examples, or fewer, use those that are there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+from pathlib import Path
+from typing import Any
+
+from forgebook.data.chat_template import Message
+from forgebook.runs import atomic
+from forgebook.runs.checksums import CHECKSUMS
+
+__all__ = ["SavedAnswers", "model_identity", "prompt_key"]
+
+LIBRARIES = ("torch", "transformers", "peft")
+KEY_LENGTH = 32
+
+
+class SavedAnswers:
+    """A file of answers by prompt. found: how many were in it when it was opened."""
+
+    def __init__(self, path: Path, settings: dict[str, Any]):
+        self.path = path
+        versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
+        header = json.dumps({"settings": {**settings, **versions}}, sort_keys=True, ensure_ascii=False)
+        self._texts = _read(path, header)
+        self.found = len(self._texts)
+        lines = [header, *(_line(key, text) for key, text in self._texts.items())]
+        with atomic.atomic_file(path) as temporary:  # without a line that a kill cut off
+            temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._texts
+
+    def __getitem__(self, key: str) -> str:
+        return self._texts[key]
+
+    def add(self, key: str, text: str) -> None:
+        """Save one answer, at once."""
+        self._texts[key] = text
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(_line(key, text) + "\n")
+
+
+def _line(key: str, text: str) -> str:
+    return json.dumps({"prompt": key, "text": text}, ensure_ascii=False)
+
+
+def _read(path: Path, header: str) -> dict[str, str]:
+    """Read the answers of a file with this header; none of any other."""
+    if not path.is_file():
+        return {}
+    # Not splitlines: an answer may hold a line separator of Unicode.
+    first, *lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    if first != header:
+        return {}
+    texts = {}
+    for line in lines:
+        try:
+            answer = json.loads(line)
+            texts[answer["prompt"]] = answer["text"]
+        except (ValueError, KeyError, TypeError):
+            continue  # a process was killed while it wrote
+    return texts
+
+
+def prompt_key(messages: list[Message], tools: list[dict] | None) -> str:
+    """Return a hash of what a model is given."""
+    content = json.dumps([messages, tools], sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(content.encode()).hexdigest()[:KEY_LENGTH]
+
+
+def model_identity(source: str) -> str:
+    """Return a text that differs for other weights: the hash of a checkpoint's checksums, else of sizes and times."""
+    folder = Path(source)
+    if (folder / CHECKSUMS).is_file():
+        return hashlib.sha256((folder / CHECKSUMS).read_bytes()).hexdigest()[:KEY_LENGTH]
+    files = [path for path in sorted(folder.glob("*")) if path.suffix in (".safetensors", ".json", ".jinja")]
+    states = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(json.dumps([source, states]).encode()).hexdigest()[:KEY_LENGTH]
