@@ -7,6 +7,7 @@ model  = load_start(config, tokenizer)            what a run begins with: the ba
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ __all__ = [
     "load_start",
     "model_class",
     "parameter_counts",
+    "start_labels",
 ]
 
 
@@ -54,6 +56,30 @@ def fit_vocabulary(
     if "trainable_token_indices" in lora_config or set(embeddings) & set(lora_config.get("modules_to_save") or []):
         return {}
     return {"trainable_token_indices": dict.fromkeys(embeddings, tokenizer.convert_tokens_to_ids(list(labels)))}
+
+
+def start_labels(model: PreTrainedModel, pieces: dict[int, list[int]]) -> None:
+    """Start the embeddings of new labels, in input and output layer, from the mean over the pieces of their texts.
+
+    pieces: token ids by the label's. The rows that resizing adds have no relation to the labels' meaning: a real model
+    gives them probabilities of e^-18, and an epoch of a few hundred examples ends before its adapter has learned both
+    to answer with a label and with which one. Collective under ZeRO-3, which partitions the rows.
+    """
+    import torch
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+    weights = {
+        id(layer.weight): layer.weight for layer in (model.get_input_embeddings(), model.get_output_embeddings())
+    }
+    for weight in weights.values() if pieces else ():
+        gathered: Any = contextlib.nullcontext()
+        if is_deepspeed_zero3_enabled():
+            import deepspeed
+
+            gathered = deepspeed.zero.GatheredParameters([weight], modifier_rank=0)
+        with gathered, torch.no_grad():
+            for label, ids in pieces.items():
+                weight[label] = weight[ids].float().mean(0)
 
 
 def auto_class(model_config: PretrainedConfig) -> Any:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "copy_of",
+    "label_pieces",
     "label_tokens",
     "load_tokenizer",
     "locate",
@@ -101,6 +102,18 @@ def tokenizer_of(config: FinetuneConfig) -> PreTrainedTokenizerBase:
 def label_tokens(config: FinetuneConfig) -> list[str]:
     """List the labels that a classifier learns as tokens; none for other tasks."""
     return config.classifier_config.label_tokens if config.classifier_config else []
+
+
+def label_pieces(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase) -> dict[int, list[int]]:
+    """Map the id of each new label to the ids of its text, as the tokenizer splits it where it is no label yet."""
+    if not (labels := label_tokens(config)):
+        return {}
+    plain = load_tokenizer(tokenizer_source(config))
+    numbers = tokenizer.convert_tokens_to_ids(labels)
+    pieces = {
+        number: plain(text, add_special_tokens=False)["input_ids"] for number, text in zip(numbers, labels, strict=True)
+    }
+    return {number: ids for number, ids in pieces.items() if ids != [number]}
 
 
 def load_tokenizer(source: str, labels: Sequence[str] = ()) -> PreTrainedTokenizerBase:

@@ -239,8 +239,7 @@ def _train_step(
 ) -> Step:
     """Run forward, backward and the optimizer over the sequences of one global batch. Collective."""
     accelerator, started = worker.accelerator, time.perf_counter()
-    for group in worker.optimizer.param_groups:
-        group["lr"] = learning_rate
+    optimizers.set_rate(worker.optimizer.param_groups, learning_rate)
     examples = np.concatenate(sequences)
     units = objective.count_units(train.tokens, examples)
     parts = batches.split_batch(sequences, train.tokens, accelerator.num_processes, accumulation)

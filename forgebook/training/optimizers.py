@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
-__all__ = ["AdamW", "deepspeed_adamw", "learning_rates"]
+__all__ = ["AdamW", "deepspeed_adamw", "learning_rates", "rate_groups", "set_rate"]
 
 
 class AdamW:
@@ -17,16 +17,21 @@ class AdamW:
     rate of 1e-5 nearly every one is. DeepSpeed's optimizers do the same for ZeRO runs; this one serves plain DDP, so
     that a run trains alike with both.
 
+    params: parameters, or groups of them, as torch takes them.
     bits: 32, or 8 for moments that bitsandbytes stores in 8 bits.
     """
 
-    def __init__(self, params: Iterable[torch.nn.Parameter], *, bits: int = 32, **kwargs: Any):
-        self.trained = list(params)
+    def __init__(
+        self, params: Iterable[torch.nn.Parameter] | Iterable[dict[str, Any]], *, bits: int = 32, **kwargs: Any
+    ):
+        groups: list[Any] = list(params)
+        groups = groups if isinstance(groups[0], dict) else [{"params": groups}]
+        self.trained = [p for group in groups for p in group["params"]]
         # A float32 parameter is its own master copy: adapters, and full fine-tuning in float32.
         self.masters = [p if p.dtype == torch.float32 else p.detach().float() for p in self.trained]
-        self.inner = (
-            torch.optim.AdamW(self.masters, fused=True, **kwargs) if bits == 32 else _in_8_bits(self.masters, **kwargs)
-        )
+        rest = iter(self.masters)
+        own = [{**group, "params": [next(rest) for _ in group["params"]]} for group in groups]
+        self.inner = torch.optim.AdamW(own, fused=True, **kwargs) if bits == 32 else _in_8_bits(own, **kwargs)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -64,15 +69,33 @@ class AdamW:
         return [(p, master) for p, master in zip(self.trained, self.masters, strict=True) if p is not master]
 
 
-def deepspeed_adamw(kind: str, params: Iterable[torch.nn.Parameter], **kwargs: Any) -> torch.optim.Optimizer:
+def rate_groups(parameters: Iterable[tuple[str, torch.nn.Parameter]], label_scale: float = 1.0) -> list[dict[str, Any]]:
+    """Group the trainable parameters by what multiplies their learning rate: `rate_scale`, set by `set_rate`.
+
+    parameters: by name, as of `named_parameters`. label_scale: of the embeddings of new tokens in an adapter.
+    """
+    trained = [(name, p) for name, p in parameters if p.requires_grad]
+    labels = [p for name, p in trained if "trainable_tokens_delta" in name and label_scale != 1.0]
+    chosen = set(map(id, labels))
+    groups = [([p for _, p in trained if id(p) not in chosen], 1.0), (labels, label_scale)]
+    return [{"params": params, "rate_scale": scale} for params, scale in groups if params]
+
+
+def set_rate(groups: Iterable[dict[str, Any]], learning_rate: float) -> None:
+    """Set the learning rate of an optimizer's groups, each times its `rate_scale`."""
+    for group in groups:
+        group["lr"] = learning_rate * group["rate_scale"]
+
+
+def deepspeed_adamw(kind: str, groups: Sequence[dict[str, Any]], **kwargs: Any) -> torch.optim.Optimizer:
     """Return the optimizer that DeepSpeed runs on its own float32 partitions: "adamw" or "adamw_8bit"."""
-    return torch.optim.AdamW(params, **kwargs) if kind == "adamw" else _in_8_bits(params, **kwargs)
+    return torch.optim.AdamW(groups, **kwargs) if kind == "adamw" else _in_8_bits(groups, **kwargs)
 
 
-def _in_8_bits(params: Iterable[torch.nn.Parameter], **kwargs: Any) -> torch.optim.Optimizer:
+def _in_8_bits(groups: Sequence[dict[str, Any]], **kwargs: Any) -> torch.optim.Optimizer:
     from bitsandbytes.optim.adamw import AdamW8bit
 
-    return AdamW8bit(params, **kwargs)
+    return AdamW8bit(groups, **kwargs)
 
 
 def learning_rates(schedule: str, peak: float, num_warmup_steps: int, total_steps: int) -> list[float]:

@@ -36,8 +36,8 @@ from forgebook.data import masking
 from forgebook.errors import TrainingError
 from forgebook.models import adapters, load, saved_adapters
 from forgebook.models.families import freeze_towers
-from forgebook.models.tokenizer import label_tokens, locate, tokenizer_of
-from forgebook.training import distributed, kernels, optimizers
+from forgebook.models.tokenizer import label_pieces, label_tokens, locate, tokenizer_of
+from forgebook.training import classification, distributed, kernels, optimizers
 from forgebook.training.losses import SupervisedLM
 
 __all__ = [
@@ -136,7 +136,11 @@ def make_worker(config: ResolvedConfig, accelerator: Accelerator) -> Worker:
         model = _load_model(config, tokenizer, base, adapter)
         parameters = load.parameter_counts(model)
     _stop_at(masking.end_of_turn(tokenizer, config.generation_config.prompt_format)[1], model.generation_config)
-    trained = [p for p in model.parameters() if p.requires_grad]
+    label_scale = 1.0
+    if config.classifier_config is not None:
+        width = model.config.get_text_config().hidden_size
+        label_scale = classification.label_rate(config.learning_rate, width) / config.learning_rate
+    groups = optimizers.rate_groups(model.named_parameters(), label_scale)
     hyperparameters = {
         "lr": config.learning_rate,
         "betas": config.adam_betas,
@@ -145,13 +149,13 @@ def make_worker(config: ResolvedConfig, accelerator: Accelerator) -> Worker:
     }
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         model.train()
-        optimizer = optimizers.deepspeed_adamw(config.optimizer, trained, **hyperparameters)
+        optimizer = optimizers.deepspeed_adamw(config.optimizer, groups, **hyperparameters)
         engine, optimizer = accelerator.prepare(SupervisedLM(model), optimizer)
         return Worker(accelerator, tokenizer, model, engine, optimizer, engine, parameters)
     if config.quantization is None:  # quantized weights were loaded where they stay
         model.to(accelerator.device)
     model.train()
-    optimizer = optimizers.AdamW(trained, bits=8 if config.optimizer == "adamw_8bit" else 32, **hyperparameters)
+    optimizer = optimizers.AdamW(groups, bits=8 if config.optimizer == "adamw_8bit" else 32, **hyperparameters)
     wrapped = accelerator.prepare(SupervisedLM(model))
     return Worker(accelerator, tokenizer, model, wrapped, optimizer, None, parameters)
 
@@ -175,6 +179,7 @@ def _load_model(config: ResolvedConfig, tokenizer: Any, base: str, adapter: str 
         gradient_checkpointing=config.gradient_checkpointing,
     )
     new_token_settings = load.fit_vocabulary(model, tokenizer, label_tokens(config), config.lora_config)
+    load.start_labels(model, label_pieces(config, tokenizer))
     if config.liger_kernel.enabled:
         kernels.use_liger(model, {str(name): on for name, on in config.liger_kernel.kwargs.items()})
     if adapter is not None:

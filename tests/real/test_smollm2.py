@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from conftest import LORA, REPOSITORY
+from conftest import LORA, REPOSITORY, chat
 from forgebook.catalog import model_folder, shape_of
 from forgebook.data.masking import encode, encode_prompt
 from forgebook.launch.ray_train import fine_tune
@@ -81,3 +81,22 @@ def loss_of(model, tokenizer, rows) -> float:
         total += model(torch.tensor([whole]), labels=torch.tensor([labels])).loss.item() * (end - len(prompt))
         count += end - len(prompt)
     return total / count
+
+
+@pytest.mark.slow
+def test_a_classifier_learns_labels_that_are_new_tokens(make_config, write_rows):
+    """Spam or not: 16 steps with the learning rate of any LoRA, of which the labels' rows have a multiple."""
+    lines = (REPOSITORY / "tests/real/sms_spam.tsv").read_text().splitlines()
+    rows = [chat(text, f"[[{label}]]", system=None) for label, text in (line.split("\t") for line in lines)]
+    config = make_config(
+        model_id=SMOLLM2, lora_config=LORA, num_epochs=1, learning_rate=1e-4, train_batch_size_per_device=4,
+        classifier_config={"label_tokens": ["[[ham]]", "[[spam]]"], "eval_metrics": ["accuracy", "rocauc"]},
+        task="classification", train_path=write_rows(rows[:64], "sms.jsonl"),
+        valid_path=write_rows(rows[64:104], "held-out.jsonl"),
+    )  # fmt: skip
+    run = fine_tune(config)
+    evaluation = read_metrics(run.metrics)[-1]
+    assert evaluation["eval_loss"] < 0.7 and evaluation["eval_accuracy"] > 0.8  # chance: 0.69 and 0.5
+    prompts = [row["messages"][:1] for row in rows[64:66]]
+    answers = load_for_generation(best_checkpoint(run)).answer(prompts, max_new_tokens=1)
+    assert set(answers) <= {"[[ham]]", "[[spam]]"}

@@ -1,8 +1,11 @@
 """Labels as tokens, the loss on them alone, and scores."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from sklearn import metrics as sk
 
 from conftest import LORA, TINY_MODEL, chat, losses_of
@@ -11,7 +14,7 @@ from forgebook.data.row_formats import Example
 from forgebook.inference.generate import load_for_generation
 from forgebook.launch.ray_train import fine_tune
 from forgebook.models import load
-from forgebook.models.tokenizer import label_tokens, load_tokenizer, tokenizer_of
+from forgebook.models.tokenizer import label_pieces, label_tokens, load_tokenizer, tokenizer_of
 from forgebook.runs.metrics import read_metrics
 from forgebook.training import classification
 
@@ -102,6 +105,42 @@ def test_only_the_rows_of_the_labels_move(classifier):
     base = load.load_model(str(TINY_MODEL), dtype="float32").get_input_embeddings().weight
     assert torch.equal(merged[: len(base)].float(), base.to(merged.dtype).float())
     assert len(merged) == len(tokenizer) == len(base) + 2 and not torch.equal(merged[-1], merged[-2])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_new_labels_start_from_the_tokens_of_their_text(classifier, tied):
+    """In both layers; a label that is a token of the model already keeps its row."""
+    config = classifier(classifier_config={"label_tokens": ["[[even]]", "the"]})
+    tokenizer, plain = tokenizer_of(config), load_tokenizer(str(TINY_MODEL))
+    pieces = label_pieces(config, tokenizer)
+    new = tokenizer.convert_tokens_to_ids("[[even]]")
+    assert pieces == {new: plain("[[even]]", add_special_tokens=False)["input_ids"]} and len(pieces[new]) > 1
+    model = load.load_model(str(TINY_MODEL), dtype="float32")
+    if not tied:
+        model.set_output_embeddings(copy.deepcopy(model.get_output_embeddings()))
+        model.config.tie_word_embeddings = False
+        model.get_output_embeddings().weight = torch.nn.Parameter(model.get_output_embeddings().weight * 2)
+    before = [layer.weight.detach().clone() for layer in (model.get_input_embeddings(), model.get_output_embeddings())]
+    load.fit_vocabulary(model, tokenizer, label_tokens(config), None)
+    load.start_labels(model, pieces)
+    for old, layer in zip(before, (model.get_input_embeddings(), model.get_output_embeddings()), strict=True):
+        assert torch.allclose(layer.weight[new], old[pieces[new]].mean(0), atol=1e-6)
+        assert torch.equal(layer.weight[: len(old)], old)
+
+
+def test_an_adapters_labels_move_at_a_rate_of_their_own(classifier):
+    """From the mean of their texts, in the one step after the warm-up, by that rate; the adapter by its own."""
+    rate = 1e-5
+    config = classifier(lora_config=LORA, learning_rate=rate, weight_decay=0.0, num_epochs=1)
+    run = fine_tune(config)
+    weights = load_file(run.checkpoints / "epoch-1" / "adapter_model.safetensors")
+    [rows] = [weight for name, weight in weights.items() if "token_adapter" in name]
+    base = load.load_model(str(TINY_MODEL), dtype="float32").get_input_embeddings().weight
+    starts = torch.stack([base[ids].mean(0) for ids in label_pieces(config, tokenizer_of(config)).values()])
+    moved = (rows - starts).abs().max().item()
+    assert moved == pytest.approx(classification.label_rate(rate, 256), rel=0.05) and moved > 100 * rate
+    largest_b = max(weight.abs().max().item() for name, weight in weights.items() if "lora_B" in name)
+    assert largest_b == pytest.approx(rate, rel=0.05)
 
 
 def test_scores_are_those_of_scikit_learn():
