@@ -40,7 +40,7 @@ class CountedDecoder:
     layers: whole name of the list of decoder layers. others: linear layers outside of it, but the output layer: (whole
     name, inputs, outputs). modules: whole names of all modules outside of it. parameters: with embeddings and output
     layer. embeddings: those of look-up tables. softcap: the logits pass through a tanh. adapts_experts: whether
-    all-linear reaches the experts' tensors.
+    all-linear reaches the experts' tensors. eager: whether its class has no kernel that `attention: auto` takes.
     """
 
     layers: str
@@ -51,6 +51,7 @@ class CountedDecoder:
     embeddings: int
     softcap: bool
     adapts_experts: bool
+    eager: bool
 
     def inner(self, active_experts: int) -> int:
         """Return the largest width inside an MLP, over the experts that work on a token."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from support_models import QWEN_TOWER, TOWER, WINDOWS, WITH_TOWERS
 
@@ -92,15 +93,16 @@ TEMPLATES = {
 }
 
 
-def save_family(name: str, folder: Path) -> str:
-    """Save a random model of a family as it is published; return its folder."""
+def save_family(name: str, folder: Path, **settings: Any) -> str:
+    """Save a random model of a family as it is published, with other settings if any; return its folder."""
     import torch
     from transformers import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as READS_IMAGES
 
     from forgebook.models.load import auto_class, model_class
 
-    kind, settings = FAMILIES[name]
+    kind, own = FAMILIES[name]
+    settings = own | settings
     if "text_config" in settings:
         config = CONFIG_MAPPING[kind](**settings, architectures=[READS_IMAGES[kind]])
     else:

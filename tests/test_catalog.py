@@ -42,6 +42,20 @@ PUBLISHED = {
     "Qwen/Qwen3-8B": 8_190_735_360,
     "Qwen/Qwen3-14B": 14_768_307_200,
     "Qwen/Qwen3-32B": 32_762_123_264,
+    "Qwen/Qwen3-30B-A3B": 30_532_122_624,
+    "Qwen/Qwen3-30B-A3B-Instruct-2507": 30_532_122_624,
+    "Qwen/Qwen3-235B-A22B": 235_093_634_560,
+    "openai/gpt-oss-20b": 20_914_757_184,
+    "openai/gpt-oss-120b": 116_829_156_672,
+    "HuggingFaceTB/SmolLM2-135M-Instruct": 134_515_008,
+    "HuggingFaceTB/SmolLM2-360M-Instruct": 361_821_120,
+    "HuggingFaceTB/SmolLM2-1.7B-Instruct": 1_711_376_384,
+    "HuggingFaceTB/SmolLM3-3B": 3_075_098_624,
+    "allenai/Olmo-3-7B-Instruct": 7_298_011_136,
+    "zai-org/GLM-4-9B-0414": 9_400_279_040,
+    "LiquidAI/LFM2-1.2B": 1_170_340_608,
+    "ibm-granite/granite-3.3-8b-instruct": 8_170_864_640,
+    "mistralai/Mistral-Small-24B-Instruct-2501": 23_572_403_200,
     "google/gemma-2-2b-it": 2_614_341_888,
     "google/gemma-2-9b-it": 9_241_705_984,
     "google/gemma-2-27b-it": 27_227_128_320,
@@ -77,8 +91,12 @@ def test_tiny_is_counted_exactly():
     assert shape_of("tiny").parameters == shape_of(str(TINY_MODEL)).parameters == 2_885_888
 
 
-def test_two_of_eight_experts_work_on_a_token():
-    assert shape_of("mistralai/Mixtral-8x7B-v0.1").active_parameters == pytest.approx(12.9e9, rel=0.02)
+@pytest.mark.parametrize(
+    ("model_id", "published"),
+    [("mistralai/Mixtral-8x7B-v0.1", 12.9e9), ("openai/gpt-oss-20b", 3.61e9), ("openai/gpt-oss-120b", 5.13e9)],
+)
+def test_chosen_experts_alone_work_on_a_token(model_id, published):
+    assert shape_of(model_id).active_parameters == pytest.approx(published, rel=0.02)
 
 
 def test_a_config_json_may_wrap_its_text_decoder_and_leave_defaults_out(tmp_path):

@@ -10,7 +10,7 @@ from forgebook.layer_counts import CountedDecoder, LayerKind, counted_from
 EXPERTS = (("mlp.experts.gate_up_proj", 4, 32, 96), ("mlp.experts.down_proj", 4, 48, 32))
 DENSE = LayerKind((0,), 100, 2, (("mlp.up_proj", 32, 64), ("mlp.down_proj", 64, 32)), (), ("mlp",))
 MIXTURE = LayerKind((1, 2), 200, 2, (("self_attn.q_proj", 32, 32),), EXPERTS, ("mlp", "self_attn"))
-DECODER = CountedDecoder("model.layers", (DENSE, MIXTURE), (), ("model",), 5000, 320, False, True)
+DECODER = CountedDecoder("model.layers", (DENSE, MIXTURE), (), ("model",), 5000, 320, False, True, False)
 
 
 def test_json_and_back():

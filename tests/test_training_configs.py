@@ -17,7 +17,11 @@ FOLDERS = ("training_configs", "cookbooks", "end-to-end-examples")
 CONFIGS = sorted(path for folder in FOLDERS for path in REPOSITORY.glob(f"{folder}/**/*.yaml"))
 DEEPSPEED = sorted(REPOSITORY.glob("deepspeed_configs/*.json"))
 STAGES = {path.stem: int(path.stem.split("_")[1]) for path in DEEPSPEED}
-PLANNED = [path for path in CONFIGS if {"default", "custom"} & set(path.relative_to(REPOSITORY).parts)]
+PLANNED = [
+    path
+    for path in CONFIGS
+    if {"default", "custom", "real"} & set(path.relative_to(REPOSITORY).parts) and not path.name.startswith("cpu-")
+]
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +70,7 @@ def test_config_fits_its_own_hardware(path, headers):
     assert facts.worst.fits, f"{facts.worst.memory.total:,} bytes; {' '.join(facts.worst.changes)} would make it fit"
     assert facts.gsm8k.fits and facts.cost > 0
     assert facts.worst.context_length <= headers.shape_of(facts.config.model_id).context or facts.config.rope_scaling
-    if "custom" in path.parts:  # the file's place says what it is
+    if {"custom", "real"} & set(path.parts):  # the file's place says what it is
         assert path.name.startswith(f"{facts.hardware}-{facts.config.context_length or 'auto'}")
         assert path.parent.name == ("lora" if facts.config.is_lora else "full")
         assert facts.config.origins["truncation"] == facts.config.origins["task"] == "file"

@@ -72,8 +72,9 @@ class Facts:
 
 
 def config_paths() -> list[Path]:
-    """List the configs that have a plan in their header: all but those of the tiny model."""
-    return sorted(path for path in FOLDER.glob("*/**/*.yaml") if path.relative_to(FOLDER).parts[0] != "tiny")
+    """List the configs that have a plan in their header: all but those for a CPU."""
+    paths = FOLDER.glob("*/**/*.yaml")
+    return sorted(path for path in paths if "tiny" not in path.parts and not path.name.startswith("cpu-"))
 
 
 @functools.cache

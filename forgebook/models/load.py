@@ -144,7 +144,7 @@ def load_model(
             attn_implementation=choose_attention(
                 attention, attention_facts(dtype, on_gpu, model_class(model_config)), attention_is_required
             ),
-            **{"device_map": device_map, **_quantized(quantization, dtype)},
+            **{"device_map": device_map, **_whole_experts(model_config), **_quantized(quantization, dtype)},
         )
     if hub_id := hub_id_of(source):  # others have no such mirror: an adapter names its base as the hub does
         model.name_or_path = model.config._name_or_path = hub_id
@@ -156,6 +156,15 @@ def load_model(
         # Reentrant checkpointing loses the gradients of LoRA when the inputs themselves need none.
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     return model
+
+
+def _whole_experts(model_config: PretrainedConfig) -> dict[str, Any]:
+    """Make the argument of `from_pretrained` that unpacks the MXFP4 weights of gpt-oss, which cannot be trained."""
+    from transformers import Mxfp4Config
+
+    stated = getattr(model_config, "quantization_config", None) or {}
+    method = stated.get("quant_method") if isinstance(stated, dict) else stated.quant_method
+    return {"quantization_config": Mxfp4Config(dequantize=True)} if method == "mxfp4" else {}
 
 
 def _quantized(kind: str | None, dtype: str) -> dict[str, Any]:

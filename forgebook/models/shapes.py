@@ -5,6 +5,7 @@ shape = find_shape(model_id)        the catalog, a local folder, the hub; what w
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import re
@@ -15,9 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from forgebook.catalog import Catalog, Shape, shape_from, shape_of
-from forgebook.errors import ModelError
+from forgebook.errors import ModelError, StorageError
 from forgebook.layer_counts import CountedDecoder, LayerKind
 from forgebook.models.adapters import expert_tensors_of, layers_of
+from forgebook.models.attention import lacking_kernels
 from forgebook.models.families import freeze_towers
 from forgebook.models.tokenizer import locate
 from forgebook.runs.atomic import read_json, write_json
@@ -68,7 +70,7 @@ def _counted(folder: Path, error: ModelError) -> Shape:
     version = metadata.version("transformers")
     key = hashlib.sha256(version.encode() + (folder / "config.json").read_bytes()).hexdigest()[:32]
     path = cache_folder() / "shapes" / f"{key}.json"
-    if path.is_file():
+    with contextlib.suppress(StorageError, TypeError, KeyError):  # not counted yet, or by an earlier version
         return shape_from(read_json(path))
     from forgebook.models.load import load_skeleton
 
@@ -128,6 +130,7 @@ def count_shape(model: PreTrainedModel) -> Shape:
             parameters=trained,
             embeddings=sum(table.numel() for table in tables.values()),
             softcap=getattr(text, "final_logit_softcapping", None) is not None,
+            eager={"sdpa", "flash_attention_2"} <= lacking_kernels(type(model)),
             adapts_experts=experts > 1 and any(map(layers.is_expert, ("gate_proj", "w1"))),
         ),
     )

@@ -282,7 +282,8 @@ def _activations(run: _Run) -> tuple[int, int, int]:
     )
     # The backward pass of the MLP holds three gradients of its inner width, that of a norm works in float32.
     working = run.tokens * (3 * width * shape.inner + 2 * width * shape.hidden + 8 * shape.hidden)
-    if config.attention == "eager":
+    has_no_kernel = shape.counted is not None and shape.counted.eager
+    if config.attention == "eager" or (config.attention == "auto" and has_no_kernel):
         square = run.sequences * shape.heads * run.length**2
         # Saved: the softmax in float32 and its copy in the run's dtype; the backward pass: two gradients of that size.
         layer += square * (4 if width == 4 else 4 + width)

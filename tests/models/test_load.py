@@ -1,5 +1,6 @@
 """Where models come from, and how they are built."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import torch
 from conftest import LORA, REPOSITORY, TINY_MODEL
 from forgebook.errors import ModelError
 from forgebook.models import adapters, families, load
+from support_families import save_family
 
 
 def test_lora_trains_only_the_adapter_and_takes_the_dtype_of_its_base():
@@ -59,3 +61,32 @@ print(len(parameters), sum(hasattr(p, "ds_id") and p.numel() == 0 for p in param
     printed = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     count, partitioned = printed.stdout.split()[-2:]
     assert count == partitioned and int(count) > 20
+
+
+def test_experts_of_four_bits_are_unpacked_to_be_trained(tmp_path, monkeypatch):
+    """As gpt-oss is published. Left to itself, transformers keeps them packed on a GPU that has the kernels for it."""
+    from safetensors.torch import load_file, save_file
+    from transformers.quantizers import quantizer_mxfp4
+
+    source = save_family("gpt-oss", tmp_path, hidden_size=64, intermediate_size=64, head_dim=16)
+    weights = load_file(tmp_path / "model.safetensors")
+    for name in [name for name in weights if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, inputs, outputs = weights.pop(name).shape
+        weights[f"{name}_blocks"] = torch.randint(0, 256, (experts, outputs, inputs // 32, 16), dtype=torch.uint8)
+        weights[f"{name}_scales"] = torch.full((experts, outputs, inputs // 32), 120, dtype=torch.uint8)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    facts = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(facts | {"quantization_config": {"quant_method": "mxfp4"}}))
+    unpacks, check = [], quantizer_mxfp4.Mxfp4HfQuantizer.validate_environment
+
+    def observed(quantizer, *args, **kwargs):
+        unpacks.append(quantizer.quantization_config.dequantize)
+        return check(quantizer, *args, **kwargs)
+
+    monkeypatch.setattr(quantizer_mxfp4.Mxfp4HfQuantizer, "validate_environment", observed)
+    model = load.load_model(source, dtype="float32")
+    assert unpacks == [True] and getattr(model.config, "quantization_config", None) is None
+    experts = model.model.layers[0].mlp.experts.gate_up_proj
+    assert experts.dtype == torch.float32 and experts.shape == (4, 64, 128) and experts.requires_grad
+    # The scale of 120 is 2^-7; four bits hold 0, 0.5, 1, 1.5, 2, 3, 4 and 6.
+    assert set((experts.detach().abs() * 2**7).unique().tolist()) == {0, 0.5, 1, 1.5, 2, 3, 4, 6}

@@ -126,6 +126,9 @@ def test_what_was_counted_once_needs_no_model_again(tmp_path, monkeypatch):
     source = save_family("LFM 2", tmp_path / "model")
     monkeypatch.setenv("FORGEBOOK_CACHE", str(tmp_path / "cache"))
     first = shapes.find_shape(source)
+    [remembered] = tmp_path.glob("cache/shapes/*.json")
+    remembered.write_text('{"counted": {"kinds": [], "of_another_version": 1}}')
+    assert shapes.find_shape(source) == first
     monkeypatch.setattr(load, "load_skeleton", None)
     assert shapes.find_shape(source) == first
     with pytest.raises(ModelError, match="did you mean 'qwen/qwen3-8b'"):
