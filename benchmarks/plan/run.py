@@ -5,7 +5,7 @@
 
 Each case runs in processes of its own. Measured is the peak of a worker's anonymous resident memory during two
 optimizer steps, above what it held before the model was made (imports, and a small model trained to fill the
-kernels' caches). The plan is `memory_of(..., on_gpu=False)`: the same terms without CUDA's context. Cases that are
+kernels' caches). The plan is `memory_of(..., on_gpu=False).tensors`: without the process's libraries. Cases that are
 named replace those of the file. tests/planning/test_plan.py plans all of them anew and holds the plan to 25 %.
 """
 
@@ -242,7 +242,8 @@ def result_of(case: str, measured: int) -> dict:
     shape, rows, length, workers, settings = CASES[case]
     return {
         "case": case, "model": shape, "rows": rows, "length": length, "workers": workers, "settings": settings,
-        "planned": need.total, "measured": measured, "error": round(need.total / measured - 1, 4), "terms": need.terms,
+        "planned": need.tensors, "measured": measured, "error": round(need.tensors / measured - 1, 4),
+        "terms": {name: size for name, size in need.terms.items() if name != "overhead"},
     }  # fmt: skip
 
 

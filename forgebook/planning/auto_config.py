@@ -28,6 +28,7 @@ from forgebook.models.shapes import find_shape
 from forgebook.planning import schedule
 from forgebook.planning.cpu_dtype import choose_cpu_dtype
 from forgebook.planning.feasibility import capacity, cheapest_change, fit, longest_sequence
+from forgebook.planning.hardware import Cpu
 from forgebook.planning.memory import memory_of
 from forgebook.planning.token_count import Statistics
 
@@ -57,7 +58,7 @@ SORTED_EXAMPLES, EXAMPLES_PER_BATCH = 1600, 8
 # The share of a GPU's memory to leave free if possible: the plan's estimate may be too low.
 MARGIN = 0.1
 # Without a GPU: the bytes that a process may use on a laptop, and sequences short enough for plain attention.
-LAPTOP = Gpu("a laptop", 8 * 2**30, 0.0, 0.0)
+LAPTOP = Cpu("a laptop", 8 * 2**30, 8 * 2**30)
 EAGER_TOKENS = 512
 EVALUATIONS_IN_ONE_EPOCH = 4
 

@@ -236,7 +236,7 @@ def _possible_changes(config: FinetuneConfig, shape: Shape, workers: int, on_gpu
 def fit(
     config: FinetuneConfig,
     shape: Shape,
-    hardware: tuple[int, Gpu],
+    hardware: tuple[int, Gpu | Cpu],
     data: Statistics | None = None,
     keep: Collection[str] = (),
 ) -> FinetuneConfig | None:
@@ -269,7 +269,7 @@ def fit(
                 train_batch_size_per_device=micro,
                 gradient_accumulation_steps=accumulation,
             )
-            if fits(memory_of(attempt, shape, workers=workers, length=length), gpu):
+            if fits(memory_of(attempt, shape, workers=workers, length=length, on_gpu=not isinstance(gpu, Cpu)), gpu):
                 return attempt
     return None
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from forgebook.config.deepspeed_file import read_deepspeed_config, zero_of
 from forgebook.data.batching import group_size
-from forgebook.planning.trainable import adapted_layers, trainable_parameters
+from forgebook.planning.trainable import adapted_layers, trainable_parameters, trains_label_rows
 
 if TYPE_CHECKING:
     from forgebook.catalog import Shape
@@ -36,6 +36,10 @@ LOSS_CHUNK = 256
 CONTEXT_BYTES = 2**30
 # Python, torch and CUDA's libraries in a worker's host memory; an allowance, too.
 PROCESS_BYTES = 2 * 2**30
+# Without a GPU: those libraries, as measured, and the bytes that malloc keeps per byte of activations: glibc (2.36)
+# does not give a freed block to the next aligned request of its size. Measured on SmolLM2, within 6% of the process.
+CPU_PROCESS_BYTES = 600_000_000
+CPU_HELD = 0.8
 # NF4 with double quantization: half a byte, a byte of scale per 64 weights, four bytes per 256 of these.
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 INT8_BYTES = 1.0
@@ -45,7 +49,8 @@ INT8_BYTES = 1.0
 class Memory:
     """Bytes of one GPU at the peak of an optimizer step; host: of one worker's host memory.
 
-    activations: of the forward and backward pass, or what the optimizer holds while it steps if that is more.
+    activations: of the forward and backward pass, or what the optimizer holds while it steps if that is more. overhead:
+    what no tensor holds: CUDA's context; of a worker without GPU its libraries and the pages that malloc keeps.
     """
 
     weights: int
@@ -53,18 +58,24 @@ class Memory:
     optimizer: int
     activations: int
     buffers: int
+    overhead: int
     host: int
 
     @property
     def terms(self) -> dict[str, int]:
         """Return the terms that add up to the GPU's total, by name."""
-        names = ("weights", "gradients", "optimizer", "activations", "buffers")
+        names = ("weights", "gradients", "optimizer", "activations", "buffers", "overhead")
         return {name: getattr(self, name) for name in names}
 
     @property
     def total(self) -> int:
         """Sum the terms, in bytes."""
         return sum(self.terms.values())
+
+    @property
+    def tensors(self) -> int:
+        """Sum the terms of tensors alone, in bytes."""
+        return self.total - self.overhead
 
     @property
     def largest(self) -> str:
@@ -193,7 +204,9 @@ def memory_of(config: FinetuneConfig, shape: Shape, *, workers: int, length: int
     if sharding.stage < 3 and config.quantization is None:
         host = max(host, PROCESS_BYTES + whole)  # loaded on the host first, whole
     gradients = 0 if sharding.offload_optimizer and sharding.stage == 3 else gradients
-    return Memory(weights + gathered, gradients, optimizer, activations, buffers + CONTEXT_BYTES * on_gpu, host)
+    overhead = CONTEXT_BYTES if on_gpu else CPU_PROCESS_BYTES + int(CPU_HELD * activations)
+    need = Memory(weights + gathered, gradients, optimizer, activations, buffers, overhead, host)
+    return need if on_gpu else replace(need, host=need.total)
 
 
 def _optimizer_bytes(run: _Run) -> int:
@@ -222,8 +235,10 @@ def _backward(run: _Run, gradients: int, buffers: int) -> int:
     head *= not run.config.is_lora or "lm_head" in (lora.get("modules_to_save") or [])
     shared = head * run.shape.tied  # waits for the other half of its sum
     saved, working, layer = _activations(run)
-    first = saved + max(_chunk(run), working) + head
-    last = max(layer, head) + shared
+    # PEFT trains a label's row in a copy of the whole table, whose gradient is a table, too.
+    table = run.shape.embedding_parameters * run.width * trains_label_rows(run.config)
+    first = saved + max(_chunk(run), working) + head + 2 * table
+    last = max(layer, head, table) + shared
     if sharding.stage == 0:
         if run.workers == 1 and not run.accumulates:  # gradients come while activations go, and stay where they are
             return max(first, gradients + last - head)
@@ -331,4 +346,5 @@ def _chunk(run: _Run) -> int:
     """Count the bytes of a chunk of logits: in the weights' dtype and in float32."""
     # The loss has a gradient of its own, computed in place; a softcap leaves it to autograd, which saves more.
     float32_copies = 4 if run.shape.softcap else 1
-    return min(LOSS_CHUNK, run.tokens) * run.shape.vocab * (run.width + 4 * float32_copies)
+    positions = run.sequences if run.config.task == "classification" else run.tokens  # the label's alone
+    return min(LOSS_CHUNK, positions) * run.shape.vocab * (run.width + 4 * float32_copies)

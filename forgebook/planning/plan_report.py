@@ -49,7 +49,8 @@ def plan_rows(plan: Plan) -> list[list[str]]:
         lines.append([name, format_bytes(size), "the largest" if name == need.largest else ""])
     usable = f"of {format_bytes(plan.capacity)} usable" if plan.capacity else ""
     lines.append([f"memory per {_device(plan)}", format_bytes(need.total), usable])
-    lines.append(["memory per worker on the host", format_bytes(need.host), ""])
+    if plan.cpu is None:
+        lines.append(["memory per worker on the host", format_bytes(need.host), ""])
     if plan.steps is not None:
         lines.append(["steps", f"{plan.steps:,}", f"{plan.tokens:,} tokens, {plan.positions:,} with padding"])
         lines.append(["FLOPs", f"{plan.flops:.3g}", f"{plan.flops_per_token:.3g} per token, recomputation not counted"])
@@ -97,6 +98,9 @@ def compare_with_plan(planned: dict[str, Any], measured: dict[str, Any]) -> str:
         f"memory per worker (model, optimizer, activations): planned {expected}, "
         + ("not measured" if memory is None else f"measured {format_bytes(memory)}")
     ]
+    if (process := measured["process_bytes_per_worker"]) is not None:
+        expected = format_bytes(planned["process_bytes_per_worker"])
+        parts.append(f"of the whole process: planned {expected}, measured {format_bytes(process)}")
     if planned["step_seconds"] is not None:
         seconds = _duration(planned["step_seconds"]), _duration(measured["step_seconds"])
         parts.append("time of steps: planned {}, measured {}".format(*seconds))

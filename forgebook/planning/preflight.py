@@ -16,7 +16,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from forgebook.catalog import read_catalog
+from forgebook.data import batching
 from forgebook.errors import ModelError, ResourceError
 from forgebook.models.adapters import check_lora
 from forgebook.models.families import check_positions
@@ -29,7 +32,6 @@ from forgebook.planning import schedule
 from forgebook.planning.feasibility import Work
 from forgebook.planning.hardware import cpu_share, hardware_for
 from forgebook.planning.history import Throughput, read_throughputs, record_throughput
-from forgebook.planning.memory import CONTEXT_BYTES
 from forgebook.planning.plan import Plan, plan, run_kind, running_figures
 from forgebook.planning.plan_report import verdict
 from forgebook.planning.prepare import Prepared
@@ -46,7 +48,9 @@ CERTAIN = 1.25
 CONVENTIONS = {
     "memory_bytes_per_worker": "the largest worker's peak of tensors: weights, gradients, optimizer and activations. "
     "On a GPU what torch allocated over the run, the plan without CUDA's context; on a CPU the tensors of one step, "
-    "the one with the longest sequences. The whole process takes more: peak_memory_bytes_per_worker",
+    "the one with the longest sequences",
+    "process_bytes_per_worker": "the largest worker's peak with what no tensor holds: planned for a GPU with CUDA's "
+    "context, and not measured; on a CPU resident memory, with libraries and freed memory that malloc keeps",
     "step_seconds": "optimizer steps alone, without loading, evaluation and saving",
     "tokens_per_second": "tokens excluding padding over the seconds of steps; measured without the first step",
     "flops_per_token": "6 per trained parameter, 4 per frozen one, 6 per adapter one; causal attention; recomputation "
@@ -82,7 +86,14 @@ def _work_of(prepared: Prepared) -> Work:
     config, lengths, report = prepared.config, prepared.train.lengths, prepared.report["train"]
     epoch_steps = _epoch_steps(prepared)
     steps = schedule.total_steps(config.num_epochs, epoch_steps, config.max_steps)
-    tokens = int(lengths.sum()) * steps / epoch_steps
+    share = steps / epoch_steps
+    if share < 1:  # the longest example may come after the run's end
+        sequences = batching.make_sequences(
+            prepared.train, config.padding, config.context_length, batching.group_size(config.task)
+        )
+        batches = batching.epoch_batches(prepared.train, sequences, config.global_batch_size, config.seed, 0)
+        lengths, share = lengths[np.concatenate([one for batch in batches[:steps] for one in batch])], 1.0
+    tokens = int(lengths.sum()) * share
     longest = int(lengths.max()) if config.padding == "longest" else config.context_length
     mean = float((lengths.astype(float) ** 2).sum() / lengths.sum())
     return Work(steps, round(tokens), round(tokens / (1 - report["padding_share"])), longest, mean)
@@ -187,6 +198,8 @@ def _measured(plan: Plan, run: Run, result: dict[str, Any], throughput: dict[str
     gpu = read_catalog().gpus.get(result["device_name"])
     return {
         "memory_bytes_per_worker": max(result["step_memory_bytes_per_worker"]) or None,
+        # Of a GPU, torch counts tensors alone.
+        "process_bytes_per_worker": max(result["peak_memory_bytes_per_worker"]) if plan.cpu is not None else None,
         "step_seconds": None,
         "steps": result["steps"],
         "tokens": result["trained_tokens"],
@@ -213,7 +226,8 @@ def _planned(plan: Plan) -> dict[str, Any]:
             "mfu": round(plan.mfu * plan.tokens / plan.positions, 4) if plan.mfu else None,
         }
     return {
-        "memory_bytes_per_worker": plan.memory.total - (CONTEXT_BYTES if plan.cpu is None else 0),
+        "memory_bytes_per_worker": plan.memory.tensors,
+        "process_bytes_per_worker": plan.memory.total,
         "step_seconds": speed["step_seconds"],
         "steps": plan.steps,
         "tokens": plan.tokens,

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from forgebook.catalog import Shape
     from forgebook.config.schema import FinetuneConfig
 
-__all__ = ["adapted_layers", "trainable_parameters"]
+__all__ = ["adapted_layers", "trainable_parameters", "trains_label_rows"]
 
 
 def trainable_parameters(config: FinetuneConfig, shape: Shape) -> int:
@@ -27,10 +27,17 @@ def trainable_parameters(config: FinetuneConfig, shape: Shape) -> int:
     saved = lora.get("modules_to_save") or []
     tables = {"embed_tokens", "lm_head"} & set(saved)
     count += shape.embedding_parameters * len(tables)
-    if config.classifier_config is not None and not tables and "trainable_token_indices" not in lora:
+    if config.classifier_config is not None and trains_label_rows(config):
         # One vector per label, in the embeddings and, if it is a separate layer, in the output layer.
         count += len(config.classifier_config.label_tokens) * shape.hidden * (1 if shape.tied else 2)
     return count
+
+
+def trains_label_rows(config: FinetuneConfig) -> bool:
+    """Check whether an adapter trains the embeddings of a classifier's labels, and no others."""
+    lora = config.lora_config or {}
+    own = "trainable_token_indices" in lora or {"embed_tokens", "lm_head"} & set(lora.get("modules_to_save") or [])
+    return config.is_lora and config.classifier_config is not None and not own
 
 
 def _adapter_size(rank: int, inputs: int, outputs: int, lora: dict[str, Any]) -> int:

@@ -94,7 +94,7 @@ def test_a_laptop_trains_in_this_process(config, monkeypatch):
     monkeypatch.setattr("forgebook.planning.cpu_dtype.bfloat16_speedup", lambda hidden, inner: 0.9)
     done, _ = chosen(config(), None)
     assert (done.num_devices, done.deepspeed, done.dtype, done.attention) == (0, None, "float32", "eager")
-    assert (done.train_batch_size_per_device, done.gradient_checkpointing, done.hardware) == (64, False, None)
+    assert (done.train_batch_size_per_device, done.gradient_checkpointing, done.hardware) == (32, False, None)
 
 
 def test_a_cpu_that_is_faster_in_bfloat16_gets_it(config, monkeypatch):

@@ -9,8 +9,7 @@ import pytest
 
 from conftest import LORA, REPOSITORY, config_for
 from forgebook.catalog import shape_of
-from forgebook.planning import memory
-from forgebook.planning.memory import memory_of
+from forgebook.planning.memory import CONTEXT_BYTES, memory_of
 from forgebook.planning.trainable import trainable_parameters
 
 LLAMA_8B = "meta-llama/Meta-Llama-3-8B-Instruct"
@@ -112,8 +111,34 @@ def test_zero_counts_both_buckets_on_a_gpu_and_what_is_written_to_on_a_cpu():
     config = big(deepspeed="zero_2", lora_config=LORA)
     shape = shape_of(config.model_id)
     trained = trainable_parameters(config, shape)
-    for on_gpu, held in ((True, 2 * 500_000_000 * 2 + memory.CONTEXT_BYTES), (False, 2 * trained)):
+    for on_gpu, held in ((True, 2 * 500_000_000 * 2), (False, 2 * trained)):
         assert memory_of(config, shape, workers=2, length=512, on_gpu=on_gpu).buffers == held
+
+
+def test_a_worker_on_a_cpu_holds_libraries_and_what_malloc_keeps():
+    """Planned is the whole process, as /proc shows it: SmolLM2, LoRA, 8 examples of 304 tokens, measured 6.86 GB."""
+    lora = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
+    config = config_for(
+        "HuggingFaceTB/SmolLM2-135M-Instruct", train_batch_size_per_device=8, context_length=1024, dtype="float32",
+        lora_config=lora, deepspeed=None, gradient_checkpointing=False,
+    )  # fmt: skip
+    need = memory_of(config, shape_of(config.model_id), workers=1, length=304, on_gpu=False)
+    assert need.tensors == pytest.approx(3_614_704_332, rel=0.01)  # measured, too
+    assert need.total == need.host == pytest.approx(6_863_716_352, rel=0.06)
+    gpu = memory_of(config, shape_of(config.model_id), workers=1, length=304)
+    assert gpu.tensors == need.tensors and gpu.overhead == CONTEXT_BYTES
+
+
+def test_rows_of_labels_are_trained_in_copies_of_the_table():
+    """SmolLM2, LoRA, 4 messages of 99 tokens, of which a batch of 96 measured 1.259 GB."""
+    settings = {
+        "train_batch_size_per_device": 4, "context_length": 128, "dtype": "float32", "deepspeed": None,
+        "lora_config": LORA, "gradient_checkpointing": False,
+        "task": "classification", "classifier_config": {"label_tokens": ["[[ham]]", "[[spam]]"]},
+    }  # fmt: skip
+    config = config_for("HuggingFaceTB/SmolLM2-135M-Instruct", **settings)
+    need = memory_of(config, shape_of(config.model_id), workers=1, length=96, on_gpu=False)
+    assert need.tensors == pytest.approx(1_258_791_276, rel=0.03)
 
 
 def measured_runs():
@@ -127,7 +152,7 @@ def measured_runs():
 
 def test_the_plan_is_near_what_was_measured():
     benchmark, found = measured_runs()
-    errors = {one["case"]: benchmark.planned(one["case"]).total / one["measured"] - 1 for one in found["results"]}
+    errors = {one["case"]: benchmark.planned(one["case"]).tensors / one["measured"] - 1 for one in found["results"]}
     assert len(errors) >= 12 and set(errors) == set(benchmark.CASES)
     assert {case: error for case, error in errors.items() if abs(error) > 0.25} == {}
     assert statistics.median(map(abs, errors.values())) <= 0.15

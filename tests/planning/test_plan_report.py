@@ -92,8 +92,11 @@ def test_the_summary_says_why_the_time_is_unknown():
 
 
 def test_planned_and_measured_are_compared_in_one_line():
-    figures = {"memory_bytes_per_worker": 46e6, "step_seconds": 80.0, "mfu": None, "cost_usd": None}
-    measured = {**figures, "memory_bytes_per_worker": 2e9, "step_seconds": 600.0}
+    figures = {
+        "memory_bytes_per_worker": 46e6, "process_bytes_per_worker": 7e8, "step_seconds": 80.0, "mfu": None,
+        "cost_usd": None,
+    }  # fmt: skip
+    measured = {**figures, "memory_bytes_per_worker": 2e9, "process_bytes_per_worker": None, "step_seconds": 600.0}
     line = compare_with_plan(figures, measured)
     assert line == (
         "memory per worker (model, optimizer, activations): planned 46.0 MB, measured 2.0 GB; "
@@ -102,6 +105,8 @@ def test_planned_and_measured_are_compared_in_one_line():
     gpu = compare_with_plan({**figures, "step_seconds": None}, {**measured, "mfu": 0.41, "cost_usd": 1.234})
     assert gpu.endswith("measured 2.0 GB; MFU 41%; $1.23")
     assert "not measured" in compare_with_plan(figures, {**measured, "memory_bytes_per_worker": None})
+    cpu = compare_with_plan(figures, {**measured, "process_bytes_per_worker": 8e8})
+    assert "; of the whole process: planned 0.7 GB, measured 0.8 GB; time of steps" in cpu
 
 
 def test_a_plan_is_json_all_through():

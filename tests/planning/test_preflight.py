@@ -40,6 +40,13 @@ def model_of(tmp_path):
     return write
 
 
+def test_a_run_that_stops_early_is_planned_for_the_examples_that_it_reaches(make_config):
+    config = make_config(max_steps=2, train_batch_size_per_device=4)  # of 6 steps
+    run = fine_tune(config)
+    planned, measured = (read_json(run.summary)[name] for name in ("planned", "measured"))
+    assert planned["tokens"] == measured["tokens"]
+
+
 HUGE = {"hidden_size": 65536, "intermediate_size": 262144, "num_hidden_layers": 1000}
 
 
@@ -56,6 +63,7 @@ def test_what_was_planned_stands_beside_what_was_measured(cache, make_config, ca
     assert planned["steps"] == measured["steps"] == len(losses_of(run))
     assert planned["tokens"] == measured["tokens"]  # exact: from the run's own rows
     assert planned["step_seconds"] is None and measured["mfu"] is None and measured["cost_usd"] is None  # on a CPU
+    assert planned["process_bytes_per_worker"] > 6e8 and measured["process_bytes_per_worker"] > 3e8
     # The same is planned and measured: the tensors, not the process with its libraries.
     assert summary["ratio"]["memory_bytes_per_worker"] == pytest.approx(1, abs=0.3)
     assert max(summary["peak_memory_bytes_per_worker"]) > 2 * measured["memory_bytes_per_worker"]
@@ -89,7 +97,7 @@ def test_a_plan_that_cannot_fit_is_refused_before_weights_are_needed(make_config
 
 
 def test_a_change_that_makes_it_fit_is_named(make_config, monkeypatch):
-    monkeypatch.setattr("forgebook.planning.hardware.host_memory", lambda: (100_000_000, 50_000_000))
+    monkeypatch.setattr("forgebook.planning.hardware.host_memory", lambda: (700_000_000, 50_000_000))
     with pytest.raises(ResourceError, match=r"the cheapest change: .*train_batch_size_per_device="):
         fine_tune(
             make_config(num_warmup_steps=0, train_batch_size_per_device=24, context_length=160, padding="max_length")
