@@ -241,7 +241,7 @@ _TABLE = (
             CHECKPOINT,
             Option("max_new_tokens", "longest answer, in tokens; default 128", at_least(1)),
             *SAMPLING,
-            Option("batch_size", "prompts at a time; default 32", at_least(1)),
+            Option("batch_size", "prompts at a time; default: as many as fit in memory", at_least(1)),
             Option("engine", "auto (the default), transformers or vllm"),
             Option("num_devices", "number of Ray workers; default: this process", at_least(1)),
         ),

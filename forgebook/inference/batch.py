@@ -34,6 +34,8 @@ MIN_PROMPTS_FOR_VLLM = 100
 VLLM_CHUNK = 1_000
 # Batches per task of a Ray worker: enough to group by length, few enough to lose little when a worker dies.
 BATCHES_PER_TASK = 8
+# The size of such a batch where the memory of the workers decides.
+TASK_BATCH = 32
 
 # Answers prompts with a loaded model: (number of the prompt, answer), in the order in which they are ready.
 AnswerPrompts = Callable[[list["Prompt"], OnAnswers], Iterator[tuple[int, str]]]
@@ -210,7 +212,7 @@ def _answer_on_ray(
     each = {"num_gpus": 1} if kind == "GPU" else {"num_cpus": max(1, int(total["CPU"]) // workers)}
     # Tasks are grouped by length, the longest first, so that the last ones are short.
     ordered = sorted(prompts, key=lambda prompt: -sum(len(message["content"]) for message in prompt.messages))
-    size = min(BATCHES_PER_TASK * sampling.batch_size, -(-len(ordered) // workers))
+    size = min(BATCHES_PER_TASK * (sampling.batch_size or TASK_BATCH), -(-len(ordered) // workers))
     items = [{"prompt": json.dumps(asdict(prompt))} for prompt in ordered]
     answers = ray.data.from_items(items, override_num_blocks=-(-len(items) // size)).map_batches(
         _Worker,

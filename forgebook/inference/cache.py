@@ -8,10 +8,16 @@ import torch
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
-__all__ = ["add_rows", "keep_rows", "rows_cache"]
+from forgebook.planning.hardware import host_memory
+
+__all__ = ["add_rows", "keep_rows", "rows_cache", "rows_that_fit"]
 
 # Columns that memory grows by: it is copied once in so many steps, where DynamicCache copies it at each.
 BLOCK = 128
+# Answers at a time: on a GPU a step takes about as long for one as for many, a CPU is busy with fewer.
+MOST_ROWS, MOST_ROWS_ON_CPU = 256, 64
+# Of the free memory; the rest is for the activations and logits of a step.
+MEMORY_SHARE = 0.5
 
 
 class RowsLayer(DynamicLayer):
@@ -86,6 +92,20 @@ def rows_cache(config: PreTrainedConfig, capacity: int) -> DynamicCache | None:
         return None
     cache.layers = [RowsLayer(capacity) for _ in cache.layers]
     return cache
+
+
+def rows_that_fit(model, columns: int) -> int:
+    """Count the answers whose keys and values fit in the free memory. columns: tokens of prompt and answer."""
+    config = model.config.get_text_config(decoder=True)
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    # Models with latent attention name two sizes of their own, and store keys of all heads.
+    sizes = getattr(config, "qk_head_dim", None) or size, getattr(config, "v_head_dim", None) or size
+    heads = getattr(config, "num_key_value_heads", None) or heads
+    per_row = config.num_hidden_layers * heads * sum(sizes) * (columns + BLOCK) * model.dtype.itemsize
+    on_gpu = model.device.type == "cuda"
+    free = torch.cuda.mem_get_info(model.device)[0] if on_gpu else host_memory()[1]
+    return max(1, min(MOST_ROWS if on_gpu else MOST_ROWS_ON_CPU, int(MEMORY_SHARE * free / per_row)))
 
 
 def add_rows(cache: DynamicCache, computed: DynamicCache) -> None:

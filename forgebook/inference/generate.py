@@ -315,6 +315,7 @@ def answer_in_batches(
     """
     import torch
 
+    from forgebook.inference.cache import rows_that_fit
     from forgebook.inference.decode import Request, decode
 
     encoded = [
@@ -331,7 +332,7 @@ def answer_in_batches(
         for ids, answer, seed in zip(encoded, answers, (prompt_seed(sampling.seed, n) for n in numbers), strict=True)
     ]
     longest = max(map(len, encoded))
-
+    batch_size = min(sampling.batch_size or rows_that_fit(model, longest + sampling.max_new_tokens), len(encoded))
     tokens = done = tokens_of_done = 0
 
     def report(added: int = 0) -> None:
@@ -342,14 +343,14 @@ def answer_in_batches(
     if streamer is not None:
         streamer.put(torch.tensor(encoded[0]))
     try:
-        for k in decode(model, requests, sampling.batch_size, report):
+        for k in decode(model, requests, batch_size, report):
             done, tokens_of_done = done + 1, tokens_of_done + len(answers[k].ids)
             yield k, _text(answers[k].ids, ends, tokenizer, keep_special)
             report()
     except torch.OutOfMemoryError:
         raise ResourceError(
-            f"the GPU has too little memory for {min(sampling.batch_size, len(encoded))} prompts of up to {longest} "
-            f"tokens and their answers; lower batch_size (now {sampling.batch_size})"
+            f"the GPU has too little memory for {batch_size} prompts of up to {longest} tokens and their answers; "
+            f"set batch_size lower than {batch_size}"
         ) from None
 
 

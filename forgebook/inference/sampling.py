@@ -33,14 +33,14 @@ class Sampling:
 
     temperature: 0 is greedy; top_p: sample among the most likely tokens that together hold this share of the
     probability. seed: the same seed gives a prompt the same answer, whatever prompts share its batch.
-    batch_size: prompts at a time; it changes memory and speed but no answer.
+    batch_size: prompts at a time, None as many as fit in memory; it changes memory and speed but no answer.
     """
 
     max_new_tokens: int = 128
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
-    batch_size: int = 32
+    batch_size: int | None = None
 
     def __post_init__(self):
         if not (self.temperature == 0 or LEAST <= self.temperature <= HOTTEST):
@@ -50,8 +50,8 @@ class Sampling:
         if not LEAST <= self.top_p <= 1:
             raise ConfigError(f"top_p must be above 0 and at most 1 (from {LEAST:g}), got {self.top_p:g}")
         for name in ("max_new_tokens", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be 1 or more, got {getattr(self, name)}")
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"{name} must be 1 or more, got {value}")
 
 
 def prompt_seed(seed: int, number: int = 0) -> int:

@@ -8,7 +8,8 @@ model  = load_start(config, tokenizer)            what a run begins with: the ba
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from forgebook.catalog import hub_id_of
@@ -130,7 +131,7 @@ def load_model(
         cpu_bfloat16.use_float32_products()
     refuse_pickled(source)
     check_files(source)
-    with readable_model_errors(source, "model"):
+    with readable_model_errors(source, "model"), _bars_in_terminals_only():
         model_config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         if rope_scaling is not None:
             text_config = model_config.get_text_config()
@@ -165,6 +166,21 @@ def _whole_experts(model_config: PretrainedConfig) -> dict[str, Any]:
     stated = getattr(model_config, "quantization_config", None) or {}
     method = stated.get("quant_method") if isinstance(stated, dict) else stated.quant_method
     return {"quantization_config": Mxfp4Config(dequantize=True)} if method == "mxfp4" else {}
+
+
+@contextlib.contextmanager
+def _bars_in_terminals_only() -> Iterator[None]:
+    """Keep transformers from drawing progress bars into logs and notebooks, where each of their states is text."""
+    from transformers.utils import logging
+
+    if sys.stderr.isatty() or not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
 
 
 def _quantized(kind: str | None, dtype: str) -> dict[str, Any]:

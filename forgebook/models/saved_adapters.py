@@ -115,6 +115,8 @@ def attach_adapter(model: Any, source: str, name: str = "default", **settings: A
 
     with readable_model_errors(source, "adapter"), warnings.catch_warnings():
         warnings.filterwarnings("error", "Found missing adapter keys")
+        # PEFT asks for a property that transformers has renamed.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         try:
             if not hasattr(model, "peft_config"):
                 return PeftModel.from_pretrained(model, source, adapter_name=name, **settings)

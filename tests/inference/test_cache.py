@@ -53,3 +53,15 @@ def test_a_model_with_sliding_windows_has_no_such_cache():
 
     assert caches.rows_cache(AutoConfig.from_pretrained(TINY_MODEL), 4) is not None
     assert caches.rows_cache(Gemma3TextConfig(), 4) is None
+
+
+def test_as_many_answers_at_a_time_as_fit_in_memory(monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(TINY_MODEL, dtype=torch.float32)
+    cache = caches.DynamicCache(config=model.config)
+    model(torch.ones((1, 10), dtype=torch.long), past_key_values=cache)
+    measured = sum(one.nbytes for layer in cache.layers for one in (layer.keys, layer.values)) / 10
+    for free, rows in ((0, 1), (2 * 7.5 * measured * (100 + caches.BLOCK), 7), (1e12, caches.MOST_ROWS_ON_CPU)):
+        monkeypatch.setattr(caches, "host_memory", lambda free=free: (free, free))
+        assert caches.rows_that_fit(model, 100) == rows

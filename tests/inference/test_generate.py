@@ -3,6 +3,7 @@
 import collections
 import json
 import shutil
+import warnings
 
 import pytest
 
@@ -171,6 +172,13 @@ def test_adapters_share_a_base_and_answer_as_if_alone(two_runs):
     for source, together_said in zip(sources, answers, strict=False):
         model, tokenizer, _ = load_for_generation(source, "float32")
         assert complete(model, tokenizer, asked, max_new_tokens=8) == together_said
+
+
+def test_loading_prints_and_warns_of_nothing(two_runs, capfd):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        load_together([find_model(str(run.folder)) for run in two_runs])
+    assert "".join(capfd.readouterr()) == ""
 
 
 def test_models_of_other_bases_share_nothing(two_runs, model_folder):
