@@ -23,16 +23,17 @@ __all__ = [
     "read_tools",
     "split_thought",
     "with_whole_thought",
+    "without_filled_arguments",
 ]
 
 Message = dict[str, Any]
 
 ROLES = ("system", "user", "assistant", "tool")
 ROLE_OF = {
-    "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
-    "model": "assistant", "developer": "system", "observation": "tool", "function_response": "tool",
-    "function": "tool", "function_call": "assistant", "tool_call": "assistant", "tool_response": "tool",
-    "tool_result": "tool", "ipython": "tool", "environment": "tool",
+    "human": "user", "gpt": "assistant", "ai": "assistant", "chatgpt": "assistant", "bing": "assistant",
+    "bard": "assistant", "model": "assistant", "developer": "system", "observation": "tool",
+    "function_response": "tool", "function": "tool", "function_call": "assistant", "tool_call": "assistant",
+    "tool_response": "tool", "tool_result": "tool", "ipython": "tool", "environment": "tool",
 }  # fmt: skip
 CALL_ROLES = ("function_call", "tool_call")  # a call as a turn of its own: LLaMA-Factory, ms-swift
 ARGUMENT_KEYS = ("arguments", "parameters", "args", "input")  # OpenAI, Llama 3, LangChain, Anthropic
@@ -102,6 +103,11 @@ def _message(raw: Any, at: str, ignored: set[str]) -> Message:
         _check_thoughts(message["reasoning_content"], message, at)
     if message.get("tool_calls"):
         message["tool_calls"] = _tool_calls(message["tool_calls"], role, at)
+    if message.get("train_detail"):  # axolotl's mark of parts of a turn
+        raise DataError(
+            f"{at}.train_detail: a turn is in the loss as a whole or not at all: remove train_detail, and mark turns "
+            "that must not be in the loss with train: false"
+        )
     for key in ("reasoning_content", "name", "tool_call_id"):
         if message.get(key) is not None and not isinstance(message[key], str):
             raise DataError(f"{at}.{key} is {brief(message[key])}; expected a string")
@@ -201,6 +207,28 @@ def _tool_calls(value: Any, role: str, at: str) -> list[dict]:
         call = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
         calls.append(call | ({"id": raw["id"]} if isinstance(raw.get("id"), str) else {}))
     return calls
+
+
+def without_filled_arguments(messages: list[Message], tools: list[dict] | None) -> list[Message]:
+    """Leave null arguments out of calls that no tool of their name takes: one schema for all calls filled them in."""
+    if not tools or not any("tool_calls" in message for message in messages):
+        return messages
+    functions = {tool["function"]["name"]: tool["function"] for tool in tools}
+    return [
+        message | {"tool_calls": [_without_filled(call, functions) for call in message["tool_calls"]]}
+        if "tool_calls" in message
+        else message
+        for message in messages
+    ]
+
+
+def _without_filled(call: dict, functions: dict[str, dict]) -> dict:
+    name, arguments = call["function"]["name"], call["function"]["arguments"]
+    taken = (functions.get(name, {}).get("parameters") or {}).get("properties")
+    if not isinstance(taken, dict):
+        return call
+    arguments = {key: value for key, value in arguments.items() if value is not None or key in taken}
+    return call | {"function": {"name": name, "arguments": arguments}}
 
 
 def read_tools(raw: dict) -> list[dict] | None:

@@ -7,7 +7,7 @@ The format is detected from the keys, never set; the data report counts the rows
     messages          {"messages": [{"role", "content"}, ...], "tools": [...]}       OpenAI chat
     sharegpt          {"conversations": [{"from", "value"}, ...]}
     alpaca            {"instruction", "input", "output"}, also "system" and "history"
-    prompt/completion {"prompt", "completion"}, texts or lists of messages
+    prompt/completion {"prompt", "completion"}, texts or lists of messages; the prompt's answers are not in the loss
     preference        {"chosen": [...], "rejected": [...]}, conversations or answers to a prompt in any form above
     text              {"text": "..."}                                                task: causal_lm
 
@@ -30,6 +30,7 @@ from forgebook.data.messages import (
     read_text,
     read_tools,
     with_whole_thought,
+    without_filled_arguments,
 )
 from forgebook.data.readers import FileChunk, read_chunk
 from forgebook.errors import DataError
@@ -125,12 +126,20 @@ def _detect(raw: Any, where: str, task: str) -> tuple[Example, RowNotes]:
         if not has_pair:
             raise DataError(f"no 'chosen' and 'rejected' (its keys: {_names(raw)}), which preference_tuning needs")
         used, pair = _pair(raw, ignored)
-        chosen, rejected = (_with_system(raw, messages) for messages in pair)
-        example = Example(where, messages=chosen, rejected=rejected, tools=read_tools(raw))
+        tools = read_tools(raw)
+        chosen, rejected = (without_filled_arguments(_with_system(raw, messages), tools) for messages in pair)
+        example = Example(where, messages=chosen, rejected=rejected, tools=tools)
         return example, _notes("preference", raw, {"chosen", "rejected", *used} | SHARED_KEYS, ignored)
-    if conversation := _conversation(raw, ignored):
+    if conversation := _conversation(raw, ignored, task):
         name, used, messages = conversation
-        example = Example(where, messages=_with_system(raw, messages), tools=read_tools(raw))
+        if raw.get("label") is False and task != "classification":
+            raise DataError(
+                "label is false, which marks an answer to avoid, and training would teach it: remove the row, or the "
+                "key label if it means something else; task: preference_tuning takes pairs of chosen and rejected"
+            )
+        tools = read_tools(raw)
+        messages = without_filled_arguments(_with_system(raw, messages), tools)
+        example = Example(where, messages=messages, tools=tools)
         return example, _notes(name, raw, {*used} | SHARED_KEYS, ignored)
     if task == "causal_lm" and isinstance(raw.get("text"), str) and raw["text"]:
         return Example(where, text=raw["text"]), _notes("text", raw, {"text"}, ignored)
@@ -143,7 +152,7 @@ def _detect(raw: Any, where: str, task: str) -> tuple[Example, RowNotes]:
     raise DataError(f"no 'messages' (its keys: {_names(raw)}): add a list of messages{also}{fix}")
 
 
-def _conversation(raw: dict, ignored: set[str]) -> tuple[str, tuple[str, ...], list[Message]] | None:
+def _conversation(raw: dict, ignored: set[str], task: str) -> tuple[str, tuple[str, ...], list[Message]] | None:
     """Return the format of a conversation, the keys that it takes, and its messages without a system text beside."""
     if raw.get("messages") is not None:
         return "messages", ("messages",), read_messages(raw["messages"], "messages", ignored)
@@ -155,7 +164,10 @@ def _conversation(raw: dict, ignored: set[str]) -> tuple[str, tuple[str, ...], l
     if raw.get("prompt") is not None and raw.get("completion") is not None:
         prompt = _as_messages(raw["prompt"], "prompt", "user", ignored)
         completion = _as_messages(raw["completion"], "completion", "assistant", ignored)
-        return "prompt/completion", ("prompt", "completion"), _joined(prompt, completion, "completion")
+        messages, count = _joined(prompt, completion, "completion")
+        if task != "causal_lm":
+            messages = _with_prompt_unsupervised(messages, count)
+        return "prompt/completion", ("prompt", "completion"), messages
     return None
 
 
@@ -175,21 +187,33 @@ def _pair(raw: dict, ignored: set[str]) -> tuple[tuple[str, ...], list[list[Mess
         elif raw.get("instruction"):
             keys, prompt = ALPACA_QUESTION, _alpaca_question(raw)
     pair = zip(("chosen", "rejected"), answers, strict=True)
-    return keys, [_joined(prompt, messages, name) for name, messages in pair]
+    return keys, [_joined(prompt, messages, name)[0] for name, messages in pair]
 
 
-def _joined(prompt: list[Message], answer: list[Message], key: str) -> list[Message]:
-    """Put a prompt before what continues it, unless that repeats it, in whole or in part."""
+def _with_prompt_unsupervised(messages: list[Message], count: int) -> list[Message]:
+    """Take the assistant turns of a prompt, the first `count` messages, out of the loss, unless they are marked."""
+    if not any(message["role"] == "assistant" for message in messages[count:]):
+        raise DataError("completion holds no assistant turn, so nothing to train on")
+    prompt = [{"weight": 0, **message} if message["role"] == "assistant" else message for message in messages[:count]]
+    return prompt + messages[count:]
+
+
+def _joined(prompt: list[Message], answer: list[Message], key: str) -> tuple[list[Message], int]:
+    """Put a prompt before what continues it, unless that repeats it, in whole or in part.
+
+    Returns the messages, and how many of them are the prompt and what precedes it.
+    """
     if not prompt or not answer or answer[0]["role"] == "assistant":
-        return prompt + answer
+        return prompt + answer, len(prompt)
     before, after = ([_without_margins(message) for message in messages] for messages in (prompt, answer))
-    if any(after[start : start + len(before)] == before for start in range(len(after))):
-        return answer
+    for start in range(len(after)):
+        if after[start : start + len(before)] == before:
+            return answer, start + len(before)
     for count in range(min(len(before), len(after)), 0, -1):
         if before[-count:] == after[:count]:
-            return prompt + answer[count:]
+            return prompt + answer[count:], len(prompt)
     if prompt[-1]["role"] == "assistant":
-        return prompt + answer
+        return prompt + answer, len(prompt)
     raise DataError(f"prompt and {key} both hold a question, and not the same one: remove prompt, or its part of {key}")
 
 

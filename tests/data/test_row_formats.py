@@ -11,6 +11,7 @@ CALL = {"id": "c1", "type": "function", "function": {"name": "find", "arguments"
 TOOLS = [{"type": "function", "function": {"name": "find", "parameters": {"type": "object"}}}]
 Q, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 S, B = {"role": "system", "content": "s"}, {"role": "assistant", "content": "b"}
+UNSUPERVISED = B | {"weight": 0}
 GPT = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
 
 
@@ -142,12 +143,38 @@ def test_every_form_of_a_pair_has_its_question_once(raw, beside, system, tools):
         ([S, Q], [Q, A], [S, Q, A]),
         ([Q], [S, Q, A], [S, Q, A]),
         ("q", [Q, B, Q, A], [Q, B, Q, A]),
-        ([Q, B], [{"role": "user", "content": "z"}, A], [Q, B, {"role": "user", "content": "z"}, A]),
+        ([Q, B], [{"role": "user", "content": "z"}, A], [Q, UNSUPERVISED, {"role": "user", "content": "z"}, A]),
+        ([Q, B, Q], [A], [Q, UNSUPERVISED, Q, A]),
+        ([Q, B, Q], [Q, B, Q, A], [Q, UNSUPERVISED, Q, A]),
+        ([Q, B | {"weight": 1}, Q], [A], [Q, B | {"weight": 1}, Q, A]),
     ],
 )
 def test_a_prompt_that_the_answer_repeats_in_part(prompt, answer, expected):
     row, _ = parse({"prompt": prompt, "completion": answer})
     assert row.messages == expected
+
+
+def test_a_prompts_answers_are_in_the_loss_of_every_token():
+    row, notes = parse({"prompt": [Q, B, Q], "completion": [A]}, "causal_lm")
+    assert row.messages == [Q, B, Q, A] and notes.ignored == ()
+
+
+@pytest.mark.parametrize("row", [{"messages": [Q, A]}, {"prompt": "q", "completion": "a"}])
+def test_an_answer_labeled_as_one_to_avoid_is_not_trained(row):
+    with pytest.raises(DataError, match="f:1: label is false, which marks an answer to avoid"):
+        parse(row | {"label": False})
+    assert parse(row | {"label": True})[1].ignored == ("label",)
+    assert parse(row | {"label": 0})[1].ignored == ("label",)
+
+
+def test_a_null_argument_that_the_tool_does_not_take_is_left_out():
+    """A set written by datasets has one schema for the arguments of all calls."""
+    arguments = {"x": 0, "unit": None, "message": None}
+    calls = A | {"content": "", "tool_calls": [{"function": {"name": "move", "arguments": arguments}}]}
+    tool = {"name": "move", "parameters": {"type": "object", "properties": {"x": {}, "unit": {}}}}
+    for tools, expected in (([tool], {"x": 0, "unit": None}), ([tool | {"name": "turn"}], arguments)):
+        [_, answer] = parse({"messages": [Q, calls], "tools": tools})[0].messages
+        assert answer["tool_calls"][0]["function"]["arguments"] == expected
 
 
 def test_a_system_text_inside_and_beside_stands_once():
@@ -188,6 +215,12 @@ def test_preference_pairs():
         ({"messages": None}, "instruction_tuning", "f:1: messages is null; expected a non-empty list"),
         ({"text": "x"}, "instruction_tuning", "a 'text' is for task: causal_lm"),
         ({"instruction": "i", "output": 3}, "instruction_tuning", "output is 3; expected a string"),
+        ({"prompt": "q", "completion": [Q]}, "instruction_tuning", "completion holds no assistant turn"),
+        (
+            {"messages": [Q, A | {"train_detail": [{"begin_offset": 0, "end_offset": 1, "train": False}]}]},
+            "instruction_tuning",
+            r"messages\[1\].train_detail: a turn is in the loss as a whole or not at all",
+        ),
         ({"messages": [Q, A | {"weight": 2}]}, "instruction_tuning", r"messages\[1\].weight is 2; expected 0 or 1"),
         ({"messages": [Q | {"weight": 1}, A]}, "instruction_tuning", "on an assistant turn"),
         ({"messages": [Q, A | {"weight": 0}]}, "instruction_tuning", "every assistant turn has weight 0"),

@@ -6,7 +6,7 @@ import json
 import pyarrow as pa
 import pytest
 
-from conftest import chat
+from conftest import CONVERSATION, chat
 from forgebook.config.blocks import PromptFormat
 from forgebook.data import readers, tokenize
 from forgebook.data.row_formats import Example
@@ -121,6 +121,7 @@ GOLDEN = [
     {"conversations": [{"from": "human", "value": "Where?"}, {"from": "gpt", "value": "Here."}], "system": "Be short."},
     {"instruction": "Add.", "input": "1 and 2", "output": "3"},
     {"prompt": "The lamp is", "completion": " on the table."},
+    {"prompt": [*CONVERSATION, CONVERSATION[1]], "completion": "On the table, still."},
     {"messages": [*chat("a?", "A.")["messages"], *chat("b?", "B.", system=None)["messages"]]},
     {"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So.", "thinking": "Hm."}]},
     {
@@ -150,7 +151,7 @@ def test_cached_tokens_are_those_of_this_code(tmp_path, write_rows, tokenizer):
         [shard] = {file for file, _ in tokens.files}
         digest.update(repr(pa.ipc.open_file(shard).read_all().to_pydict()).encode())
         digest.update(repr((notes.rows, notes.turns, notes.formats, notes.ignored)).encode())
-    golden = (8, "7ecc5c9e8c4d9709")
+    golden = (9, "fd2c3f721d88a5e3")
     assert (tokenize.CACHE_VERSION, digest.hexdigest()[:16]) == golden, (
         "the tokens of the same rows, or their shards, changed: bump CACHE_VERSION and re-pin"
     )
