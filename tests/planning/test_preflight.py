@@ -97,7 +97,7 @@ def test_a_plan_that_cannot_fit_is_refused_before_weights_are_needed(make_config
 
 
 def test_a_change_that_makes_it_fit_is_named(make_config, monkeypatch):
-    monkeypatch.setattr("forgebook.planning.hardware.host_memory", lambda: (700_000_000, 50_000_000))
+    monkeypatch.setattr("forgebook.planning.hardware.host_memory", lambda: (800_000_000, 50_000_000))
     with pytest.raises(ResourceError, match=r"the cheapest change: .*train_batch_size_per_device="):
         fine_tune(
             make_config(num_warmup_steps=0, train_batch_size_per_device=24, context_length=160, padding="max_length")
