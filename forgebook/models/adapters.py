@@ -55,6 +55,8 @@ def add_lora(model: PreTrainedModel, lora_config: dict[str, Any]):
     """
     from peft import LoraConfig, get_peft_model
 
+    from forgebook.models.expert_adapters import use_low_rank_products
+
     towers = tower_modules(model)
     try:
         config = LoraConfig(**{"task_type": "CAUSAL_LM", **_without_routers(model, lora_config)})
@@ -64,6 +66,7 @@ def add_lora(model: PreTrainedModel, lora_config: dict[str, Any]):
     except (ValueError, TypeError, NotImplementedError) as error:
         raise ModelError(f"lora_config does not fit this model: {first_line(error)}") from None
     _refuse_tuples(adapted)
+    use_low_rank_products(adapted)
     return adapted
 
 

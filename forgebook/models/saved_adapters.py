@@ -113,13 +113,17 @@ def attach_adapter(model: Any, source: str, name: str = "default", **settings: A
     """
     from peft import PeftModel
 
+    from forgebook.models.expert_adapters import use_low_rank_products
+
     with readable_model_errors(source, "adapter"), warnings.catch_warnings():
         warnings.filterwarnings("error", "Found missing adapter keys")
         # PEFT asks for a property that transformers has renamed.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         try:
             if not hasattr(model, "peft_config"):
-                return PeftModel.from_pretrained(model, source, adapter_name=name, **settings)
+                model = PeftModel.from_pretrained(model, source, adapter_name=name, **settings)
+                use_low_rank_products(model)
+                return model
             missing = model.load_adapter(source, adapter_name=name, **settings).missing_keys
         except UserWarning as warning:
             missing = re.findall(r"'([^']+)'", str(warning))

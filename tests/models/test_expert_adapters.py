@@ -1,0 +1,87 @@
+"""Adapters of experts by products of low rank: losses, gradients and files are PEFT's."""
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+
+from forgebook.models import adapters, load
+from forgebook.models.expert_adapters import use_low_rank_products
+from forgebook.training.losses import SupervisedLM
+from support_families import save_family
+
+PARAMETERS = {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+FAMILIES = {
+    "Qwen 3 MoE": {"target_modules": ["q_proj", "gate_proj", "up_proj", "down_proj"]},
+    "Qwen 3.5, 3.6 MoE": PARAMETERS,
+    "Mixtral": PARAMETERS,
+    "gpt-oss": PARAMETERS,  # its weights are transposed and have biases, and its gate is its own
+    "GLM 4.5, 4.6": {"target_modules": ["q_proj"], "target_parameters": ["experts.down_proj"]},
+    "Llama 4 (text)": PARAMETERS,  # stays with PEFT's way
+}
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+def by_peft(source, settings):
+    """Give a model an adapter of PEFT that changes something."""
+    model = load.load_model(source, dtype="float32")
+    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=12, **settings))
+    torch.manual_seed(1)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.1)
+    return model
+
+
+def loss_and_gradients(model):
+    ids = torch.arange(3, 67).reshape(4, 16)
+    model.zero_grad()
+    loss = SupervisedLM(model)(ids, ids.roll(-1, 1)) / ids.numel()
+    loss.backward()
+    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_losses_and_gradients_are_those_of_peft(name, tmp_path, monkeypatch):
+    model = by_peft(save_family(name, tmp_path), FAMILIES[name])
+    loss, gradients = loss_and_gradients(model)
+    use_low_rank_products(model)
+    changed = [type(module).__name__ for module in model.modules()].count("_ExpertsWrapper")
+    assert (changed > 0) == (name != "Llama 4 (text)")
+    if changed:  # the weights are never changed for a forward pass
+        monkeypatch.delattr("torch.nn.utils.parametrize.register_parametrization")
+    ours, own_gradients = loss_and_gradients(model)
+    assert ours == pytest.approx(loss, abs=1e-5) and own_gradients.keys() == gradients.keys()
+    for key, gradient in gradients.items():
+        torch.testing.assert_close(own_gradients[key], gradient, rtol=1e-5, atol=1e-6)
+    assert any("experts" in key and gradient.abs().max() > 1e-6 for key, gradient in gradients.items())
+
+
+def test_adapters_are_saved_loaded_switched_off_and_merged_as_by_peft(tmp_path):
+    source = save_family("Qwen 3 MoE", tmp_path / "base")
+    model = by_peft(source, FAMILIES["Qwen 3 MoE"])
+    loss, _ = loss_and_gradients(model)
+    use_low_rank_products(model)
+    model.save_pretrained(tmp_path / "ours")
+    weights = load_file(tmp_path / "ours/adapter_model.safetensors")
+    assert any("experts.base_layer.lora_A" in name for name in weights)
+    plain = PeftModel.from_pretrained(load.load_model(source, dtype="float32"), tmp_path / "ours", is_trainable=True)
+    assert loss_and_gradients(plain)[0] == pytest.approx(loss, abs=1e-6)
+    base, _ = loss_and_gradients(adapters.add_lora(load.load_model(source, dtype="float32"), FAMILIES["Qwen 3 MoE"]))
+    ids = torch.arange(3, 67).reshape(4, 16)
+    with torch.no_grad(), model.disable_adapter():
+        assert (SupervisedLM(model)(ids, ids.roll(-1, 1)) / 64).item() == pytest.approx(base, abs=1e-6)
+    merged = model.merge_and_unload()
+    with torch.no_grad():
+        assert (SupervisedLM(merged)(ids, ids.roll(-1, 1)) / 64).item() == pytest.approx(loss, abs=1e-5)
+
+
+def test_new_and_continued_adapters_run_so(tmp_path):
+    from forgebook.models.saved_adapters import continue_lora
+
+    source = save_family("Qwen 3 MoE", tmp_path / "base")
+    new = adapters.add_lora(load.load_model(source, dtype="float32"), {"r": 4, "target_modules": "all-linear"})
+    new.save_pretrained(tmp_path / "adapter")
+    continued = continue_lora(load.load_model(source, dtype="float32"), str(tmp_path / "adapter"), {})
+    for model in (new, continued):
+        assert [type(module).__name__ for module in model.modules()].count("_ExpertsWrapper") == 2
