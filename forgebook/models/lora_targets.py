@@ -22,6 +22,8 @@ FUSED = (
 )
 # What configs call the layers of an expert: however many experts there are, these share a tensor in training.
 EXPERT_LAYERS = {"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3", "gate_up_proj", "experts"}
+# Tensors of all experts, by the names of the layers that PEFT translates into them.
+EXPERT_PARTS = {"gate_up_proj": ("gate_proj", "up_proj", "w1", "w3"), "down_proj": ("down_proj", "w2")}
 ROUTERS = {"gate", "router"}
 
 

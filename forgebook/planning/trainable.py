@@ -5,10 +5,11 @@ count = trainable_parameters(config, shape)       what PEFT counts on the model 
 
 from __future__ import annotations
 
+import itertools
 import re
 from typing import TYPE_CHECKING, Any
 
-from forgebook.models.lora_targets import EXPERT_LAYERS, ROUTERS
+from forgebook.models.lora_targets import EXPERT_LAYERS, EXPERT_PARTS, ROUTERS
 
 if TYPE_CHECKING:
     from forgebook.catalog import Shape
@@ -47,7 +48,7 @@ def _adapter_size(rank: int, inputs: int, outputs: int, lora: dict[str, Any]) ->
 
 def adapted_layers(lora: dict[str, Any], shape: Shape) -> list[tuple[str, int, int, int]]:
     """List the layers that get an adapter, as (full name, rank, inputs, outputs)."""
-    targets = lora.get("target_modules") or ["q_proj", "v_proj"]
+    targets = _targets_of(lora, shape)
     layers = lora.get("layers_to_transform")
     layers = [layers] if isinstance(layers, int) else layers
     adapted = []
@@ -55,8 +56,7 @@ def adapted_layers(lora: dict[str, Any], shape: Shape) -> list[tuple[str, int, i
         for layer in kind.layers if layers is None else set(kind.layers) & set(layers):
             for name, inputs, outputs in kind.linears:
                 full = f"{shape.layers_name}.{layer}.{name}"
-                is_skipped = targets == "all-linear" and _all_linear_skips(name, shape)
-                if _is_target(full, targets) and not is_skipped:
+                if _is_target(full, targets) and not _is_skipped(name, targets, shape):
                     adapted.append((full, _rank_of(full, lora), inputs, outputs))
     # PEFT leaves the tables out of all-linear, and layers_to_transform names decoder layers alone.
     decoder = shape.layers_name.rpartition(".")[0]
@@ -70,10 +70,27 @@ def adapted_layers(lora: dict[str, Any], shape: Shape) -> list[tuple[str, int, i
     return [target for target in adapted if not _is_target(target[0], lora.get("exclude_modules") or [])]
 
 
-def _all_linear_skips(name: str, shape: Shape) -> bool:
-    """Report whether all-linear leaves a linear layer out: a router, or one whose name PEFT gives to the experts."""
+def _targets_of(lora: dict[str, Any], shape: Shape) -> str | list[str]:
+    """Return target_modules; in a mixture whose experts PEFT renames, a pattern becomes the last names it matches."""
+    targets = lora.get("target_modules") or ["q_proj", "v_proj"]
+    if not isinstance(targets, str) or targets == "all-linear" or not shape.adapts_experts:
+        return targets
+    matched = set()
+    for kind in shape.kinds:
+        holders = {name.rpartition(".")[0] for name, *_ in kind.experts}
+        names = [name for name, _, _ in kind.linears]
+        names += [f"{holder}.{part}" for holder in holders for part in itertools.chain(*EXPERT_PARTS.values())]
+        names += [f"{holder.rpartition('.')[0]}.gate" for holder in holders]
+        wholes = (f"{shape.layers_name}.{layer}.{name}" for layer in kind.layers for name in names)
+        matched |= {whole.rsplit(".", 1)[-1] for whole in wholes if _is_target(whole, targets)}
+    return sorted(matched)
+
+
+def _is_skipped(name: str, targets: str | list[str], shape: Shape) -> bool:
+    """Report whether a linear layer is a router, out of reach of all-linear, or PEFT gives its name to the experts."""
     last = name.rsplit(".", 1)[-1]
-    return shape.experts > 1 and (last in ROUTERS or (shape.adapts_experts and last in EXPERT_LAYERS))
+    is_router = targets == "all-linear" and shape.experts > 1 and last in ROUTERS
+    return is_router or (shape.adapts_experts and last in EXPERT_LAYERS)
 
 
 def _is_target(full: str, targets: str | list[str]) -> bool:
@@ -91,17 +108,18 @@ def _rank_of(full: str, lora: dict[str, Any]) -> int:
 
 
 def _expert_adapters(lora: dict[str, Any], shape: Shape) -> int:
-    """Count the adapters of a mixture's experts: those that all-linear reaches, or target_parameters name."""
-    named = lora.get("target_parameters") or []
-    is_whole = lora.get("target_modules") == "all-linear" and shape.adapts_experts
-    layers = lora.get("layers_to_transform")
-    layers = [layers] if isinstance(layers, int) else layers
+    """Count the adapters of a mixture's experts and routers that all-linear, names of layers or parameters reach."""
+    parameters, targets, rank = lora.get("target_parameters") or [], _targets_of(lora, shape), lora.get("r", 8)
+    last_names = set() if isinstance(targets, str) else {name.rsplit(".", 1)[-1] for name in targets}
     total = 0
     for kind in shape.kinds:
-        count = len(kind.layers if layers is None else set(kind.layers) & set(layers))
         for name, experts, inputs, outputs in kind.experts:
-            # Each expert has an adapter; where PEFT translates the names of gate and up, theirs has twice the rank.
-            rank = lora.get("r", 8) * (2 if is_whole and name.endswith("gate_up_proj") else 1)
-            if is_whole or _is_target(f"{shape.layers_name}.0.{name}", named):
-                total += count * experts * rank * (inputs + outputs)
+            parts = EXPERT_PARTS.get(name.rsplit(".", 1)[-1], ())
+            is_renamed = shape.adapts_experts and (targets == "all-linear" or bool(last_names & set(parts)))
+            if is_renamed or _is_target(f"{shape.layers_name}.0.{name}", parameters):
+                # Each expert has an adapter; where PEFT joins those of gate and up, theirs has twice the rank.
+                own = rank * (2 if is_renamed and name.endswith("gate_up_proj") else 1)
+                total += len(kind.layers) * experts * own * (inputs + outputs)
+        if kind.experts and shape.adapts_experts and "gate" in last_names:
+            total += len(kind.layers) * rank * (shape.hidden + shape.experts)
     return total

@@ -50,3 +50,42 @@ def test_counts_are_those_of_transformers_and_peft(kind):
 
 def test_all_parameters_are_trained_without_an_adapter():
     assert trainable_parameters(config_for("tiny"), shape_of("tiny")) == 2_885_888
+
+
+MIXTURES = {
+    "mixtral": ["q_proj", "w1", "w2", "w3"],
+    "qwen3_moe": ["q_proj", "gate_proj", "up_proj", "down_proj"],
+    "glm4_moe": ["o_proj", "gate_proj", "up_proj", "down_proj"],  # its first layer is dense
+    "gpt_oss": ["q_proj", "o_proj"],
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_adapters_of_experts_are_counted_by_whatever_name_they_are_reached(kind):
+    """PEFT gives one to each expert, 128 of them in Qwen3 30B-A3B, where a config names gate_proj as for Llama."""
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    from forgebook.models.adapters import add_lora
+    from forgebook.models.shapes import count_shape
+
+    def model():
+        experts = {"num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "moe_intermediate_size": 32}
+        config = CONFIG_MAPPING[kind](**SMALL, **experts)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+
+    shape = count_shape(model())
+    down = MIXTURES[kind][-2 if kind == "mixtral" else -1]
+    settings = [
+        {"target_modules": MIXTURES[kind]},
+        {"target_modules": ["q_proj", "gate"]},
+        {"target_modules": ["v_proj"], "target_parameters": ["experts.down_proj"]},
+        {"target_modules": rf".*\.1\.(self_attn\.q_proj|mlp\.experts\.{down})"},
+        {"target_modules": r".*\.(q|v)_proj"},
+        {"target_modules": MIXTURES[kind], "layers_to_transform": [1]},
+    ]
+    for one in settings:
+        adapted = add_lora(model(), {"r": 4, **one})
+        counted = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+        assert trainable_parameters(config_for("x", lora_config={"r": 4, **one}), shape) == counted, one
