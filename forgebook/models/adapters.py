@@ -55,14 +55,15 @@ def add_lora(model: PreTrainedModel, lora_config: dict[str, Any]):
     """
     from peft import LoraConfig, get_peft_model
 
-    from forgebook.models.expert_adapters import use_low_rank_products
+    from forgebook.models.expert_adapters import quiet_about_experts, use_low_rank_products
 
     towers = tower_modules(model)
     try:
         config = LoraConfig(**{"task_type": "CAUSAL_LM", **_without_routers(model, lora_config)})
         if towers:
             config.exclude_modules = _without(config.exclude_modules, towers)
-        adapted = in_dtype_of_base(get_peft_model(model, config, autocast_adapter_dtype=False))
+        with quiet_about_experts():
+            adapted = in_dtype_of_base(get_peft_model(model, config, autocast_adapter_dtype=False))
     except (ValueError, TypeError, NotImplementedError) as error:
         raise ModelError(f"lora_config does not fit this model: {first_line(error)}") from None
     _refuse_tuples(adapted)

@@ -10,6 +10,9 @@ Parameters, their names and what is saved stay PEFT's.
 
 from __future__ import annotations
 
+import contextlib
+import warnings
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,7 +23,7 @@ from transformers.integrations import moe
 if TYPE_CHECKING:
     from peft import PeftModel
 
-__all__ = ["use_low_rank_products"]
+__all__ = ["quiet_about_experts", "use_low_rank_products"]
 
 NAME = "low_rank_adapters"
 # Where an experts module finds its adapters while its wrapper runs: {parameter: (A, B, scale)}.
@@ -40,6 +43,15 @@ def use_low_rank_products(model: PeftModel) -> None:
         if experts is not None and hasattr(experts, "is_transposed") and hasattr(experts, "has_gate"):
             module.__class__ = _ExpertsWrapper
             experts.config._experts_implementation = NAME
+
+
+@contextlib.contextmanager
+def quiet_about_experts() -> Iterator[None]:
+    """Drop PEFT's warning that its own pattern for experts matches no module: it is one for parameters."""
+    with warnings.catch_warnings():
+        own = r"The following (rank|alpha)_pattern keys .* ignored: \['\.\*\\\\\.gate_up_proj'\]"
+        warnings.filterwarnings("ignore", own, RuntimeWarning)
+        yield
 
 
 class _ExpertsWrapper(ParamWrapper):

@@ -113,9 +113,9 @@ def attach_adapter(model: Any, source: str, name: str = "default", **settings: A
     """
     from peft import PeftModel
 
-    from forgebook.models.expert_adapters import use_low_rank_products
+    from forgebook.models.expert_adapters import quiet_about_experts, use_low_rank_products
 
-    with readable_model_errors(source, "adapter"), warnings.catch_warnings():
+    with readable_model_errors(source, "adapter"), quiet_about_experts():
         warnings.filterwarnings("error", "Found missing adapter keys")
         # PEFT asks for a property that transformers has renamed.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)

@@ -1,12 +1,18 @@
 """Adapters of experts by products of low rank: losses, gradients and files are PEFT's."""
 
+import shutil
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
+from conftest import TINY_MODEL, losses_of
+from forgebook.inference.generate import load_for_generation
+from forgebook.launch.ray_train import fine_tune
 from forgebook.models import adapters, load
 from forgebook.models.expert_adapters import use_low_rank_products
+from forgebook.runs.atomic import read_json
 from forgebook.training.losses import SupervisedLM
 from support_families import save_family
 
@@ -74,6 +80,20 @@ def test_adapters_are_saved_loaded_switched_off_and_merged_as_by_peft(tmp_path):
     merged = model.merge_and_unload()
     with torch.no_grad():
         assert (SupervisedLM(merged)(ids, ids.roll(-1, 1)) / 64).item() == pytest.approx(loss, abs=1e-5)
+
+
+@pytest.mark.filterwarnings("error:The following .*_pattern keys")
+def test_a_mixture_is_planned_trained_and_answers(make_config, tmp_path):
+    """A whole run, whose parameters are those of its plan."""
+    source = save_family("Qwen 3 MoE", tmp_path / "base", vocab_size=2048, max_position_embeddings=1024)
+    for file in [*TINY_MODEL.glob("*token*.json"), TINY_MODEL / "chat_template.jinja"]:
+        shutil.copy(file, source)
+    values = {"lora_config": {"r": 4, "target_modules": "all-linear"}, "learning_rate": 1e-2, "num_epochs": 2}
+    run = fine_tune(make_config(model_id=source, gradient_checkpointing=True, context_length=256, **values))
+    losses, plan = losses_of(run), read_json(run.folder / "plan.json")
+    assert len(losses) == 6 and losses[-1] < losses[0]
+    model, _, _ = load_for_generation(run.folder / read_json(run.summary)["best_checkpoint"])
+    assert model.get_nb_trainable_parameters()[1] == plan["parameters"] + plan["trainable_parameters"]
 
 
 def test_new_and_continued_adapters_run_so(tmp_path):
