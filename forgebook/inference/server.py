@@ -75,7 +75,7 @@ def serve(
         )
     folders = name_models(names)
     if choose_engine(engine, lambda: obstacle_for_vllm(folders)) == "vllm":
-        command = vllm_command(folders, host=host, port=port)
+        command = vllm_command(folders, host=host, port=port, dtype=dtype)
         print("starting " + " ".join(command), flush=True)
         # In the environment, not among the arguments, which every user of the machine can read.
         os.execvpe(command[0], command, {**os.environ, **({"VLLM_API_KEY": key} if key else {})})

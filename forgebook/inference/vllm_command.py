@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from forgebook.data.prompt_formats import as_chat_template, read_prompt_format
+from forgebook.inference.generate import run_config
 from forgebook.models import adapters
 from forgebook.models.tokenizer import copy_of, load_tokenizer
 from forgebook.models.vllm_support import vllm_max_rank, vllm_serves_saved
@@ -38,8 +39,11 @@ def obstacle_for_vllm(folders: dict[str, Path]) -> str | None:
     return "their chat templates differ, and vLLM takes one" if len(templates) > 1 else None
 
 
-def vllm_command(folders: dict[str, Path], *, host: str, port: int) -> list[str]:
-    """Return the command that serves checkpoints over one base with vLLM; clients' key goes in VLLM_API_KEY."""
+def vllm_command(folders: dict[str, Path], *, host: str, port: int, dtype: str | None = None) -> list[str]:
+    """Return the command that serves checkpoints over one base with vLLM; clients' key goes in VLLM_API_KEY.
+
+    dtype: None takes that of the run to which the first checkpoint belongs, else leaves it to vLLM.
+    """
     first = next(iter(folders.values()))
     command = ["vllm", "serve"]
     lora_configs = [one for one in map(adapters.read_lora_config, folders.values()) if one is not None]
@@ -65,4 +69,7 @@ def vllm_command(folders: dict[str, Path], *, host: str, port: int) -> list[str]
         command += ["--chat-template", str(template)]
         if "<tool_call>" in template.read_text():
             command += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
+    config = run_config(first)
+    if dtype := dtype or (config.dtype if config else None):
+        command += ["--dtype", dtype]
     return [*command, "--host", host, "--port", str(port)]

@@ -1,6 +1,5 @@
 """Files of prompts: answered in order, continued where they stopped, the same on Ray workers."""
 
-import importlib.util
 import json
 
 import pytest
@@ -83,10 +82,3 @@ def test_two_ray_workers_answer_as_this_process(asked, ray_session):
     assert dict(answer(str(TINY_MODEL), asked, drawn, num_devices=2)) == here and len(here) == 6
     with pytest.raises(ResourceError, match="num_devices is 9, the cluster has 2 CPUs"):
         list(answer(str(TINY_MODEL), asked, drawn, num_devices=9))
-
-
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vllm, and a GPU for it")
-def test_vllm_answers_as_transformers(asked):
-    greedy = Sampling(max_new_tokens=6)
-    expected = dict(answer(str(TINY_MODEL), asked, greedy, engine="transformers"))
-    assert dict(answer(str(TINY_MODEL), asked, greedy, engine="vllm")) == expected

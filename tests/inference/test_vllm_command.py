@@ -7,6 +7,7 @@ import shutil
 import pytest
 
 from conftest import TINY_MODEL
+from forgebook.config.parse import dump_config
 from forgebook.inference.vllm_command import obstacle_for_vllm, vllm_command
 
 LORA = {"r": 8, "target_modules": ["q_proj"], "base_model_name_or_path": "someone/base"}
@@ -67,6 +68,15 @@ def test_a_base_is_loaded_as_in_training(make_folder):
     options = dict(itertools.pairwise(command))
     rope = json.loads(options["--hf-overrides"])["rope_parameters"]
     assert rope["factor"] == 4.0 and rope["rope_theta"] and options["--quantization"] == "bitsandbytes"
+
+
+def test_the_dtype_is_the_runs_unless_another_is_passed(tmp_path, make_config):
+    checkpoint = tmp_path / "runs/run/checkpoints/epoch-1"
+    shutil.copytree(TINY_MODEL, checkpoint)
+    (tmp_path / "runs/run/config.yaml").write_text(dump_config(make_config(dtype="float32")))
+    for dtype, expected in ((None, "float32"), ("bfloat16", "bfloat16")):
+        command = vllm_command({"run": checkpoint}, host="127.0.0.1", port=1, dtype=dtype)
+        assert dict(itertools.pairwise(command))["--dtype"] == expected
 
 
 def test_what_one_vllm_process_cannot_serve(make_folder):
