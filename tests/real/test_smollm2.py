@@ -8,6 +8,7 @@ import torch
 from conftest import LORA, REPOSITORY, chat
 from forgebook.catalog import model_folder, shape_of
 from forgebook.data.masking import encode, encode_prompt
+from forgebook.inference.generate import complete
 from forgebook.launch.ray_train import fine_tune
 from forgebook.models.adapters import read_lora_config
 from forgebook.models.tokenizer import load_tokenizer
@@ -52,6 +53,17 @@ def test_it_answers():
     question = [{"role": "user", "content": "What is the capital of France?"}]
     [answer] = load_for_generation(SMOLLM2).answer([question], max_new_tokens=12)
     assert "Paris" in answer
+
+
+def test_a_batch_answers_as_plain_transformers_does_one_prompt_at_a_time(tokenizer, plain):
+    """Prompts of several lengths; the third joins when one of the first two has ended."""
+    prompts = [row["messages"][:-1] for row in ROWS[96:98]] + [[{"role": "user", "content": "Say yes."}]]
+    expected = []
+    for prompt in prompts:
+        ids = torch.tensor([encode_prompt(prompt, tokenizer)])
+        output = plain.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+        expected.append(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
+    assert complete(plain, tokenizer, prompts, max_new_tokens=12, batch_size=2) == expected
 
 
 @pytest.mark.slow
