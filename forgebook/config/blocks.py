@@ -235,7 +235,9 @@ class ClassifierConfig(StrictBlock):
     """Train the model to answer with one of a few labels."""
 
     label_tokens: Annotated[list[str], Field(min_length=2)]
-    """The labels; each becomes one special token, and the last answer of every example is exactly one of them."""
+    """The labels; each becomes one special token, and the last answer of every example is exactly one of them. Its
+    embedding starts from the tokens of its text; under LoRA it has a learning rate of 4 / hidden size or
+    `learning_rate`, whichever is higher."""
     eval_metrics: list[Literal["accuracy", "f1", "precision", "recall", "prauc", "rocauc"]] = ["accuracy"]
     """Metrics to compute on the validation examples."""
 
