@@ -222,7 +222,11 @@ _TABLE = (
             ),
             Option("rows", "only the first N examples", at_least(1)),
             CHECKPOINT,
-            Option("max_new_tokens", "longest answer, in tokens", at_least(1)),
+            Option(
+                "max_new_tokens",
+                "longest answer, in tokens; default: 1.5 times the longest reference, at least 128",
+                at_least(1),
+            ),
             Option("judge", "for metric=judge: the name of the judging model"),
             Option("base_url", "for metric=judge: URL of its OpenAI-compatible endpoint"),
             Option("lm_eval", "tasks of lm-eval instead, such as gsm8k,arc_easy"),
