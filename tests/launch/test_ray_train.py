@@ -101,14 +101,14 @@ def test_a_killed_worker_changes_nothing(ray_session, make_config, write_rows, s
 def test_workers_that_cannot_be_kept_alive_end_the_run_with_their_last_words(ray_session, make_config, write_rows):
     config = make_config(
         train_path=write_rows(uneven_rows(160), "many.jsonl"),
-        num_devices=2,
-        train_batch_size_per_device=2,
+        num_devices=1,
+        train_batch_size_per_device=4,
         num_epochs=3,
         max_failures=0,
     )
     run = Run(Path(config.storage_path) / "run")
     killed = []
-    killer = threading.Thread(target=_kill_a_worker_at, args=(run, 10, killed))
+    killer = threading.Thread(target=_kill_a_worker_at, args=(run, 10, killed, 0))
     killer.start()
     with pytest.raises(TrainingError) as failed:
         fine_tune(config)
@@ -119,11 +119,11 @@ def test_workers_that_cannot_be_kept_alive_end_the_run_with_their_last_words(ray
     assert not run.is_complete and not list(run.checkpoints.iterdir())
 
 
-def _kill_a_worker_at(run: Run, step: int, killed: list) -> None:
-    """Wait until a run reports `step`, then kill its worker 1."""
+def _kill_a_worker_at(run: Run, step: int, killed: list, rank: int = 1) -> None:
+    """Wait until a run reports `step`, then kill one of its workers."""
     for _ in range(6000):
         if run.metrics.exists() and any(row["step"] >= step for row in read_metrics(run.metrics)):
-            pid = int(re.findall(r"process (\d+)", (run.logs / "worker-1.log").read_text())[-1])
+            pid = int(re.findall(r"process (\d+)", (run.logs / f"worker-{rank}.log").read_text())[-1])
             os.kill(pid, signal.SIGKILL)
             killed.append(pid)
             return
@@ -135,7 +135,7 @@ def test_a_users_mistake_on_the_workers_is_told_once_and_not_retried(ray_session
     """Weights that were copied in part: the workers are the first to read them."""
     model = Path(shutil.copytree(TINY_MODEL, tmp_path / "model"))
     os.truncate(model / "model.safetensors", 4_000_000)
-    config = make_config(model_id=str(model), num_devices=2)
+    config = make_config(model_id=str(model), num_devices=1)
     with pytest.raises(ModelError, match=r"no model could be loaded from .*metadata"):
         fine_tune(config)
     log = (Path(config.storage_path) / "run/logs/worker-0.log").read_text()

@@ -103,10 +103,10 @@ def test_an_interrupt_says_what_is_saved_and_ends_with_130(tmp_path, monkeypatch
 
 @pytest.mark.slow
 def test_a_sweep_finds_the_better_rate(ray_session, tmp_path, monkeypatch, capfd):
-    """Three learning rates, one of them useless: it is stopped early or ends last; the same command continues."""
+    """Two learning rates, one of them useless: it is stopped early or ends last; the same command continues."""
     monkeypatch.chdir(REPOSITORY)
     words = [
-        "learning_rate=[5.0e-3,1.0e-3,1.0e-7]", "num_devices=0", "deepspeed=none", "max_steps=12", "num_epochs=3",
+        "learning_rate=[5.0e-3,1.0e-7]", "num_devices=0", "deepspeed=none", "max_steps=12", "num_epochs=3",
         "checkpoint_and_evaluation_frequency={unit: steps, frequency: 4}", f"storage_path={tmp_path}",
     ]  # fmt: skip
     assert main(["tune", QUICKSTART, *words, "--json"]) == 0
@@ -119,7 +119,7 @@ def test_a_sweep_finds_the_better_rate(ray_session, tmp_path, monkeypatch, capfd
     assert all(trial["eval_loss"] is None or trial["eval_loss"] > best["eval_loss"] for trial in others)
     folder = tmp_path / "quickstart-tune"
     assert {path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != "."} == {
-        "learning_rate=0.005", "learning_rate=0.001", "learning_rate=1e-07",
+        "learning_rate=0.005", "learning_rate=1e-07",
     }  # fmt: skip
     assert (folder / "tune.png").stat().st_size > 5000
     for trial in found["trials"]:
