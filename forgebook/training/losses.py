@@ -12,6 +12,7 @@ The caller divides by the number of supervised tokens of the whole global batch.
 
 from __future__ import annotations
 
+import sys
 from typing import Literal
 
 import torch
@@ -66,20 +67,32 @@ class SupervisedLM(nn.Module):
         """
         decoder, head = self._parts
         if position_ids is None:
-            hidden = decoder(input_ids=input_ids, use_cache=False).last_hidden_state
+            outputs = decoder(input_ids=input_ids, use_cache=False)
         else:
             if "flash" in self.config._attn_implementation:
                 # Its variable-length kernel takes one long sequence and finds the examples from their positions.
                 input_ids, labels, position_ids = (t.reshape(1, -1) for t in (input_ids, labels, position_ids))
-            hidden = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
-        supervised = labels != IGNORED
+            outputs = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+        hidden, supervised = outputs.last_hidden_state, labels != IGNORED
         values = head(hidden[supervised], labels[supervised], output=output)
+        if output == "sum" and self.training and getattr(outputs, "router_logits", None):
+            # The caller divides by the number of supervised tokens, and with it the weight of each micro batch.
+            values = values + supervised.sum() * self._balance_loss(outputs.router_logits)
         if output != "examples":
             return values
         # `hidden.sum() * 0` keeps the graph connected when no position is supervised: under DDP and ZeRO every rank
         # must reach the backward pass with every parameter.
         sums = torch.zeros(len(labels), device=values.device) + hidden.float().sum() * 0
         return sums.index_add(0, supervised.nonzero()[:, 0], values)
+
+    def _balance_loss(self, router_logits: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """Compute the loss of unevenly used experts as the model's class does; 0 if it defines none."""
+        causal = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        own = getattr(sys.modules[type(causal).__module__], "load_balancing_loss_func", None)
+        if own is None:
+            return router_logits[0].new_zeros(())
+        experts = getattr(self.config, "num_experts", None) or self.config.num_local_experts
+        return self.config.router_aux_loss_coef * own(router_logits, experts, self.config.num_experts_per_tok)
 
 
 @torch.no_grad()

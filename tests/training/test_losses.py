@@ -5,8 +5,10 @@ import torch
 from torch.nn import functional
 
 from conftest import TINY_MODEL
+from forgebook.models.load import load_model
 from forgebook.planning.memory import LOSS_CHUNK
-from forgebook.training.losses import SupervisedLM, chunked_cross_entropy, fused_linear_cross_entropy
+from forgebook.training.losses import IGNORED, SupervisedLM, chunked_cross_entropy, fused_linear_cross_entropy
+from support_families import save_family
 
 
 def plain_loss(hidden, weight, labels):
@@ -140,3 +142,19 @@ def test_the_model_still_gives_logits_for_generation():
     model = AutoModelForCausalLM.from_pretrained(TINY_MODEL)
     SupervisedLM(model)
     assert model(input_ids=torch.tensor([[5, 6]])).logits.shape == (1, 2, model.config.vocab_size)
+
+
+@pytest.mark.parametrize("family", ["Qwen 3 MoE", "Mixtral", "gpt-oss"])
+def test_the_loss_of_unevenly_used_experts_is_that_of_the_model(family, tmp_path):
+    """Where its config.json sets output_router_logits; in training alone, an evaluation loss is one of tokens."""
+    model = load_model(
+        save_family(family, tmp_path, output_router_logits=True, router_aux_loss_coef=0.5), dtype="float32"
+    )
+    ids = torch.arange(3, 67).reshape(4, 16)
+    labels = ids.roll(-1, 1)
+    labels[:, -1] = IGNORED
+    plain = model.train()(input_ids=ids, labels=ids)
+    wrapped = SupervisedLM(model)
+    ours = [wrapped.train(mode)(ids, labels) / (labels != IGNORED).sum() for mode in (True, False)]
+    assert plain.aux_loss > 0.5 and ours[0].item() == pytest.approx(plain.loss.item(), abs=1e-5)
+    assert (ours[0] - ours[1]).item() == pytest.approx(0.5 * plain.aux_loss.item(), abs=1e-5)
