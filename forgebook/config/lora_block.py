@@ -102,8 +102,8 @@ _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "init_lora_weights": (
         _is_initialization,
-        "true, gaussian, orthogonal, pissa or pissa_niter_16: the others need data, or change the base model so that "
-        "a saved adapter would not fit it",
+        "true, gaussian, orthogonal, pissa or pissa_niter_16: the others need data, train one matrix of the two, or "
+        "change the base model so that a saved adapter would not fit it",
     ),
 }
 

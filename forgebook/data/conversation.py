@@ -208,9 +208,11 @@ class Conversation:
     def _possible_answers(self, k: int) -> Iterator[str]:
         """Yield ways to render up to answer k: the template's own text, then what the message adds to the prompt."""
         prompt, message = self.prompt(k), self.messages[k]
-        yield self.through(k)
         reasoning, rest = _thought_of(message)
-        if self.prompt_format is not None or (reasoning and closes_thought(prompt)):
+        if self.prompt_format is None and reasoning and closes_thought(prompt):
+            return
+        yield self.through(k)
+        if self.prompt_format is not None:
             return
         silent = _without_thought(message)
         forms = [message]

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 __all__ = ["PROBED_MESSAGES", "PROBED_TOOL", "CallForm", "TemplateFacts", "apply_template", "template_facts"]
 
-# Whether a template reads tools shows in its source.
-READS_TOOLS = re.compile(r"\{[%{][^}]*\btools\b")
+# Whether a template reads tools shows in its source. DeepSeek's read calls and no list of tools.
+READS_TOOLS = re.compile(r"\{[%{][^}]*\btool(?:s|_calls)\b")
 
 PROBED_TOOL = {
     "type": "function",
@@ -149,7 +149,14 @@ def _call_form(tokenizer, tools: list[dict] | None) -> CallForm | None:
     texts = {form: _rendered(tokenizer, form.write(PROBED_MESSAGES), tools, True) for form in CALL_FORMS}
     if not any(texts.values()):  # what it wants is not known; examples are checked one by one
         return CALL_FORMS[0]
-    return next((form for form, text in texts.items() if text and _shows_calls(text, form, tools)), None)
+    shown = (form for form, text in texts.items() if text and _shows_calls(text, form, tools))
+    return next((form for form in shown if _ends_calls_once(texts[form], tokenizer.eos_token)), None)
+
+
+def _ends_calls_once(text: str, eos: str | None) -> bool:
+    """Return whether a call has no empty answer behind it, as R1's template prints for a content that is not null."""
+    after_call = text.partition(PROBED_MESSAGES[2]["content"])[0].rpartition(next(iter(PROBED_ARGUMENTS.values())))[2]
+    return not eos or after_call.count(eos) < 2
 
 
 def _shows_calls(text: str, form: CallForm, tools: list[dict] | None) -> bool:

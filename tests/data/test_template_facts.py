@@ -70,6 +70,33 @@ def test_calls_are_written_in_the_form_that_the_template_reads(with_template, te
     assert encoded.input_ids[: len(prompt)] == prompt
 
 
+UNLISTED = OBJECTS.replace(LISTS, "")
+# R1: the content of a call that is not null is an answer of its own.
+ANSWERS_TWICE = UNLISTED.replace("<|end|>", "<|end|>{% if m.tool_calls %}<|assistant|><|end|>{% endif %}")
+
+
+@pytest.mark.parametrize(
+    ("template", "as_text"),
+    [(UNLISTED, False), (ANSWERS_TWICE, True), (SILENT, True)],
+    ids="shown answered-twice silent".split(),
+)
+def test_calls_without_a_list_of_tools_are_those_of_the_template(with_template, template, as_text):
+    """DeepSeek's templates read calls and no list of tools."""
+    tokenizer = with_template(template)
+    supervised = supervised_text(encode(AGENT, tokenizer), tokenizer)
+    assert ("[TOOL_CALLS]" in supervised) == as_text and supervised.count("<|end|>") == 2
+    # A list that the template does not show is written as text, and its calls are, too.
+    assert "[TOOL_CALLS]" in supervised_text(encode(AGENT, tokenizer, tools=TOOLS), tokenizer)
+
+
+def test_no_thought_follows_a_prompt_that_closes_it(with_template):
+    closes = with_template(UNLISTED.replace("<|{{ m.role }}|>", "<|{{ m.role }}|></think>").replace(
+        "<|assistant|>{% endif %}", "<|assistant|></think>{% endif %}"
+    ))  # fmt: skip
+    with pytest.raises(DataError, match="the generation prompt of the chat template closes the thought"):
+        encode([AGENT[0], calls(("read", None)) | {"reasoning_content": "It must be read."}], closes)
+
+
 @pytest.mark.parametrize("ids", [True, False], ids="with-ids without-ids".split())
 def test_results_keep_their_calls(ids):
     agent = copy.deepcopy(AGENT)

@@ -139,8 +139,12 @@ def tiny():
 
 @functools.cache
 def tokenizer_of(family: str):
-    """The tiny tokenizer with a family's template and special tokens."""
-    one, tokenizer = FAMILIES[family], copy.deepcopy(tiny())
+    return tokenizer_with(FAMILIES[family])
+
+
+def tokenizer_with(one: dict):
+    """The tiny tokenizer with the template and special tokens of a family."""
+    tokenizer = copy.deepcopy(tiny())
     named = [one[key] for key in ("bos", "eos") if key in one]
     tokenizer.add_tokens([*named, *one.get("special", ())], special_tokens=True)
     tokenizer.bos_token, tokenizer.eos_token = one.get("bos"), one["eos"]
