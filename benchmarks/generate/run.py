@@ -12,13 +12,16 @@ import argparse
 import importlib.metadata
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(REPOSITORY))
+
+from forgebook.planning.hardware import cpu_share  # noqa: E402
+
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # Run by both versions: only names that both have.
 CODE = """
@@ -73,7 +76,7 @@ def main() -> None:
     ]
     report = {
         "environment": {
-            "cpu": platform.processor() or platform.machine(),
+            "cpu": cpu_share(1).name,
             "threads": options.threads,
             **{name: importlib.metadata.version(name) for name in ("torch", "transformers")},
         },
