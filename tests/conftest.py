@@ -15,6 +15,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # bitsandbytes compiles its CPU kernels with Inductor, whose import alone takes each process 2 seconds.
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+# Ray's workers are of low priority (15), so that whatever else is busy on two cores all but stops them.
+os.environ.setdefault("RAY_worker_niceness", "0")
 # When the whole run of the tests began, in all its processes.
 os.environ.setdefault("FORGEBOOK_TESTS_BEGAN", str(time.time()))
 # Their runs tell no later plan how fast this machine is.
