@@ -27,6 +27,7 @@ from forgebook.config.schema import FinetuneConfig  # noqa: E402
 from forgebook.planning.auto_config import choose, choose_task  # noqa: E402
 from forgebook.planning.hardware import hardware_in  # noqa: E402
 from forgebook.planning.plan import MFU, Plan, plan  # noqa: E402
+from forgebook.planning.plan_report import format_duration  # noqa: E402
 from forgebook.planning.token_count import Statistics, count_data  # noqa: E402
 
 FOLDER = REPOSITORY / "training_configs"
@@ -147,7 +148,7 @@ def header(facts: Facts) -> list[str]:
         f"memory    {_gb(worst.memory.total)} per GPU of {_gb(worst.capacity)} usable, most of it "
         f"{worst.memory.largest}, at {length}{verdict}",
         f"          {_gb(worst.memory.host)} per worker on the host; {_gb(worst.disk_bytes)} on disk",
-        f"GSM8K     {rows.steps:,} steps, {_duration(facts.seconds)}, ${facts.cost:,.2f}; "
+        f"GSM8K     {rows.steps:,} steps, {format_duration(facts.seconds)}, ${facts.cost:,.2f}; "
         f"${million:,.2f} per million tokens at the length above",
         f"          assumes {MFU:.0%} MFU; {read_catalog().priced}",
     ]
@@ -178,10 +179,6 @@ def _gb(size: float) -> str:
     return f"{size / 1e9:,.1f} GB"
 
 
-def _duration(seconds: float) -> str:
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
 # The table --------------------------------------------------------------------------------------------
 
 
@@ -194,7 +191,7 @@ def table() -> list[str]:
         lines.append(
             f"| [{name}]({name}) | {'LoRA' if facts.config.is_lora else 'full'} | {facts.hardware} | {context} | "
             f"{facts.worst.memory.total / 1e9:.0f} of {facts.worst.capacity / 1e9:.0f} GB | "
-            f"{_duration(facts.seconds)} | ${facts.cost:,.2f} |"
+            f"{format_duration(facts.seconds)} | ${facts.cost:,.2f} |"
         )
     return lines
 

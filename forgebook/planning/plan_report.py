@@ -14,6 +14,7 @@ __all__ = [
     "choice_rows",
     "compare_with_plan",
     "format_bytes",
+    "format_duration",
     "plan_as_json",
     "plan_rows",
     "plan_summary",
@@ -27,7 +28,8 @@ def format_bytes(size: float) -> str:
     return f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"
 
 
-def _duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
+    """Write seconds as s, min or h."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
@@ -65,7 +67,7 @@ def price_rows(plan: Plan) -> list[list[str]]:
         [
             f"{plan.workers}x{one.gpu}",
             "yes" if one.fits else "no",
-            "" if one.seconds is None else _duration(one.seconds),
+            "" if one.seconds is None else format_duration(one.seconds),
             "" if one.cost is None else _dollars(one.cost),
             "" if one.cost_per_million_tokens is None else _dollars(one.cost_per_million_tokens),
         ]
@@ -80,7 +82,7 @@ def plan_summary(plan: Plan) -> str:
     memory = f"{format_bytes(need.total)}{usable} per {_device(plan)}, most of it {need.largest}"
     if plan.seconds is not None:
         cost = f", {_dollars(plan.cost)}" if plan.cost is not None else ""
-        time = f"{_duration(plan.seconds)} of steps{cost} {plan.pace}"
+        time = f"{format_duration(plan.seconds)} of steps{cost} {plan.pace}"
     else:
         time = f"time unknown: {plan.pace if plan.cpu else 'the config names no GPU of the catalog'}"
     return f"{memory}; {time}; disk {format_bytes(plan.disk_bytes)}"
@@ -102,7 +104,7 @@ def compare_with_plan(planned: dict[str, Any], measured: dict[str, Any]) -> str:
         expected = format_bytes(planned["process_bytes_per_worker"])
         parts.append(f"of the whole process: planned {expected}, measured {format_bytes(process)}")
     if planned["step_seconds"] is not None:
-        seconds = _duration(planned["step_seconds"]), _duration(measured["step_seconds"])
+        seconds = format_duration(planned["step_seconds"]), format_duration(measured["step_seconds"])
         parts.append("time of steps: planned {}, measured {}".format(*seconds))
     if measured["mfu"] is not None:
         parts.append(f"MFU {measured['mfu']:.0%}")
