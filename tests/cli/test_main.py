@@ -112,7 +112,8 @@ def test_the_command_as_a_process(here):
     said = run("generate", "c", "-p", "q", "max_new_tokens=4")
     assert said.returncode == 0 and said.stderr == "" and len(said.stdout.splitlines()) == 1, said.stderr
     written = run("generate", "c", "data=train.jsonl", "out=answers.jsonl", "max_new_tokens=4")
-    assert written.stdout == "4 of 4 prompts answered, 0 were there: answers.jsonl\n", written.stderr
+    # A slow machine shows progress before it.
+    assert written.stdout.endswith("4 of 4 prompts answered, 0 were there: answers.jsonl\n"), written.stderr
     assert len((here / "answers.jsonl").read_text().splitlines()) == 4
     again = run("c.yaml", "deepspeed=none", "valid_path=train.jsonl", "train_batch_size_per_device=2")
     assert again.returncode == 0 and "is complete already" in again.stdout

@@ -40,7 +40,7 @@ def command(*words: str, vllm: bool = False) -> subprocess.Popen:
     """Start a command of ours, in vLLM's environment or in this one."""
     environment = dict(os.environ, VLLM_CPU_KVCACHE_SPACE="1", VLLM_LOGGING_LEVEL="WARNING")
     if vllm:
-        environment["PATH"] = f"{VLLM}:{environment['PATH']}"
+        environment["PATH"] = f"{REPOSITORY / 'tests/engines'}:{VLLM}:{environment['PATH']}"
     return subprocess.Popen(
         ["python", str(REPOSITORY / "main.py"), *words], env=environment, cwd=REPOSITORY, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
