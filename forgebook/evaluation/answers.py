@@ -1,9 +1,10 @@
 """Answers of an evaluation, saved as they are generated, so that an interrupted one resumes.
 
-<run>/evaluation/answers-tuned.jsonl    the settings that an answer depends on, then {"prompt": sha256, "text": answer}
+<run>/evaluation/answers-tuned-1a2b3c4d.jsonl    the settings that an answer depends on, then {"prompt": sha256, "text"}
 
-Answers of other settings (another checkpoint, limit, dtype or library version) are deleted, and the evaluation starts
-anew; an answer is found by its prompt, so that more examples, or fewer, use those that are there.
+Other settings (another checkpoint, limit, dtype or library version) have a file of their own, so that evaluations of
+several checkpoints can run at the same time; an answer is found by its prompt, so that more examples, or fewer, use
+those that are there.
 """
 
 from __future__ import annotations
@@ -16,25 +17,27 @@ from typing import Any
 
 from forgebook.data.chat_template import Message
 from forgebook.runs import atomic
-from forgebook.runs.checksums import CHECKSUMS
 
-__all__ = ["SavedAnswers", "model_identity", "prompt_key"]
+__all__ = ["SavedAnswers", "prompt_key"]
 
 LIBRARIES = ("torch", "transformers", "peft")
-KEY_LENGTH = 32
+KEY_LENGTH, NAME_LENGTH = 32, 8
 
 
 class SavedAnswers:
-    """A file of answers by prompt. found: how many were in it when it was opened."""
+    """Answers by prompt, in a file of a folder: of one model, by its name, and the same settings.
 
-    def __init__(self, path: Path, settings: dict[str, Any]):
-        self.path = path
+    found: how many were in it when it was opened.
+    """
+
+    def __init__(self, folder: Path, name: str, settings: dict[str, Any]):
         versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
         header = json.dumps({"settings": {**settings, **versions}}, sort_keys=True, ensure_ascii=False)
-        self._texts = _read(path, header)
+        self.path = folder / f"answers-{name}-{_hash(header)[:NAME_LENGTH]}.jsonl"
+        self._texts = _read(self.path, header)
         self.found = len(self._texts)
         lines = [header, *(_line(key, text) for key, text in self._texts.items())]
-        with atomic.atomic_file(path) as temporary:  # without a line that a kill cut off
+        with atomic.atomic_file(self.path) as temporary:  # without a line that a kill cut off
             temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
     def __contains__(self, key: str) -> bool:
@@ -74,15 +77,8 @@ def _read(path: Path, header: str) -> dict[str, str]:
 
 def prompt_key(messages: list[Message], tools: list[dict] | None) -> str:
     """Return a hash of what a model is given."""
-    content = json.dumps([messages, tools], sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(content.encode()).hexdigest()[:KEY_LENGTH]
+    return _hash(json.dumps([messages, tools], sort_keys=True, ensure_ascii=False))[:KEY_LENGTH]
 
 
-def model_identity(source: str) -> str:
-    """Return a text that differs for other weights: the hash of a checkpoint's checksums, else of sizes and times."""
-    folder = Path(source)
-    if (folder / CHECKSUMS).is_file():
-        return hashlib.sha256((folder / CHECKSUMS).read_bytes()).hexdigest()[:KEY_LENGTH]
-    files = [path for path in sorted(folder.glob("*")) if path.suffix in (".safetensors", ".json", ".jinja")]
-    states = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return hashlib.sha256(json.dumps([source, states]).encode()).hexdigest()[:KEY_LENGTH]
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

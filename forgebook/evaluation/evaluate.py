@@ -32,7 +32,7 @@ from forgebook.data.row_formats import Example
 from forgebook.data.tools import calls_of_message
 from forgebook.errors import ConfigError, DataError
 from forgebook.evaluation import statistics, tool_accuracy
-from forgebook.evaluation.answers import SavedAnswers, model_identity, prompt_key
+from forgebook.evaluation.answers import SavedAnswers, prompt_key
 from forgebook.evaluation.judge import AnswerPair, Judge, judge_all
 from forgebook.evaluation.results import (
     Comparison,
@@ -47,6 +47,7 @@ from forgebook.evaluation.results import (
 )
 from forgebook.inference import generate
 from forgebook.inference.generate import LoadedModel
+from forgebook.models.identity import model_identity
 from forgebook.models.tokenizer import locate
 from forgebook.runs.run import Run, display_path, find_checkpoint
 
@@ -206,11 +207,14 @@ def _answer(
         settings = {
             "model": model_identity(loaded.source),
             "dtype": str(loaded.model.dtype),
+            "encoding": tokenize.CACHE_VERSION,
             "prompt_format": repr(loaded.prompt_format),
+            "chat_template": loaded.tokenizer.chat_template,
+            "generation_config": loaded.generation_config.to_diff_dict(),
             "max_new_tokens": limits["max_new_tokens"],
             "keep_special": keep_special,
         }
-        saved = SavedAnswers(folder / f"answers-{name}.jsonl", settings)
+        saved = SavedAnswers(folder, name, settings)
         missing = [k for k, key in enumerate(keys) if key not in saved]
         if found := len(turns) - len(missing):
             on_note(f"{found} of {len(turns)} answers of the {name} model are in {display_path(saved.path)}")

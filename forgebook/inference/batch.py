@@ -5,7 +5,7 @@
     write_answers(Path("answers.jsonl"), source, prompts, Sampling())
 
 A line of the written file is an example whose messages end with the answer, so it can be trained on as it is; "row" is
-the prompt's number, "reference" the answer in the prompts' file, "by" the model and the sampling.
+the prompt's number, "reference" the answer in the prompts' file, "by" the model, its identity and the sampling.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from forgebook.inference import generate
 from forgebook.inference.generate import OnAnswers
 from forgebook.inference.sampling import Sampling, prompt_seed
 from forgebook.models import adapters
+from forgebook.models.identity import model_identity
 from forgebook.models.vllm_support import choose_engine, vllm_max_rank, vllm_serves_saved
 from forgebook.runs import atomic
 
@@ -36,6 +37,8 @@ VLLM_CHUNK = 1_000
 BATCHES_PER_TASK = 8
 # The size of such a batch where the memory of the workers decides.
 TASK_BATCH = 32
+# Characters of a model's identity in a line: enough to notice that a run was trained again under its name.
+ID_LENGTH = 12
 
 # Answers prompts with a loaded model: (number of the prompt, answer), in the order in which they are ready.
 AnswerPrompts = Callable[[list["Prompt"], OnAnswers], Iterator[tuple[int, str]]]
@@ -251,6 +254,7 @@ def write_answers(
     """
     # batch_size changes no answer.
     settings = {key: value for key, value in asdict(sampling).items() if key != "batch_size"}
+    settings = {"id": model_identity(source)[:ID_LENGTH], **settings}
     by = " ".join([source, *(f"{key}={value}" for key, value in settings.items())])
     by_number = {prompt.number: prompt for prompt in prompts}
     lines = _read_answers(path, by_number, by)
@@ -293,13 +297,14 @@ def _read_answers(path: Path, prompts: dict[int, Prompt], by: str) -> dict[int, 
             number, messages, written_by = row["row"], row["messages"], row["by"]
         except (ValueError, KeyError, TypeError):
             raise StorageError(f"{path}:{line_number}: not a line of answers: choose another out=FILE") from None
-        if number not in prompts or prompts[number].messages != messages[:-1]:
+        prompt = prompts.get(number)
+        if prompt is None or (prompt.messages, prompt.tools) != (messages[:-1], row.get("tools")):
             raise StorageError(
                 f"{path}:{line_number} answers another prompt than prompt {number}: choose another out=FILE"
             )
         if written_by != by:
             raise StorageError(f"{path}:{line_number} was written by {written_by}, not {by}: choose another out=FILE")
-        lines[number] = line
+        lines[number] = _line(prompt, messages[-1]["content"], by)  # the prompts' file may have another reference now
     return lines
 
 

@@ -17,7 +17,7 @@ from forgebook.runs.atomic import read_json
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["published_layers", "saved_names", "unserved_layers"]
+__all__ = ["cached_file", "published_layers", "saved_names", "unserved_layers"]
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -65,7 +65,7 @@ def _within_layer(name: str) -> str:
 def published_layers(source: str) -> Set[str] | None:
     """List the layers of a model by the names in its weight files; None if they are not on this machine."""
     folder = Path(source)
-    paths = {name: folder / name if folder.is_dir() else _cached(source, name) for name in (INDEX, SINGLE)}
+    paths = {name: folder / name if folder.is_dir() else cached_file(source, name) for name in (INDEX, SINGLE)}
     if (index := paths[INDEX]) is not None and index.exists():
         names = read_json(index)["weight_map"].keys()
     elif (single := paths[SINGLE]) is not None and single.exists():
@@ -83,7 +83,7 @@ def saved_names(file: Path) -> list[str]:
         return list(tensors.keys())
 
 
-def _cached(source: str, name: str) -> Path | None:
+def cached_file(source: str, name: str) -> Path | None:
     """Return a file of a hub repository that was downloaded before; None if it was not."""
     from huggingface_hub import try_to_load_from_cache
 

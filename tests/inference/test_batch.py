@@ -1,6 +1,7 @@
 """Files of prompts: answered in order, continued where they stopped, the same on Ray workers."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -28,7 +29,7 @@ def test_an_answer_in_the_file_is_the_reference(write_rows):
         read_prompts(write_rows([{"text": "a"}]))
 
 
-def test_a_file_of_answers_is_continued_where_it_stopped(asked, tmp_path):
+def test_a_file_of_answers_is_continued_where_it_stopped(asked, tmp_path, monkeypatch):
     path, told = tmp_path / "out" / "answers.jsonl", []
     assert write_answers(path, str(TINY_MODEL), asked, SHORT, on_progress=lambda *at: told.append(at)) == 6
     assert sorted({at[:2] for at in told}) == [(done, 6) for done in range(7)] and told[-1][2] > 6
@@ -49,6 +50,15 @@ def test_a_file_of_answers_is_continued_where_it_stopped(asked, tmp_path):
         write_answers(path, str(TINY_MODEL), asked, Sampling(max_new_tokens=7))
     with pytest.raises(StorageError, match="answers another prompt than prompt 0"):
         write_answers(path, str(TINY_MODEL), [Prompt(0, asked[1].messages)], SHORT)
+    with_tools = [replace(one, tools=[{"type": "function", "function": {"name": "now"}}]) for one in asked]
+    with pytest.raises(StorageError, match="answers another prompt than prompt 0"):
+        write_answers(path, str(TINY_MODEL), with_tools, SHORT)
+    # A run that was trained again under its name is another model.
+    with monkeypatch.context() as patch, pytest.raises(StorageError, match=r"was written by .* not .* id=b"):
+        patch.setattr("forgebook.inference.batch.model_identity", lambda source: "b")
+        write_answers(path, str(TINY_MODEL), asked, SHORT)
+    corrected = [replace(one, reference="corrected") for one in asked]
+    assert write_answers(path, str(TINY_MODEL), corrected, SHORT) == 0 and "corrected" in path.read_text()
     path.write_text("notes\n")
     with pytest.raises(StorageError, match="not a line of answers"):
         write_answers(path, str(TINY_MODEL), asked, SHORT)
