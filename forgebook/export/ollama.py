@@ -88,7 +88,7 @@ def modelfile(
     """
     parts = _read_parts(tokenizer, prompt_format)
     ids = generation_config.eos_token_id
-    stops = tokenizer.convert_ids_to_tokens(ids if isinstance(ids, list) else [ids])
+    stops = [tokenizer.decode([number]) for number in (ids if isinstance(ids, list) else [ids])]
     lines = [f"FROM ./{gguf}", f'TEMPLATE """{parts.template()}"""']
     lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in _unique(stops, generation_config)]
     if generation_config.do_sample:
@@ -97,6 +97,9 @@ def modelfile(
         lines += [f"PARAMETER {name} {value}" for name, value in values.items() if value is not None]
     else:
         lines += ["# The likeliest token each time, as `evaluate` answers.", "PARAMETER temperature 0"]
+    # Ollama's own defaults punish what the last 64 tokens hold, which no model here is trained for.
+    penalty = generation_config.repetition_penalty or 1.0
+    lines += [f"PARAMETER repeat_penalty {penalty}", *(["PARAMETER repeat_last_n -1"] if penalty != 1 else [])]
     return "\n".join(lines) + "\n"
 
 

@@ -181,6 +181,7 @@ def _load_in_vllm(source: str, sampling: Sampling) -> AnswerPrompts:
                     seed=prompt_seed(sampling.seed, prompt.number),
                     stop=ends.stop_strings,
                     stop_token_ids=ends.eos_token_id,
+                    repetition_penalty=ends.repetition_penalty or 1.0,
                 )
                 for prompt in part
             ]

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from forgebook.errors import ModelError
 from forgebook.inference.cache import add_rows, keep_rows, rows_cache
 from forgebook.inference.sampling import Sampler, TokenSampling, generator_of
 
@@ -59,7 +60,7 @@ def decode(
 
     batch_size: answers at a time. on_step: called with the number of tokens that a step added.
 
-    Raises torch.OutOfMemoryError.
+    Raises torch.OutOfMemoryError, and ModelError for an architecture with a cache of its own kind.
     """
     # The longest first: memory runs out at the start or never, and no prompt that joins is longer than the batch.
     waiting = deque(sorted(range(len(requests)), key=lambda k: -len(requests[k].input_ids)))
@@ -87,6 +88,10 @@ class _Batch:
         self.size, self.rows = size, list[_Row]()
         self._model = model
         self._inner = model.get_base_model() if hasattr(model, "peft_config") else model
+        if not self._inner._supports_default_dynamic_cache():
+            raise ModelError(
+                f"{type(self._inner).__name__} has a cache of its own kind, with which answers are not computed here"
+            )
         accepted = inspect.signature(self._inner.forward).parameters
         self._cache_name = "past_key_values" if "past_key_values" in accepted else "cache_params"
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}

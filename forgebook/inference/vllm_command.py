@@ -53,6 +53,8 @@ def vllm_command(folders: dict[str, Path], *, host: str, port: int, dtype: str |
         command += [base, "--tokenizer", str(first), "--enable-lora", "--max-lora-rank", str(rank)]
         command += ["--max-loras", str(len(folders)), "--lora-modules"]
         command += [f"{name}={folder}" for name, folder in folders.items()]
+        if (first / "generation_config.json").exists():  # with the ends of training; the base's may lack them
+            command += ["--generation-config", str(first)]
         if overrides.get("rope_scaling"):
             from transformers import AutoConfig
 

@@ -84,7 +84,8 @@ def rate_groups(parameters: Iterable[tuple[str, torch.nn.Parameter]], label_scal
 def set_rate(groups: Iterable[dict[str, Any]], learning_rate: float) -> None:
     """Set the learning rate of an optimizer's groups, each times its `rate_scale`."""
     for group in groups:
-        group["lr"] = learning_rate * group["rate_scale"]
+        # A state that a version without scales saved, once loaded, has groups without one.
+        group["lr"] = learning_rate * group.get("rate_scale", 1.0)
 
 
 def deepspeed_adamw(kind: str, groups: Sequence[dict[str, Any]], **kwargs: Any) -> torch.optim.Optimizer:

@@ -49,7 +49,7 @@ def modelfile_of(with_template, tokenizer):
 
     def write(template=None, prompt_format=None, **generation):
         changed = with_template(template or tokenizer.chat_template)
-        ends = GenerationConfig(eos_token_id=changed.eos_token_id, **generation)
+        ends = GenerationConfig(**{"eos_token_id": changed.eos_token_id} | generation)
         return modelfile("model.gguf", changed, prompt_format, ends)
 
     return write
@@ -87,6 +87,10 @@ def test_ends_and_sampling_are_those_of_the_model(modelfile_of, tokenizer):
     greedy = modelfile_of(stop_strings=['"END"'])
     end = tokenizer.eos_token
     assert f'PARAMETER stop "{end}"\nPARAMETER stop "\\"END\\""\n' in greedy and "temperature 0\n" in greedy
+    assert "PARAMETER repeat_penalty 1.0\n" in greedy and "repeat_last_n" not in greedy  # Ollama's default is 1.1
+    assert "repeat_penalty 1.05\nPARAMETER repeat_last_n -1\n" in modelfile_of(repetition_penalty=1.05)
+    newline = tokenizer("\n", add_special_tokens=False)["input_ids"]
+    assert 'PARAMETER stop "\\n"\n' in modelfile_of(eos_token_id=newline)
     drawn = modelfile_of(do_sample=True, temperature=0.7, top_p=0.8)
     assert "PARAMETER temperature 0.7\nPARAMETER top_p 0.8\n" in drawn and "temperature 0\n" not in drawn
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from conftest import TINY_MODEL
+from forgebook.errors import ModelError
 from forgebook.inference.decode import Request, decode
 from forgebook.inference.sampling import TokenSampling
 from support_models import model_with_towers
@@ -68,6 +69,16 @@ def test_models_whose_rows_cannot_join_answer_in_waves(name):
     answers, _, steps = together(model, 3)
     assert answers == [alone(model, *pair) for pair in zip(PROMPTS, LIMITS, strict=True)]
     assert sum(steps) == sum(map(len, answers))
+
+
+def test_an_architecture_with_a_cache_of_its_own_kind_is_refused():
+    """RWKV ignores a cache that it does not know, and each answer would depend on its newest token alone."""
+    from transformers import RwkvConfig, RwkvForCausalLM
+
+    sizes = {"hidden_size": 8, "attention_hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2}
+    model = RwkvForCausalLM(RwkvConfig(vocab_size=2000, **sizes))
+    with pytest.raises(ModelError, match="RwkvForCausalLM has a cache of its own kind"):
+        together(model, 2)
 
 
 def test_a_models_own_settings_apply_to_each_answer(tiny, expected, monkeypatch):

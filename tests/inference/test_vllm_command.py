@@ -35,7 +35,9 @@ def make_folder(tmp_path):
 
 
 def test_adapters_are_served_over_their_base_with_the_template(make_folder):
-    folders = {"one": make_folder("one"), "two": make_folder("two", LORA | {"rank_pattern": {"q_proj": 20}})}
+    one = make_folder("one")
+    (one / "generation_config.json").write_text('{"eos_token_id": [2, 5]}')
+    folders = {"one": one, "two": make_folder("two", LORA | {"rank_pattern": {"q_proj": 20}})}
     assert obstacle_for_vllm(folders) is None
     command = vllm_command(folders, host="127.0.0.1", port=8001)
     assert command[:3] == ["vllm", "serve", "someone/base"] and command[-4:] == [
@@ -48,7 +50,7 @@ def test_adapters_are_served_over_their_base_with_the_template(make_folder):
     assert command[at + 1 : at + 3] == [f"one={folders['one']}", f"two={folders['two']}"]
     options = dict(itertools.pairwise(command))
     assert options["--max-lora-rank"] == "32" and options["--max-loras"] == "2"
-    assert options["--tokenizer"] == str(folders["one"])
+    assert options["--tokenizer"] == options["--generation-config"] == str(folders["one"])
     assert options["--chat-template"] == str(folders["one"] / "chat_template.jinja")
     assert options["--tool-call-parser"] == "hermes"  # the tiny model's template writes <tool_call>
 

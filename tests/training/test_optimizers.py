@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from forgebook.training.optimizers import AdamW, learning_rates
+from forgebook.training.optimizers import AdamW, learning_rates, set_rate
 
 
 def train(parameters, optimizer, steps):
@@ -49,6 +49,13 @@ def test_state_brings_the_master_weights_back():
     for p, o in ((first, optimizer), (second, continued)):
         train([p], o, 4)
     assert torch.equal(first, second) and not torch.equal(first, whole)
+
+
+def test_a_state_of_an_earlier_version_has_groups_without_a_scale():
+    optimizer = AdamW([torch.nn.Parameter(torch.ones(2))], lr=1e-3)
+    optimizer.load_state_dict(optimizer.state_dict())
+    set_rate(optimizer.param_groups, 0.5)
+    assert optimizer.param_groups[0]["lr"] == 0.5
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
