@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from forgebook.catalog import read_catalog
+from forgebook.config.schema import ResolvedConfig
 from forgebook.data import batching
 from forgebook.errors import ModelError, ResourceError
 from forgebook.models.adapters import check_lora
@@ -26,7 +27,7 @@ from forgebook.models.families import check_positions
 from forgebook.models.load import check_attention, load_skeleton
 from forgebook.models.saved_adapters import check_reach
 from forgebook.models.shapes import find_shape
-from forgebook.models.tokenizer import locate
+from forgebook.models.tokenizer import label_pieces, locate, tokenizer_of
 from forgebook.models.vllm_support import vllm_serves, vllm_serves_saved
 from forgebook.planning import schedule
 from forgebook.planning.feasibility import Work
@@ -119,6 +120,7 @@ def check_settings(prepared: Prepared) -> tuple[list[str], str | None]:
     if config.initial_adapter_model_ckpt_path is not None:
         adapter = locate(config.initial_adapter_model_ckpt_path)
         check_reach(partial(load_skeleton, base), adapter, config.lora_config or {})
+        _refuse_new_labels(config)
         vllm = vllm_serves_saved(adapter) if Path(adapter).is_dir() else vllm_serves(config.lora_config or {})
     elif config.lora_config is not None:
         skeleton = load_skeleton(base)
@@ -126,6 +128,20 @@ def check_settings(prepared: Prepared) -> tuple[list[str], str | None]:
         names = [name for name, _ in skeleton.named_parameters()]
         vllm = vllm_serves(config.lora_config, names, base, skeleton)
     return [*filter(None, warnings), *unmatched], vllm
+
+
+def _refuse_new_labels(config: ResolvedConfig) -> None:
+    """Raise ModelError for a continued adapter and labels that it has no embeddings for.
+
+    They would be neither trained nor saved: whoever loads the checkpoint would get others.
+    """
+    tokenizer = tokenizer_of(config)
+    if new := [tokenizer.convert_ids_to_tokens(number) for number in label_pieces(config, tokenizer)]:
+        raise ModelError(
+            f"classifier_config.label_tokens: {', '.join(new)} are new to the adapter of "
+            "initial_adapter_model_ckpt_path, and a continued adapter learns no new tokens: merge it first (python "
+            "main.py merge) and name the merged model in initial_base_model_ckpt_path instead"
+        )
 
 
 def _epoch_steps(prepared: Prepared) -> int:

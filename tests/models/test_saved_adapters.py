@@ -8,7 +8,7 @@ import pytest
 import transformers
 from peft import LoraConfig, get_peft_model
 
-from conftest import LORA, TINY_MODEL
+from conftest import LORA, TINY_MODEL, chat
 from forgebook.errors import ModelError
 from forgebook.inference.generate import load_together
 from forgebook.launch.ray_train import fine_tune
@@ -87,6 +87,15 @@ def test_a_run_says_so_before_it_starts(saved, make_config):
         fine_tune(make_config(lora_config=LORA | {"lora_dropout": 0.2}, **start))
     with pytest.raises(ModelError, match="is of other layers than lora_config says"):
         fine_tune(make_config(lora_config={"target_modules": ["q_proj"]}, **start))
+
+
+def test_labels_that_an_adapter_lacks_are_an_error(saved, make_config, write_rows):
+    """Their embeddings would be neither trained nor saved, and random where the checkpoint is loaded."""
+    path = write_rows([chat(str(k), "[[odd]]" if k % 2 else "the") for k in range(16)], "labels.jsonl")
+    labels = {"task": "classification", "classifier_config": {"label_tokens": ["[[odd]]", "the"]}}
+    start = {"initial_adapter_model_ckpt_path": saved, "max_steps": 1, "num_warmup_steps": 0}
+    with pytest.raises(ModelError, match=r"label_tokens: \[\[odd\]\] are new to the adapter"):
+        fine_tune(make_config(lora_config=LORA, train_path=path, valid_path=path, **start, **labels))
 
 
 @pytest.mark.parametrize("name", ["Gemma3"])
