@@ -165,11 +165,17 @@ class _Lines:
 
     def _step_text(self, event: dict[str, Any]) -> str:
         seconds_per_step = (time.monotonic() - self._began) / (event["step"] - self._start)
-        left = time.strftime("%H:%M:%S", time.gmtime(seconds_per_step * (self._steps - event["step"])))
+        left = _clock(seconds_per_step * (self._steps - event["step"]))
         return f"epoch {event['epoch']}  step {event['step']}/{self._steps}  {_facts(event)}  {left} left"
 
     def close(self) -> None:
         pass
+
+
+def _clock(seconds: float) -> str:
+    """Write a time as hours:minutes:seconds; a long run takes more than 24 hours."""
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes // 60:02d}:{minutes % 60:02d}:{rest:02d}"
 
 
 def _facts(event: dict[str, Any]) -> str:
@@ -234,7 +240,7 @@ class _Start:
         rate = f"{tokens / seconds:,.0f} tok/s" if tokens else f"{now / seconds:,.1f}/s"
         left = "--:--:--"
         if now + begun > 0:
-            left = time.strftime("%H:%M:%S", time.gmtime(seconds * max(0.0, total - done - begun) / (now + begun)))
+            left = _clock(seconds * max(0.0, total - done - begun) / (now + begun))
         return f"{done}/{total}  {rate}  {left} left"
 
 

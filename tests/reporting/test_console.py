@@ -82,6 +82,7 @@ def test_without_a_terminal_a_wait_is_a_few_lines_and_a_short_one_none(clock):
     lines = count_answers(clock, 1600).splitlines()
     assert lines[0] == "evaluating base  20/100  0 tok/s  00:26:30 left" and lines[-1].endswith("00:00:00 left")
     assert len(lines) == 11 and len(count_answers(clock, 24 * 3600).splitlines()) < 300
+    assert "  71:54:36 left\n" in count_answers(clock, 72 * 3600)
 
 
 def test_in_a_terminal_answers_in_progress_move_the_bar(clock):
