@@ -53,10 +53,14 @@ def generate_command(arguments: list[str]) -> int:
                 on_progress=functools.partial(show, "prompts"),
             )  # fmt: skip
         else:
-            answers = dict(answer(
-                source, prompts, sampling, engine=engine, num_devices=workers,
-                on_progress=lambda done, tokens, begun: show("prompts", done, len(prompts), tokens, begun),
-            ))  # fmt: skip
+
+            def on_progress(done: int, tokens: int, begun: float) -> None:
+                if output.is_terminal:  # the answers alone go to a pipe or a file
+                    show("prompts", done, len(prompts), tokens, begun)
+
+            answers = dict(
+                answer(source, prompts, sampling, engine=engine, num_devices=workers, on_progress=on_progress)
+            )
     if "out" in options:
         print(f"{count} of {len(prompts)} prompts answered, {len(prompts) - count} were there: {options['out']}")
     elif len(prompts) == 1:
