@@ -1,5 +1,6 @@
 """Jobs on a real Ray head, job files against what KubeRay and Anyscale publish, and mistakes before either."""
 
+import contextlib
 import json
 import os
 import secrets
@@ -55,26 +56,31 @@ def head(tmp_path_factory):
         f"--port={free_port()}", f"--dashboard-port={port}", f"--dashboard-agent-listen-port={free_port()}",
         f"--ray-client-server-port={free_port()}", f"--temp-dir={session}", "--disable-usage-stats",
     ]  # fmt: skip
-    process = subprocess.Popen(
-        command, env=os.environ | token, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
+    log = folder / "head.log"
+    with open(log, "w") as output:
+        process = subprocess.Popen(
+            command, env=os.environ | token, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
     address = f"http://127.0.0.1:{port}"
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in token.items():
-            patch.setenv(name, value)
-        wait_for_agent(address, process)
-        yield address
-    os.killpg(process.pid, signal.SIGTERM)
-    process.wait()
-    shutil.rmtree(session, ignore_errors=True)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in token.items():
+                patch.setenv(name, value)
+            wait_for_agent(address, process, log)
+            yield address
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        process.wait()
+        shutil.rmtree(session, ignore_errors=True)
 
 
-def wait_for_agent(address: str, process) -> None:
+def wait_for_agent(address: str, process, log: Path) -> None:
     """Wait until the head takes jobs: its dashboard answers before its agent does."""
     from forgebook.launch.ray_jobs import _client
 
     for _ in range(120):
-        assert process.poll() is None, "ray start --head has ended"
+        assert process.poll() is None, log.read_text()
         try:
             client = _client(address)
             client.submit_job(entrypoint="true")
