@@ -47,6 +47,7 @@ class Nodes:
         token.write_text(secrets.token_hex(32))
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
+            "RAY_worker_niceness": "0",  # as in conftest.py
             "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "200",  # a busy machine starts slowly
         }  # fmt: skip
