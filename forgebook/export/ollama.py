@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from forgebook.data.chat_template import render
 from forgebook.errors import DataError, ModelError
-from forgebook.runs.atomic import atomic_file
+from forgebook.runs.atomic import atomic_file, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = ["modelfile", "write_modelfile"]
 
+# Tokens of context where no run says how many: what most memories hold.
+CONTEXT = 8192
 # Their texts stand nowhere else in a prompt, and nothing is trimmed off them.
 SYSTEM, FIRST, ANSWER, SECOND = "Zebra system.", "Zebra one?", "Zebra answer.", "Zebra two?"
 CONVERSATIONS = [
@@ -65,12 +67,15 @@ def write_modelfile(source: Path, gguf: Path) -> Path:
 
     Raises ModelError if no template of Ollama's writes what the model's own one does.
     """
-    from forgebook.inference.generate import load_ends
+    from forgebook.inference.generate import load_ends, run_config
 
     generation_config, tokenizer, prompt_format = load_ends(str(source))
+    config, sizes = run_config(source), read_json(source / "config.json")
+    native = sizes.get("text_config", sizes).get("max_position_embeddings", CONTEXT)
+    context = (config.context_length if config else None) or min(native, CONTEXT)
     path = gguf.with_suffix(".Modelfile")
     with atomic_file(path) as temporary:
-        temporary.write_text(modelfile(gguf.name, tokenizer, prompt_format, generation_config))
+        temporary.write_text(modelfile(gguf.name, tokenizer, prompt_format, generation_config, context))
     return path
 
 
@@ -79,10 +84,12 @@ def modelfile(
     tokenizer: PreTrainedTokenizerBase,
     prompt_format: PromptFormat | None,
     generation_config: Any,
+    context: int,
 ) -> str:
     """Write the text of a Modelfile for a GGUF file.
 
-    gguf: the file's name, from the Modelfile's folder. generation_config: with all that ends an answer.
+    gguf: the file's name, from the Modelfile's folder. generation_config: with all that ends an answer. context: tokens
+    of prompt and answer that Ollama keeps.
 
     Raises ModelError if no template of Ollama's writes what the model's own one does.
     """
@@ -90,6 +97,7 @@ def modelfile(
     ids = generation_config.eos_token_id
     stops = [tokenizer.decode([number]) for number in (ids if isinstance(ids, list) else [ids])]
     lines = [f"FROM ./{gguf}", f'TEMPLATE """{parts.template()}"""']
+    lines += ["# Ollama cuts what is longer without a word; more takes memory.", f"PARAMETER num_ctx {context}"]
     lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in _unique(stops, generation_config)]
     if generation_config.do_sample:
         names = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k"}

@@ -182,6 +182,7 @@ def _load_in_vllm(source: str, sampling: Sampling) -> AnswerPrompts:
                     stop=ends.stop_strings,
                     stop_token_ids=ends.eos_token_id,
                     repetition_penalty=ends.repetition_penalty or 1.0,
+                    min_tokens=ends.min_new_tokens or 0,
                 )
                 for prompt in part
             ]

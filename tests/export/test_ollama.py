@@ -1,6 +1,7 @@
 """Modelfiles: Ollama's template, run by Go's own engine, writes what the model's chat template does."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -8,11 +9,12 @@ import pytest
 import yaml
 from transformers import GenerationConfig
 
-from conftest import REPOSITORY
+from conftest import REPOSITORY, TINY_MODEL
 from forgebook.config.blocks import PromptFormat
+from forgebook.config.parse import dump_config
 from forgebook.data.chat_template import render
 from forgebook.errors import ForgebookError, ModelError
-from forgebook.export.ollama import CONVERSATIONS, modelfile
+from forgebook.export.ollama import CONVERSATIONS, modelfile, write_modelfile
 
 FAMILIES = yaml.safe_load((REPOSITORY / "tests/oracles/chat_templates.yaml").read_text())
 # Go's runtime in a process of its own: it does not survive a fork.
@@ -50,7 +52,7 @@ def modelfile_of(with_template, tokenizer):
     def write(template=None, prompt_format=None, **generation):
         changed = with_template(template or tokenizer.chat_template)
         ends = GenerationConfig(**{"eos_token_id": changed.eos_token_id} | generation)
-        return modelfile("model.gguf", changed, prompt_format, ends)
+        return modelfile("model.gguf", changed, prompt_format, ends, 4096)
 
     return write
 
@@ -81,6 +83,15 @@ def test_a_prompt_format_is_written_too(modelfile_of, tokenizer, tmp_path):
     [text] = in_go([template_in(modelfile_of(prompt_format=fmt))], CONVERSATIONS[3], tmp_path / "go")
     messages = [{"role": role, "content": text} for role, text in CONVERSATIONS[3]]
     assert text == render(messages, tokenizer, fmt, for_generation=True)
+
+
+def test_the_context_is_the_runs_or_the_models(tmp_path, make_config):
+    checkpoint = tmp_path / "runs/run/checkpoints/epoch-1"
+    shutil.copytree(TINY_MODEL, checkpoint)
+    (tmp_path / "runs/run/config.yaml").write_text(dump_config(make_config(context_length=512)))
+    for source, context in ((checkpoint, 512), (TINY_MODEL, 1024)):
+        written = write_modelfile(source, tmp_path / "model.gguf").read_text()
+        assert f"PARAMETER num_ctx {context}\n" in written
 
 
 def test_ends_and_sampling_are_those_of_the_model(modelfile_of, tokenizer):
