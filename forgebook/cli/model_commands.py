@@ -96,20 +96,25 @@ def export_command(arguments: list[str]) -> int:
 
     from forgebook.export.gguf import check_exportable, export_gguf
     from forgebook.reporting.console import make_console, show_stages
+    from forgebook.runs.atomic import atomic_file
     from forgebook.runs.run import best_checkpoint, find_run
 
     folder, out, kind = Path(words.target), Path(words.rest[0]), words.options["type"]
     if not (folder / "config.json").is_file():
         folder = best_checkpoint(find_run(words.target))
+    check_exportable(folder, kind)
+    modelfile = None
     if words.options["ollama"]:
-        from forgebook.export.ollama import write_modelfile
+        from forgebook.export.ollama import read_modelfile
 
-        check_exportable(folder, kind)
         # Before minutes of converting: it is refused where Ollama cannot write the model's prompts.
-        modelfile = write_modelfile(folder, out)
+        modelfile = read_modelfile(folder, out.name)
     with show_stages(make_console(), f"converting {folder}"):
         written = export_gguf(folder, out, kind)
     print(f"wrote {written}")
-    if words.options["ollama"]:
-        print(f"wrote {modelfile}: ollama create NAME -f {modelfile}")
+    if modelfile is not None:
+        path = out.with_suffix(".Modelfile")
+        with atomic_file(path) as temporary:
+            temporary.write_text(modelfile, encoding="utf-8")
+        print(f"wrote {path}: ollama create NAME -f {path}")
     return 0

@@ -311,7 +311,7 @@ _TABLE = (
         "MODEL: a folder written by merge, or a full fine-tuning RUN",
         (
             Option("type", "f32, f16, bf16, q8_0 (the default), ...", default="q8_0"),
-            Option("ollama", "true: also OUT.Modelfile, with the model's prompts and ends", switch, "false"),
+            Option("ollama", "true: also OUT.Modelfile, with the prompt template and the stop tokens", switch, "false"),
         ),
     ),
 )

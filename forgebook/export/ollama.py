@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from forgebook.data.chat_template import render
 from forgebook.errors import DataError, ModelError
-from forgebook.runs.atomic import atomic_file, read_json
+from forgebook.runs.atomic import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from forgebook.config.blocks import PromptFormat
 
-__all__ = ["modelfile", "write_modelfile"]
+__all__ = ["modelfile", "read_modelfile"]
 
 # Tokens of context where no run says how many: what most memories hold.
 CONTEXT = 8192
@@ -62,8 +62,8 @@ class _Parts:
         return f"{opening}{{{{ range .Messages }}}}{{{{ {turns} end }}}}{{{{ end }}}}{_literal(self.prompt)}"
 
 
-def write_modelfile(source: Path, gguf: Path) -> Path:
-    """Write a Modelfile beside the GGUF file of a full model: model.gguf -> model.Modelfile; return its path.
+def read_modelfile(source: Path, gguf: str) -> str:
+    """Read off a full model how Ollama runs it: the text of a Modelfile beside the GGUF file of that name.
 
     Raises ModelError if no template of Ollama's writes what the model's own one does.
     """
@@ -73,10 +73,7 @@ def write_modelfile(source: Path, gguf: Path) -> Path:
     config, sizes = run_config(source), read_json(source / "config.json")
     native = sizes.get("text_config", sizes).get("max_position_embeddings", CONTEXT)
     context = (config.context_length if config else None) or min(native, CONTEXT)
-    path = gguf.with_suffix(".Modelfile")
-    with atomic_file(path) as temporary:
-        temporary.write_text(modelfile(gguf.name, tokenizer, prompt_format, generation_config, context))
-    return path
+    return modelfile(gguf, tokenizer, prompt_format, generation_config, context)
 
 
 def modelfile(
@@ -105,7 +102,7 @@ def modelfile(
         lines += [f"PARAMETER {name} {value}" for name, value in values.items() if value is not None]
     else:
         lines += ["# The likeliest token each time, as `evaluate` answers.", "PARAMETER temperature 0"]
-    # Ollama's own defaults punish what the last 64 tokens hold, which no model here is trained for.
+    # Ollama's own default penalizes repeated tokens, which changes the answers of a fine-tuned model.
     penalty = generation_config.repetition_penalty or 1.0
     lines += [f"PARAMETER repeat_penalty {penalty}", *(["PARAMETER repeat_last_n -1"] if penalty != 1 else [])]
     return "\n".join(lines) + "\n"

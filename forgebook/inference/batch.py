@@ -24,7 +24,7 @@ from forgebook.inference.generate import OnAnswers
 from forgebook.inference.sampling import Sampling, prompt_seed
 from forgebook.models import adapters
 from forgebook.models.identity import model_identity
-from forgebook.models.vllm_support import choose_engine, vllm_max_rank, vllm_serves_saved
+from forgebook.models.vllm_support import choose_engine, runs_eagerly, vllm_max_rank, vllm_serves_saved
 from forgebook.runs import atomic
 
 __all__ = ["Prompt", "answer", "engine_for", "read_prompts", "write_answers"]
@@ -159,8 +159,8 @@ def _load_in_vllm(source: str, sampling: Sampling) -> AnswerPrompts:
     options: dict[str, Any] = {}
     if config := generate.run_config(source):
         options["dtype"] = config.dtype  # vLLM's own choice halves float32
-    if not _has_gpu():
-        options["enforce_eager"] = True  # compiling takes minutes there
+    if runs_eagerly():
+        options["enforce_eager"] = True
     if lora_config := adapters.read_lora_config(source):
         adapter = LoRARequest("adapter", 1, source)
         options |= {"enable_lora": True, "max_lora_rank": vllm_max_rank([lora_config])}

@@ -35,7 +35,7 @@ from forgebook.inference import openai_api
 from forgebook.inference.connections import BODY_SECONDS, http_settings
 from forgebook.inference.openai_api import ApiError
 from forgebook.inference.vllm_command import obstacle_for_vllm, vllm_command
-from forgebook.models.vllm_support import choose_engine
+from forgebook.models.vllm_support import choose_engine, runs_eagerly
 from forgebook.runs import run
 
 if TYPE_CHECKING:
@@ -75,11 +75,9 @@ def serve(
         )
     folders = name_models(names)
     if choose_engine(engine, lambda: obstacle_for_vllm(folders)) == "vllm":
-        import torch
-
         command = vllm_command(folders, host=host, port=port, dtype=dtype)
-        if not torch.cuda.is_available():
-            command.append("--enforce-eager")  # compiling takes minutes there
+        if runs_eagerly():
+            command.append("--enforce-eager")
         print("starting " + " ".join(command), flush=True)
         # In the environment, not among the arguments, which every user of the machine can read.
         os.execvpe(command[0], command, {**os.environ, **({"VLLM_API_KEY": key} if key else {})})

@@ -16,7 +16,7 @@ from forgebook.models.adapters import read_lora_config
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["choose_engine", "vllm_loads", "vllm_max_rank", "vllm_serves", "vllm_serves_saved"]
+__all__ = ["choose_engine", "runs_eagerly", "vllm_loads", "vllm_max_rank", "vllm_serves", "vllm_serves_saved"]
 
 # The values that vLLM's max_lora_rank takes.
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -110,3 +110,10 @@ def choose_engine(requested: str, find_obstacle: Callable[[], str | None], is_wo
     if obstacle and requested == "vllm":
         raise ConfigError(f"engine=vllm: vLLM cannot load this: {obstacle}; use engine=transformers")
     return "transformers" if obstacle else "vllm"
+
+
+def runs_eagerly() -> bool:
+    """Report whether vLLM is to skip compilation here: without a GPU that takes minutes."""
+    import torch
+
+    return not torch.cuda.is_available()

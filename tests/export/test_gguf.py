@@ -67,6 +67,14 @@ def test_the_command_exports_a_folder_or_a_complete_runs_best_checkpoint(convert
     assert out.read_text() == "GGUF q8_0 tiny_model"
 
 
+def test_a_modelfile_is_written_with_its_gguf_file_or_not_at_all(converter, tmp_path, capsys):
+    out, modelfile = tmp_path / "model.gguf", tmp_path / "model.Modelfile"
+    assert main(["export", str(TINY_MODEL), str(out), "type=f32", "ollama=true"]) != 0  # the stand-in fails
+    assert not out.exists() and not modelfile.exists()
+    assert main(["export", str(TINY_MODEL), str(out), "type=f16", "ollama=true"]) == 0
+    assert modelfile.read_text().startswith("FROM ./model.gguf\n") and f"-f {modelfile}" in capsys.readouterr().out
+
+
 def test_what_cannot_be_exported_is_rejected_and_leaves_nothing(converter, full_model, tmp_path, monkeypatch):
     out, adapter = tmp_path / "model.gguf", tmp_path / "adapter"
     adapter.mkdir()

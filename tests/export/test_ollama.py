@@ -14,7 +14,7 @@ from forgebook.config.blocks import PromptFormat
 from forgebook.config.parse import dump_config
 from forgebook.data.chat_template import render
 from forgebook.errors import ForgebookError, ModelError
-from forgebook.export.ollama import CONVERSATIONS, modelfile, write_modelfile
+from forgebook.export.ollama import CONVERSATIONS, modelfile, read_modelfile
 
 FAMILIES = yaml.safe_load((REPOSITORY / "tests/oracles/chat_templates.yaml").read_text())
 # Go's runtime in a process of its own: it does not survive a fork.
@@ -90,8 +90,7 @@ def test_the_context_is_the_runs_or_the_models(tmp_path, make_config):
     shutil.copytree(TINY_MODEL, checkpoint)
     (tmp_path / "runs/run/config.yaml").write_text(dump_config(make_config(context_length=512)))
     for source, context in ((checkpoint, 512), (TINY_MODEL, 1024)):
-        written = write_modelfile(source, tmp_path / "model.gguf").read_text()
-        assert f"PARAMETER num_ctx {context}\n" in written
+        assert f"PARAMETER num_ctx {context}\n" in read_modelfile(source, "model.gguf")
 
 
 def test_ends_and_sampling_are_those_of_the_model(modelfile_of, tokenizer):

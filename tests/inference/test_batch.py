@@ -33,9 +33,9 @@ def test_an_answer_in_the_file_is_the_reference(write_rows):
 
 
 def test_a_file_of_answers_is_continued_where_it_stopped(asked, tmp_path, monkeypatch):
-    path, told = tmp_path / "out" / "answers.jsonl", []
-    assert write_answers(path, str(TINY_MODEL), asked, SHORT, on_progress=lambda *at: told.append(at)) == 6
-    assert sorted({at[:2] for at in told}) == [(done, 6) for done in range(7)] and told[-1][2] > 6
+    path, seen = tmp_path / "out" / "answers.jsonl", []
+    assert write_answers(path, str(TINY_MODEL), asked, SHORT, on_progress=lambda *at: seen.append(at)) == 6
+    assert sorted({at[:2] for at in seen}) == [(done, 6) for done in range(7)] and seen[-1][2] > 6
     whole = path.read_text()
     rows = [json.loads(line) for line in whole.splitlines()]
     model, tokenizer, _ = load_for_generation(TINY_MODEL)

@@ -341,7 +341,8 @@ COLUMNS = ("file", "tests read", "with cases", "held by a test of ours", "no cou
 INTRODUCTION = """# Peers' own tests
 
 Public tests of TRL, axolotl and PEFT, as inputs and expected values (peers.yaml), against ours. Written by
-test_peers.py, which also checks each case; one case may run on several chat templates.
+test_peers.py, which also checks each case; one case may run on several chat templates. Files are named from the
+projects' tests/.
 """
 FAULTS = """## Faults of ours that the comparison found, all fixed
 

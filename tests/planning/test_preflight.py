@@ -139,8 +139,8 @@ def test_an_architecture_that_is_not_known_has_no_plan(make_config, monkeypatch)
 
     config = make_config()
     monkeypatch.setattr("forgebook.planning.preflight.find_shape", find_none)
-    told, note = plan_run(prepare(config, open_run(config)))
-    assert told is None and note.startswith("no plan: ") and "newcomer" in note
+    planned, note = plan_run(prepare(config, open_run(config)))
+    assert planned is None and note.startswith("no plan: ") and "newcomer" in note
 
 
 def test_an_architecture_without_a_rule_is_counted(make_config, model_of):
