@@ -1,6 +1,7 @@
 """models, push and export: what they print, and what they hand to the engine."""
 
 import json
+import shutil
 
 import pytest
 
@@ -62,7 +63,7 @@ def test_push_hands_on_the_run_and_its_options(run, capsys, monkeypatch):
 
 def test_export_takes_a_model_folder_or_the_best_checkpoint_of_a_run(run, monkeypatch):
     exported = []
-    (run.checkpoints / "epoch-1").mkdir(parents=True, exist_ok=True)
+    shutil.copytree(TINY_MODEL, run.checkpoints / "epoch-1", dirs_exist_ok=True)
     monkeypatch.setattr("forgebook.export.gguf.export_gguf", lambda *words: exported.append(words))
     assert main(["export", "a", "a.gguf"]) == main(["export", str(TINY_MODEL), "b.gguf", "type=f16"]) == 0
     assert [(str(folder), str(out), kind) for folder, out, kind in exported] == [
