@@ -19,6 +19,7 @@ from forgebook.errors import ConfigError, ResourceError, last_line
 
 __all__ = [
     "EXCLUDED",
+    "IS_CHECKOUT",
     "REPOSITORY",
     "SECRETS",
     "SETTINGS",
@@ -46,6 +47,8 @@ _BEHAVIOR = ("TOKENIZERS_PARALLELISM", "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "HF_HU
 ANSWER_SECONDS = 60  # for a machine of the cluster to answer a question
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+# Installed instead, other machines must have it installed, too: what lies around it then is not ours to send.
+IS_CHECKOUT = (REPOSITORY / "main.py").is_file()
 # Beside what .gitignore names, which Ray leaves out by itself.
 EXCLUDED = [".git", ".venv", "/runs", "__pycache__", ".pytest_cache", ".ruff_cache", "*.ipynb", "/benchmarks"]
 
@@ -206,13 +209,13 @@ def _without_dashboard() -> Iterator[None]:
 
 
 def _runtime_env() -> dict[str, Any]:
-    """Build what every worker gets: this repository, unless it came here with a job, and its environment."""
+    """Build what every worker gets: this repository, unless it came with a job or is installed, and its environment."""
     names = (*SECRETS, *SETTINGS, *WITH_PASSWORD, *_BEHAVIOR)
     # A worker runs in a copy of this repository, which has no .models/.
     variables = {"FORGEBOOK_MODELS": str(model_mirrors()[0])}
     variables |= {name: os.environ[name] for name in names if name in os.environ}
     hook = {"worker_process_setup_hook": _worker_hook(variables)}
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ or not IS_CHECKOUT:
         return hook
     return {"working_dir": str(REPOSITORY), "excludes": EXCLUDED, **hook}
 

@@ -27,7 +27,7 @@ from typing import Any
 from forgebook.config.parse import SECRET_KEY
 from forgebook.config.schema import FinetuneConfig
 from forgebook.errors import ConfigError, ResourceError, StorageError, TrainingError, first_line, last_line
-from forgebook.ray_cluster import EXCLUDED, REPOSITORY, SECRETS, SETTINGS, WITH_PASSWORD
+from forgebook.ray_cluster import EXCLUDED, IS_CHECKOUT, REPOSITORY, SECRETS, SETTINGS, WITH_PASSWORD
 
 __all__ = [
     "ENDED",
@@ -166,6 +166,8 @@ def _job_details(client, job: str):
 
 def _entrypoint(source: str | None, storage_path: str, overrides: Sequence[str]) -> str:
     """Build the job's command; refuse what would not arrive, be lost, or be read by others."""
+    if not IS_CHECKOUT:
+        raise ConfigError("a job is sent with this program: run it from a clone of the repository (pip install -e .)")
     for override in overrides:
         key = override.partition("=")[0]
         if SECRET_KEY.search(key):
