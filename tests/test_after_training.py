@@ -22,7 +22,7 @@ def test_train_evaluate_merge_serve_ask(tmp_path, write_rows):
         "run_name": "four", "storage_path": str(tmp_path / "runs"), "num_devices": 0, "num_epochs": 40,
         "train_batch_size_per_device": 8, "eval_batch_size_per_device": 8, "learning_rate": 3e-3,
         "num_warmup_steps": 1, "dtype": "float32", "deepspeed": "none", "gradient_checkpointing": False,
-        "max_num_checkpoints": 1, "lora_config": LORA,
+        "checkpoint_and_evaluation_frequency": {"unit": "steps", "frequency": 40}, "lora_config": LORA,
     }))  # fmt: skip
     run, merged = tmp_path / "runs" / "four", tmp_path / "merged"
 

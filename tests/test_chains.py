@@ -1,4 +1,4 @@
-"""One stage after another: pre-training, instructions, preferences; and contexts beyond the model's own."""
+"""One stage after another: pre-training, instructions, preferences."""
 
 import json
 
@@ -79,21 +79,3 @@ def test_an_adapter_is_continued_as_it_is(make_config):
         fine_tune(
             make_config(run_name="x", lora_config=LORA | {"r": 16}, initial_adapter_model_ckpt_path=best_of(first))
         )
-
-
-@pytest.mark.slow
-def test_a_stretched_model_learns_long_texts_better(make_config, write_rows):
-    """Texts of about 2,200 tokens for a model made for 1,024: RoPE scaling ends at a lower loss on held-out ones."""
-    notes = [json.loads(line)["text"] for line in (REPOSITORY / "data/notes/train.jsonl").read_text().splitlines()]
-    texts = [{"text": "\n".join((notes * 2)[60 * k : 60 * k + 80])} for k in range(16)]
-    long = {
-        "task": "causal_lm", "context_length": 4096, "train_batch_size_per_device": 2, "eval_batch_size_per_device": 2,
-        "train_path": write_rows(texts[:12], "long.jsonl"), "valid_path": write_rows(texts[12:], "held-out.jsonl"),
-        "num_epochs": 3, "learning_rate": 1e-3,
-    }  # fmt: skip
-    plain = fine_tune(make_config(run_name="plain", **long))
-    scaling = {"rope_type": "linear", "factor": 4.0}
-    stretched = fine_tune(make_config(run_name="stretched", rope_scaling=scaling, **long))
-    assert evaluations(stretched)[-1] < evaluations(plain)[-1] - 0.05
-    saved = read_json(stretched.folder / read_json(stretched.summary)["best_checkpoint"] / "config.json")
-    assert saved["rope_parameters"]["factor"] == 4.0

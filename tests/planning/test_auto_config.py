@@ -261,7 +261,7 @@ def test_default_mode_learns_on_a_laptop_and_does_not_begin_anew(config, capsys,
     monkeypatch.setattr("forgebook.planning.prepare.local_hardware", lambda: None)
     path = config(train_path=str(REPOSITORY / "data/quickstart/train.jsonl")).source
     for _ in range(2):
-        assert main([path, "--default", "max_steps=60"]) == 0
+        assert main([path, "--default", "max_steps=24"]) == 0
     assert "is complete already" in capsys.readouterr().out
     losses = losses_of(run.open_run(load_config(path)))
-    assert len(losses) == 60 and sum(losses[-5:]) < 0.2 * sum(losses[:5])
+    assert len(losses) == 24 and sum(losses[-5:]) < 0.2 * sum(losses[:5])
