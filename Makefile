@@ -66,11 +66,7 @@ configs: .venv/run ## write the plan into the headers of training_configs/ and i
 
 NOTEBOOKS ?= $(wildcard *.ipynb cookbooks/*/*.ipynb end-to-end-examples/*/*.ipynb)
 notebooks: .venv/dev ## run every notebook (or NOTEBOOKS=one), keep its outputs, write its README.md
-	for notebook in $(NOTEBOOKS); do \
-		python -m nbconvert --to notebook --execute --coalesce-streams --inplace \
-			--ExecutePreprocessor.record_timing=False $$notebook; \
-		python -m nbconvert --to markdown $$notebook; \
-	done
+	python cookbooks/make_page.py $(NOTEBOOKS)
 
 tiny-model: .venv/run ## make the embedded model again, from nothing (about half an hour on 2 cores)
 	python data/make_tiny_corpus.py data/corpus/train.jsonl --rows 50000 --seed 1

@@ -153,17 +153,20 @@ def pieces_of(encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> list[tupl
 
 
 def show(encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> HTML:
-    """Show an example in a notebook: tokens in the loss highlighted, special tokens framed."""
+    """Show an example in a notebook: tokens in the loss highlighted, special tokens as code."""
     from html import escape
 
     from IPython.display import HTML
 
-    spans = []
+    # GitHub drops styles and keeps elements: <mark>, <code> and <br> show there what the styles refine in Jupyter.
+    parts = []
     for text, in_loss, is_special in pieces_of(encoded, tokenizer):
-        style = "background:#2e7d3244;" * in_loss + "border:1px solid #8888;border-radius:3px;" * is_special
-        spans.append(f'<span style="{style}">{escape(text)}</span>' if style else escape(text))
+        part = escape(text).replace("\n", "<br>")
+        if is_special and not text.isspace():
+            part = f"<code>{part}</code>"
+        parts.append(f'<mark style="background:#b7e1bd;color:#102a13">{part}</mark>' if in_loss else part)
     legend = f"{sum(encoded.loss_mask[1:])} of {len(encoded.input_ids)} tokens are in the loss (highlighted)"
-    return HTML(f'<pre style="white-space:pre-wrap">{"".join(spans)}</pre><small>{legend}</small>')
+    return HTML(f'<p style="font-family:monospace;white-space:pre-wrap">{"".join(parts)}</p><small>{legend}</small>')
 
 
 def show_example(messages: list[Message], source: str | Path, tools: list[dict] | None = None) -> HTML:

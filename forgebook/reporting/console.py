@@ -43,8 +43,9 @@ __all__ = [
 ]
 
 POLL_SECONDS = 0.2
-# Without a terminal a run prints about this many lines, a long one a line at least every so many seconds.
-LINES_PER_RUN, SECONDS_PER_LINE = 12, 300
+# Without a terminal a run prints about this many lines, a long one a line at least every so many seconds. In a
+# notebook, which keeps them, it prints the evaluations, and steps only where these are far apart.
+LINES_PER_RUN, SECONDS_PER_LINE, SECONDS_PER_LINE_IN_NOTEBOOK = 12, 300, 60
 
 
 def make_console() -> Console:
@@ -52,9 +53,14 @@ def make_console() -> Console:
 
     A notebook gives its cells' processes a terminal that cannot move its cursor: it counts as no terminal.
     """
-    if sys.stdout.isatty() and "JPY_PARENT_PID" not in os.environ:
+    if sys.stdout.isatty() and not _is_in_notebook():
         return Console(highlight=False, soft_wrap=True)
     return Console(highlight=False, soft_wrap=True, force_terminal=False, width=110)
+
+
+def _is_in_notebook() -> bool:
+    """Whether this process is a notebook's kernel or was started by one of its cells."""
+    return "JPY_PARENT_PID" in os.environ
 
 
 @contextlib.contextmanager
@@ -142,7 +148,7 @@ class _Bar:
 
 
 class _Lines:
-    """A dozen plain lines, for a notebook cell or a log file."""
+    """Plain lines, for a notebook cell or a log file: a dozen of steps, and the evaluations."""
 
     def __init__(self, console: Console):
         self._console = console
@@ -151,10 +157,10 @@ class _Lines:
 
     def show(self, event: dict[str, Any]) -> None:
         if event["kind"] == "evaluation":
+            self._printed = time.monotonic()
             self._console.print(_evaluation_text(event))
         elif event["kind"] == "step":
-            is_due = event["step"] % max(1, self._steps // LINES_PER_RUN) == 0 or event["step"] == self._start + 1
-            if is_due or time.monotonic() - self._printed > SECONDS_PER_LINE:
+            if self._is_due(event["step"]):
                 self._printed = time.monotonic()
                 self._console.print(self._step_text(event))
         elif event["text"] == "training":
@@ -162,6 +168,12 @@ class _Lines:
             self._console.print(_started_text(event))
         else:
             self._console.print(event["text"])
+
+    def _is_due(self, step: int) -> bool:
+        silence = time.monotonic() - max(self._began, self._printed)
+        if _is_in_notebook():
+            return silence > SECONDS_PER_LINE_IN_NOTEBOOK
+        return step % max(1, self._steps // LINES_PER_RUN) == 0 or step == self._start + 1 or silence > SECONDS_PER_LINE
 
     def _step_text(self, event: dict[str, Any]) -> str:
         seconds_per_step = (time.monotonic() - self._began) / (event["step"] - self._start)

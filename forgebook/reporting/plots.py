@@ -1,4 +1,4 @@
-"""The figures that runs and notebooks show, in one style: legible at README width, on light and dark pages.
+"""The figures that runs and notebooks show, in one style: legible at README width, each with a text of what is seen.
 
 plot_losses(read_metrics(run.metrics))                          training and evaluation loss of one run
 plot_lines({"LoRA": (steps, losses)}, "step", "loss (nats)")    any curves to compare
@@ -22,15 +22,16 @@ __all__ = ["COLORS", "plot_bars", "plot_histogram", "plot_lines", "plot_losses"]
 
 # Distinguishable with color-blind eyes, on white and on black; after Okabe and Ito (2008).
 COLORS = ("#4c8fd0", "#e0703c", "#3aa17e", "#c86fa8", "#c9a227", "#7c7cd0", "#8a8f98")
-# Text and lines: a gray with about the same contrast on white as on black.
-GRAY = "#7d838c"
+# Text and lines, 6.4:1 on white: no gray is legible on white and on GitHub's dark page, so figures have a white ground.
+GRAY, BACKGROUND = "#57606a", "white"
 WIDTH, HEIGHT = 7.0, 3.5  # inches
+LOG_RANGE = 20  # losses that fall by more than this factor are drawn on a log scale
 
 
 def _new_figure(panels: int = 1, height: float = HEIGHT) -> tuple[Figure, list[Axes]]:
-    """Make an empty figure of panels side by side, without a background of its own. height: inches."""
-    figure = _figure_class()(figsize=(WIDTH, height), dpi=120, layout="constrained", facecolor="none")
-    all_axes = [figure.add_subplot(1, panels, k + 1, facecolor="none") for k in range(panels)]
+    """Make an empty figure of panels side by side. height: inches."""
+    figure = _figure_class()(figsize=(WIDTH, height), dpi=120, layout="constrained", facecolor=BACKGROUND)
+    all_axes = [figure.add_subplot(1, panels, k + 1, facecolor=BACKGROUND) for k in range(panels)]
     for axes in all_axes:
         axes.tick_params(colors=GRAY)
         for line in axes.spines.values():
@@ -49,10 +50,11 @@ def _figure_class() -> type[Figure]:
     from matplotlib.figure import Figure
 
     class DisplayedFigure(Figure):
-        def _repr_png_(self) -> bytes:
+        # Its label says in words what is seen, for those who do not see it.
+        def _repr_png_(self) -> tuple[bytes, dict[str, str]]:
             png = io.BytesIO()
             self.savefig(png, format="png")
-            return png.getvalue()
+            return png.getvalue(), {"alt": str(self.get_label())}
 
     return DisplayedFigure
 
@@ -78,7 +80,8 @@ def plot_lines(
         axes.set_ylim(0, None)
     if len(series) > 1:
         axes.legend(frameon=False, labelcolor=GRAY)
-    return _saved(figure, path)
+    ends = [f"{label}: {y[0]:.3g} to {y[-1]:.3g}" for label, (_, y) in series.items() if len(y)]
+    return _finished(figure, f"{ylabel} by {xlabel}. {'; '.join(ends)}", path)
 
 
 def plot_bars(
@@ -120,7 +123,11 @@ def plot_bars(
     axes.margins(y=0.15)
     if len(kinds) > 1:
         axes.legend(frameon=False, labelcolor=GRAY)
-    return _saved(figure, path)
+    bars = [
+        f"{name}: " + ", ".join(f"{kind} {form.format(value)}".strip() for kind, value in values.items())
+        for name, values in nested.items()
+    ]
+    return _finished(figure, f"{ylabel}. {'; '.join(bars)}", path)
 
 
 def plot_histogram(
@@ -133,7 +140,8 @@ def plot_histogram(
         axes.axvline(value, color=color, linewidth=2, linestyle="--")
         axes.annotate(f" {name} {value:,}", (value, 0.93), xycoords=("data", "axes fraction"), color=color)
     axes.set(xlabel=xlabel, ylabel=ylabel)
-    return figure
+    lines = "".join(f"; {name} {value:,}" for name, value in (marks or {}).items())
+    return _finished(figure, f"{ylabel} by {xlabel}, {min(values):,} to {max(values):,}{lines}", None)
 
 
 def plot_losses(metrics: list[dict[str, Any]], path: Path | None = None) -> Figure:
@@ -158,16 +166,22 @@ def plot_losses(metrics: list[dict[str, Any]], path: Path | None = None) -> Figu
             linewidth=2,
             label="evaluation",
         )
-    axes.set(xlabel="optimizer step", ylabel="loss (nats per supervised token)", ylim=(0, None))
+    axes.set(xlabel="optimizer step", ylabel="loss (nats per supervised token)")
+    if min(losses, default=0) > 0 and max(losses) > LOG_RANGE * min(losses):
+        axes.set_yscale("log")  # else the steep start is all that is seen
+    else:
+        axes.set_ylim(0, None)
     axes.legend(frameon=False, labelcolor=GRAY)
-    return _saved(figure, path)
+    return _finished(figure, "Training and evaluation loss by optimizer step", path)
 
 
 def _colors(count: int) -> list[str]:
     return [COLORS[k % len(COLORS)] for k in range(count)]
 
 
-def _saved(figure: Figure, path: Path | None) -> Figure:
+def _finished(figure: Figure, text: str, path: Path | None) -> Figure:
+    """Give a figure the text that stands for it where it is not seen, and save it."""
+    figure.set_label(" ".join(text.split()))
     if path is not None:
         figure.savefig(path)
     return figure

@@ -120,7 +120,7 @@ def test_the_verb(make_config, tmp_path, capsys):
 def test_show_highlights_the_tokens_in_the_loss(tokenizer):
     messages = chat("Where?", "On the table.")["messages"]
     page = show(encode(messages, tokenizer), tokenizer).data
-    assert page.count('background:#2e7d3244;">On the table.</span>') == 1 and "&lt;|end|&gt;" in page
+    assert page.count('color:#102a13">On the table.</mark>') == 1 and "&lt;|end|&gt;" in page
     assert f"{sum(encode(messages, tokenizer).loss_mask)} of" in page
 
 

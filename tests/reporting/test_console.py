@@ -33,6 +33,7 @@ def follow(tmp_path, terminal: bool, steps: int) -> str:
 
 
 def test_without_a_terminal_a_run_is_a_dozen_lines(tmp_path, monkeypatch):
+    monkeypatch.delenv("JPY_PARENT_PID", raising=False)
     told = follow(tmp_path, terminal=False, steps=1000)
     lines = told.splitlines()
     assert lines[0] == "loading the model"
@@ -40,6 +41,13 @@ def test_without_a_terminal_a_run_is_a_dozen_lines(tmp_path, monkeypatch):
     assert 10 <= len(lines) <= 20 and "\r" not in told and "\x1b" not in told
     assert "step 83/1000  loss 1.2500  1,234 tok/s  00:00:0" in told
     assert lines[-1] == "epoch 1  step 1000  evaluation loss 0.5000  perplexity 1.649  best so far"
+
+
+def test_in_a_notebook_a_run_is_its_evaluations(tmp_path, monkeypatch):
+    monkeypatch.setenv("JPY_PARENT_PID", "1")
+    lines = follow(tmp_path, terminal=False, steps=1000).splitlines()
+    assert lines[:2] == ["loading the model", "training 25 of 100 parameters (25.0%), 1000 steps"]
+    assert lines[2:] == ["epoch 1  step 1000  evaluation loss 0.5000  perplexity 1.649  best so far"]
 
 
 def test_in_a_terminal_a_bar_shows_loss_pace_and_time_left(tmp_path, monkeypatch):

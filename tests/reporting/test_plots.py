@@ -1,4 +1,4 @@
-"""Figures show what they are given, without a background, in the one style."""
+"""Figures show what they are given, legible on any page, in the one style."""
 
 import pytest
 
@@ -34,12 +34,30 @@ def test_an_interval_is_drawn_and_the_value_stands_above_it():
     assert axes.texts[0].xy[1] == 0.95
 
 
-def test_the_page_shows_through():
+def test_text_is_legible_on_light_and_dark_pages():
+    """The contrast of the text on the figure's own ground is WCAG's 4.5:1 at least."""
+    from matplotlib.colors import to_rgb
+
+    def luminance(color):
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(color)]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
     figure = plot_losses(METRICS)
-    assert figure.get_facecolor()[3] == 0 and figure.axes[0].get_facecolor()[3] == 0
+    ground, text = figure.get_facecolor(), figure.axes[0].yaxis.label.get_color()
+    assert ground[3] == 1 and (luminance(ground[:3]) + 0.05) / (luminance(text) + 0.05) >= 4.5
 
 
-def test_a_notebook_shows_a_figure_without_being_told():
-    from IPython.core.formatters import PNGFormatter
+def test_a_notebook_displays_a_figure_with_the_text_that_stands_for_it():
+    from IPython.core.formatters import DisplayFormatter
 
-    assert PNGFormatter()(plot_losses(METRICS)).startswith(b"\x89PNG")
+    data, metadata = DisplayFormatter().format(plot_bars({"base": 0.0, "tuned": 0.94}, "accuracy", form="{:.0%}"))
+    assert data["image/png"].startswith(b"\x89PNG")
+    assert metadata["image/png"] == {"alt": "accuracy. base: 0%; tuned: 94%"}
+    _, metadata = DisplayFormatter().format(plot_lines({"a": ([1, 2], [3.26, 0.04])}, "step", "loss"))
+    assert metadata["image/png"] == {"alt": "loss by step. a: 3.26 to 0.04"}
+
+
+def test_a_steep_fall_is_drawn_on_a_log_scale():
+    falling = [{"step": step, "train_loss_batch": loss} for step, loss in enumerate((3.0, 0.5, 0.01))]
+    assert plot_losses(falling).axes[0].get_yscale() == "log"
+    assert plot_losses(falling[:2]).axes[0].get_yscale() == "linear"
