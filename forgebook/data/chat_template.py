@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 
     from forgebook.config.blocks import PromptFormat
 
-__all__ = ["Message", "RenderedText", "render", "render_for_training", "render_prompt"]
+__all__ = ["Message", "RenderedText", "render", "render_for_training", "render_prompt", "shows_names"]
 
+PROBED_NAME = "Xq7NameXq7"
 LossOn = Literal["assistant", "last", "all"]
 RewrittenTurns = Literal["refuse", "expand"]
 
@@ -57,6 +58,14 @@ def render(
     """Render messages to text: by `prompt_format` if there is one, else by the tokenizer's chat template."""
     conversation = Conversation(messages, tools, tokenizer, prompt_format)
     return restore(conversation.render(conversation.messages, for_generation), tokenizer)
+
+
+def shows_names(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether the chat template shows the `name` of a message that is no tool's result, as Kimi K2's does."""
+    try:
+        return PROBED_NAME in render([{"role": "user", "content": "a", "name": PROBED_NAME}], tokenizer)
+    except DataError:
+        return False
 
 
 def render_prompt(

@@ -185,9 +185,13 @@ class _Tokens:
 
     def first_from(self, character: int) -> int:
         """Find the first token that starts at a character or after it."""
-        k = self._encoding.char_to_token(character) if self._starts is None and self._encoding is not None else None
-        if k is None:  # the end of the text, or a character that no token covers
+        if self._starts is not None or self._encoding is None:
             return bisect_left(self.starts, character)
+        k = self._encoding.char_to_token(character)
+        if k is None:  # the end of the text, or a character that no token covers
+            last = self._encoding.token_to_chars(len(self.ids) - 1) if self.ids else None
+            is_end = last is not None and last[1] <= character
+            return len(self.ids) if is_end else bisect_left(self.starts, character)
         # A token that covers the character but starts before it belongs to what precedes.
         return k if self.start(k) == character else k + 1
 

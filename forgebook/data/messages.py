@@ -10,7 +10,8 @@ import json
 import re
 from typing import Any
 
-from forgebook.data.readers import parse_json, without_nulls
+from forgebook.data.json_values import parse_json
+from forgebook.data.readers import without_nulls
 from forgebook.errors import DataError
 
 __all__ = [
@@ -37,6 +38,7 @@ ROLE_OF = {
 }  # fmt: skip
 CALL_ROLES = ("function_call", "tool_call")  # a call as a turn of its own: LLaMA-Factory, ms-swift
 ARGUMENT_KEYS = ("arguments", "parameters", "args", "input")  # OpenAI, Llama 3, LangChain, Anthropic
+CALL_KEYS = {"function", "name", "id", "type", "index"}
 TEXT_TYPES = ("text", "input_text", "output_text")  # the latter two: OpenAI's responses
 MESSAGE_KEYS = {"role", "content", "name", "tool_calls", "tool_call_id", "weight", "reasoning_content"}
 # Whether a turn is in the loss: OpenAI's name, then those of other tools (axolotl, ms-swift, Unsloth).
@@ -102,7 +104,7 @@ def _message(raw: Any, at: str, ignored: set[str]) -> Message:
     if "<think>" in message["content"] and message.get("reasoning_content"):
         _check_thoughts(message["reasoning_content"], message, at)
     if message.get("tool_calls"):
-        message["tool_calls"] = _tool_calls(message["tool_calls"], role, at)
+        message["tool_calls"] = _tool_calls(message["tool_calls"], role, at, ignored)
     if message.get("train_detail"):  # axolotl's mark of parts of a turn
         raise DataError(
             f"{at}.train_detail: a turn is in the loss as a whole or not at all: remove train_detail, and mark turns "
@@ -187,7 +189,7 @@ def read_text(content: Any, field: str) -> str:
     raise DataError(f"{field} is {brief(content)}; expected a string")
 
 
-def _tool_calls(value: Any, role: str, at: str) -> list[dict]:
+def _tool_calls(value: Any, role: str, at: str, ignored: set[str]) -> list[dict]:
     """Convert tool calls to OpenAI's form, their arguments parsed: that is what chat templates expect."""
     if role != "assistant":
         raise DataError(f"{at}.tool_calls: only an assistant calls tools; this is a turn of the {role}")
@@ -198,15 +200,29 @@ def _tool_calls(value: Any, role: str, at: str) -> list[dict]:
         function = raw.get("function", raw) if isinstance(raw, dict) else raw
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise DataError(f'{here} is {brief(raw)}; expected {{"function": {{"name": ..., "arguments": ...}}}}')
-        arguments = next((function[key] for key in ARGUMENT_KEYS if function.get(key) is not None), None)
+        # Some write the arguments beside the function, and not inside it.
+        unread = raw | function
+        name = next((key for key in ARGUMENT_KEYS if unread.get(key) is not None), None)
+        arguments = unread.pop(name) if name else None
         if isinstance(arguments, str):
             arguments = parse_field(arguments, f"{here}.arguments") if arguments.strip() else {}
         arguments = arguments or {}
         if not isinstance(arguments, dict):
             raise DataError(f"{here}.arguments is {brief(arguments)}; expected a JSON object")
+        _check_numbers(arguments, f"{here}.arguments")
+        places = (key for key, item in unread.items() if key not in CALL_KEYS and item not in (None, "", [], {}))
+        ignored |= {f"{at.split('[')[0]}[].tool_calls[].{key}" for key in places}
         call = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
         calls.append(call | ({"id": raw["id"]} if isinstance(raw.get("id"), str) else {}))
     return calls
+
+
+def _check_numbers(value: Any, field: str) -> None:
+    """Raise DataError for what Python and pandas write as JSON and nothing else reads: NaN and Infinity."""
+    try:
+        json.dumps(value, allow_nan=False, default=str)
+    except ValueError:
+        raise DataError(f"{field} has a number that JSON lacks, NaN or Infinity: write null or a number") from None
 
 
 def without_filled_arguments(messages: list[Message], tools: list[dict] | None) -> list[Message]:

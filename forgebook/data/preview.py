@@ -20,7 +20,9 @@ from rich.text import Text
 from forgebook.config.parse import load_config
 from forgebook.config.schema import FinetuneConfig
 from forgebook.data import batching, readers, row_formats, tokenize
+from forgebook.data.chat_template import shows_names
 from forgebook.data.masking import Encoded, encode
+from forgebook.data.row_formats import NAME_KEY
 from forgebook.data.special_tokens import special_ids
 from forgebook.data.token_store import Tokens, Truncation, fit_tokens
 from forgebook.errors import DataError
@@ -106,6 +108,9 @@ def ignored_keys(config: FinetuneConfig, seconds: float = 2.0) -> str:
         if time.monotonic() > until:
             part = f" in the first {number:,} row{'s' * (number > 1)}"
             break
+    is_shown = NAME_KEY in counts and config.generation_config.prompt_format is None
+    if is_shown and shows_names(tokenizer_of(config)):
+        del counts[NAME_KEY]
     listed = ", ".join(f"{key} ({count:,})" for key, count in sorted(counts.items()))
     return f"{listed}{part}" if listed else ""
 

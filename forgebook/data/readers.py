@@ -17,17 +17,18 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from forgebook.config.blocks import DataSource
+from forgebook.data.json_values import check_unique, check_value, parse_json, unique_keys
 from forgebook.errors import DataError, StorageError, first_line
 from forgebook.runs import atomic, download
 
 __all__ = [
-    "FileChunk", "Source", "content_key", "find_sources", "is_large", "parse_json", "read_chunk", "split_source",
+    "FileChunk", "Source", "content_key", "find_sources", "is_large", "read_chunk", "split_source",
     "without_nulls",
 ]  # fmt: skip
 
@@ -38,9 +39,7 @@ CHUNK_ROWS = 2_500
 LONGEST_LINE = 16 * 2**20
 HUB = "hf://"
 LARGE_FILE = 64 * 2**20
-DEEPEST = 100  # levels of JSON; templates and writers recurse
 DELIMITERS = ",\t;"  # of CSV; the one that the header has most of
-HALF_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 @dataclass(frozen=True)
@@ -128,7 +127,7 @@ def _plain_copy(uri: str) -> Path:
             return path
     about = path.stat()
     key = hashlib.sha256(f"{path.resolve()}:{about.st_size}:{about.st_mtime_ns}".encode()).hexdigest()[:16]
-    plain = download.cache_folder() / "unpacked" / key / path.name.removesuffix(".gz")
+    plain = download.cache_folder() / "unpacked" / key / re.sub(r"\.gz$", "", path.name, flags=re.IGNORECASE)
     if not plain.exists():
         with atomic.atomic_file(plain) as temporary, gzip.open(path, "rb") as packed, open(temporary, "wb") as file:
             try:
@@ -151,12 +150,20 @@ def _count_lines(path: Path, written) -> int:
 def _kind(path: Path, uri: str) -> str:
     with open(path, "rb") as file:
         start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise DataError(f"{uri}: UTF-16 or UTF-32 text: save the file as UTF-8")
     if start.startswith(b"PAR1"):
         return "parquet"
     if start.startswith(b"["):
         return "json"
-    if path.name.endswith((".csv", ".tsv")):
+    if path.name.lower().endswith((".csv", ".tsv")):
         return "csv"
+    if start.startswith(b"version https://git-lfs"):
+        raise DataError(f"{uri}: a pointer of Git LFS and not the file itself: run git lfs pull")
+    if re.match(rb"\{\s*\n\s*\"", start):
+        raise DataError(
+            f"{uri}: a JSON object over several lines; expected one object per line, or one array of objects"
+        )
     if b"\0" in start:
         raise DataError(
             f"{uri}: neither text nor Parquet; supported are JSON lines, JSON, Parquet, CSV, and gzip of these"
@@ -218,45 +225,6 @@ def _parse(line: str) -> Any:
         return DataError(f"{error}: each line must be one JSON object") if is_syntax else error
 
 
-def parse_json(text: str) -> Any:
-    """Parse one JSON value; raise DataError, without a place, for what is not one that can be written again."""
-    try:
-        return _checked(json.loads(text, object_pairs_hook=_unique_keys), text)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise DataError(f"not valid JSON ({error})") from None
-
-
-def _checked(value: Any, text: str) -> Any:
-    """Return a value that `text` holds; raise DataError for half characters and endless nesting."""
-    if HALF_SURROGATE.search(text):
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise DataError(
-                "half of a surrogate pair (\\ud800 to \\udfff), which is not a character: remove it"
-            ) from None
-    if text.count("[") + text.count("{") > DEEPEST:
-        level = [value]
-        for _ in range(DEEPEST):
-            level = [child for item in level for child in _children(item)]
-        if level:
-            raise DataError(f"JSON nested more than {DEEPEST} levels deep: flatten it")
-    return value
-
-
-def _children(value: Any) -> Iterable[Any]:
-    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        keys = [key for key, _ in pairs]
-        repeated = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {repeated!r} is repeated in one object")
-    return value
-
-
 # JSON, CSV --------------------------------------------------------------------------------------------
 
 
@@ -267,7 +235,7 @@ def _read_json(chunk: FileChunk) -> Iterator[tuple[int, Any]]:
     except UnicodeDecodeError as error:
         yield 1, DataError(f"not UTF-8 text (byte {error.start}): save the file as UTF-8")
         return
-    decoder = json.JSONDecoder(object_pairs_hook=_unique_keys)
+    decoder = json.JSONDecoder(object_pairs_hook=unique_keys)
     blank = re.compile(r"[\s,]*")
     at = text.index("[") + 1
     line, counted = 1, 0
@@ -286,7 +254,7 @@ def _read_json(chunk: FileChunk) -> Iterator[tuple[int, Any]]:
             yield line, DataError(f"not valid JSON ({error}): the file must be one array of objects")
             return
         try:
-            yield line, _checked(value, text[at:end])
+            yield line, check_value(value, text[at:end])
         except DataError as error:
             yield line, error
         at = end
@@ -300,18 +268,18 @@ def _read_csv(chunk: FileChunk) -> Iterator[tuple[int, Any]]:
         file.seek(0)
         reader = csv.DictReader(file, strict=True, delimiter=max(DELIMITERS, key=header.count))
         number = 1
-        while True:
-            try:
-                if reader.fieldnames:  # reads the header
-                    number = reader.line_num + 1
-                row = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                fix = "quote cells that contain commas, quotes or line breaks"
-                yield number, DataError(f"not valid CSV ({error}): {fix}")
-                return
-            yield number, _csv_row(row)
+        try:
+            check_unique(filter(None, reader.fieldnames or ()), "column")  # reads the header
+            while True:
+                number = reader.line_num + 1
+                yield number, _csv_row(next(reader))
+        except StopIteration:
+            return
+        except DataError as error:
+            yield number, error
+        except csv.Error as error:
+            fix = "quote cells that contain commas, quotes or line breaks"
+            yield number, DataError(f"not valid CSV ({error}): {fix}")
 
 
 def _csv_row(row: dict) -> Any:
@@ -333,6 +301,9 @@ def _split_parquet(uri: str, path: Path) -> Iterator[FileChunk]:
     try:
         about = pq.ParquetFile(path).metadata
         counts = [about.row_group(group).num_rows for group in range(about.num_row_groups)]
+        check_unique(about.schema.to_arrow_schema().names, "column")
+    except DataError as error:
+        raise DataError(f"{uri}: {error}") from None
     except Exception as error:  # Arrow raises what its decoders and Python's conversions raise
         raise DataError(f"{uri}: not a readable Parquet file ({first_line(error)}): copy it again") from None
     first = 1

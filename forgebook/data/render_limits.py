@@ -5,9 +5,13 @@ within_limits(render, name)     what `render` returns, or a ModelError that name
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import functools
 import resource
 import signal
 import threading
+import time
 from collections.abc import Callable
 
 from forgebook.errors import ModelError
@@ -19,6 +23,10 @@ MEMORY = 1 << 30  # bytes, beyond what the process has
 CHARACTERS = 1 << 26
 
 
+# Of each thread that renders, by Python's number of it: the clock of its processor time, and when it began.
+_rendering: dict[int, tuple[int, float]] = {}
+
+
 class _TimeUp(Exception):
     pass
 
@@ -26,13 +34,13 @@ class _TimeUp(Exception):
 def within_limits(render: Callable[[], str], name: str) -> str:
     """Call `render`, which renders one conversation with the template of tokenizer `name`, within limits.
 
-    Outside the main thread, where no timer can interrupt it, only the result's length is checked.
+    Outside the main thread, to which the limit on memory would not be its own, it has a limit of time and length alone.
 
     Raises ModelError if the template takes too long or too much memory.
     """
     too_much = f"the chat template of {name!r} "
     try:
-        text = _guarded(render) if threading.current_thread() is threading.main_thread() else render()
+        text = (_guarded if threading.current_thread() is threading.main_thread() else _watched)(render)
     except _TimeUp:
         raise ModelError(f"{too_much}ran for {SECONDS:g} s on one conversation: it may loop without end") from None
     except MemoryError:
@@ -56,6 +64,36 @@ def _guarded(render: Callable[[], str]) -> str:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
         signal.signal(signal.SIGVTALRM, previous or signal.SIG_DFL)
+
+
+def _watched(render: Callable[[], str]) -> str:
+    """Call `render` in a thread that no timer can interrupt: another thread looks at its processor time."""
+    _start_watching()
+    thread = threading.get_ident()
+    # Linux's clock of a thread. Unlike that of pthread_getcpuclockid, reading it is no more than an error once the
+    # thread has ended.
+    clock = ~threading.get_native_id() << 3 | 6
+    _rendering[thread] = clock, time.thread_time()
+    try:
+        return render()
+    finally:
+        _rendering.pop(thread, None)
+
+
+@functools.cache
+def _start_watching() -> None:
+    threading.Thread(target=_watch, name="render-limits", daemon=True).start()
+
+
+def _watch() -> None:
+    """Interrupt threads that render for too long. Python delivers the exception between two of their instructions."""
+    while True:
+        time.sleep(SECONDS / 5)
+        for thread, (clock, begun) in list(_rendering.items()):
+            with contextlib.suppress(OSError):  # it has ended, or another system numbers its clocks differently
+                if time.clock_gettime(clock) - begun > SECONDS:
+                    _rendering.pop(thread, None)
+                    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(_TimeUp))
 
 
 def _address_space(soft: int) -> int:

@@ -18,6 +18,7 @@ as JSON text.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -35,7 +36,7 @@ from forgebook.data.messages import (
 from forgebook.data.readers import FileChunk, read_chunk
 from forgebook.errors import DataError
 
-__all__ = ["Example", "RowNotes", "parse_chunk", "parse_row"]
+__all__ = ["NAME_KEY", "Example", "RowNotes", "parse_chunk", "parse_row"]
 
 # Read as JSON where they are text, as CSV and many Parquet files have them; the others may hold an answer in JSON.
 JSON_KEYS = ("messages", "conversations", "tools", "functions", "history")
@@ -43,6 +44,7 @@ TEXT_OR_JSON_KEYS = ("prompt", "completion", "chosen", "rejected")
 ALPACA_QUESTION = ("instruction", "input", "history")
 QUESTION_KEYS = ("prompt", "question", "query")  # of a pair
 SHARED_KEYS = {"system", "tools", "functions"}
+NAME_KEY = "messages[].name"  # of a turn that is no tool's result
 LONGEST_NAMES = 300  # characters of a row's keys in a message
 JSON_TYPES = {list: "array", str: "string", int: "number", float: "number", bool: "boolean", type(None): "null"}
 
@@ -74,10 +76,11 @@ class Example:
 
 @dataclass(frozen=True)
 class RowNotes:
-    """What the data report counts of a row: its format, and the keys that nothing reads."""
+    """What the data report counts of a row: its format, the keys that nothing reads, an empty answer in the loss."""
 
     format: str
     ignored: tuple[str, ...] = ()
+    has_empty_answer: bool = False
 
 
 def parse_chunk(
@@ -108,7 +111,7 @@ def parse_row(raw: Any, where: str, task: str, labels: Iterable[str] = ()) -> tu
             _check_pair(example.messages, example.rejected)
         if task == "classification" and example.messages is not None:
             _check_label(example.messages, list(labels))
-        return example, _note_unused_marks(example, notes, task)
+        return example, _note_unused_marks(example, _note_messages(example, notes), task)
     except DataError as error:
         raise DataError(f"{where}: {error}") from None
 
@@ -132,7 +135,7 @@ def _detect(raw: Any, where: str, task: str) -> tuple[Example, RowNotes]:
         return example, _notes("preference", raw, {"chosen", "rejected", *used} | SHARED_KEYS, ignored)
     if conversation := _conversation(raw, ignored, task):
         name, used, messages = conversation
-        if raw.get("label") is False and task != "classification":
+        if str(raw.get("label")).lower() == "false" and task != "classification":  # text in CSV
             raise DataError(
                 "label is false, which marks an answer to avoid, and training would teach it: remove the row, or the "
                 "key label if it means something else; task: preference_tuning takes pairs of chosen and rejected"
@@ -239,11 +242,28 @@ def _notes(name: str, raw: dict, used: set[str], ignored: set[str]) -> RowNotes:
     return RowNotes(name, tuple(sorted(unused | ignored)))
 
 
+def _note_messages(example: Example, notes: RowNotes) -> RowNotes:
+    """Add names of speakers, which few templates show, to the ignored keys; note an answer that says nothing."""
+    messages, rejected = example.messages or [], example.rejected or []
+    named = any("name" in message and message["role"] != "tool" for message in messages + rejected)
+    return RowNotes(
+        notes.format,
+        (*notes.ignored, NAME_KEY) if named else notes.ignored,
+        any(message["role"] == "assistant" and _says_nothing(message) for message in messages),
+    )
+
+
+def _says_nothing(message: Message) -> bool:
+    says = message["content"].strip() or message.get("tool_calls") or message.get("reasoning_content")
+    return not says and message.get("weight") != 0
+
+
 def _note_unused_marks(example: Example, notes: RowNotes, task: str) -> RowNotes:
     """Add the marks of turns that are not in the loss to the ignored keys, where the task trains every token."""
     if task != "causal_lm" or not any(message.get("weight") == 0 for message in example.messages or ()):
         return notes
-    return RowNotes(notes.format, (*notes.ignored, "messages[].weight (causal_lm trains every token)"))
+    mark = "messages[].weight (causal_lm trains every token)"
+    return dataclasses.replace(notes, ignored=(*notes.ignored, mark))
 
 
 def _decoded(raw: dict) -> dict:

@@ -54,10 +54,9 @@ __all__ = [
 # Part of the name of cached tokens. Raise it with every change of what a row becomes (readers, messages, row_formats,
 # tools, chat_template and what it imports, masking) or of how shards are written (token_store).
 # tests/data/test_tokenize.py pins the tokens of a small file, and fails where this was forgotten.
-CACHE_VERSION = 10
+CACHE_VERSION = 11
 SHOWN_PROBLEMS = 20
-# Examples per call of the tokenizer: enough for all its threads.
-TOKENIZER_BATCH = 512
+TOKENIZER_BATCH = 512  # examples per call of the tokenizer: enough for all its threads
 # Sources of more chunks than this (of about 2 MB) are worth a Ray cluster.
 CHUNKS_IN_PROCESS = 128
 # Tasks whose loss is on the last answer alone.
@@ -99,6 +98,7 @@ class DatasetNotes:
     ignored: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     labels: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     problems: list[str] = dataclasses.field(default_factory=list)
+    empty_answers: int = 0
 
     @classmethod
     def from_json(cls, written: dict[str, Any]) -> DatasetNotes:
@@ -168,6 +168,7 @@ def _noted(chunk: FileChunk, task: str, labels: tuple[str, ...], notes: DatasetN
         example, about = parsed
         notes.formats[about.format] += 1
         notes.ignored.update(about.ignored)
+        notes.empty_answers += about.has_empty_answer
         notes.turns += len(example.messages or ())
         if labels and example.messages:
             notes.labels[example.messages[-1]["content"]] += 1
@@ -323,9 +324,10 @@ def _write_shards(
 def _write_shard(number: int, chunk: FileChunk, *, tokenizer, options: EncodingOptions, folder: Path) -> DatasetNotes:
     """Tokenize one chunk into one shard."""
     notes = DatasetNotes()
-    name = chunk.uri.rsplit("/", 1)[-1]
     encoded = _encoded(_noted(chunk, options.task, options.labels, notes), tokenizer, options, notes)
-    token_store.write_shard(encoded, folder / f"{number:06d}.arrow", name)
+    token_store.write_shard(encoded, folder / f"{number:06d}.arrow", chunk.uri.rsplit("/", 1)[-1])
+    if options.prompt_format is None and chat_template.shows_names(tokenizer):
+        del notes.ignored[row_formats.NAME_KEY]
     return notes
 
 

@@ -181,6 +181,7 @@ def _reading_report(notes: data.DatasetNotes) -> dict[str, Any]:
         "formats": dict(notes.formats),
         "ignored_columns": dict(notes.ignored),
     }
+    report |= {"empty_answers": notes.empty_answers} if notes.empty_answers else {}
     report |= {"rows_per_label": dict(notes.labels)} if notes.labels else {}
     return report | ({"problems": notes.problems} if notes.problems else {})
 
@@ -273,6 +274,8 @@ def report_rows(report: dict[str, Any]) -> list[list[str]]:
     ]
     if any(s["ignored_columns"] for s in sets):
         lines.append(line("ignored keys", _ignored))
+    if any("empty_answers" in s for s in sets):
+        lines.append(line("empty answers", lambda s: f"{s.get('empty_answers', 0):,} examples teach to answer nothing"))
     if any("rows_per_label" in s for s in sets):
         labels = line("examples per label", lambda s: ", ".join(f"{n:,} {t}" for t, n in _labels(s)))
         lines.append(labels)

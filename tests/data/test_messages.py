@@ -76,6 +76,22 @@ def test_arguments_of_every_name(key, as_text):
     assert message["tool_calls"] == [CALL]
 
 
+def test_what_else_a_call_holds_is_read_or_named():
+    call = {"function": {"name": "find"}, "arguments": {"city": "Rome"}, "index": 0, "result": None}
+    assert read({"role": "assistant", "content": "", "tool_calls": [call]})[1] == set()
+    [message], ignored = read(
+        {"role": "assistant", "content": "", "tool_calls": [call | {"result": 4, "kwargs": {1: 2}}]}
+    )
+    assert message["tool_calls"] == [CALL]
+    assert ignored == {"messages[].tool_calls[].result", "messages[].tool_calls[].kwargs"}
+
+
+@pytest.mark.parametrize("arguments", [{"x": float("nan")}, '{"x": Infinity}', '{"x": [{"y": NaN}]}'])
+def test_numbers_that_json_lacks_are_no_arguments(arguments):
+    with pytest.raises(DataError, match=r"tool_calls\[0\]\.arguments has a number that JSON lacks"):
+        read({"role": "assistant", "content": "", "tool_calls": [{"name": "find", "arguments": arguments}]})
+
+
 @pytest.mark.parametrize("arguments", ["", " ", None, "{}", {}])
 def test_a_call_without_arguments(arguments):
     calls = [{"function": {"name": "find", "arguments": arguments}}]

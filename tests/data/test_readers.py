@@ -251,6 +251,42 @@ def test_text_in_parquet_that_is_not_utf8_is_reported_with_its_row(tmp_path):
     assert "save text as UTF-8" in errors(tmp_path / "r.parquet")[0]
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("".join(map(json.dumps, ROWS)).encode("utf-16"), "UTF-16 or UTF-32 text: save the file as UTF-8"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 9\n",
+            "a pointer of Git LFS .*: run git lfs",
+        ),
+        (json.dumps(ROWS[0], indent=2).encode(), "a JSON object over several lines; expected one object per line"),
+    ],
+    ids="utf-16 lfs indented".split(),
+)
+def test_a_file_of_another_form_is_named_as_what_it_is(tmp_path, content, message):
+    (tmp_path / "rows.jsonl").write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        read_examples(str(tmp_path / "rows.jsonl"))
+
+
+def test_a_column_that_is_repeated_is_an_error(tmp_path):
+    """Of two columns with one name only the last would be read."""
+    (tmp_path / "r.csv").write_text("prompt,completion,completion\nq,a,b\n")
+    with pytest.raises(DataError, match=r"r\.csv:1: the column 'completion' is repeated"):
+        read_examples(str(tmp_path / "r.csv"))
+    (tmp_path / "r.csv").write_text("prompt,completion,,\nq,a,,\n")
+    assert len(read_examples(str(tmp_path / "r.csv"))) == 1
+    table = pa.table([["q"], ["a"], ["b"]], names=["prompt", "completion", "completion"])
+    pq.write_table(table, tmp_path / "r.parquet")
+    with pytest.raises(DataError, match=r"r\.parquet: the column 'completion' is repeated"):
+        read_examples(str(tmp_path / "r.parquet"))
+
+
+def test_names_in_capitals(tmp_path):
+    (tmp_path / "R.CSV.GZ").write_bytes(gzip.compress(b"prompt,completion\nq,a\n"))
+    assert len(read_examples(str(tmp_path / "R.CSV.GZ"))) == 1
+
+
 @pytest.mark.parametrize("content", [b"PAR1 this is not parquet", b"\0\1\2\3" * 100])
 def test_other_files_are_rejected(tmp_path, content):
     (tmp_path / "r.parquet").write_bytes(content)

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -50,3 +51,19 @@ def test_errors_of_a_template_pass_and_other_threads_render_too():
     thread.start()
     thread.join()
     assert texts == ["text"] == [within_limits(lambda: "text", "name")]
+
+
+def test_a_template_without_end_is_stopped_in_other_threads_too(monkeypatch):
+    monkeypatch.setattr(render_limits, "SECONDS", 0.2)
+    tokenizer = load_tokenizer(str(TINY_MODEL))
+    tokenizer.chat_template = LOOP
+
+    def render():
+        return chat_template.render([{"role": "user", "content": "hi"}], tokenizer)
+
+    with ThreadPoolExecutor(1) as pool:
+        render_limits._start_watching.cache_clear()  # the watch of an earlier test looks once a second
+        with pytest.raises(ModelError, match="may loop without end"):
+            pool.submit(render).result(timeout=60)
+        tokenizer.chat_template = "{{ messages[0].content }}"
+        assert pool.submit(render).result(timeout=60) == "hi"

@@ -163,6 +163,8 @@ def test_a_prompts_answers_are_in_the_loss_of_every_token():
 def test_an_answer_labeled_as_one_to_avoid_is_not_trained(row):
     with pytest.raises(DataError, match="f:1: label is false, which marks an answer to avoid"):
         parse(row | {"label": False})
+    with pytest.raises(DataError, match="label is false"):
+        parse(row | {"label": "False"})  # as CSV holds it
     assert parse(row | {"label": True})[1].ignored == ("label",)
     assert parse(row | {"label": 0})[1].ignored == ("label",)
 

@@ -151,10 +151,29 @@ def test_cached_tokens_are_those_of_this_code(tmp_path, write_rows, tokenizer):
         [shard] = {file for file, _ in tokens.files}
         digest.update(repr(pa.ipc.open_file(shard).read_all().to_pydict()).encode())
         digest.update(repr((notes.rows, notes.turns, notes.formats, notes.ignored)).encode())
-    golden = (10, "fd2c3f721d88a5e3")
+    golden = (11, "fd2c3f721d88a5e3")
     assert (tokenize.CACHE_VERSION, digest.hexdigest()[:16]) == golden, (
         "the tokens of the same rows, or their shards, changed: bump CACHE_VERSION and re-pin"
     )
+
+
+def test_names_are_in_the_table_where_the_template_shows_none(tmp_path, write_rows, tokenizer, with_template):
+    path = write_rows([{"messages": [{"role": "user", "name": "Ann", "content": "q"}, chat("q", "a")["messages"][-1]]}])
+    sources, options = readers.find_sources(path), tokenize.EncodingOptions()
+    assert tokenize.tokenize(sources, tokenizer, options, tmp_path)[1].ignored == {"messages[].name": 1}
+    kimi = with_template(
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.name }}:{{ m.content }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>:{% endif %}"
+    )
+    assert tokenize.tokenize(sources, kimi, options, tmp_path)[1].ignored == {}
+
+
+def test_empty_answers_in_the_loss_are_counted(tmp_path, write_rows, tokenizer):
+    rows = [chat("q", "a"), chat("q", " "), {"instruction": "q", "output": ""}]
+    unsupervised = {"role": "assistant", "content": "", "weight": 0}
+    rows.append({"messages": [{"role": "user", "content": "q"}, unsupervised, *chat("q", "a", None)["messages"]]})
+    sources = readers.find_sources(write_rows(rows))
+    assert tokenize.tokenize(sources, tokenizer, tokenize.EncodingOptions(), tmp_path)[1].empty_answers == 2
 
 
 def test_the_cache_version_names_cached_tokens(tmp_path, write_rows, tokenizer, monkeypatch):
