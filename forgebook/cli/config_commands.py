@@ -6,6 +6,7 @@ Each takes its words and returns an exit code; each imports what it needs when i
 from __future__ import annotations
 
 import contextlib
+import datetime
 import itertools
 import json
 import os
@@ -285,8 +286,11 @@ def status_command(arguments: list[str]) -> int:
     job, address = _job_of("status", arguments)
     from forgebook.launch.ray_jobs import job_status
 
-    for name, value in job_status(job, address).items():
+    details = job_status(job, address)
+    for name, value in details.items():
         if value is not None:
+            if name in ("started", "ended"):
+                value = datetime.datetime.fromtimestamp(value).astimezone().isoformat(" ", "seconds")
             print(f"{name:<11}{value}")
     return 0
 

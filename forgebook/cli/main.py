@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import sys
 from collections.abc import Callable, Sequence
 
@@ -83,6 +84,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         print(str(stop) or "stopped; the same command resumes from the last complete state", file=sys.stderr)
         return 130
+    finally:
+        if colorama := sys.modules.get("colorama"):  # Ray's, which ends whatever a terminal shows with an escape code
+            atexit.unregister(colorama.initialise.reset_all)
 
 
 def _print_help(arguments: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -75,12 +76,13 @@ def test_preview_prints_examples_or_json(config, capsys):
 
 
 def test_a_jobs_state_is_printed_and_a_job_is_stopped_once(config, capsys, monkeypatch):
-    monkeypatch.setattr(
-        ray_jobs, "job_status", lambda job, address: {"state": "RUNNING", "message": None, "at": address}
-    )
+    details = {"state": "RUNNING", "started": 1e9, "message": None}
+    monkeypatch.setattr(ray_jobs, "job_status", lambda job, address: details | {"at": address})
     monkeypatch.setattr(ray_jobs, "stop_job", lambda job, address: {"old": "SUCCEEDED"}.get(job, "RUNNING"))
     assert main(["status", "job", "address=http://head:8265"]) == 0
-    assert capsys.readouterr().out == "state      RUNNING\nat         http://head:8265\n"
+    state, started, where = capsys.readouterr().out.splitlines()
+    assert (state, where) == ("state      RUNNING", "at         http://head:8265")
+    assert re.fullmatch(r"started    2001-09-0[89] \d\d:\d\d:40[+-]\d\d:\d\d", started)
     assert main(["stop", "job"]) == main(["stop", "old"]) == 0
     assert capsys.readouterr().out == "job job is stopping\njob old had already succeeded\n"
 
