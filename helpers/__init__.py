@@ -15,10 +15,10 @@ if TYPE_CHECKING:  # for editors and mypy ("as": they are exported); at run time
     from forgebook.config.schema import FinetuneConfig
     from forgebook.data.batching import make_batch as make_batch
     from forgebook.data.chat_template import render as render
+    from forgebook.data.examples import read_examples as read_examples
     from forgebook.data.masking import encode as encode
     from forgebook.data.masking import encode_prompt as encode_prompt
     from forgebook.data.preview import show_example as show_example
-    from forgebook.data.tokenize import read_examples as read_examples
     from forgebook.data.tools import calls_of_message as calls_of_message
     from forgebook.errors import DataError as DataError
     from forgebook.evaluation.statistics import compare_shares as compare_shares
@@ -63,7 +63,7 @@ _ENGINE = {
     "plot_lines": ("reporting.plots", "one curve per name"),
     "read_catalog": ("catalog", "GPUs with memory, peak and price; shapes of known models"),
     "read_curve": ("runs.metrics", "a metric of a run: (steps, values)"),
-    "read_examples": ("data.tokenize", "the examples of a file, pattern, bucket or hub data set, checked"),
+    "read_examples": ("data.examples", "the examples of a file, pattern, bucket or hub data set, checked"),
     "render": ("data.chat_template", "a conversation as text, by the chat template or a prompt format"),
     "show_example": ("data.preview", "a conversation as a model or a config file encodes it, the loss highlighted"),
     "vllm_command": ("inference.vllm_command", "the command that serves models with vLLM"),

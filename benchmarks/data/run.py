@@ -145,6 +145,7 @@ def run_forgebook(path: str, folder: str, train_on: str, ray_above: int | None) 
     from forgebook.catalog import TINY_MODEL
     from forgebook.data import readers as rows
     from forgebook.data import tokenize
+    from forgebook.data.data_sources import find_sources
     from forgebook.models.tokenizer import load_tokenizer
 
     if ray_above is not None:
@@ -152,8 +153,8 @@ def run_forgebook(path: str, folder: str, train_on: str, ray_above: int | None) 
     tokenizer = load_tokenizer(str(TINY_MODEL))
     tokenizer.apply_chat_template(tokenize.PROBE, tokenize=False)
     options = tokenize.EncodingOptions(train_on=train_on)
-    sources = rows.find_sources(path)
-    pieces = sum(len(rows.split_source(source.uri)) for source in sources)
+    sources = find_sources(path)
+    pieces = sum(len(rows.split_source(source)) for source in sources)
     found = {"pieces": pieces, "way": "in process"}
     if pieces > tokenize.CHUNKS_IN_PROCESS:
         began = time.perf_counter()

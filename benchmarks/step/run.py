@@ -70,7 +70,9 @@ def prepare(rows_path: str, folder: Path) -> None:
     LlamaForCausalLM(shape).to(torch.bfloat16).save_pretrained(folder / "model")
     load_tokenizer(str(TINY_MODEL)).save_pretrained(folder / "model")
     rows = [encode(json.loads(line)) for line in Path(rows_path).read_text().splitlines()]
-    tokens.write_shard([(Encoded(*row), line) for line, row in enumerate(rows, 1)], folder / "train.arrow", "rows")
+    tokens.write_shard(
+        [(Encoded(*row), line, None) for line, row in enumerate(rows, 1)], folder / "train.arrow", "rows"
+    )
 
 
 def run_forgebook(folder: Path, steps: int, dtype: str) -> dict:

@@ -25,8 +25,6 @@ from forgebook.errors import near_miss, shown_value
 __all__ = [
     "CheckpointFrequency",
     "ClassifierConfig",
-    "DataPath",
-    "DataSource",
     "DeepSpeed",
     "Examples",
     "Float",
@@ -334,34 +332,10 @@ class HubRepo(StrictBlock):
     """Branch, tag or commit. None: the main branch."""
 
 
-class DataSource(StrictBlock):
-    """The examples of one path in a mixture of several."""
-
-    path: str
-    """A path, glob or URL, as in train_path."""
-    weight: Annotated[Float, Field(gt=0)] = 1.0
-    """How often each example is used per epoch: 2 is twice, 0.5 a random half of them (the same every epoch)."""
-
-
 # The tag makes an error describe the form that was written, not both.
 WeightsPath = Annotated[
     Annotated[str, Tag("a path")] | Annotated[HubRepo, Tag("a block")],
     Discriminator(lambda value: "a path" if isinstance(value, str) else "a block"),
-]
-
-DataPath = Annotated[
-    Annotated[str, Tag("a path")]
-    | Annotated[
-        list[
-            Annotated[
-                Annotated[str, Tag("a path")] | Annotated[DataSource, Tag("a block")],
-                Discriminator(lambda value: "a path" if isinstance(value, str) else "a block"),
-            ]
-        ],
-        Tag("a list"),
-        Field(min_length=1),
-    ],
-    Discriminator(lambda value: "a list" if isinstance(value, list) else "a path"),
 ]
 
 Loggers = Annotated[

@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from forgebook.catalog import hardware_of
-from forgebook.config.block_keys import models_in
+from forgebook.config.block_keys import flatten, models_in, prefixes
 from forgebook.config.blocks import DeepSpeed
 from forgebook.config.deepspeed_file import REPOSITORY, SHIPPED, find_deepspeed_config
 from forgebook.config.legacy_keys import RetiredNameWarning, translate_retired
@@ -29,9 +29,7 @@ from forgebook.config.schema import (
     EVERY_EPOCH,
     FinetuneConfig,
     ResolvedConfig,
-    flatten,
     keys_without_effect,
-    prefixes,
 )
 from forgebook.config.yaml_source import Places, apply_override, parse_yaml, place_of, read_text
 from forgebook.errors import ConfigError, near_miss, shown_value

@@ -22,6 +22,7 @@ PATH_KEYS = frozenset(
 )
 # Blocks of texts that a model reads or writes: what looks like a variable in them is text.
 TEXT_BLOCKS = ("classifier_config", "generation_config")
+TEXT_KEYS = frozenset(("columns", "labels", "system"))  # the same, of blocks inside others
 LONGEST_NAME, LONGEST_PATH = 255, 4096  # bytes, of Linux
 
 _BRACED = re.compile(r"\$\{([^}]*)\}?")
@@ -42,7 +43,7 @@ def expand_values(values: dict[str, Any], where: Callable[[str], str]) -> tuple[
             return {name: expanded(item, f"{key}.{name}") for name, item in value.items()}
         if isinstance(value, list):
             return [expanded(item, key) for item in value]
-        if not isinstance(value, str):
+        if not isinstance(value, str) or not TEXT_KEYS.isdisjoint(key.split(".")):
             return value
         try:
             if not PATH_KEYS.isdisjoint(key.split(".")):

@@ -12,11 +12,10 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import Field, PrivateAttr, ValidationInfo, field_validator, model_validator
 
-from forgebook.config.block_keys import marked_keys
+from forgebook.config.block_keys import flatten, marked_keys, prefixes
 from forgebook.config.blocks import (
     CheckpointFrequency,
     ClassifierConfig,
-    DataPath,
     DeepSpeed,
     Examples,
     Float,
@@ -37,6 +36,7 @@ from forgebook.config.blocks import (
     VisionLanguageConfig,
     WeightsPath,
 )
+from forgebook.config.data_block import DataPath, ValidPath
 
 __all__ = [
     "DEFAULT_LORA",
@@ -45,9 +45,7 @@ __all__ = [
     "FinetuneConfig",
     "ResolvedConfig",
     "auto_keys",
-    "flatten",
     "keys_without_effect",
-    "prefixes",
 ]
 
 Task = Literal["causal_lm", "instruction_tuning", "classification", "preference_tuning", "vision_language"]
@@ -70,11 +68,16 @@ class FinetuneConfig(StrictBlock):
     model_id: str
     """Model to fine-tune: a Hugging Face id or a folder."""
     train_path: DataPath
-    """Training examples: JSON lines, JSON, Parquet or CSV, optionally gzipped; a local path, s3://, gs://, https:// or
-    hf://owner/name[/config]:split; `*` matches several files. A list mixes: `[a.jsonl, {path: b.jsonl,
-    weight: 0.5}]`."""
-    valid_path: Annotated[DataPath | None, Mark.AUTO] = None
-    """Validation examples. None: no evaluation loss, and the last checkpoint counts as the best."""
+    """Training examples: JSON lines, JSON, Parquet, Arrow or CSV, also compressed; a file, a folder of them or of
+    `datasets.save_to_disk`, s3://, gs://, https:// or hf://owner/name[/config]:split; `*` matches several files. A
+    block maps columns: `{path: a.csv, columns: {user: question, assistant: answer}}`; a list mixes: `[a.jsonl,
+    {path: b.jsonl, weight: 0.5}]`."""
+    valid_path: Annotated[ValidPath | None, Mark.AUTO] = None
+    """Validation examples; `{split: 0.05}` holds out a share of the training examples. None: no evaluation loss, and
+    the last checkpoint counts as the best."""
+    max_examples: Positive | None = None
+    """Train on a random sample of so many examples, the same each time, and evaluate on at most as many: to try out a
+    config. None: all."""
     task: Annotated[Task | None, Mark.AUTO] = None
     """Which tokens are in the loss. None: the task of the block that is set, else causal_lm (every token)."""
     initial_base_model_ckpt_path: WeightsPath | None = None
@@ -379,18 +382,3 @@ def auto_keys() -> tuple[str, ...]:
 def keys_without_effect() -> frozenset[str]:
     """List the dotted keys that may change between two starts of one run: its weights do not depend on them."""
     return frozenset(marked_keys(FinetuneConfig, Mark.NO_EFFECT))
-
-
-def flatten(block: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Name every value of a nested block by its dotted key."""
-    leaves: dict[str, Any] = {}
-    for key, value in block.items():
-        dotted = f"{prefix}{key}"
-        leaves |= flatten(value, f"{dotted}.") if isinstance(value, dict) and value else {dotted: value}
-    return leaves
-
-
-def prefixes(key: str) -> list[str]:
-    """List a dotted key and the blocks around it, innermost first."""
-    parts = key.split(".")
-    return [".".join(parts[:end]) for end in range(len(parts), 0, -1)]

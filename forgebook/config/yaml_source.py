@@ -9,8 +9,8 @@ from typing import Any
 import yaml
 from yaml.constructor import ConstructorError
 
+from forgebook.config.block_keys import prefixes
 from forgebook.config.legacy_keys import translate_retired
-from forgebook.config.schema import prefixes
 from forgebook.errors import ConfigError
 
 __all__ = ["Places", "apply_override", "parse_yaml", "place_of", "read_text"]

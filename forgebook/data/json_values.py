@@ -14,7 +14,7 @@ from typing import Any
 
 from forgebook.errors import DataError
 
-__all__ = ["check_unique", "check_value", "parse_json", "unique_keys"]
+__all__ = ["check_unique", "check_value", "parse_json", "unique_keys", "without_nulls"]
 
 DEEPEST = 100  # levels; templates and writers recurse
 HALF_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -66,3 +66,10 @@ def check_unique(names: Iterable[str], kind: str) -> None:
     repeated = [name for name, count in collections.Counter(names).items() if count > 1]
     if repeated:
         raise DataError(f"the {kind} {repeated[0]!r} is repeated")
+
+
+def without_nulls(value: Any, kept: tuple[str, ...] = ()) -> Any:
+    """Leave out keys without a value: a column type gives every row the keys of all rows."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item, kept) for key, item in value.items() if item is not None or key in kept}
+    return [without_nulls(item, kept) for item in value] if isinstance(value, list) else value

@@ -10,12 +10,12 @@ import json
 import re
 from typing import Any
 
-from forgebook.data.json_values import parse_json
-from forgebook.data.readers import without_nulls
+from forgebook.data.json_values import parse_json, without_nulls
 from forgebook.errors import DataError
 
 __all__ = [
     "REASONING_KEYS",
+    "TOOL_KEYS",
     "Message",
     "brief",
     "parse_field",
@@ -34,6 +34,7 @@ ROLE_OF = {
     "human": "user", "gpt": "assistant", "ai": "assistant", "chatgpt": "assistant", "bing": "assistant",
     "bard": "assistant", "model": "assistant", "developer": "system", "observation": "tool",
     "function_response": "tool", "function": "tool", "function_call": "assistant", "tool_call": "assistant",
+    "prompter": "user", "chatbot": "assistant",
     "tool_response": "tool", "tool_result": "tool", "ipython": "tool", "environment": "tool",
 }  # fmt: skip
 CALL_ROLES = ("function_call", "tool_call")  # a call as a turn of its own: LLaMA-Factory, ms-swift
@@ -46,6 +47,7 @@ MARKS = ("weight", "train", "training", "train_on_turn", "trainable", "loss", "l
 SWITCHES = {"true": 1, "false": 0, "1": 1, "0": 0}
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")  # of data and of templates
 LONGEST_SHOWN = 60
+TOOL_KEYS = ("tools", "functions", "tool_defs")  # OpenAI's name, its former name, and other data sets'
 # A model's output whose prompt opened the thought (R1): "...\n</think>\n\nanswer".
 UNOPENED_THOUGHT = re.compile(r"(?!\s*<think>)(.*?)\n</think>[ \t]*\n(.*)", re.DOTALL)
 LEADING_THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
@@ -248,10 +250,11 @@ def _without_filled(call: dict, functions: dict[str, dict]) -> dict:
 
 
 def read_tools(raw: dict) -> list[dict] | None:
-    """Read what the assistant may call; `functions` is OpenAI's former name."""
-    if raw.get("tools") and raw.get("functions"):
-        raise DataError("tools and functions, its former name, are both there: keep tools")
-    return next((_tools(raw[key], key) for key in ("tools", "functions") if raw.get(key)), None)
+    """Read what the assistant may call."""
+    written = [key for key in TOOL_KEYS if raw.get(key)]
+    if len(written) > 1:
+        raise DataError(f"{' and '.join(written)} are both there: keep {written[0]}")
+    return _tools(raw[written[0]], written[0]) if written else None
 
 
 def _tools(value: Any, key: str) -> list[dict]:

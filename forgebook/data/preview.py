@@ -21,6 +21,8 @@ from forgebook.config.parse import load_config
 from forgebook.config.schema import FinetuneConfig
 from forgebook.data import batching, readers, row_formats, tokenize
 from forgebook.data.chat_template import shows_names
+from forgebook.data.data_sources import find_sources
+from forgebook.data.examples import read_examples
 from forgebook.data.masking import Encoded, encode
 from forgebook.data.row_formats import NAME_KEY
 from forgebook.data.special_tokens import special_ids
@@ -74,7 +76,7 @@ def preview_examples(config: FinetuneConfig, count: int = 3) -> list[PreviewedEx
         config.task, config.generation_config.prompt_format, config.train_on, config.rewritten_turns, labels
     )
     # Rows first: what is wrong with them is reported before the tokenizer's library is imported.
-    examples = tokenize.read_examples(config.train_path, config.task, count, labels, config.on_bad_rows)
+    examples = read_examples(config.train_path, config.task, count, labels, config.on_bad_rows)
     tokenizer = tokenizer_of(config)
     previewed: list[PreviewedExample] = []
     for example, encoded in zip(examples, tokenize.encode_examples(examples, tokenizer, options), strict=True):
@@ -99,8 +101,7 @@ def ignored_keys(config: FinetuneConfig, seconds: float = 2.0) -> str:
     labels = tuple(config.classifier_config.label_tokens) if config.classifier_config else ()
     counts: collections.Counter[str] = collections.Counter()
     until, part = time.monotonic() + seconds, ""
-    sources = readers.find_sources(config.train_path)
-    chunks = itertools.chain.from_iterable(readers.split_source(source.uri) for source in sources)
+    chunks = itertools.chain.from_iterable(map(readers.split_source, find_sources(config.train_path)))
     rows = (parsed for chunk in chunks for parsed in row_formats.parse_chunk(chunk, config.task or "", labels))
     for number, parsed in enumerate(rows, 1):
         if not isinstance(parsed, DataError):

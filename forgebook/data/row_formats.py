@@ -8,11 +8,12 @@ The format is detected from the keys, never set; the data report counts the rows
     sharegpt          {"conversations": [{"from", "value"}, ...]}
     alpaca            {"instruction", "input", "output"}, also "system" and "history"
     prompt/completion {"prompt", "completion"}, texts or lists of messages; the prompt's answers are not in the loss
-    preference        {"chosen": [...], "rejected": [...]}, conversations or answers to a prompt in any form above
+    preference        {"chosen": [...], "rejected": [...]}, conversations or answers to a prompt in any form above;
+                      {"input", "preferred_output", "non_preferred_output"}, OpenAI's
     text              {"text": "..."}                                                task: causal_lm
 
-Beside each conversation may stand "system", a text, and "tools", or OpenAI's former "functions". Lists may be written
-as JSON text.
+Beside each conversation may stand "system", a text, and "tools", or OpenAI's former "functions", or "tool_defs". Lists
+may be written as JSON text. Columns of other names are mapped to these before: see `columns`.
 """
 
 from __future__ import annotations
@@ -23,28 +24,32 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from forgebook.data.columns import MappedRow
 from forgebook.data.messages import (
+    TOOL_KEYS,
     Message,
     brief,
     parse_field,
     read_messages,
     read_text,
     read_tools,
-    with_whole_thought,
     without_filled_arguments,
 )
 from forgebook.data.readers import FileChunk, read_chunk
+from forgebook.data.row_checks import check_conversation, check_label, check_pair
 from forgebook.errors import DataError
 
-__all__ = ["NAME_KEY", "Example", "RowNotes", "parse_chunk", "parse_row"]
+__all__ = ["NAME_KEY", "Example", "RowNotes", "UnknownFormatError", "parse_chunk", "parse_row"]
 
 # Read as JSON where they are text, as CSV and many Parquet files have them; the others may hold an answer in JSON.
-JSON_KEYS = ("messages", "conversations", "tools", "functions", "history")
+JSON_KEYS = ("messages", "conversations", *TOOL_KEYS, "history")
 TEXT_OR_JSON_KEYS = ("prompt", "completion", "chosen", "rejected")
 ALPACA_QUESTION = ("instruction", "input", "history")
 QUESTION_KEYS = ("prompt", "question", "query")  # of a pair
-SHARED_KEYS = {"system", "tools", "functions"}
+SHARED_KEYS = {"system", *TOOL_KEYS}
 NAME_KEY = "messages[].name"  # of a turn that is no tool's result
+# OpenAI's fine-tuning API names the parts of a pair like this; "input" holds messages and tools.
+OPENAI_PAIR = ("input", "preferred_output", "non_preferred_output")
 LONGEST_NAMES = 300  # characters of a row's keys in a message
 JSON_TYPES = {list: "array", str: "string", int: "number", float: "number", bool: "boolean", type(None): "null"}
 
@@ -83,6 +88,14 @@ class RowNotes:
     has_empty_answer: bool = False
 
 
+class UnknownFormatError(DataError):
+    """A row whose keys are those of no format. keys: its keys, where columns may be mapped."""
+
+    def __init__(self, message: str, keys: tuple[str, ...]):
+        super().__init__(message)
+        self.keys = keys
+
+
 def parse_chunk(
     chunk: FileChunk, task: str, labels: Iterable[str] = ()
 ) -> Iterator[tuple[Example, RowNotes] | DataError]:
@@ -106,12 +119,16 @@ def parse_row(raw: Any, where: str, task: str, labels: Iterable[str] = ()) -> tu
         example, notes = _detect(raw, where, task)
         for messages in (example.messages, example.rejected):
             if messages is not None:
-                _check_conversation(messages, needs_answer=task != "causal_lm")
+                check_conversation(messages, needs_answer=task != "causal_lm")
         if example.messages is not None and example.rejected is not None:
-            _check_pair(example.messages, example.rejected)
+            check_pair(example.messages, example.rejected)
         if task == "classification" and example.messages is not None:
-            _check_label(example.messages, list(labels))
+            check_label(example.messages, list(labels))
+        if isinstance(raw, MappedRow):
+            notes = RowNotes("mapped columns", tuple(sorted({*notes.ignored, *raw.unused})))
         return example, _note_unused_marks(example, _note_messages(example, notes), task)
+    except UnknownFormatError as error:
+        raise UnknownFormatError(f"{where}: {error}", error.keys) from None
     except DataError as error:
         raise DataError(f"{where}: {error}") from None
 
@@ -123,11 +140,11 @@ def _detect(raw: Any, where: str, task: str) -> tuple[Example, RowNotes]:
     if not isinstance(raw, dict):
         kind = JSON_TYPES.get(type(raw), type(raw).__name__)
         raise DataError(f"the row is a JSON {kind}; expected an object with the key 'messages'")
-    raw, ignored = _decoded(raw), set[str]()
+    raw, ignored = _decoded(_with_openai_pair(raw)), set[str]()
     has_pair = raw.get("chosen") is not None and raw.get("rejected") is not None
     if task == "preference_tuning":
         if not has_pair:
-            raise DataError(f"no 'chosen' and 'rejected' (its keys: {_names(raw)}), which preference_tuning needs")
+            raise _unknown(f"no 'chosen' and 'rejected' (its keys: {_names(raw)}), which preference_tuning needs", raw)
         used, pair = _pair(raw, ignored)
         tools = read_tools(raw)
         chosen, rejected = (without_filled_arguments(_with_system(raw, messages), tools) for messages in pair)
@@ -152,7 +169,27 @@ def _detect(raw: Any, where: str, task: str) -> tuple[Example, RowNotes]:
         raise DataError(f"messages is {brief(raw['messages'])}; expected a non-empty list of {{role, content}}")
     also = " or a non-empty 'text'" if task == "causal_lm" else ""
     fix = "; a 'text' is for task: causal_lm" if isinstance(raw.get("text"), str) and not also else ""
-    raise DataError(f"no 'messages' (its keys: {_names(raw)}): add a list of messages{also}{fix}")
+    raise _unknown(f"no 'messages' (its keys: {_names(raw)}): add a list of messages{also}{fix}", raw)
+
+
+def _unknown(message: str, raw: dict) -> DataError:
+    """Make the error of a row of no known format; a mapping is suggested where several columns could be mapped."""
+    keys = tuple(key for key, value in raw.items() if value not in (None, "", [], {}))
+    return UnknownFormatError(message, keys) if len(keys) > 1 else DataError(message)
+
+
+def _with_openai_pair(raw: dict) -> dict:
+    """Give the pair of OpenAI's fine-tuning API the names of others."""
+    if not all(raw.get(key) is not None for key in OPENAI_PAIR):
+        return raw
+    asked = raw["input"]
+    if isinstance(asked, str):
+        asked = parse_field(asked, "input")
+    if not isinstance(asked, dict) or not asked.get("messages"):
+        raise DataError(f"input is {brief(asked)}; expected an object with messages")
+    rest = {key: value for key, value in raw.items() if key not in OPENAI_PAIR}
+    pair = {"prompt": asked["messages"], "chosen": raw[OPENAI_PAIR[1]], "rejected": raw[OPENAI_PAIR[2]]}
+    return rest | pair | ({"tools": asked["tools"]} if asked.get("tools") else {})
 
 
 def _conversation(raw: dict, ignored: set[str], task: str) -> tuple[str, tuple[str, ...], list[Message]] | None:
@@ -309,56 +346,6 @@ def _as_messages(value: Any, field: str, role: str, ignored: set[str]) -> list[M
     if isinstance(value, str):
         return [{"role": role, "content": value}]
     return read_messages([value] if isinstance(value, dict) else value, field, ignored) if value else []
-
-
-# Checking ---------------------------------------------------------------------------------------------
-
-
-def _check_conversation(messages: list[Message], needs_answer: bool) -> None:
-    for k, message in enumerate(messages):
-        if message["role"] == "system" and k > 0:
-            raise DataError(f"messages[{k}].role: a system message can only come first")
-        if message["role"] == "assistant":
-            message["content"] = with_whole_thought(message["content"], f"messages[{k}].content")
-    answers = [message for message in messages if message["role"] == "assistant"]
-    if needs_answer and not answers:
-        raise DataError(
-            "messages: no assistant turn, so nothing to train on: "
-            "add the answer, or set task: causal_lm to train on every token"
-        )
-    if needs_answer and all(message.get("weight") == 0 for message in answers):
-        raise DataError(
-            "messages: every assistant turn has weight 0, or train: false, so nothing is in the loss: remove the row"
-        )
-
-
-def _check_pair(chosen: list[Message], rejected: list[Message]) -> None:
-    """Raise DataError unless both conversations share all but their last, different, answer."""
-    for name, messages in (("chosen", chosen), ("rejected", rejected)):
-        _check_last_is_in_loss(name, messages)
-        if len(messages) < 2 or messages[-1]["role"] != "assistant":
-            raise DataError(f"{name} ends with {brief(messages[-1])}; expected an answer to a prompt")
-    if all(message["role"] == "system" for message in chosen[:-1]):
-        raise DataError("chosen and rejected answer no question: add prompt, or the question to both")
-    if chosen[:-1] != rejected[:-1]:
-        raise DataError("chosen and rejected: their prompts differ; all but the last message must be the same")
-    if chosen[-1] == rejected[-1]:
-        raise DataError("chosen and rejected: the same answer, so there is nothing to prefer")
-
-
-def _check_last_is_in_loss(name: str, messages: list[Message]) -> None:
-    if messages and messages[-1].get("weight") == 0:
-        raise DataError(f"{name}: the last answer has weight 0, or train: false, but this task trains it alone")
-
-
-def _check_label(messages: list[Message], labels: list[str]) -> None:
-    _check_last_is_in_loss("messages", messages)
-    answer = messages[-1]
-    if answer["role"] != "assistant" or answer["content"] not in labels:
-        raise DataError(
-            f"messages[{len(messages) - 1}] is {brief(answer['content'])}; the last answer must be one of "
-            f"classifier_config.label_tokens ({', '.join(labels)})"
-        )
 
 
 def _names(raw: dict) -> str:

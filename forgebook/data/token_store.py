@@ -32,6 +32,7 @@ __all__ = [
     "Fitted",
     "Tokens",
     "collect_shards",
+    "count_batches",
     "fit_context",
     "fit_length",
     "fit_tokens",
@@ -39,6 +40,7 @@ __all__ = [
     "map_shards",
     "relocate_view",
     "repeat_examples",
+    "sample_examples",
     "save_view",
     "token_statistics",
     "truncation_losses",
@@ -48,7 +50,7 @@ __all__ = [
 Truncation = Literal["error", "drop", "left", "right"]
 
 # What a view stores of each example.
-COLUMNS = ("part", "begin", "end", "supervised", "line", "content")
+COLUMNS = ("part", "begin", "end", "supervised", "line", "content", "group")
 # Examples per record batch of a shard.
 RECORD_BATCH = 10_000
 
@@ -62,6 +64,7 @@ class Tokens:
     supervised:       [examples] tokens that are targets of the loss (the first token of an example never is).
     line:             [examples] the line in its data file.
     content:          [examples] a 64-bit hash.
+    group:            [examples] a 64-bit hash of the first user message: see `split.group_of`.
     names, files:     for each part, its data file; its shard and the number of the record batch there.
     """
 
@@ -72,6 +75,7 @@ class Tokens:
     supervised: np.ndarray
     line: np.ndarray
     content: np.ndarray
+    group: np.ndarray
     names: tuple[str, ...]
     files: tuple[tuple[str, int], ...] = ()
 
@@ -100,22 +104,25 @@ class Tokens:
     @classmethod
     def from_examples(cls, examples: Iterable[tuple[Sequence[int], Sequence[bool]]], name: str = "examples") -> Tokens:
         """Hold examples of (ids, loss mask) in memory."""
-        table = _table((ids, mask, line) for line, (ids, mask) in enumerate(examples, 1))
+        table = _table((ids, mask, line, None) for line, (ids, mask) in enumerate(examples, 1))
         return _view(table.to_batches(), [name], [("", 0)])
 
 
 # Files ------------------------------------------------------------------------------------------------
 
 
-def write_shard(examples: Iterable[tuple[Encoded, int]], path: Path, name: str) -> None:
-    """Write examples of (encoded, line) as one Arrow file; `name` is the data file they were read from."""
+def write_shard(examples: Iterable[tuple[Encoded, int, int | None]], path: Path, name: str) -> None:
+    """Write examples of (encoded, line, group) as one Arrow file; `name` is the data file they were read from.
+
+    group: None for an example that belongs with its own copies alone.
+    """
     import pyarrow as pa
 
     path.parent.mkdir(parents=True, exist_ok=True)
     writer = None
     with pa.OSFile(str(path), "wb") as file:
         for batch in _batched(examples, RECORD_BATCH):
-            table = _table((one.input_ids, one.loss_mask, line) for one, line in batch)
+            table = _table((one.input_ids, one.loss_mask, line, group) for one, line, group in batch)
             writer = writer or pa.ipc.new_file(file, table.schema.with_metadata({"name": name}))
             writer.write_table(table)
         if writer:
@@ -130,17 +137,18 @@ def _batched(examples: Iterable, count: int):
         yield batch
 
 
-def _table(examples: Iterable[tuple[Sequence[int], Sequence[bool], int]]):
+def _table(examples: Iterable[tuple[Sequence[int], Sequence[bool], int, int | None]]):
     import pyarrow as pa
 
-    ids, masks, lines, supervised, contents = [], [], [], [], []
-    for example_ids, mask, line in examples:
+    ids, masks, lines, supervised, contents, groups = [], [], [], [], [], []
+    for example_ids, mask, line, group in examples:
         ids.append(np.asarray(example_ids, np.int32))
         masks.append(np.asarray(mask, bool))
         lines.append(line)
         supervised.append(int(masks[-1][1:].sum()))
         digest = hashlib.blake2b(ids[-1].tobytes() + masks[-1].tobytes(), digest_size=8).digest()
         contents.append(int.from_bytes(digest, "little"))
+        groups.append(contents[-1] if group is None else group)
     offsets = np.concatenate([[0], np.cumsum([len(one) for one in ids])]).astype(np.int64)
     flat_ids = np.concatenate(ids or [np.zeros(0, np.int32)])
     flat_mask = np.concatenate(masks or [np.zeros(0, bool)]).view(np.int8)
@@ -151,6 +159,7 @@ def _table(examples: Iterable[tuple[Sequence[int], Sequence[bool], int]]):
             "supervised": np.array(supervised, np.int32),
             "line": np.array(lines, np.int64),
             "content": np.array(contents, np.uint64),
+            "group": np.array(groups, np.uint64),
         }
     )
 
@@ -165,6 +174,11 @@ def map_shards(paths: Sequence[Path]) -> Tokens:
             names.append(_name_of(reader))
             files.append((str(path), number))
     return _view(batches, names, files)
+
+
+def count_batches(path: Path) -> int:
+    """Count the record batches of a shard: the parts of `Tokens` that it is mapped to."""
+    return _open_shard(str(path)).num_record_batches
 
 
 def _open_shard(path: str):
@@ -190,7 +204,7 @@ def _view(batches: list, names: list[str], files: list[tuple[str, int]]) -> Toke
         columns["part"].append(np.full(len(batch), number, np.int32))
         columns["begin"].append(offsets[:-1])
         columns["end"].append(offsets[1:])
-        for name in ("supervised", "line", "content"):
+        for name in ("supervised", "line", "content", "group"):
             columns[name].append(batch.column(name).to_numpy())
     joined = {name: np.concatenate(arrays) if arrays else np.zeros(0, np.int64) for name, arrays in columns.items()}
     return Tokens(tuple(map(_arrays, batches)), names=tuple(names), files=tuple(files), **joined)
@@ -348,8 +362,20 @@ def fit_context(
     }
 
 
-def repeat_examples(examples: np.ndarray, weight: float, seed: int) -> np.ndarray:
-    """Repeat examples `weight` times: whole copies, and for the fraction a random part of them, in order."""
+def repeat_examples(examples: np.ndarray, weight: float, seed: int, group: int = 1) -> np.ndarray:
+    """Repeat examples `weight` times: whole copies, and for the fraction a random part of them, in order.
+
+    group: this many adjacent examples stay together: 2 for preference pairs.
+    """
     copies, fraction = divmod(weight, 1)
-    extra = np.random.default_rng(seed).permutation(len(examples))[: round(fraction * len(examples))]
-    return np.concatenate([np.tile(examples, int(copies)), examples[np.sort(extra)]])
+    units = len(examples) // group
+    extra = np.sort(np.random.default_rng(seed).permutation(units)[: round(fraction * units)])
+    return np.concatenate([np.tile(examples, int(copies)), examples.reshape(-1, group)[extra].reshape(-1)])
+
+
+def sample_examples(tokens: Tokens, most: int, group: int = 1) -> Tokens:
+    """View at most so many examples, at random but the same each time, in order; group: as of `repeat_examples`."""
+    units = np.arange(len(tokens)).reshape(-1, group)
+    if len(units) <= most:
+        return tokens
+    return tokens.select(units[np.sort(np.random.default_rng(0).permutation(len(units))[:most])].reshape(-1))

@@ -1,6 +1,6 @@
 """Sources of rows -> tokens, once per run and before any worker starts: small sets here, large ones with Ray Data.
 
-    sources = readers.find_sources(config.train_path)
+    sources = find_sources(config.train_path)
     tokens, notes = tokenize(sources, tokenizer, EncodingOptions(task="instruction_tuning"), folder)
 
 What is written under `folder` is named by a hash of all it depends on: the rows, the tokenizer, the template as it
@@ -9,30 +9,34 @@ renders, the options, and CACHE_VERSION. A change of any of these makes other fi
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import copy
-import dataclasses
 import functools
 import hashlib
 import importlib.metadata
 import itertools
 import json
 import os
+import pickle
 import queue
 import shutil
-import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from forgebook.data import chat_template, masking, readers, row_formats, token_store
+import numpy as np
+
+from forgebook.config.data_block import HeldOut
+from forgebook.data import chat_template, masking, readers, split, token_store
+from forgebook.data.batching import group_size
 from forgebook.data.chat_template import LossOn, RewrittenTurns
+from forgebook.data.data_sources import Source, content_key
+from forgebook.data.examples import DatasetNotes, noted_examples
 from forgebook.data.masking import Encoded
-from forgebook.data.readers import FileChunk, Source
-from forgebook.data.row_formats import Example
+from forgebook.data.readers import FileChunk
+from forgebook.data.row_formats import NAME_KEY, Example
 from forgebook.data.token_store import Tokens
 from forgebook.errors import DataError
 from forgebook.runs import atomic
@@ -40,23 +44,14 @@ from forgebook.runs import atomic
 if TYPE_CHECKING:
     from forgebook.config.blocks import PromptFormat
 
-__all__ = [
-    "DatasetNotes",
-    "EncodingOptions",
-    "bad_rows_error",
-    "encode_examples",
-    "no_examples_error",
-    "read_examples",
-    "read_notes",
-    "tokenize",
-]
+__all__ = ["EncodingOptions", "TokenizedSet", "encode_examples", "tokenize", "tokenize_and_split"]
 
 # Part of the name of cached tokens. Raise it with every change of what a row becomes (readers, messages, row_formats,
 # tools, chat_template and what it imports, masking) or of how shards are written (token_store).
 # tests/data/test_tokenize.py pins the tokens of a small file, and fails where this was forgotten.
-CACHE_VERSION = 11
-SHOWN_PROBLEMS = 20
-TOKENIZER_BATCH = 512  # examples per call of the tokenizer: enough for all its threads
+CACHE_VERSION = 12
+# Examples per call of the tokenizer: enough for all its threads.
+TOKENIZER_BATCH = 512
 # Sources of more chunks than this (of about 2 MB) are worth a Ray cluster.
 CHUNKS_IN_PROCESS = 128
 # Tasks whose loss is on the last answer alone.
@@ -86,106 +81,6 @@ class EncodingOptions:
         if self.task == "causal_lm":
             return "all"
         return "last" if self.train_on == "last" or self.task in LAST_ANSWER_TASKS else "assistant"
-
-
-@dataclass
-class DatasetNotes:
-    """What was seen while a set was read, for the data report. rows: of its files, bad ones included."""
-
-    rows: int = 0
-    turns: int = 0
-    formats: collections.Counter = dataclasses.field(default_factory=collections.Counter)
-    ignored: collections.Counter = dataclasses.field(default_factory=collections.Counter)
-    labels: collections.Counter = dataclasses.field(default_factory=collections.Counter)
-    problems: list[str] = dataclasses.field(default_factory=list)
-    empty_answers: int = 0
-
-    @classmethod
-    def from_json(cls, written: dict[str, Any]) -> DatasetNotes:
-        """Read what dataclasses.asdict wrote."""
-        counters = {name: collections.Counter(written[name]) for name in ("formats", "ignored", "labels")}
-        return cls(**{**written, **counters})
-
-    def __add__(self, other: DatasetNotes) -> DatasetNotes:
-        return DatasetNotes(
-            **{f.name: getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(self)}
-        )
-
-
-# Examples ---------------------------------------------------------------------------------------------
-
-
-def read_examples(
-    path: Any,
-    task: str = "instruction_tuning",
-    limit: int | None = None,
-    labels: tuple[str, ...] = (),
-    on_bad_rows: str = "fail",
-) -> list[Example]:
-    """Read and check the examples of a path, the first `limit`.
-
-    Raises DataError that names every bad row, unless `on_bad_rows` drops them and some are left, and for a path
-    without examples.
-    """
-    notes = DatasetNotes()
-    chunks = itertools.chain.from_iterable(readers.split_source(one.uri) for one in readers.find_sources(path))
-    parsed = itertools.chain.from_iterable(_noted(chunk, task, labels, notes) for chunk in chunks)
-    examples = list(itertools.islice(parsed, limit))
-    if notes.problems and (on_bad_rows == "fail" or not examples):
-        raise bad_rows_error(path, notes)
-    if not examples:
-        raise no_examples_error(path)
-    return examples
-
-
-def read_notes(path: Any, task: str, labels: tuple[str, ...] = (), seconds: float = 2.0) -> DatasetNotes | None:
-    """Check the rows of small files, remote ones too, without a tokenizer: those that can be read in some seconds.
-
-    Returns None if all seem fine; else the notes on the whole set. Raises DataError or StorageError if a file cannot
-    be read at all, DataError for a set without examples.
-    """
-    until, notes, is_whole = time.monotonic() + seconds, DatasetNotes(), True
-    for source in readers.find_sources(path):
-        if readers.is_large(source.uri):
-            is_whole = False
-            continue
-        for chunk in readers.split_source(source.uri):
-            if not notes.problems and time.monotonic() > until:
-                return None
-            collections.deque(_noted(chunk, task, labels, notes), maxlen=0)
-    if is_whole and not notes.rows:
-        raise no_examples_error(path)
-    return notes if notes.problems else None
-
-
-def _noted(chunk: FileChunk, task: str, labels: tuple[str, ...], notes: DatasetNotes) -> Iterator[Example]:
-    """Yield the examples of a chunk; add what is seen to the notes."""
-    for parsed in row_formats.parse_chunk(chunk, task, labels):
-        notes.rows += 1
-        if isinstance(parsed, DataError):
-            notes.problems.append(str(parsed))
-            continue
-        example, about = parsed
-        notes.formats[about.format] += 1
-        notes.ignored.update(about.ignored)
-        notes.empty_answers += about.has_empty_answer
-        notes.turns += len(example.messages or ())
-        if labels and example.messages:
-            notes.labels[example.messages[-1]["content"]] += 1
-        yield example
-
-
-def bad_rows_error(path: Any, notes: DatasetNotes) -> DataError:
-    """Make the error that names the bad rows of a set."""
-    shown = "\n  ".join(notes.problems[:SHOWN_PROBLEMS])
-    more = len(notes.problems) - SHOWN_PROBLEMS
-    hidden = f"\n  ... and {more} more" if more > 0 else ""
-    return DataError(f"{len(notes.problems)} of {notes.rows} rows of {path} are unusable:\n  {shown}{hidden}")
-
-
-def no_examples_error(path: Any) -> DataError:
-    """Make the error of a set without examples."""
-    return DataError(f'{path} is empty: it needs at least one row like {{"messages": [...]}}')
 
 
 # Tokens -----------------------------------------------------------------------------------------------
@@ -238,6 +133,15 @@ def _labels_only(encoded: Encoded, labels: set[int]) -> Encoded:
     return Encoded(encoded.input_ids, [in_loss and token in labels for token, in_loss in tokens])
 
 
+@dataclass(frozen=True)
+class TokenizedSet:
+    """The examples of some sources. source: [examples] the number of the source that each is from."""
+
+    tokens: Tokens
+    source: np.ndarray
+    notes: DatasetNotes
+
+
 def tokenize(
     sources: list[Source],
     tokenizer,
@@ -253,9 +157,39 @@ def tokenize(
 
     Raises DataError or StorageError if a source cannot be read at all; bad rows are in the notes.
     """
-    folders = [folder / _cache_key(source.uri, tokenizer, options) for source in sources]
-    missing = {path: source.uri for path, source in zip(folders, sources, strict=True) if not path.is_dir()}
-    chunks = {path: readers.split_source(uri) for path, uri in missing.items()}
+    whole = _tokenize(sources, tokenizer, options, folder, on_progress)
+    return _mix(whole, np.arange(len(whole.tokens)), sources, seed, group_size(options.task)), whole.notes
+
+
+def tokenize_and_split(
+    sources: list[Source],
+    tokenizer,
+    options: EncodingOptions,
+    folder: Path,
+    held_out: HeldOut,
+    seed: int = 0,
+    on_progress: OnProgress = lambda done, total: None,
+) -> tuple[Tokens, TokenizedSet, DatasetNotes, dict[str, int]]:
+    """Tokenize a set as `tokenize` does, and hold out a share of it before its sources are mixed.
+
+    Returns the examples to train, those held out, the notes on all, and the counts of `split.hold_out`.
+    Raises what `tokenize` and `split.hold_out` raise.
+    """
+    whole = _tokenize(sources, tokenizer, options, folder, on_progress)
+    size = group_size(options.task)
+    if not len(whole.tokens):
+        return whole.tokens, whole, whole.notes, {}
+    train, valid, counts = split.hold_out(whole.tokens, held_out.split, held_out.seed, size)
+    out = TokenizedSet(whole.tokens.select(valid), whole.source[valid], DatasetNotes())
+    return _mix(whole, train, sources, seed, size), out, whole.notes, counts
+
+
+def _tokenize(
+    sources: list[Source], tokenizer, options: EncodingOptions, folder: Path, on_progress: OnProgress
+) -> TokenizedSet:
+    folders = [folder / _cache_key(source, tokenizer, options) for source in sources]
+    missing = {path: source for path, source in zip(folders, sources, strict=True) if not path.is_dir()}
+    chunks = {path: readers.split_source(source) for path, source in missing.items()}
     total, done = sum(map(len, chunks.values())), itertools.count(1)
     for path, parts in chunks.items():
         _write_shards(parts, tokenizer, options, path, lambda: on_progress(next(done), total))
@@ -264,24 +198,27 @@ def tokenize(
         notes += DatasetNotes.from_json(atomic.read_json(path / "notes.json"))
     shards = [sorted(path.glob("*.arrow")) for path in folders]
     tokens = token_store.map_shards(list(itertools.chain.from_iterable(shards)))
+    # Files of the same content share their shards, which are mapped once for each.
+    owners = np.repeat(np.arange(len(sources)), [_batches(paths) for paths in shards])
+    return TokenizedSet(tokens, owners[tokens.part] if len(tokens) else np.zeros(0, int), notes)
+
+
+def _batches(shards: list[Path]) -> int:
+    return sum(token_store.count_batches(path) for path in shards)
+
+
+def _mix(whole: TokenizedSet, examples: np.ndarray, sources: list[Source], seed: int, group: int) -> Tokens:
+    """Select some examples of a set, those of each source as often as its weight says."""
     if all(source.weight == 1 for source in sources):
-        return tokens, notes
-    return _mixed(tokens, shards, [source.weight for source in sources], seed), notes
-
-
-def _mixed(tokens: Tokens, shards: list[list[Path]], weights: list[float], seed: int) -> Tokens:
-    import numpy as np
-
+        return whole.tokens.select(examples) if len(examples) < len(whole.tokens) else whole.tokens
     chosen = []
-    for number, (paths, weight) in enumerate(zip(shards, weights, strict=True)):
-        names = {str(path) for path in paths}
-        of_source = np.array([file in names for file, _ in tokens.files])
-        examples = np.flatnonzero(of_source[tokens.part])
-        chosen.append(token_store.repeat_examples(examples, weight, seed + number))
-    return tokens.select(np.concatenate(chosen))
+    for number, source in enumerate(sources):
+        of_source = examples[whole.source[examples] == number]
+        chosen.append(token_store.repeat_examples(of_source, source.weight, seed + number, group))
+    return whole.tokens.select(np.concatenate(chosen))
 
 
-def _cache_key(uri: str, tokenizer, options: EncodingOptions) -> str:
+def _cache_key(source: Source, tokenizer, options: EncodingOptions) -> str:
     """Hash everything that the tokens of a source depend on."""
     try:
         probe = chat_template.render(PROBE, tokenizer, options.prompt_format)
@@ -289,8 +226,9 @@ def _cache_key(uri: str, tokenizer, options: EncodingOptions) -> str:
         probe = str(error)
     parts = [
         str(CACHE_VERSION),
-        readers.content_key(uri),
-        uri.rsplit("/", 1)[-1],  # it names the rows in messages
+        content_key(source),
+        source.uri.rsplit("/", 1)[-1],  # it names the rows in messages
+        repr(source.mapping),
         tokenizer.backend_tokenizer.to_str(),
         str(tokenizer.chat_template),
         probe,
@@ -324,17 +262,18 @@ def _write_shards(
 def _write_shard(number: int, chunk: FileChunk, *, tokenizer, options: EncodingOptions, folder: Path) -> DatasetNotes:
     """Tokenize one chunk into one shard."""
     notes = DatasetNotes()
-    encoded = _encoded(_noted(chunk, options.task, options.labels, notes), tokenizer, options, notes)
-    token_store.write_shard(encoded, folder / f"{number:06d}.arrow", chunk.uri.rsplit("/", 1)[-1])
+    name = chunk.source.uri.rsplit("/", 1)[-1]
+    encoded = _encoded(noted_examples(chunk, options.task, options.labels, notes), tokenizer, options, notes)
+    token_store.write_shard(encoded, folder / f"{number:06d}.arrow", name)
     if options.prompt_format is None and chat_template.shows_names(tokenizer):
-        del notes.ignored[row_formats.NAME_KEY]
+        del notes.ignored[NAME_KEY]
     return notes
 
 
 def _encoded(
     examples: Iterable[Example], tokenizer, options: EncodingOptions, notes: DatasetNotes
-) -> Iterator[tuple[Encoded, int]]:
-    """Yield (encoded, line of its file) of examples that can be trained; note the others."""
+) -> Iterator[tuple[Encoded, int, int | None]]:
+    """Yield (encoded, line of its file, group) of examples that can be trained; note the others."""
     examples = iter(examples)
     while batch := list(itertools.islice(examples, TOKENIZER_BATCH)):
         for example, encoded in zip(batch, encode_examples(batch, tokenizer, options), strict=True):
@@ -342,7 +281,8 @@ def _encoded(
                 notes.problems.append(str(encoded))
                 continue
             line = int(example.where.rsplit(":", 1)[1])
-            yield from ((one, line) for one in encoded)
+            group = split.group_of(example)
+            yield from ((one, line, group) for one in encoded)
 
 
 def _with_threads(chunks: list[FileChunk], write: functools.partial) -> Iterator[DatasetNotes]:
@@ -373,9 +313,7 @@ class _ShardWriter:
         self.write = write
 
     def __call__(self, batch: dict) -> dict:
-        notes = [
-            self.write(int(n), FileChunk(**json.loads(c))) for n, c in zip(batch["number"], batch["chunk"], strict=True)
-        ]
+        notes = [self.write(int(n), pickle.loads(c)) for n, c in zip(batch["number"], batch["chunk"], strict=True)]
         return {"number": batch["number"], "notes": [json.dumps(vars(one)) for one in notes]}
 
 
@@ -387,7 +325,7 @@ def _with_ray(chunks: list[FileChunk], write: functools.partial) -> Iterator[Dat
 
     ray_cluster.start_ray()
     ray.data.DataContext.get_current().enable_progress_bars = False
-    items = [{"number": k, "chunk": json.dumps(dataclasses.asdict(chunk))} for k, chunk in enumerate(chunks)]
+    items = [{"number": k, "chunk": pickle.dumps(chunk)} for k, chunk in enumerate(chunks)]
     workers = max(1, int(ray.cluster_resources().get("CPU", 1)))
     written = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         _ShardWriter,

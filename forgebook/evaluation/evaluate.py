@@ -28,6 +28,7 @@ import numpy as np
 from forgebook.config import blocks
 from forgebook.config.parse import load_config, load_resolved
 from forgebook.data import tokenize
+from forgebook.data.examples import read_examples, validation_source
 from forgebook.data.row_formats import Example
 from forgebook.data.tools import calls_of_message
 from forgebook.errors import ConfigError, DataError
@@ -90,7 +91,7 @@ def evaluate(
     torch is imported only after the examples are read: a mistake in them is answered at once.
     """
     config = load_resolved(run.config)
-    source, classifier = path or config.valid_path, config.classifier_config
+    source, classifier = path or validation_source(run, config.valid_path), config.classifier_config
     if source is None:
         raise ConfigError(f"the run {run.name} has no valid_path: name held-out examples with data=FILE")
     if metric is not None and metric not in METRICS:
@@ -103,7 +104,7 @@ def evaluate(
     models = both_models(run, checkpoint)
     task = _task_of(chosen, config.task)
     labels = tuple(classifier.label_tokens) if classifier and task == "classification" else ()
-    examples = tokenize.read_examples(source, task, rows, labels)
+    examples = read_examples(source, task, rows, labels)
     if classifier and chosen == "classification":
         return _classification(examples, labels, classifier.eval_metrics, models, on_progress)
     if chosen in ("preference", "perplexity"):

@@ -22,7 +22,8 @@ import torch
 
 from forgebook.config.blocks import PromptFormat
 from forgebook.config.parse import load_config
-from forgebook.data import masking, tokenize
+from forgebook.data import masking
+from forgebook.data.examples import read_examples, validation_source
 from forgebook.data.prompt_formats import as_chat_template, read_prompt_format
 from forgebook.errors import CheckpointError, ConfigError, DataError, ModelError, StorageError
 from forgebook.inference.generate import base_of, load_for_generation, run_config
@@ -286,11 +287,13 @@ def _compared_examples(folder: Path, tokenizer) -> tuple[list[Compared], str]:
 def _validation_examples(folder: Path, tokenizer, prompt_format: PromptFormat | None) -> list[masking.Encoded]:
     """Encode the first examples of the run's validation file; none if there is no such file any more."""
     try:
-        config = load_config(run.find_run(str(folder.parent.parent)).config)
-        if config.valid_path is None or config.task is None:
+        found = run.find_run(str(folder.parent.parent))
+        config = load_config(found.config)
+        source = validation_source(found, config.valid_path)
+        if source is None or config.task is None:
             return []
         labels = tuple(config.classifier_config.label_tokens) if config.classifier_config else ()
-        examples = tokenize.read_examples(config.valid_path, config.task, EXAMPLES, labels, "drop")
+        examples = read_examples(source, config.task, EXAMPLES, labels, "drop")
     except (ConfigError, DataError, StorageError):
         return []
     texts = [masking.encode_text(one.text, tokenizer) for one in examples if one.text is not None]

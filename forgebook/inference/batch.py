@@ -17,7 +17,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from forgebook.data import masking, tokenize
+from forgebook.data import masking
+from forgebook.data.examples import read_examples
 from forgebook.errors import ResourceError, StorageError
 from forgebook.inference import generate
 from forgebook.inference.generate import OnAnswers
@@ -63,7 +64,7 @@ def read_prompts(path: str, count: int | None = None) -> list[Prompt]:
     Raises DataError for an example that is a text.
     """
     prompts = []
-    for number, example in enumerate(tokenize.read_examples(path, "causal_lm", count)):
+    for number, example in enumerate(read_examples(path, "causal_lm", count)):
         messages = example.conversation
         has_answer = messages[-1]["role"] == "assistant"
         reference = messages[-1]["content"] if has_answer else None

@@ -199,6 +199,8 @@ def _write_run(run: Run, prepared: Prepared, plan: Plan | None) -> None:
         token_store.save_view(prepared.train, run.tokens / "train.npz")
         if prepared.valid is not None:
             token_store.save_view(prepared.valid, run.tokens / "valid.npz")
+        if not run.held_out.exists():
+            prepared.write_held_out(run.held_out)
         atomic.write_json(run.data_report, prepared.report)
         if plan:
             atomic.write_json(run.plan, plan_as_json(plan))

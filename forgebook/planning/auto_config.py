@@ -22,6 +22,7 @@ from forgebook.config.rules import check_rules, open_keys
 from forgebook.config.schema import DEFAULT_LORA, LEARNING_RATES, auto_keys
 from forgebook.data import readers
 from forgebook.data.batching import group_size, padding_in
+from forgebook.data.data_sources import find_sources
 from forgebook.data.row_formats import parse_row
 from forgebook.errors import DataError, ModelError, ResourceError
 from forgebook.models.shapes import find_shape
@@ -33,7 +34,7 @@ from forgebook.planning.memory import memory_of
 from forgebook.planning.token_count import Statistics
 
 if TYPE_CHECKING:
-    from forgebook.config.blocks import DataPath
+    from forgebook.config.data_block import DataPath
     from forgebook.config.schema import FinetuneConfig
 
 __all__ = ["KEYS", "Choice", "choices_of", "choose", "choose_task", "core_shape", "first_rows"]
@@ -68,9 +69,7 @@ EVALUATIONS_IN_ONE_EPOCH = 4
 
 def first_rows(train_path: DataPath, count: int = 20) -> list[Any]:
     """Read the first rows of the training data as they are written; unreadable ones are left out."""
-    chunks = itertools.chain.from_iterable(
-        readers.split_source(source.uri) for source in readers.find_sources(train_path)
-    )
+    chunks = itertools.chain.from_iterable(map(readers.split_source, find_sources(train_path)))
     raw = (row for chunk in chunks for _, row in readers.read_chunk(chunk) if not isinstance(row, DataError))
     return list(itertools.islice(raw, count))
 

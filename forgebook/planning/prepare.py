@@ -6,14 +6,19 @@ prepared = prepare(config, run)         Prepared(config without gaps, train, val
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
-from forgebook.data import batching, readers, token_store
+from forgebook.config.data_block import HeldOut
+from forgebook.data import batching, split, token_store
 from forgebook.data import tokenize as data
+from forgebook.data.data_sources import Source, describe_source, find_sources
+from forgebook.data.examples import DatasetNotes, bad_rows_error, display_paths, no_examples_error, read_notes
 from forgebook.data.token_store import Tokens
 from forgebook.errors import DataError
 from forgebook.models.families import native_context_length
@@ -36,12 +41,22 @@ LISTED_PLACES = 5
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A run that is ready to start: a config without gaps, tokens, and the report on the data."""
+    """A run that is ready to start: a config without gaps, tokens, and the report on the data.
+
+    held_out: the rows of the training files that are held out for validation, by source.
+    """
 
     config: ResolvedConfig
     train: Tokens
     valid: Tokens | None
     report: dict[str, Any]
+    held_out: dict[Source, set[int]] | None = None
+
+    def write_held_out(self, path: Path) -> None:
+        """Write the examples that are held out, so that whoever reads the run later has the same ones."""
+        if self.held_out is not None:
+            lines = [self.held_out[source] for source in self.held_out]
+            split.write_examples(list(self.held_out), lines, self.config.task, _labels_of(self.config), path)
 
 
 def _no_progress(name: str, done: int, total: int) -> None:
@@ -61,8 +76,8 @@ def prepare(config: FinetuneConfig, run: Run, on_progress: Callable[[str, int, i
         auto_config.core_shape(config.model_id)  # fails now rather than after the data is tokenized
         config = auto_config.choose_task(config, auto_config.first_rows(config.train_path))
     paths = {"train": config.train_path} | ({"valid": config.valid_path} if config.valid_path else {})
-    sets, notes = _tokenize(config, paths, run, on_progress)
-    _check_examples(config.on_bad_rows, paths, sets, notes, run)
+    sets, notes, split_counts, held_out = _tokenize(config, paths, run, on_progress)
+    _check_examples(config, paths, sets, notes, run)
     choices: list[Choice] = []
     if config.is_default:
         config, choices = _choose(config, sets)
@@ -83,11 +98,15 @@ def prepare(config: FinetuneConfig, run: Run, on_progress: Callable[[str, int, i
             **_duplicates(whole),
             "fingerprint": _fingerprint(sets[name]),
         }
+        if not isinstance(path, HeldOut):
+            report[name]["sources"] = [describe_source(source) for source in find_sources(path)]
+    if held_out is not None:
+        report["valid"]["held_out"] = split_counts
     if "valid" in sets:
         report["overlap"] = _overlap(sets["train"], sets["valid"])
     report["train"] |= _padding(resolved, sets["train"])
     report |= {"choices": [dataclasses.asdict(choice) for choice in choices]} if choices else {}
-    return Prepared(resolved, sets["train"], sets.get("valid"), report)
+    return Prepared(resolved, sets["train"], sets.get("valid"), report, held_out)
 
 
 def check_rows(config: FinetuneConfig) -> None:
@@ -97,7 +116,7 @@ def check_rows(config: FinetuneConfig) -> None:
     """
     paths, bad = _bad_rows(config)
     if bad and config.on_bad_rows == "fail":
-        _refuse_bad_rows(paths, bad, open_run(config))
+        _refuse_bad_rows(config.task, paths, bad, open_run(config))
 
 
 def row_warnings(config: FinetuneConfig) -> list[str]:
@@ -107,72 +126,90 @@ def row_warnings(config: FinetuneConfig) -> list[str]:
     """
     paths, bad = _bad_rows(config)
     follows = "the run stops at these" if config.on_bad_rows == "fail" else "the run drops these"
-    return [f"{data.bad_rows_error(display_paths(paths[name]), note)}\n  {follows}" for name, note in bad.items()]
+    return [
+        f"{bad_rows_error(paths[name], note, f'{name}_path', config.task or '')}\n  {follows}"
+        for name, note in bad.items()
+    ]
 
 
-def _bad_rows(config: FinetuneConfig) -> tuple[dict[str, Any], dict[str, data.DatasetNotes]]:
+def _bad_rows(config: FinetuneConfig) -> tuple[dict[str, Any], dict[str, DatasetNotes]]:
     """Read the rows of each set for a while; return the paths by set, and the notes on those with bad rows."""
     if config.is_default:
         config = auto_config.choose_task(config, auto_config.first_rows(config.train_path))
     assert config.task is not None  # filled in when the config is checked
-    labels = tuple(config.classifier_config.label_tokens) if config.classifier_config else ()
     paths = {"train": config.train_path} | ({"valid": config.valid_path} if config.valid_path else {})
-    notes = {name: data.read_notes(path, config.task, labels) for name, path in paths.items()}
+    read = {name: path for name, path in paths.items() if not isinstance(path, HeldOut)}
+    notes = {name: read_notes(path, config.task, _labels_of(config)) for name, path in read.items()}
     return paths, {name: note for name, note in notes.items() if note}
+
+
+def _labels_of(config: FinetuneConfig) -> tuple[str, ...]:
+    return tuple(config.classifier_config.label_tokens) if config.classifier_config else ()
 
 
 def _tokenize(
     config: FinetuneConfig, paths: dict[str, Any], run: Run, on_progress: Callable[[str, int, int], None]
-) -> tuple[dict[str, Tokens], dict[str, data.DatasetNotes]]:
-    """Tokenize each set, or map its cached tokens; return the tokens and the notes on reading, by set."""
+) -> tuple[dict[str, Tokens], dict[str, DatasetNotes], dict[str, int], dict[Source, set[int]] | None]:
+    """Tokenize each set, or map its cached tokens, and hold out a share for validation where the config says so.
+
+    Returns by set the tokens and the notes on reading; then the counts of the share held out, and its rows by source.
+    """
     assert config.task is not None  # filled in when the config is checked
-    labels = tuple(config.classifier_config.label_tokens) if config.classifier_config else ()
     options = data.EncodingOptions(
-        config.task, config.generation_config.prompt_format, config.train_on, config.rewritten_turns, labels
+        config.task,
+        config.generation_config.prompt_format,
+        config.train_on,
+        config.rewritten_turns,
+        _labels_of(config),
     )
     tokenizer, cache = tokenizer_of(config), run.folder.parent / ".tokens"
     sets: dict[str, Tokens] = {}
-    notes: dict[str, data.DatasetNotes] = {}
+    notes: dict[str, DatasetNotes] = {}
+    counts: dict[str, int] = {}
+    held_out: dict[Source, set[int]] | None = None
+    share = paths.get("valid")
     for name, path in paths.items():
-
-        def report_progress(done: int, total: int, name: str = name) -> None:
-            on_progress(name, done, total)
-
-        sources = readers.find_sources(path)
-        sets[name], notes[name] = data.tokenize(sources, tokenizer, options, cache, config.seed, report_progress)
-    return sets, notes
-
-
-def display_paths(path: Any) -> str:
-    """Write a config's data path, or list of paths, in one line."""
-    if isinstance(path, str):
-        return path
-    return ", ".join(entry if isinstance(entry, str) else f"{entry.path} x {entry.weight:g}" for entry in path)
+        if isinstance(path, HeldOut):
+            continue
+        report_progress = functools.partial(on_progress, name)
+        sources = find_sources(path)
+        if name == "train" and isinstance(share, HeldOut):
+            sets["train"], out, notes["train"], counts = data.tokenize_and_split(
+                sources, tokenizer, options, cache, share, config.seed, report_progress
+            )
+            sets["valid"], notes["valid"] = out.tokens, DatasetNotes(rows=len(out.tokens))
+            held_out = {source: set(out.tokens.line[out.source == k].tolist()) for k, source in enumerate(sources)}
+        else:
+            sets[name], notes[name] = data.tokenize(sources, tokenizer, options, cache, config.seed, report_progress)
+    if config.max_examples is not None:
+        size = batching.group_size(config.task)
+        sets = {name: token_store.sample_examples(one, config.max_examples, size) for name, one in sets.items()}
+    return sets, notes, counts, held_out
 
 
 def _check_examples(
-    on_bad_rows: str, paths: dict[str, Any], sets: dict[str, Tokens], notes: dict[str, data.DatasetNotes], run: Run
+    config: FinetuneConfig, paths: dict[str, Any], sets: dict[str, Tokens], notes: dict[str, DatasetNotes], run: Run
 ) -> None:
     """Raise DataError for bad examples, unless they are to be dropped, and for sets with no example left."""
     bad = {name: note for name, note in notes.items() if note.problems}
-    if bad and on_bad_rows == "fail":
-        _refuse_bad_rows(paths, bad, run)
+    if bad and config.on_bad_rows == "fail":
+        _refuse_bad_rows(config.task, paths, bad, run)
     for name, path in paths.items():
         if not len(sets[name]):
-            raise data.no_examples_error(display_paths(path))
+            raise no_examples_error(path)
 
 
-def _refuse_bad_rows(paths: dict[str, Any], bad: dict[str, data.DatasetNotes], run: Run) -> NoReturn:
+def _refuse_bad_rows(task: str | None, paths: dict[str, Any], bad: dict[str, DatasetNotes], run: Run) -> NoReturn:
     """Write the bad rows of the sets to the run's data report, and raise the error that names them."""
     report = {name: {"path": display_paths(paths[name]), **_reading_report(note)} for name, note in bad.items()}
     run.folder.mkdir(parents=True, exist_ok=True)
     atomic.write_json(run.data_report, report)
-    errors = [str(data.bad_rows_error(display_paths(paths[name]), note)) for name, note in bad.items()]
+    errors = [str(bad_rows_error(paths[name], note, f"{name}_path", task or "")) for name, note in bad.items()]
     where = f"All of them: {display_path(run.data_report)}. Fix them, or set on_bad_rows: drop"
     raise DataError("\n".join([*errors, where]))
 
 
-def _reading_report(notes: data.DatasetNotes) -> dict[str, Any]:
+def _reading_report(notes: DatasetNotes) -> dict[str, Any]:
     """Name what was noted while a set was read."""
     report = {
         "rows_read": notes.rows,
@@ -262,7 +299,7 @@ def report_rows(report: dict[str, Any]) -> list[list[str]]:
         line("data", lambda s: s["path"]),
         line("examples", lambda s: f"{s['rows']:,}" + (f" ({s['rows_bad']:,} bad, dropped)" if s["rows_bad"] else "")),
         line("format", lambda s: ", ".join(f"{n:,} {name}" for name, n in s["formats"].items())),
-        line("turns", lambda s: f"{s['turns']:,}"),
+        line("turns", lambda s: f"{s['turns']:,}" if s["turns"] else ""),
         line("tokens", lambda s: f"{s['tokens']:,}"),
         line("supervised tokens", lambda s: f"{s['supervised_tokens']:,} ({s['supervised_share']:.0%})"),
         line(
@@ -279,6 +316,10 @@ def report_rows(report: dict[str, Any]) -> list[list[str]]:
     if any("rows_per_label" in s for s in sets):
         labels = line("examples per label", lambda s: ", ".join(f"{n:,} {t}" for t, n in _labels(s)))
         lines.append(labels)
+    if held_out := report.get("valid", {}).get("held_out"):
+        left_out = held_out["duplicates_left_out"]
+        also = f"; {left_out:,} duplicate{'s' * (left_out > 1)} left out" if left_out else ""
+        lines.append(["held out", "", f"{held_out['prompts']:,} prompt{'s' * (held_out['prompts'] > 1)}{also}"])
     if overlap := report.get("overlap", {}).get("rows"):
         lines.append(["also in training", "", f"{overlap:,} example{'s' * (overlap > 1)}"])
     lines.append(["padding", f"{report['train']['padding_share']:.1%}", *[""] * (len(sets) - 1)])

@@ -13,13 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from forgebook.catalog import model_folder
+from forgebook.config.data_block import HeldOut
 from forgebook.data import readers
+from forgebook.data.batching import group_size
+from forgebook.data.data_sources import find_sources
 from forgebook.data.row_formats import Example, parse_chunk
 from forgebook.errors import DataError
 from forgebook.runs import object_store
 
 if TYPE_CHECKING:
-    from forgebook.config.blocks import DataPath
+    from forgebook.config.data_block import DataPath
     from forgebook.config.schema import FinetuneConfig
 
 __all__ = ["Statistics", "count_data", "data_is_here"]
@@ -73,8 +76,8 @@ def count_data(config: FinetuneConfig) -> Statistics | None:
     assert config.task is not None  # filled in when the config is checked
     count, how = _counter(config.model_id)
     labels = config.classifier_config.label_tokens if config.classifier_config else ()
-    sources = readers.find_sources(config.train_path)
-    chunks = [(source.weight, chunk) for source in sources for chunk in readers.split_source(source.uri)]
+    sources = find_sources(config.train_path)
+    chunks = [(source.weight, chunk) for source in sources for chunk in readers.split_source(source)]
     lengths: list[int] = []
     read = 0
     until = time.monotonic() + COUNTING_SECONDS
@@ -87,16 +90,20 @@ def count_data(config: FinetuneConfig) -> Statistics | None:
     if not lengths:
         return None
     part = "" if read == len(chunks) else f", from {read / len(chunks):.0%} of the data"
-    return Statistics(tuple(lengths), sum(weight for weight, _ in chunks) / read, how + part)
+    held_out = config.valid_path.split if isinstance(config.valid_path, HeldOut) else 0.0
+    scale = sum(weight for weight, _ in chunks) / read * (1 - held_out)
+    if config.max_examples is not None:
+        scale = min(scale, config.max_examples * group_size(config.task) / len(lengths))
+    return Statistics(tuple(lengths), scale, how + part)
 
 
-def data_is_here(train_path: DataPath) -> bool:
-    """Check whether the training data is stored on this machine."""
-    paths = [train_path] if isinstance(train_path, str) else train_path
-    names = [path if isinstance(path, str) else path.path for path in paths]
+def data_is_here(path: DataPath | HeldOut) -> bool:
+    """Check whether a config's data is stored on this machine; a share that is held out has no path of its own."""
+    entries = path if isinstance(path, list) else [path]
+    names: list[str] = [entry if isinstance(entry, str) else getattr(entry, "path", "") for entry in entries]
     if any(object_store.is_remote(name) or name.startswith("hf://") for name in names):
         return False
-    return all(any(sign in name for sign in "*?[") or Path(name).expanduser().is_file() for name in names)
+    return all(any(sign in name for sign in "*?[") or Path(name).expanduser().exists() for name in names)
 
 
 def _counter(model_id: str) -> tuple[Callable[[Example], list[int]], str]:

@@ -25,9 +25,10 @@ from typing import Any
 
 import yaml
 
+from forgebook.config.block_keys import flatten
 from forgebook.config.blocks import Logger
 from forgebook.config.parse import dump_config
-from forgebook.config.schema import FinetuneConfig, flatten
+from forgebook.config.schema import FinetuneConfig
 from forgebook.errors import first_line
 from forgebook.runs.atomic import read_json
 from forgebook.runs.metrics import read_new_lines

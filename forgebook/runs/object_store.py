@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import functools
+import hashlib
 import json
 import os
 import re
@@ -32,6 +33,8 @@ __all__ = [
     "download_file",
     "download_files",
     "download_folder",
+    "file_version",
+    "folder_version",
     "has_file",
     "is_bucket",
     "is_remote",
@@ -110,6 +113,26 @@ def list_files(uri: str) -> dict[str, int]:
     """Map the names of all files below a URI to their sizes in bytes; empty if there are none."""
     start = len(_calls(uri)[1]) + 1
     return {info.path[start:]: info.size for info in _listing(uri, recursive=True) if info.is_file}
+
+
+def file_version(uri: str) -> str:
+    """Ask what a file is now: its ETag or generation, its size, else its modification time."""
+    bucket, path = _calls(uri)
+    with _readable_errors(uri), bucket.open_input_file(path) as file:
+        about = {key.lower(): value for key, value in (file.metadata() or {}).items()}
+        known = [os.fsdecode(about[key]) for key in ("etag", "versionid", "generation") if about.get(key)]
+        return " ".join([*known, str(file.size())]) if known else _dated(bucket.get_file_info(path))
+
+
+def folder_version(uri: str) -> tuple[str, list[str]]:
+    """Ask what the files below a URI are now, by size and modification time; return that and their names."""
+    start = len(_calls(uri)[1]) + 1
+    files = sorted((info.path[start:], _dated(info)) for info in _listing(uri, recursive=True) if info.is_file)
+    return hashlib.sha256(repr(files).encode()).hexdigest(), [name for name, _ in files]
+
+
+def _dated(info: Any) -> str:
+    return f"{info.size} {info.mtime_ns}"
 
 
 def list_folders(uri: str) -> list[str]:

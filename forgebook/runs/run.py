@@ -75,6 +75,10 @@ class Run:
         return self.folder / "data_report.json"  # examples, tokens, what was cut
 
     @property
+    def held_out(self) -> Path:
+        return self.folder / "held_out.jsonl"  # the validation examples, where they are a share of the training data
+
+    @property
     def plan(self) -> Path:
         return self.folder / "plan.json"  # memory, time and cost, estimated before the run
 

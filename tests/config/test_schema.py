@@ -7,12 +7,12 @@ import pytest
 from pydantic import ValidationError
 
 from forgebook.config import blocks, schema
+from forgebook.config.block_keys import flatten
 from forgebook.config.schema import (
     EVERY_EPOCH,
     FinetuneConfig,
     ResolvedConfig,
     auto_keys,
-    flatten,
     keys_without_effect,
 )
 from support_config import refusal

@@ -14,7 +14,8 @@ import pytest
 import support_fuzz as fuzz
 from conftest import REPOSITORY, TINY_MODEL, config_for
 from forgebook.data import readers
-from forgebook.data.tokenize import read_examples
+from forgebook.data.data_sources import find_sources
+from forgebook.data.examples import read_examples
 from forgebook.errors import DataError
 from forgebook.planning.prepare import check_rows
 from forgebook.planning.token_count import count_data
@@ -105,8 +106,8 @@ def task_of(row: dict, generator: random.Random) -> str:
 
 def use(path, task: str) -> None:
     """Do what a run, preview and plan do with the rows before they are tokenized."""
-    for source in readers.find_sources(str(path)):
-        for chunk in readers.split_source(source.uri):
+    for source in find_sources(str(path)):
+        for chunk in readers.split_source(source):
             for where, raw in readers.read_chunk(chunk):
                 # Messages and the data report are files of UTF-8; what is read can be written again.
                 (str(raw) if isinstance(raw, DataError) else json.dumps(raw, ensure_ascii=False, default=str)).encode()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from forgebook.data.json_values import check_unique, parse_json
+from forgebook.data.json_values import check_unique, parse_json, without_nulls
 from forgebook.errors import DataError
 
 
@@ -29,3 +29,7 @@ def test_a_name_that_stands_twice():
     check_unique(["a", "b"], "column")
     with pytest.raises(DataError, match=r"^the column 'b' is repeated$"):
         check_unique(["a", "b", "b"], "column")
+
+
+def test_without_nulls():
+    assert without_nulls({"a": None, "b": [{"c": None, "default": None}]}, ("default",)) == {"b": [{"default": None}]}

@@ -9,9 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from conftest import chat
-from forgebook.config.blocks import DataSource
+from forgebook.config.data_block import DataSource
 from forgebook.data import readers
-from forgebook.data.tokenize import read_examples
+from forgebook.data.data_sources import Source, find_sources
+from forgebook.data.examples import read_examples
 from forgebook.errors import DataError, StorageError
 
 ROWS = [chat(f"question {k}", f"answer {k}") for k in range(5)]
@@ -21,8 +22,8 @@ def everything(path):
     """Read a path's rows, whatever is in their places."""
     return [
         (where, raw)
-        for source in readers.find_sources(str(path))
-        for chunk in readers.split_source(source.uri)
+        for source in find_sources(str(path))
+        for chunk in readers.split_source(source)
         for where, raw in readers.read_chunk(chunk)
     ]
 
@@ -116,19 +117,19 @@ def test_a_hub_data_set_is_read_with_datasets(tmp_path):
 def test_globs_and_mixes(tmp_path):
     for name in ("b.jsonl", "a.jsonl", "other.txt"):
         write_jsonl(tmp_path / name)
-    found = readers.find_sources([str(tmp_path / "*.jsonl"), DataSource(path=str(tmp_path / "other.txt"), weight=0.5)])
+    found = find_sources([str(tmp_path / "*.jsonl"), DataSource(path=str(tmp_path / "other.txt"), weight=0.5)])
     assert [(source.uri.rsplit("/", 1)[1], source.weight) for source in found] == [
         ("a.jsonl", 1), ("b.jsonl", 1), ("other.txt", 0.5),
     ]  # fmt: skip
     with pytest.raises(StorageError, match="matches no file"):
-        readers.find_sources(str(tmp_path / "*.parquet"))
+        find_sources(str(tmp_path / "*.parquet"))
 
 
 def test_pieces_hold_every_line_once(tmp_path, monkeypatch):
     monkeypatch.setattr(readers, "CHUNK_BYTES", 150)
     path = tmp_path / "r.jsonl"
     path.write_text("\n".join(json.dumps({"n": k, "x": "y" * (37 * k % 200)}) for k in range(50)))
-    chunks = readers.split_source(str(path))
+    chunks = readers.split_source(Source(str(path)))
     read = [pair for chunk in chunks for pair in readers.read_chunk(chunk)]
     assert len(chunks) > 10
     assert [(where, raw["n"]) for where, raw in read] == [(f"r.jsonl:{k + 1}", k) for k in range(50)]

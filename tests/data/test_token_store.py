@@ -24,7 +24,7 @@ def test_examples_survive_shards_and_views(tmp_path, tokenizer):
     encoded = [masking.encode(row["messages"], tokenizer) for row in uneven_rows(7)]
     for k, part in enumerate((encoded[:4], encoded[4:])):
         token_store.write_shard(
-            [(one, line) for line, one in enumerate(part, 1)], tmp_path / f"{k}.arrow", f"{k}.jsonl"
+            [(one, line, None) for line, one in enumerate(part, 1)], tmp_path / f"{k}.arrow", f"{k}.jsonl"
         )
     mapped = token_store.map_shards([tmp_path / "0.arrow", tmp_path / "1.arrow"])
     token_store.save_view(mapped.select(np.array([6, 0, 0])), tmp_path / "a" / "view.npz")
@@ -120,7 +120,9 @@ def test_both_answers_of_a_pair_are_dropped_together():
 
 def test_a_view_collects_its_shards(tmp_path):
     for name in ("a", "b"):
-        token_store.write_shard([(Encoded([1, 2, 3], [False, True, True]), 1)], tmp_path / name / "000000.arrow", name)
+        token_store.write_shard(
+            [(Encoded([1, 2, 3], [False, True, True]), 1, None)], tmp_path / name / "000000.arrow", name
+        )
     token_store.write_shard([], tmp_path / "empty.arrow", "empty")
     assert not (tmp_path / "empty.arrow").exists()
     tokens = token_store.map_shards([tmp_path / name / "000000.arrow" for name in ("a", "b")])

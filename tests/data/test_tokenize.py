@@ -9,6 +9,8 @@ import pytest
 from conftest import CONVERSATION, chat
 from forgebook.config.blocks import PromptFormat
 from forgebook.data import readers, tokenize
+from forgebook.data.data_sources import Source, find_sources
+from forgebook.data.examples import read_examples
 from forgebook.data.row_formats import Example
 from forgebook.errors import DataError, StorageError
 
@@ -47,14 +49,14 @@ def test_a_bad_row_is_reported_with_its_line_and_fix(tmp_path, line, message):
     path = tmp_path / "rows.jsonl"
     path.write_text(f"{GOOD}\n{line}\n")
     with pytest.raises(DataError, match=message):
-        tokenize.read_examples(str(path))
+        read_examples(str(path))
 
 
 def test_all_bad_rows_are_reported_in_one_pass(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join([GOOD, *["{"] * 25]))
     with pytest.raises(DataError) as rejected:
-        tokenize.read_examples(str(path))
+        read_examples(str(path))
     text = str(rejected.value)
     assert text.startswith("25 of 26 rows") and "rows.jsonl:21:" in text and "... and 5 more" in text
 
@@ -63,34 +65,35 @@ def test_a_file_of_bad_rows_alone_is_not_empty_after_they_are_dropped(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("{\n")
     with pytest.raises(DataError, match=r"1 of 1 rows .*\n  rows\.jsonl:1: not valid JSON"):
-        tokenize.read_examples(str(path), on_bad_rows="drop")
+        read_examples(str(path), on_bad_rows="drop")
 
 
 def test_empty_and_missing_files(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(DataError, match="is empty"):
-        tokenize.read_examples(str(tmp_path / "empty.jsonl"))
+        read_examples(str(tmp_path / "empty.jsonl"))
     with pytest.raises(StorageError, match="does not exist"):
-        tokenize.read_examples(str(tmp_path / "none.jsonl"))
-    with pytest.raises(StorageError, match="is a folder"):
-        tokenize.read_examples(str(tmp_path))
+        read_examples(str(tmp_path / "none.jsonl"))
+    with pytest.raises(StorageError, match="is a folder without data files"):
+        (tmp_path / "none").mkdir()
+        read_examples(str(tmp_path / "none"))
 
 
 def test_byte_order_mark_windows_lines_and_bad_bytes(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + GOOD.encode() + b"\r\n\r\n" + GOOD.encode())
-    assert [row.where for row in tokenize.read_examples(str(path))] == ["rows.jsonl:1", "rows.jsonl:3"]
+    assert [row.where for row in read_examples(str(path))] == ["rows.jsonl:1", "rows.jsonl:3"]
     path.write_bytes(GOOD.encode() + b"\n\xff\xfe")
     with pytest.raises(DataError, match=r"rows\.jsonl:2: not UTF-8"):
-        tokenize.read_examples(str(path))
+        read_examples(str(path))
 
 
 def test_text_rows_are_for_causal_lm_only(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "hello"}')
-    assert tokenize.read_examples(str(path), "causal_lm")[0].text == "hello"
+    assert read_examples(str(path), "causal_lm")[0].text == "hello"
     with pytest.raises(DataError, match="no 'messages'"):
-        tokenize.read_examples(str(path))
+        read_examples(str(path))
 
 
 # Tokenising -------------------------------------------------------------------------------------------
@@ -139,7 +142,7 @@ FORMAT = PromptFormat(system="S{instruction}", user="U{system}{instruction}", as
 
 def test_cached_tokens_are_those_of_this_code(tmp_path, write_rows, tokenizer):
     """Cached tokens are named by CACHE_VERSION: with it older tokens would pass for those of changed code."""
-    sources = readers.find_sources(write_rows([*GOLDEN, {"text": "The lamp."}]))
+    sources = find_sources(write_rows([*GOLDEN, {"text": "The lamp."}]))
     digest = hashlib.sha256()
     for options in (
         tokenize.EncodingOptions(),
@@ -151,7 +154,7 @@ def test_cached_tokens_are_those_of_this_code(tmp_path, write_rows, tokenizer):
         [shard] = {file for file, _ in tokens.files}
         digest.update(repr(pa.ipc.open_file(shard).read_all().to_pydict()).encode())
         digest.update(repr((notes.rows, notes.turns, notes.formats, notes.ignored)).encode())
-    golden = (11, "fd2c3f721d88a5e3")
+    golden = (12, "ab37baed7cde8847")
     assert (tokenize.CACHE_VERSION, digest.hexdigest()[:16]) == golden, (
         "the tokens of the same rows, or their shards, changed: bump CACHE_VERSION and re-pin"
     )
@@ -159,7 +162,7 @@ def test_cached_tokens_are_those_of_this_code(tmp_path, write_rows, tokenizer):
 
 def test_names_are_in_the_table_where_the_template_shows_none(tmp_path, write_rows, tokenizer, with_template):
     path = write_rows([{"messages": [{"role": "user", "name": "Ann", "content": "q"}, chat("q", "a")["messages"][-1]]}])
-    sources, options = readers.find_sources(path), tokenize.EncodingOptions()
+    sources, options = find_sources(path), tokenize.EncodingOptions()
     assert tokenize.tokenize(sources, tokenizer, options, tmp_path)[1].ignored == {"messages[].name": 1}
     kimi = with_template(
         "{% for m in messages %}<|{{ m.role }}|>{{ m.name }}:{{ m.content }}<|end|>{% endfor %}"
@@ -172,12 +175,12 @@ def test_empty_answers_in_the_loss_are_counted(tmp_path, write_rows, tokenizer):
     rows = [chat("q", "a"), chat("q", " "), {"instruction": "q", "output": ""}]
     unsupervised = {"role": "assistant", "content": "", "weight": 0}
     rows.append({"messages": [{"role": "user", "content": "q"}, unsupervised, *chat("q", "a", None)["messages"]]})
-    sources = readers.find_sources(write_rows(rows))
+    sources = find_sources(write_rows(rows))
     assert tokenize.tokenize(sources, tokenizer, tokenize.EncodingOptions(), tmp_path)[1].empty_answers == 2
 
 
 def test_the_cache_version_names_cached_tokens(tmp_path, write_rows, tokenizer, monkeypatch):
-    sources = readers.find_sources(write_rows(GOLDEN))
+    sources = find_sources(write_rows(GOLDEN))
     tokenize.tokenize(sources, tokenizer, tokenize.EncodingOptions(), tmp_path)
     monkeypatch.setattr(tokenize, "CACHE_VERSION", tokenize.CACHE_VERSION + 1)
     tokenize.tokenize(sources, tokenizer, tokenize.EncodingOptions(), tmp_path)
@@ -187,8 +190,8 @@ def test_the_cache_version_names_cached_tokens(tmp_path, write_rows, tokenizer, 
 def test_progress_counts_the_chunks_of_all_sources(tmp_path, write_rows, tokenizer, monkeypatch):
     monkeypatch.setattr(readers, "CHUNK_BYTES", 400)
     paths = [write_rows([chat(f"{name} {k}", "a") for k in range(9)], f"{name}.jsonl") for name in ("x", "y")]
-    sources = readers.find_sources(paths)
-    expected = sum(len(readers.split_source(source.uri)) for source in sources)
+    sources = find_sources(paths)
+    expected = sum(len(readers.split_source(source)) for source in sources)
     calls = []
     for _ in range(2):
         tokens, _ = tokenize.tokenize(
@@ -200,7 +203,7 @@ def test_progress_counts_the_chunks_of_all_sources(tmp_path, write_rows, tokeniz
 
 def test_weights_repeat_and_sample_the_examples_of_a_source(tmp_path, write_rows, tokenizer):
     paths = [write_rows([chat(f"{name}{k}", "a") for k in range(10)], f"{name}.jsonl") for name in ("x", "y")]
-    sources = [readers.Source(paths[0], 2.0), readers.Source(paths[1], 0.5)]
+    sources = [Source(paths[0], 2.0), Source(paths[1], 0.5)]
     tokens, notes = tokenize.tokenize(sources, tokenizer, tokenize.EncodingOptions(), tmp_path)
     names = [tokens.where(k)[0] for k in range(len(tokens))]
     assert names.count("x") == 20 and names.count("y") == 5 and notes.rows == 20

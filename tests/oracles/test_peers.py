@@ -17,9 +17,10 @@ from test_chat_templates import FAMILIES, plain, tokenizer_with
 
 from forgebook.config.lora_block import lora_problems
 from forgebook.data import batching, token_store
+from forgebook.data.examples import read_examples
 from forgebook.data.masking import encode_prompt
 from forgebook.data.template_facts import template_facts
-from forgebook.data.tokenize import EncodingOptions, encode_examples, read_examples
+from forgebook.data.tokenize import EncodingOptions, encode_examples
 from forgebook.errors import DataError, ModelError
 from forgebook.models import adapters
 from forgebook.models.template_settings import set_template_defaults

@@ -10,6 +10,7 @@ from test_memory import LLAMA_8B, big
 from conftest import LORA, REPOSITORY
 from forgebook.catalog import hardware_of, read_catalog, shape_of
 from forgebook.cli.main import main
+from forgebook.data.examples import read_examples
 from forgebook.models.tokenizer import tokenizer_of
 from forgebook.planning.hardware import Cpu
 from forgebook.planning.history import Throughput
@@ -63,7 +64,7 @@ def test_counted_tokens_are_near_those_of_the_run(make_config):
     config = make_config(train_path=str(REPOSITORY / "data/quickstart/train.jsonl"))
     counted = count_data(config)
     options = tokenize.EncodingOptions(config.task)
-    whole = tokenize.read_examples(config.train_path, config.task, counted.examples, (), config.on_bad_rows)
+    whole = read_examples(config.train_path, config.task, counted.examples, (), config.on_bad_rows)
     exact = sum(
         len(one.input_ids) for row in tokenize.encode_examples(whole, tokenizer_of(config), options) for one in row
     )

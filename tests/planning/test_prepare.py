@@ -9,6 +9,7 @@ import pytest
 from conftest import chat, uneven_rows
 from forgebook.config.parse import load_config
 from forgebook.data import readers, tokenize
+from forgebook.data.data_sources import Source, find_sources
 from forgebook.errors import DataError, StorageError
 from forgebook.models.tokenizer import load_tokenizer
 from forgebook.planning.prepare import check_rows, prepare, report_rows
@@ -68,6 +69,7 @@ def test_rows_are_checked_without_a_tokenizer(make_config, write_rows, monkeypat
     check_rows(make_config(train_path=good))
     check_rows(make_config(train_path=bad, on_bad_rows="drop"))
     monkeypatch.setattr(object_store, "download_file", lambda uri, target: shutil.copy(bad, target))
+    monkeypatch.setattr(object_store, "file_version", lambda uri: "1")
     monkeypatch.setenv("FORGEBOOK_CACHE", str(tmp_path / "cache"))
     for place in ("s3", "gs"):
         with pytest.raises(DataError, match=r"1 of 2 rows of .*\n  x\.jsonl:2: no 'messages'"):
@@ -82,7 +84,7 @@ def test_rows_are_checked_without_a_tokenizer(make_config, write_rows, monkeypat
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(DataError, match="is empty"):
         check_rows(make_config(train_path=str(tmp_path / "empty.jsonl")))
-    monkeypatch.setattr("forgebook.data.readers.LARGE_FILE", 1)
+    monkeypatch.setattr("forgebook.data.data_sources.LARGE_FILE", 1)
     check_rows(make_config(train_path=bad))
 
 
@@ -101,6 +103,39 @@ def test_mixes_follow_their_weights(make_config, write_rows):
     train = prepared(make_config(train_path=mix)).train
     counts = {name: sum(train.where(k).startswith(name) for k in range(len(train))) for name in "xyz"}
     assert counts == {"x": 20, "y": 10, "z": 40}
+
+
+# A share held out -------------------------------------------------------------------------------------
+
+
+def test_a_share_is_held_out_and_reported(make_config, write_rows):
+    rows = [{"q": f"question {k // 2}", "a": f"answer {k}", "id": k} for k in range(40)] + [{"q": "q", "a": "a"}] * 3
+    source = {"path": write_rows(rows, "qa.jsonl"), "columns": {"user": "q", "assistant": "a"}}
+    config = make_config(train_path=source, valid_path={"split": 0.1})
+    made = prepared(config)
+    report = made.report
+    assert report["valid"]["rows"] == 4 and report["valid"]["held_out"] == {"prompts": 2, "duplicates_left_out": 0}
+    assert report["train"]["rows"] + 4 == 43 and report["overlap"]["rows"] == 0
+    table = {line[0]: line[1:] for line in report_rows(report)}
+    assert table["held out"] == ["", "2 prompts"] and table["data"][1] == "0.1 of the training examples"
+    assert table["format"] == ["43 mapped columns", ""] and table["ignored keys"][0] == "id (40)"
+    [described] = report["train"]["sources"]
+    assert described["uri"] == source["path"] and described["bytes"] == Path(source["path"]).stat().st_size
+    again = prepared(make_config(train_path=source, valid_path={"split": 0.1}, run_name="again", seed=7))
+    assert again.report["valid"]["fingerprint"] == report["valid"]["fingerprint"]
+    made.write_held_out(run.open_run(config).folder.parent / "held_out.jsonl")
+    written = (run.open_run(config).folder.parent / "held_out.jsonl").read_text().splitlines()
+    assert len(written) == 4 and all(json.loads(line)["messages"][0]["content"] for line in written)
+
+
+def test_max_examples_samples_both_sets(make_config):
+    sizes = [
+        [prepared(make_config(max_examples=most)).report[name]["rows"] for name in ("train", "valid")]
+        for most in (5, 1000)
+    ]
+    assert sizes == [[5, 5], [24, 6]]
+    first, second = (prepared(make_config(max_examples=5, seed=seed)).report["train"] for seed in (1, 2))
+    assert first["fingerprint"] == second["fingerprint"]
 
 
 # The cache: peers' points 20 and 21 -------------------------------------------------------------------
@@ -155,8 +190,8 @@ def test_a_template_that_prints_the_date_is_asked_each_day(tokenizer):
 
     dated = copy.deepcopy(tokenizer)
     dated.chat_template = "{{ strftime_now('%f') }}" + tokenizer.chat_template  # microseconds: always another
-    keys = {tokenize._cache_key(__file__, dated, tokenize.EncodingOptions()) for _ in range(3)}
-    assert len(keys) == 3 and tokenize._cache_key(__file__, tokenizer, tokenize.EncodingOptions()) not in keys
+    keys = {tokenize._cache_key(Source(__file__), dated, tokenize.EncodingOptions()) for _ in range(3)}
+    assert len(keys) == 3 and tokenize._cache_key(Source(__file__), tokenizer, tokenize.EncodingOptions()) not in keys
 
 
 @pytest.mark.slow
@@ -168,9 +203,7 @@ def test_ray_data_makes_the_same_tokens(ray_session, tmp_path, monkeypatch):
     made = {}
     for way, most in (("here", 1000), ("ray", 0)):
         monkeypatch.setattr(tokenize, "CHUNKS_IN_PROCESS", most)
-        made[way] = tokenize.tokenize(
-            readers.find_sources(str(path)), tokenizer, tokenize.EncodingOptions(), tmp_path / way
-        )
+        made[way] = tokenize.tokenize(find_sources(str(path)), tokenizer, tokenize.EncodingOptions(), tmp_path / way)
     (here, here_notes), (ray, ray_notes) = made["here"], made["ray"]
     assert len(here.files) > 3 and len(here) == 300
     assert [here.where(k) for k in range(300)] == [ray.where(k) for k in range(300)]

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from conftest import REPOSITORY, TINY_MODEL, chat, uneven_rows
-from forgebook.data import tokenize
+from forgebook.data.examples import read_examples
 from forgebook.errors import BucketBusyError, StorageError
 from forgebook.launch.ray_train import fine_tune
 from forgebook.models.tokenizer import locate
@@ -18,7 +18,7 @@ from forgebook.runs import download, object_store, time_limit
 
 def test_rows_from_a_bucket(s3, write_rows):
     s3.upload_file(write_rows([chat("q", "a")]), "forgebook", "data/rows.jsonl")
-    assert tokenize.read_examples("s3://forgebook/data/rows.jsonl")[0].messages[-1]["content"] == "a"
+    assert read_examples("s3://forgebook/data/rows.jsonl")[0].messages[-1]["content"] == "a"
 
 
 def test_a_glob_in_a_bucket(s3, write_rows):

@@ -1,0 +1,217 @@
+"""Columns of any name -> the keys of a format: what `columns`, `system` and `labels` of a config's data path say.
+
+mapping = ColumnMapping.of({"user": "question", "assistant": "answer"}, system=None, labels=None)
+row = map_row({"question": "2 + 2?", "answer": "4"}, mapping)      {"messages": [...]}
+mapping_text(["question", "answer"], "a.jsonl", "train_path")      the YAML to write, with a guess
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from forgebook.config.data_block import template_columns
+from forgebook.data.messages import brief
+from forgebook.errors import DataError, near_miss
+
+__all__ = ["ColumnMapping", "MappedRow", "map_row", "mapping_text"]
+
+# Where messages may already begin with a system message.
+CONVERSATIONS = ("messages", "conversations", "prompt", "chosen")
+OPTIONAL = ("system", "tools")
+# The names that data sets give these columns, the most telling first.
+QUESTIONS = """
+    question prompt instruction query user input problem request source text utterance sentence dialogue document
+    article context title
+""".split()
+ANSWERS = """
+    answer response output completion assistant target reply solution summary chosen_response ground_truth label
+    translation result
+""".split()
+BETTER, WORSE = "chosen better win preferred positive good".split(), "rejected worse lose negative bad".split()
+TEXTS = "text sentence content sms message comment review tweet document body title question input".split()
+LABELS = "label labels category class intent target sentiment answer output".split()
+
+
+@dataclass(frozen=True)
+class ColumnMapping:
+    """Which columns hold what. columns: (role, column or template); labels: (value as text, label)."""
+
+    columns: tuple[tuple[str, str], ...] = ()
+    system: str | None = None
+    labels: tuple[tuple[str, str], ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        columns: Mapping[str, str] | None,
+        system: str | None,
+        labels: Sequence[str] | Mapping[str | int | bool, str] | None,
+    ) -> ColumnMapping | None:
+        """Make the mapping of a config's data path; None where it says nothing about its rows."""
+        if columns is None and not system:
+            return None
+        pairs: Iterable[tuple[Any, str]] = labels.items() if isinstance(labels, Mapping) else enumerate(labels or ())
+        return cls(tuple((columns or {}).items()), system or None, tuple((_written(k), v) for k, v in pairs))
+
+
+class MappedRow(dict):
+    """A row in the keys of a format. unused: the columns that no role reads."""
+
+    unused: tuple[str, ...] = ()
+
+
+def map_row(raw: Any, mapping: ColumnMapping) -> Any:
+    """Give the columns of a row the keys of the format that they make up; leave out the others.
+
+    Raises DataError for a column that is missing, empty or not text.
+    """
+    if not isinstance(raw, dict):
+        return raw  # row_formats says what it should be
+    if not mapping.columns:
+        return raw if _has_system(raw) else {**raw, "system": mapping.system}
+    values = {role: _value(raw, role, template) for role, template in mapping.columns}
+    if mapping.labels:
+        key = "label" if "label" in values else "assistant"
+        values[key] = _label(values[key], mapping)
+    row = MappedRow({key: value for key, value in _as_format(values).items() if value is not None})
+    if mapping.system and not _has_system(row):
+        row["system"] = mapping.system
+    used = {name.split(".")[0] for _, template in mapping.columns for name in template_columns(template)}
+    used |= {name for _, template in mapping.columns for name in template_columns(template)}
+    row.unused = tuple(key for key in raw if key not in used)
+    return row
+
+
+def _as_format(values: dict[str, Any]) -> dict[str, Any]:
+    """Turn the values of roles into the keys that `row_formats` reads."""
+    beside = {"system": values.get("system"), "tools": values.get("tools")}
+    if "messages" in values:
+        return {"messages": values["messages"], **beside}
+    if "chosen" in values:
+        return {"prompt": values.get("user"), "chosen": values["chosen"], "rejected": values["rejected"], **beside}
+    if "label" in values or "assistant" in values:
+        question, answer = values.get("user", values.get("text")), values.get("assistant", values.get("label"))
+        return {"messages": [_message("user", question), _message("assistant", answer)], **beside}
+    return {"text": _text(values["text"], "text")}
+
+
+def _message(role: str, value: Any) -> dict[str, str]:
+    return {"role": role, "content": _text(value, role)}
+
+
+def _value(raw: dict[str, Any], role: str, template: str) -> Any:
+    """Return what a role's column or template holds; None for an optional one without a value."""
+    if "{" not in template and "}" not in template:
+        value = _column(raw, template)
+        if value in (None, "", [], {}):
+            if role not in OPTIONAL:
+                _refuse_missing(raw, role, template)
+            return None
+        return value if role in (*CONVERSATIONS, "rejected", "user", "tools", "label") else _text(value, template)
+    text = ""
+    for literal, name, _, _ in string.Formatter().parse(template):
+        value = _column(raw, name) if name else ""
+        if value is None and role not in OPTIONAL:
+            _refuse_missing(raw, role, str(name))
+        text += literal + _text(value, str(name))
+    return text
+
+
+def _column(raw: dict[str, Any], name: str) -> Any:
+    """Return a column's value; a dot leads into it. None if there is none."""
+    if name in raw:
+        return raw[name]
+    value: Any = raw
+    for part in name.split("."):
+        if isinstance(value, dict):
+            value = value.get(part)
+        elif isinstance(value, list) and part.isdigit() and int(part) < len(value):
+            value = value[int(part)]
+        else:
+            return None
+    return value
+
+
+def _refuse_missing(raw: dict[str, Any], role: str, name: str) -> None:
+    if name in raw:
+        raise DataError(f"the column {name!r}, which columns.{role} reads, is empty: remove the row")
+    keys = ", ".join(map(str, raw)) or "none"
+    raise DataError(
+        f"no column {name!r}, which columns.{role} reads (its keys: {keys[:300]}){near_miss(name, map(str, raw))}"
+    )
+
+
+def _text(value: Any, name: str) -> str:
+    if value is None or isinstance(value, str):
+        return value or ""
+    if isinstance(value, int | float):
+        return _written(value)
+    raise DataError(f"the column {name!r} is {brief(value)}; expected text (a dot leads into it: {name}.KEY)")
+
+
+def _written(value: Any) -> str:
+    """Write a value as YAML and JSON do."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _label(value: Any, mapping: ColumnMapping) -> str:
+    labels, written = dict(mapping.labels), _written(value)
+    if written in labels:
+        return labels[written]
+    if written in labels.values() and all(key.isdigit() for key in labels):  # a list of names, and their name
+        return written
+    known = ", ".join(f"{key}: {label}" for key, label in mapping.labels)
+    raise DataError(f"the label is {brief(value)}, which `labels` does not have ({known}): add it")
+
+
+def _has_system(row: dict[str, Any]) -> bool:
+    """Report whether a row brings a system message, beside its messages or as the first of them."""
+    first = [value[0] for key in CONVERSATIONS if isinstance(value := row.get(key), list) and value]
+    roles = [one.get("role") or one.get("from") for one in first if isinstance(one, dict)]
+    return bool(row.get("system")) or any(role in ("system", "developer") for role in roles)
+
+
+# The mapping to write ---------------------------------------------------------------------------------
+
+
+def mapping_text(keys: Sequence[str], path: str, key: str, task: str = "instruction_tuning") -> str:
+    """Write the mapping that a file's columns probably need, as YAML to paste.
+
+    keys: the columns of a row. key: train_path or valid_path.
+    """
+    import yaml
+
+    columns = _guess(list(keys), task)
+    block = {key: {"path": path, "columns": columns}}
+    return yaml.safe_dump(block, sort_keys=False, allow_unicode=True, width=float("inf")).rstrip()
+
+
+def _guess(keys: list[str], task: str) -> dict[str, str]:
+    """Guess which columns hold what: by their names, else the first and the last one."""
+    if task == "causal_lm":
+        return {"text": _named_like(keys, TEXTS) or keys[0]}
+    if task == "classification":
+        label = _named_like(keys, LABELS) or keys[-1]
+        return {"text": _named_like([k for k in keys if k != label], TEXTS) or keys[0], "label": label}
+    if task == "preference_tuning":
+        rejected = _named_like(keys, WORSE) or keys[-1]
+        rest = [k for k in keys if k != rejected]
+        chosen = _named_like(rest, BETTER) or rest[-1]
+        asked = _named_like([k for k in rest if k != chosen], QUESTIONS)
+        return ({"user": asked} if asked else {}) | {"chosen": chosen, "rejected": rejected}
+    system = next((k for k in keys if k.lower() in ("system", "system_prompt")), None)
+    keys = [k for k in keys if k != system] or keys
+    answer = _named_like(keys, ANSWERS) or keys[-1]
+    rest = [k for k in keys if k != answer] or keys
+    guess = {"user": _named_like(rest, QUESTIONS) or rest[0], "assistant": answer}
+    return ({"system": system} if system else {}) | guess
+
+
+def _named_like(keys: Iterable[str], names: Sequence[str]) -> str | None:
+    """Return the key that has one of these names, else one that holds such a name; the first name counts most."""
+    keys = list(keys)
+    exact = next((k for name in names for k in keys if k.lower() == name), None)
+    return exact or next((k for name in names for k in keys if name in k.lower()), None)

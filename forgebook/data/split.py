@@ -1,0 +1,108 @@
+"""The share of the training examples that is held out for validation.
+
+    train, valid, counts = hold_out(tokens, 0.05, seed=0)      numbers of examples
+    write_examples(sources, lines, "instruction_tuning", (), run.held_out)
+
+An example's side depends on the seed, its first user message and the other examples, not on the order of files, the
+number of workers or how often the run was started.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from forgebook.data.data_sources import Source
+from forgebook.data.readers import split_source
+from forgebook.data.row_formats import Example, parse_chunk
+from forgebook.data.token_store import Tokens
+from forgebook.errors import DataError
+from forgebook.runs.atomic import atomic_file
+
+__all__ = ["group_of", "hold_out", "write_examples"]
+
+
+def group_of(example: Example) -> int | None:
+    """Hash what examples that belong together share: the first user message, but for case and spaces.
+
+    None for plain text, which belongs with its own copies alone.
+    """
+    for message in example.messages or ():
+        if message["role"] == "user":
+            text = " ".join(message["content"].lower().split())
+            return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+    return None
+
+
+def hold_out(tokens: Tokens, share: float, seed: int, size: int = 1) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
+    """Divide examples into those to train and those held out for validation, without the duplicates of the latter.
+
+    share: of the distinct examples; whole groups are held out, at least one. size: this many adjacent examples are one
+    (2: a pair). Returns the numbers of both in their order, and the counts prompts, duplicates_left_out.
+
+    Raises DataError if all examples have the same first user message.
+    """
+    units = np.arange(len(tokens)).reshape(-1, size)
+    # A pair is a duplicate if both of its conversations are.
+    content = np.bitwise_xor.reduce(tokens.content[units] * np.arange(1, 2 * size, 2, dtype=np.uint64), axis=1)
+    group = tokens.group[units[:, 0]]
+    _, first = np.unique(content, return_index=True)
+    groups, counts = np.unique(group[first], return_counts=True)
+    if len(groups) < 2:
+        raise DataError(
+            "valid_path.split: all examples have the same first user message, so none can be held out without its like "
+            "in training: name a file of validation examples"
+        )
+    wanted, taken = max(1, round(share * len(first))), 0
+    chosen: list[Any] = []
+    for k in np.argsort(_mixed(groups, seed)):
+        if taken + counts[k] <= wanted and len(chosen) < len(groups) - 1:
+            chosen.append(k)
+            taken += counts[k]
+        if taken == wanted:
+            break
+    chosen = chosen or [np.argmin(counts)]  # every group is larger than the share
+    is_out = np.isin(group, groups[chosen])
+    is_valid = np.zeros(len(units), bool)
+    is_valid[first] = is_out[first]
+    report = {"prompts": len(chosen), "duplicates_left_out": int(is_out.sum() - is_valid.sum())}
+    return units[~is_out].reshape(-1), units[is_valid].reshape(-1), report
+
+
+def _mixed(numbers: np.ndarray, seed: int) -> np.ndarray:
+    """Mix 64-bit numbers with a seed (splitmix64): their order is as good as random, and the same everywhere."""
+    start = int.from_bytes(hashlib.blake2b(str(seed).encode(), digest_size=8).digest(), "little")
+    mixed = numbers ^ np.uint64(start)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+    return mixed
+
+
+def write_examples(
+    sources: Sequence[Source], lines: Sequence[Collection[int]], task: str, labels: Sequence[str], path: Path
+) -> None:
+    """Write some rows of sources as JSON lines in the formats of messages, preference or text: a run's own copy.
+
+    lines: for each source, the numbers of the rows. Raises DataError or StorageError if a source cannot be read.
+    """
+    with atomic_file(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        for source, numbers in zip(sources, lines, strict=True):
+            wanted = set(numbers)
+            for chunk in split_source(source) if wanted else ():
+                for parsed in parse_chunk(chunk, task, labels):
+                    if not isinstance(parsed, DataError) and int(parsed[0].where.rsplit(":", 1)[1]) in wanted:
+                        file.write(json.dumps(_as_row(parsed[0]), ensure_ascii=False) + "\n")
+
+
+def _as_row(example: Example) -> dict[str, Any]:
+    if example.messages is None:
+        return {"text": example.text}
+    tools = {"tools": example.tools} if example.tools else {}
+    if example.rejected is not None:
+        return {"chosen": example.messages, "rejected": example.rejected, **tools}
+    return {"messages": example.messages, **tools}

@@ -1,0 +1,122 @@
+"""Columns of any name become the keys of a format, or an error that names the column."""
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from conftest import chat
+from forgebook.config.data_block import DataSource
+from forgebook.data.columns import ColumnMapping, map_row, mapping_text
+from forgebook.data.examples import read_examples
+from forgebook.errors import DataError
+
+GSM = {"question": "2 + 2?", "answer": "4 {so}", "id": 7}
+
+
+def mapped(raw, columns=None, **about):
+    return map_row(raw, ColumnMapping.of(columns, about.get("system"), about.get("labels")))
+
+
+def texts(row):
+    return [(message["role"], message["content"]) for message in row["messages"]]
+
+
+def test_user_and_assistant():
+    row = mapped(GSM, {"user": "question", "assistant": "answer"}, system="Be brief.")
+    assert texts(row) == [("user", "2 + 2?"), ("assistant", "4 {so}")] and row["system"] == "Be brief."
+    assert row.unused == ("id",)
+
+
+def test_templates_keep_braces_of_cells_and_escaped_ones():
+    row = mapped(GSM, {"user": "{answer} {{x}}: {id}\n\n{question}", "assistant": "answer", "system": "none"})
+    assert texts(row)[0] == ("user", "4 {so} {x}: 7\n\n2 + 2?") and "system" not in row
+
+
+def test_a_dot_leads_into_a_column():
+    raw = {"context": "c", "answers": {"text": ["a", "b"]}, "a.b": "d"}
+    row = mapped(raw, {"user": "{context} {a.b}", "assistant": "answers.text.1"})
+    assert texts(row) == [("user", "c d"), ("assistant", "b")] and row.unused == ()
+
+
+@pytest.mark.parametrize(
+    ("value", "labels", "expected"),
+    [
+        (1, ["ham", "spam"], "spam"),
+        ("spam", ["ham", "spam"], "spam"),
+        ("spam", {"spam": "[[1]]"}, "[[1]]"),
+        (True, {True: "yes"}, "yes"),
+        (0, {0: "no"}, "no"),
+        (3, None, "3"),
+    ],
+)
+def test_labels(value, labels, expected):
+    row = mapped({"sms": "hi", "kind": value}, {"text": "sms", "label": "kind"}, labels=labels)
+    assert texts(row) == [("user", "hi"), ("assistant", expected)]
+
+
+def test_preferences_texts_and_messages():
+    pair = mapped({"q": "?", "good": "a", "bad": "b"}, {"user": "q", "chosen": "good", "rejected": "bad"})
+    assert dict(pair) == {"prompt": "?", "chosen": "a", "rejected": "b"}
+    turns = chat("q", "a")["messages"]
+    assert dict(mapped({"dialog": turns}, {"messages": "dialog"}, system="Other.")) == {"messages": turns}
+    assert dict(mapped({"body": "x"}, {"text": "body"})) == {"text": "x"}
+    assert mapped(chat("q", "a", system=None), system="Be brief.")["system"] == "Be brief."
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ({"qestion": "x", "answer": "y"}, r"no column 'question', which columns\.user reads .*did you mean 'qestion'"),
+        ({"question": "", "answer": "y"}, r"the column 'question', which columns\.user reads, is empty"),
+        ({"question": "x", "answer": ["y"]}, r"'assistant' is \[\"y\"\]; expected text"),
+        ({"question": {"a": 1}, "answer": "y"}, r"expected text \(a dot leads into it"),
+    ],
+)
+def test_a_column_that_cannot_be_read(raw, message):
+    columns = {"user": "question", "assistant": "{answer}" if isinstance(raw["answer"], str) else "answer"}
+    with pytest.raises(DataError, match=message.replace("'assistant'", "'answer'")):
+        mapped(raw, columns)
+
+
+def test_an_unknown_label_names_the_known_ones():
+    with pytest.raises(DataError, match=r"the label is 2, which `labels` does not have \(0: ham, 1: spam\)"):
+        mapped({"sms": "x", "kind": 2}, {"text": "sms", "label": "kind"}, labels=["ham", "spam"])
+
+
+def test_a_class_label_of_the_hub_gives_its_names(tmp_path):
+    """The schema's metadata is what `datasets` writes into every Parquet file of the hub."""
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    features = Features({"sms": Value("string"), "label": ClassLabel(names=["ham", "spam"])})
+    data = Dataset.from_dict({"sms": ["hi", "win", "?"], "label": [0, 1, -1]}, features=features)
+    data.to_parquet(tmp_path / "a.parquet")
+    data.save_to_disk(tmp_path / "saved")
+    pq.write_table(pa.table({"sms": ["hi"], "label": [0]}), tmp_path / "plain.parquet")
+    columns = {"text": "sms", "label": "label"}
+    for path in ("a.parquet", "saved"):
+        source = DataSource(path=str(tmp_path / path), columns=columns)
+        read = read_examples(source, "classification", 2, ("ham", "spam"), "drop")
+        assert [one.messages[-1]["content"] for one in read] == ["ham", "spam"]
+        with pytest.raises(DataError, match=r"1 of 3 rows[\s\S]*:3: no column 'label'"):
+            read_examples(source, "classification", None, ("ham", "spam"))
+    source = DataSource(path=str(tmp_path / "plain.parquet"), columns=columns, labels=["ham", "spam"])
+    assert read_examples(source, "classification", None, ("ham", "spam"))[0].messages[-1]["content"] == "ham"
+
+
+@pytest.mark.parametrize(
+    ("keys", "task", "expected"),
+    [
+        (["question", "answer"], "instruction_tuning", {"user": "question", "assistant": "answer"}),
+        (["id", "Prompt", "model_response"], "instruction_tuning", {"user": "Prompt", "assistant": "model_response"}),
+        (["system_prompt", "x", "y"], "", {"system": "system_prompt", "user": "x", "assistant": "y"}),
+        (["sms", "label"], "classification", {"text": "sms", "label": "label"}),
+        (["a", "b"], "classification", {"text": "a", "label": "b"}),
+        (["q", "better", "worse"], "preference_tuning", {"chosen": "better", "rejected": "worse"}),
+        (["url", "content"], "causal_lm", {"text": "content"}),
+    ],
+)
+def test_the_mapping_to_write_is_valid_yaml_with_the_files_columns(keys, task, expected):
+    written = yaml.safe_load(mapping_text(keys, "a: b.jsonl", "train_path", task))
+    assert written == {"train_path": {"path": "a: b.jsonl", "columns": expected}}
+    DataSource.model_validate(written["train_path"])
