@@ -140,7 +140,8 @@ def _detect(raw: Any, where: str, task: str) -> tuple[Example, RowNotes]:
     if not isinstance(raw, dict):
         kind = JSON_TYPES.get(type(raw), type(raw).__name__)
         raise DataError(f"the row is a JSON {kind}; expected an object with the key 'messages'")
-    raw, ignored = _decoded(_with_openai_pair(raw)), set[str]()
+    ignored = set[str]()
+    raw = _decoded(_with_openai_pair(raw, ignored))
     has_pair = raw.get("chosen") is not None and raw.get("rejected") is not None
     if task == "preference_tuning":
         if not has_pair:
@@ -178,7 +179,7 @@ def _unknown(message: str, raw: dict) -> DataError:
     return UnknownFormatError(message, keys) if len(keys) > 1 else DataError(message)
 
 
-def _with_openai_pair(raw: dict) -> dict:
+def _with_openai_pair(raw: dict, ignored: set[str]) -> dict:
     """Give the pair of OpenAI's fine-tuning API the names of others."""
     if not all(raw.get(key) is not None for key in OPENAI_PAIR):
         return raw
@@ -189,7 +190,11 @@ def _with_openai_pair(raw: dict) -> dict:
         raise DataError(f"input is {brief(asked)}; expected an object with messages")
     rest = {key: value for key, value in raw.items() if key not in OPENAI_PAIR}
     pair = {"prompt": asked["messages"], "chosen": raw[OPENAI_PAIR[1]], "rejected": raw[OPENAI_PAIR[2]]}
-    return rest | pair | ({"tools": asked["tools"]} if asked.get("tools") else {})
+    pair |= {"tools": asked["tools"]} if asked.get("tools") else {}
+    if twice := [key for key in pair if rest.get(key)]:
+        raise DataError(f"{twice[0]} and {OPENAI_PAIR[1]} are both there: keep one of the formats")
+    ignored |= {f"input.{key}" for key, value in asked.items() if key not in ("messages", "tools") and value}
+    return rest | pair
 
 
 def _conversation(raw: dict, ignored: set[str], task: str) -> tuple[str, tuple[str, ...], list[Message]] | None:

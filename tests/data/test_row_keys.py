@@ -32,13 +32,14 @@ FORMATS = [
     ("preference_tuning", {"conversations": GPT[:1], "chosen": "Aq7", "rejected": "Bq7"}),
     ("preference_tuning", {"instruction": "Qq7", "chosen": "Aq7", "rejected": "Bq7"}),
     ("preference_tuning", {"question": "Qq7", "chosen": "Aq7", "rejected": "Bq7"}),
+    ("preference_tuning", {"input": {"messages": [Q]}, "preferred_output": [A], "non_preferred_output": [B]}),
 ]
 TURNS = [{"role": "user", "content": SEEN}, {"role": "assistant", "content": SEEN}]
 BESIDE = {
     **dict.fromkeys((*TEXT_OR_JSON_KEYS, *QUESTION_KEYS, *REASONING_KEYS), SEEN),
     **dict.fromkeys(("system", "text", "instruction", "input", "output", "system_prompt", "context"), SEEN),
     **dict.fromkeys(("messages", "conversations"), TURNS),
-    **{key: [TOOL] for key in ("tools", "functions")},
+    **{key: [TOOL] for key in ("tools", "functions", "tool_defs")},
     **dict.fromkeys(MARKS, 0),
     "history": [[SEEN, SEEN]],
     "label": False,
