@@ -13,7 +13,7 @@ export OMP_WAIT_POLICY := passive
 # Two processes share the tests of two cores: much of their time is waiting for Ray and for other processes to start.
 PARALLEL := -n 2
 
-.PHONY: help quickstart test test-fast vllm test-engines models coverage check configs notebooks tiny-model clean
+.PHONY: help quickstart test test-fast vllm test-engines models coverage coverage-floors check configs notebooks tiny-model clean
 help: ## list the verbs
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
@@ -53,8 +53,12 @@ test-engines: .venv/dev vllm ## vLLM itself against `generate`, on a real model 
 	python tests/real/get_models.py .models
 	OMP_NUM_THREADS=1 python -m pytest tests/engines
 
-coverage: .venv/dev ## lines and branches that the fast tests run, file by file
+coverage: .venv/dev ## lines and branches that the fast tests run, by file and by room, compared with the floors
 	OMP_NUM_THREADS=1 python -m pytest $(PARALLEL) -q -m "not slow" --cov --cov-report=term
+	python tests/coverage_floors.py
+
+coverage-floors: .venv/dev ## compare what `make coverage` measured last with the floors of pyproject.toml
+	python tests/coverage_floors.py
 
 check: .venv/dev ## style, formatting and types
 	ruff check --quiet .

@@ -382,12 +382,12 @@ def _tower_parameters(facts: dict[str, Any]) -> int:
     return layers * layer + hidden * (pixels + 1 + positions + 2) + projector
 
 
-def hardware_of(text: str, catalog: Catalog | None = None) -> tuple[int, Gpu]:
+def hardware_of(text: str) -> tuple[int, Gpu]:
     """Read `8xA100-80G` as (8, the GPU); a name alone is one of it.
 
     Raises ConfigError for a GPU that the catalog does not have.
     """
-    gpus = (catalog or read_catalog()).gpus
+    gpus = read_catalog().gpus
     by_name = {name.lower(): gpu for name, gpu in gpus.items()}
     match = re.fullmatch(r"(?:([1-9]\d{0,5})\s*x\s*)?(\S+)", text.strip(), flags=re.IGNORECASE)
     name = match[2].lower() if match else ""

@@ -49,7 +49,7 @@ def test_there_are_files_to_test():
 def test_config_loads(path, recwarn):
     config = load_config(path, default="default" in path.parts)
     assert config.run_name == path.stem or config.origins["run_name"] == "file"
-    assert config.deepspeed is None or read_deepspeed_config(config)
+    assert config.deepspeed is None or read_deepspeed_config(config.deepspeed, config.source)
     assert not recwarn.list, "a config of ours uses a retired name"
 
 

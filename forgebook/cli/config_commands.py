@@ -21,6 +21,7 @@ from forgebook.errors import ConfigError, ResourceError
 
 if TYPE_CHECKING:
     from forgebook.catalog import Gpu, Shape
+    from forgebook.config.blocks import DataPath
     from forgebook.config.schema import FinetuneConfig
     from forgebook.planning.auto_config import Choice
     from forgebook.planning.token_count import Statistics
@@ -99,7 +100,7 @@ def plan_command(arguments: list[str]) -> int:
     throughputs, warning = read_throughputs()
     planned = plan(config, shape, hardware, data, mfu=words.options.get("mfu"), throughputs=throughputs)
     warnings = check_written(config, shape, planned.steps)
-    if _is_all_here(config):
+    if _are_all_here(config.train_path, config.valid_path):
         from forgebook.planning.prepare import row_warnings
 
         warnings += row_warnings(config)
@@ -127,11 +128,11 @@ def plan_command(arguments: list[str]) -> int:
     return 0
 
 
-def _is_all_here(config: FinetuneConfig) -> bool:
-    """Check whether the examples, for training and validation, are stored on this machine."""
+def _are_all_here(*paths: DataPath | None) -> bool:
+    """Check whether the examples of all these paths are stored on this machine."""
     from forgebook.planning.token_count import data_is_here
 
-    return all(data_is_here(path) for path in (config.train_path, config.valid_path) if path)
+    return all(data_is_here(path) for path in paths if path)
 
 
 def _choose(
@@ -229,7 +230,9 @@ def submit_command(arguments: list[str]) -> int:
     if unusable:
         where = f"--format {flags.format}" if flags.format else "a job on a running cluster (see --format)"
         raise ConfigError(f"submit: {', '.join(sorted(unusable))} has no effect on {where}")
-    if _is_all_here(config):  # the job has what is in this repository; what is elsewhere may be there only
+    if _are_all_here(
+        config.train_path, config.valid_path
+    ):  # the job has what is in this repository; what is elsewhere may be there only
         from forgebook.planning.prepare import check_rows
 
         check_rows(config)
@@ -239,7 +242,8 @@ def submit_command(arguments: list[str]) -> int:
     from forgebook.launch import ray_jobs
 
     address = ray_jobs.find_job_server(options.get("address"))
-    job = ray_jobs.submit_job(config, overrides, address)
+    command = ray_jobs.job_command(config.source, config.storage_path, overrides)
+    job = ray_jobs.submit_job(command, config.run_name, address)
     there = f" address={address}" if "address" in options else ""
     print(
         f"job {job} at {address}\n  python main.py status {job}{there}\n  python main.py stop {job}{there}", flush=True
@@ -262,14 +266,16 @@ def _print_job_file(kind: str, config: FinetuneConfig, overrides: list[str], wor
 
     from forgebook.launch import ray_jobs
 
+    command = ray_jobs.job_command(config.source, config.storage_path, overrides)
     image, folder = words.options.get("image"), words.options.get("working_dir")
     if kind == "kuberay":
         if image is None:
             raise ConfigError("submit: --format kuberay needs image=, one with requirements.txt installed")
         settings = words.get("gpus_per_node", "max_retries", "secret")
-        manifest = ray_jobs.kuberay_manifest(config, overrides, image, folder or "", **settings)
+        name, devices = str(config.run_name), config.num_devices
+        manifest = ray_jobs.kuberay_manifest(command, name, devices, image, folder or "", **settings)
     else:
-        manifest = ray_jobs.anyscale_job(config, overrides, image, folder or ".", **words.get("max_retries"))
+        manifest = ray_jobs.anyscale_job(command, config.run_name, image, folder or ".", **words.get("max_retries"))
     print(yaml.safe_dump(manifest, sort_keys=False, width=1000), end="")
 
 

@@ -47,6 +47,7 @@ __all__ = [
     "Switch",
     "VisionLanguageConfig",
     "WeightsPath",
+    "labels_of",
     "needs_reference",
 ]
 
@@ -247,6 +248,11 @@ class ClassifierConfig(StrictBlock):
         return labels
 
 
+def labels_of(classifier: ClassifierConfig | None) -> tuple[str, ...]:
+    """List the labels that a classifier learns as tokens; none for other tasks."""
+    return tuple(classifier.label_tokens) if classifier is not None else ()
+
+
 class LogprobProcessor(StrictBlock):
     """Workers that compute the reference model's log-probabilities while training runs."""
 
@@ -256,11 +262,6 @@ class LogprobProcessor(StrictBlock):
     """Number of workers, one GPU each."""
     batch_size: Positive | None = None
     """Pairs per forward pass. None: `train_batch_size_per_device`."""
-
-
-def needs_reference(loss: str) -> bool:
-    """Whether a preference loss compares the model with a reference model."""
-    return loss in ("dpo", "ipo", "kto")
 
 
 class PreferenceTuningConfig(StrictBlock):
@@ -274,6 +275,11 @@ class PreferenceTuningConfig(StrictBlock):
     """dpo: the share of pairs whose labels may be swapped."""
     logprob_processor_scaling_config: Annotated[LogprobProcessor | None, Mark.NO_EFFECT] = None
     """Compute reference log-probabilities on separate workers. None: on the training workers."""
+
+
+def needs_reference(preference: PreferenceTuningConfig | None) -> bool:
+    """Report whether the loss of a run compares the model with a reference model."""
+    return preference is not None and preference.loss in ("dpo", "ipo", "kto")
 
 
 class VisionLanguageConfig(StrictBlock):

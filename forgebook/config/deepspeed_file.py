@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from forgebook.config.blocks import DeepSpeed
 from forgebook.config.legacy_keys import current_deepspeed_file
-from forgebook.config.schema import FinetuneConfig
 from forgebook.errors import ConfigError, shown_value
 
 __all__ = ["REPOSITORY", "SHIPPED", "Zero", "find_deepspeed_config", "read_deepspeed_config", "zero_of"]
@@ -56,11 +56,14 @@ def find_deepspeed_config(config_path: str, config_source: str | None = None) ->
     )
 
 
-def read_deepspeed_config(config: FinetuneConfig) -> dict[str, Any] | None:
-    """Read the DeepSpeed settings of a config; None means plain data parallelism."""
-    if config.deepspeed is None:
+def read_deepspeed_config(block: DeepSpeed | None, config_source: str | None = None) -> dict[str, Any] | None:
+    """Read the DeepSpeed file that a config names; None means plain data parallelism.
+
+    config_source: the path of the config, beside which the file may be.
+    """
+    if block is None:
         return None
-    path = find_deepspeed_config(config.deepspeed.config_path, config.source)
+    path = find_deepspeed_config(block.config_path, config_source)
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

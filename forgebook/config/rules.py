@@ -8,6 +8,7 @@ SUPPORT.md prints both tables. What a machine lacks (a package, a GPU) is not he
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import Any
 
 from forgebook.config.deepspeed_file import Zero, read_deepspeed_config, zero_of
 from forgebook.config.schema import TASK_OF_BLOCK, FinetuneConfig, auto_keys
@@ -29,8 +30,8 @@ class Rule:
         return f"{self.message}: {self.fix}"
 
 
-def _is_pissa(config: FinetuneConfig) -> bool:
-    return str((config.lora_config or {}).get("init_lora_weights")).startswith("pissa")
+def _is_pissa(lora_config: dict[str, Any] | None) -> bool:
+    return str((lora_config or {}).get("init_lora_weights")).startswith("pissa")
 
 
 def _task_rule(block: str, task: str) -> Rule:
@@ -80,13 +81,13 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         ("lora_config", "quantization"),
-        lambda config, zero: _is_pissa(config) and config.quantization is not None,
+        lambda config, zero: _is_pissa(config.lora_config) and config.quantization is not None,
         "init_lora_weights: pissa needs weights that are not quantized",
         "remove quantization, or init_lora_weights",
     ),
     Rule(
         ("lora_config",),
-        lambda config, zero: _is_pissa(config) and bool((config.lora_config or {}).get("use_dora")),
+        lambda config, zero: _is_pissa(config.lora_config) and bool((config.lora_config or {}).get("use_dora")),
         "init_lora_weights: pissa with use_dora cannot be saved as an adapter of the unchanged base model",
         "remove one of them",
     ),
@@ -111,7 +112,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         ("lora_config", "deepspeed"),
-        lambda config, zero: _is_pissa(config) and zero.stage == 3,
+        lambda config, zero: _is_pissa(config.lora_config) and zero.stage == 3,
         "init_lora_weights: pissa does not work with ZeRO-3, which partitions the initial weights its checkpoints need",
         _WITHOUT_ZERO_3,
     ),
@@ -186,7 +187,7 @@ UNREAD: tuple[Rule, ...] = (
 
 def unread_keys(config: FinetuneConfig) -> list[str]:
     """List a warning for each key that the file or an override sets and nothing reads."""
-    zero = zero_of(read_deepspeed_config(config))
+    zero = zero_of(read_deepspeed_config(config.deepspeed, config.source))
     return [str(rule) for rule in UNREAD if rule.keys[0] in config.explicit_keys and rule.is_broken(config, zero)]
 
 
@@ -200,7 +201,7 @@ def broken_rules(config: FinetuneConfig, undecided: Collection[str] = ()) -> lis
 
     Raises ConfigError if the DeepSpeed file cannot be read.
     """
-    zero = zero_of(read_deepspeed_config(config))
+    zero = zero_of(read_deepspeed_config(config.deepspeed, config.source))
     return [rule for rule in RULES if rule.is_broken(config, zero) and set(undecided).isdisjoint(rule.keys)]
 
 

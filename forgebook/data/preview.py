@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
+from forgebook.config.blocks import labels_of
 from forgebook.config.parse import load_config
 from forgebook.config.schema import FinetuneConfig
 from forgebook.data import batching, readers, row_formats, tokenize
@@ -71,7 +72,7 @@ def preview_examples(config: FinetuneConfig, count: int = 3) -> list[PreviewedEx
     Raises DataError for rows that cannot be used, unless `on_bad_rows` drops them.
     """
     assert config.task is not None  # filled in when the config is checked
-    labels = tuple(config.classifier_config.label_tokens) if config.classifier_config else ()
+    labels = labels_of(config.classifier_config)
     options = tokenize.EncodingOptions(
         config.task, config.generation_config.prompt_format, config.train_on, config.rewritten_turns, labels
     )
@@ -98,7 +99,7 @@ def ignored_keys(config: FinetuneConfig, seconds: float = 2.0) -> str:
     that cannot be read.
     """
     assert config.task is not None  # filled in when the config is checked
-    labels = tuple(config.classifier_config.label_tokens) if config.classifier_config else ()
+    labels = labels_of(config.classifier_config)
     counts: collections.Counter[str] = collections.Counter()
     until, part = time.monotonic() + seconds, ""
     chunks = itertools.chain.from_iterable(map(readers.split_source, find_sources(config.train_path)))

@@ -102,10 +102,10 @@ class Tokens:
         return replace(self, **{name: getattr(self, name)[examples] for name in COLUMNS})
 
     @classmethod
-    def from_examples(cls, examples: Iterable[tuple[Sequence[int], Sequence[bool]]], name: str = "examples") -> Tokens:
+    def from_examples(cls, examples: Iterable[tuple[Sequence[int], Sequence[bool]]]) -> Tokens:
         """Hold examples of (ids, loss mask) in memory."""
         table = _table((ids, mask, line, None) for line, (ids, mask) in enumerate(examples, 1))
-        return _view(table.to_batches(), [name], [("", 0)])
+        return _view(table.to_batches(), ["examples"], [("", 0)])
 
 
 # Files ------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from forgebook.config import blocks
+from forgebook.config.blocks import GenerationConfig, labels_of
 from forgebook.config.parse import load_config, load_resolved
 from forgebook.data import tokenize
 from forgebook.data.examples import read_examples, validation_source
@@ -103,7 +103,7 @@ def evaluate(
         raise ConfigError("metric=judge needs judge=MODEL, and base_url=URL unless it is OpenAI's")
     models = both_models(run, checkpoint)
     task = _task_of(chosen, config.task)
-    labels = tuple(classifier.label_tokens) if classifier and task == "classification" else ()
+    labels = labels_of(classifier) if task == "classification" else ()
     examples = read_examples(source, task, rows, labels)
     if classifier and chosen == "classification":
         return _classification(examples, labels, classifier.eval_metrics, models, on_progress)
@@ -149,7 +149,7 @@ def both_models(run: Run, checkpoint: str | None = None) -> Models:
 
 
 def _load_models(
-    sources: list[str], share_weights: bool, dtype: str, defaults: blocks.GenerationConfig
+    sources: list[str], share_weights: bool, dtype: str, defaults: GenerationConfig
 ) -> Iterator[LoadedModel]:
     """Load each model: if they have the same base, its weights once; else one model after the other."""
     if share_weights and generate.base_of(sources[0]) == generate.base_of(sources[1]):

@@ -20,7 +20,7 @@ from typing import Any, cast
 
 import torch
 
-from forgebook.config.blocks import PromptFormat
+from forgebook.config.blocks import PromptFormat, labels_of
 from forgebook.config.parse import load_config
 from forgebook.data import masking
 from forgebook.data.examples import read_examples, validation_source
@@ -292,7 +292,7 @@ def _validation_examples(folder: Path, tokenizer, prompt_format: PromptFormat | 
         source = validation_source(found, config.valid_path)
         if source is None or config.task is None:
             return []
-        labels = tuple(config.classifier_config.label_tokens) if config.classifier_config else ()
+        labels = labels_of(config.classifier_config)
         examples = read_examples(source, config.task, EXAMPLES, labels, "drop")
     except (ConfigError, DataError, StorageError):
         return []

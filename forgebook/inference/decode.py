@@ -171,6 +171,6 @@ def _add_tokens(rows: list[_Row], logits: torch.Tensor) -> None:
         logits = torch.cat(
             [row.processors(torch.tensor([row.ids], device=scores.device), scores[None]) for row, scores in each]
         )
-    sampler = Sampler([row.request.sampling for row in rows], logits.device, [row.generator for row in rows])
+    sampler = Sampler([row.request.sampling for row in rows], [row.generator for row in rows], logits.device)
     for row, token in zip(rows, sampler(None, logits).argmax(-1).tolist(), strict=True):
         row.ids.append(token)

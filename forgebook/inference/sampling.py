@@ -1,7 +1,7 @@
 """How the next token is chosen and where an answer stops: one implementation for generate, chat and serve.
 
     sampling = TokenSampling(temperature=0.7, seed=prompt_seed(0, number))
-    sampler = Sampler([sampling], device, [generator_of(sampling, device)])
+    sampler = Sampler([sampling], [generator_of(sampling, device)], device)
     tokens = sampler(None, logits).argmax(-1)
 
 The same prompt, seed and settings give the same answer through each of them, whatever shares its batch.
@@ -88,17 +88,10 @@ class Sampler:
     The largest of p / e, with e sampled from the exponential distribution, is token k with probability p[k].
     """
 
-    def __init__(
-        self,
-        answers: Sequence[TokenSampling],
-        device,
-        generators: Sequence[torch.Generator | None] | None = None,
-    ):
-        """Make a processor of answers that begin, or, with their generators, of answers in progress."""
+    def __init__(self, answers: Sequence[TokenSampling], generators: Sequence[torch.Generator | None], device):
+        """Make a processor. generators: of each answer, from `generator_of`; they advance with every token."""
         import torch
 
-        if generators is None:
-            generators = [generator_of(one, device) for one in answers]
         self._generators = generators
         if not any(generators):
             return

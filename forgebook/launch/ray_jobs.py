@@ -1,8 +1,9 @@
 """The same run as a job: on a Ray cluster through its Jobs API, or as a file that KubeRay or Anyscale takes.
 
-    job = submit_job(config, overrides, "http://head:8265")     ships this repository, returns the job's id
+    command = job_command(config.source, config.storage_path, overrides)
+    job = submit_job(command, run_name, "http://head:8265")     ships this repository, returns the job's id
     follow_job(job, address) -> "SUCCEEDED"                     prints its log until it ends
-    kuberay_manifest(...), anyscale_job(...) -> dict        to be written as YAML
+    kuberay_manifest(...), anyscale_job(...) -> dict            to be written as YAML
 
 Secrets are taken from the environment here and set in the job's environment there: never in its arguments, in a file
 or in what is printed. Whoever may read the job list of a Ray cluster can read them: it needs a token.
@@ -25,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 from forgebook.config.parse import SECRET_KEY
-from forgebook.config.schema import FinetuneConfig
 from forgebook.errors import ConfigError, ResourceError, StorageError, TrainingError, first_line, last_line
 from forgebook.ray_cluster import EXCLUDED, IS_CHECKOUT, REPOSITORY, SECRETS, SETTINGS, WITH_PASSWORD
 
@@ -34,6 +34,7 @@ __all__ = [
     "anyscale_job",
     "find_job_server",
     "follow_job",
+    "job_command",
     "job_status",
     "kuberay_manifest",
     "stop_job",
@@ -57,24 +58,20 @@ def find_job_server(option: str | None = None) -> str:
 # A job on a running cluster ---------------------------------------------------------------------------
 
 
-def submit_job(config: FinetuneConfig, overrides: Sequence[str], address: str) -> str:
-    """Ship this repository to the cluster, start the run there, and return the job's id.
-
-    config: as loaded from a file of this repository (or an https:// address) with `overrides`.
-    """
-    entrypoint = _entrypoint(config.source, config.storage_path, overrides)
+def submit_job(command: str, run_name: str | None, address: str) -> str:
+    """Ship this repository to the cluster, start the run there, and return the job's id. command: of `job_command`."""
     client = _client(address)
     environment = {name: os.environ[name] for name in (*SECRETS, *SETTINGS, *WITH_PASSWORD) if os.environ.get(name)}
     try:
         return client.submit_job(
-            entrypoint=entrypoint,
+            entrypoint=command,
             # Python would hold its lines back from a pipe, and with them the log that is followed.
             runtime_env={
                 "working_dir": str(REPOSITORY),
                 "excludes": EXCLUDED,
                 "env_vars": environment | {"PYTHONUNBUFFERED": "1"},
             },
-            metadata={"run_name": config.run_name},
+            metadata={"run_name": run_name},
         )
     except (RuntimeError, ValueError, OSError) as error:
         raise ResourceError(f"{address} did not take the job: {_cause(error)}") from None
@@ -164,8 +161,13 @@ def _job_details(client, job: str):
         raise ConfigError(f"the cluster has no job {job!r}; {latest}") from None
 
 
-def _entrypoint(source: str | None, storage_path: str, overrides: Sequence[str]) -> str:
-    """Build the job's command; refuse what would not arrive, be lost, or be read by others."""
+def job_command(source: str | None, storage_path: str, overrides: Sequence[str]) -> str:
+    """Build the command of a job: fine-tune as the config from `source` says, with `overrides`.
+
+    source: a file of this repository, or an https:// address.
+
+    Raises ConfigError or StorageError for what would not arrive with the job, be lost, or be read by others.
+    """
     if not IS_CHECKOUT:
         raise ConfigError("a job is sent with this program: run it from a clone of the repository (pip install -e .)")
     for override in overrides:
@@ -211,8 +213,9 @@ def _cause(error: object) -> str:
 
 
 def kuberay_manifest(
-    config: FinetuneConfig,
-    overrides: Sequence[str],
+    command: str,
+    run_name: str,
+    num_devices: int,
     image: str,
     working_dir: str,
     *,
@@ -222,12 +225,12 @@ def kuberay_manifest(
 ) -> dict[str, Any]:
     """Make a RayJob of KubeRay: a cluster for this run alone, which ends with it.
 
-    image: one with requirements.txt installed. working_dir: a zip of this repository (s3://, gs://, https://), or
-    its folder inside the image. secret: the Kubernetes secret whose keys are the names in SECRETS and SETTINGS.
+    command: of `job_command`. image: one with requirements.txt installed. working_dir: a zip of this repository
+    (s3://, gs://, https://), or its folder inside the image. secret: the Kubernetes secret whose keys are the names in
+    SECRETS and SETTINGS.
     A retry starts a new cluster, where the run continues from its storage_path.
     Fields: KubeRay's API reference, ray.io/v1.
     """
-    entrypoint = _entrypoint(config.source, config.storage_path, overrides)
     environment: dict[str, Any] = {"env_vars": {"PYTHONUNBUFFERED": "1"}}
     if "://" in working_dir:
         environment["working_dir"] = working_dir
@@ -239,7 +242,7 @@ def kuberay_manifest(
     # Not `cd`: KubeRay hands the entry point to a shell that would run its second half elsewhere.
     inside = {"workingDir": working_dir} if working_dir.startswith("/") else {}
     spec: dict[str, Any] = {
-        "entrypoint": entrypoint,
+        "entrypoint": command,
         "runtimeEnvYAML": _yaml(environment),
         "backoffLimit": max_retries,
         "shutdownAfterJobFinishes": True,
@@ -248,13 +251,13 @@ def kuberay_manifest(
             "rayVersion": _ray_version(),
             # No GPU and no work: the head is lost if a worker takes its memory.
             "headGroupSpec": {
-                "rayStartParams": {"num-cpus": "0"} if config.num_devices else {},
+                "rayStartParams": {"num-cpus": "0"} if num_devices else {},
                 "template": {"spec": {"containers": [_container("ray-head", image, secret) | inside]}},
             },
         },
     }
-    if config.num_devices:
-        nodes = math.ceil(config.num_devices / gpus_per_node)
+    if num_devices:
+        nodes = math.ceil(num_devices / gpus_per_node)
         container = _container("ray-worker", image, secret) | inside
         container["resources"] = {"limits": {"nvidia.com/gpu": gpus_per_node}}
         spec["rayClusterSpec"]["workerGroupSpecs"] = [
@@ -267,7 +270,7 @@ def kuberay_manifest(
                 "template": {"spec": {"containers": [container]}},
             }
         ]
-    name = re.sub(r"[^a-z0-9]+", "-", str(config.run_name).lower()).strip("-")[:40].strip("-") or "forgebook"
+    name = re.sub(r"[^a-z0-9]+", "-", run_name.lower()).strip("-")[:40].strip("-") or "forgebook"
     return {"apiVersion": "ray.io/v1", "kind": "RayJob", "metadata": {"name": name}, "spec": spec}
 
 
@@ -284,8 +287,8 @@ def _container(name: str, image: str, secret: str) -> dict[str, Any]:
 
 
 def anyscale_job(
-    config: FinetuneConfig,
-    overrides: Sequence[str],
+    command: str,
+    run_name: str | None,
     image: str | None = None,
     working_dir: str = ".",
     *,
@@ -293,13 +296,13 @@ def anyscale_job(
 ) -> dict[str, Any]:
     """Make an Anyscale job, for `anyscale job submit --config-file FILE`.
 
-    image: None installs requirements.txt on Anyscale's own. Secrets are not in it: they belong to the cloud's
-    own secret store or to `--env`. Fields: JobConfig of Anyscale's Job API reference.
+    command: of `job_command`. image: None installs requirements.txt on Anyscale's own. Secrets are not in it: they
+    belong in the cloud's secret store or in `--env`. Fields: JobConfig of Anyscale's Job API reference.
     """
     settings = {name: os.environ[name] for name in SETTINGS if os.environ.get(name) and "@" not in os.environ[name]}
     return {
-        "name": config.run_name,
-        "entrypoint": _entrypoint(config.source, config.storage_path, overrides),
+        "name": run_name,
+        "entrypoint": command,
         **({"image_uri": image} if image else {"requirements": "requirements.txt"}),
         "working_dir": working_dir,
         "excludes": EXCLUDED,

@@ -116,7 +116,7 @@ def _train(run: Run, config: ResolvedConfig, plan: Plan | None, started: float) 
     with (
         consoles.quiet_descriptors(run.logs / "driver.log") as live,
         contextlib.ExitStack() as uploads,
-        trackers.tracking(config, run, live.print),
+        trackers.tracking(config.loggers, run, live.print),
     ):
         try:
             with consoles.show_progress(run.logs / "progress.jsonl", live):
@@ -235,7 +235,9 @@ def _run_on_ray(config: ResolvedConfig, run: Run, output: Console, uploads: cont
         output.print("[dim]starting Ray[/dim]")
     cluster.start_ray()
     use_gpu = ray.cluster_resources().get("GPU", 0) > 0
-    per_worker = _resources_per_worker(config, use_gpu, ray.cluster_resources())
+    scorers = _scorers(config.preference_tuning_config)
+    per_worker = _resources_per_worker(config.num_devices, scorers, use_gpu, ray.cluster_resources())
+    per_worker |= config.worker_resources
     fewest = config.min_devices or config.num_devices
     _check_cluster(fewest, per_worker, ray.cluster_resources(), ray.available_resources())
     job = _make_job(config, run, per_worker)
@@ -363,17 +365,19 @@ def _forget_earlier(file_system: FileSystem, path: str) -> None:
             file_system.delete_file(f"{path}/{name}")
 
 
-def _resources_per_worker(config: FinetuneConfig, use_gpu: bool, cluster: dict[str, float]) -> dict[str, float]:
-    """Give a worker one GPU, or its share of the cores; and what worker_resources adds."""
+def _resources_per_worker(
+    workers: int, scorers: int, use_gpu: bool, cluster: dict[str, float]
+) -> dict[str, int | float]:
+    """Give each training worker one GPU, or its share of the cores; scorers: workers that take a core each."""
+    if use_gpu:
+        return {"GPU": 1, "CPU": 1}
     # A cluster of CPUs is shared out evenly: torch uses as many threads as the worker has cores.
-    cores = int(cluster.get("CPU", 1)) - _scorers(config.preference_tuning_config)
-    base = {"GPU": 1, "CPU": 1} if use_gpu else {"CPU": max(1, cores // config.num_devices)}
-    return {**base, **config.worker_resources}
+    return {"CPU": max(1, (int(cluster.get("CPU", 1)) - scorers) // workers)}
 
 
 def _scorers(preference: PreferenceTuningConfig | None) -> int:
     """Count the workers, one core each, that compute the reference's log-probabilities beside the training workers."""
-    if preference is None or not needs_reference(preference.loss) or not preference.logprob_processor_scaling_config:
+    if preference is None or not needs_reference(preference) or not preference.logprob_processor_scaling_config:
         return 0
     return preference.logprob_processor_scaling_config.concurrency
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from forgebook.catalog import TINY_MODEL, hub_id_of, model_folder, read_catalog
+from forgebook.config.blocks import labels_of
 from forgebook.errors import ForgebookError, ModelError, first_line, near_miss
 from forgebook.models.template_settings import set_template_defaults
 from forgebook.runs.checksums import check_files
@@ -22,13 +23,12 @@ from forgebook.runs.object_store import is_remote
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from forgebook.config.blocks import HubRepo
+    from forgebook.config.blocks import HubRepo, WeightsPath
     from forgebook.config.schema import FinetuneConfig
 
 __all__ = [
     "copy_of",
     "label_pieces",
-    "label_tokens",
     "load_tokenizer",
     "locate",
     "readable_model_errors",
@@ -82,34 +82,38 @@ def _fetch_repo(repo: HubRepo) -> str:
         raise ModelError(f"{repo.repo_id} could not be fetched from the hub: {first_line(error)}") from None
 
 
-def tokenizer_source(config: FinetuneConfig) -> str:
-    """Return where the tokenizer comes from: the checkpoint that is continued, if it has one, else the base model."""
-    for start in (config.initial_adapter_model_ckpt_path, config.initial_base_model_ckpt_path):
+def tokenizer_source(model_id: str, *starts: WeightsPath | None) -> str:
+    """Return where the tokenizer comes from: the first of the checkpoints that has one, else the base model.
+
+    starts: the checkpoints that a run continues, the adapter first.
+    """
+    for start in starts:
         if start is not None:
             source = locate(start)
             if (Path(source) / "tokenizer_config.json").exists():
                 return source
-    return locate(config.model_id)
+    return locate(model_id)
 
 
 def tokenizer_of(config: FinetuneConfig) -> PreTrainedTokenizerBase:
     """Load the tokenizer that a config trains with: a classifier's labels are tokens, the template has its settings."""
-    tokenizer = load_tokenizer(tokenizer_source(config), label_tokens(config))
+    source = tokenizer_source(
+        config.model_id, config.initial_adapter_model_ckpt_path, config.initial_base_model_ckpt_path
+    )
+    tokenizer = load_tokenizer(source, labels_of(config.classifier_config))
     set_template_defaults(tokenizer, config.generation_config.chat_template_kwargs)
     return tokenizer
 
 
-def label_tokens(config: FinetuneConfig) -> list[str]:
-    """List the labels that a classifier learns as tokens; none for other tasks."""
-    return config.classifier_config.label_tokens if config.classifier_config else []
+def label_pieces(tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> dict[int, list[int]]:
+    """Map the id of each new label to the ids of its text, as the tokenizer splits it without the label.
 
-
-def label_pieces(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase) -> dict[int, list[int]]:
-    """Map the id of each new label to the ids of its text, as the tokenizer splits it where it is no label yet."""
-    if not (labels := label_tokens(config)):
+    tokenizer: as `load_tokenizer` returned it, with the labels.
+    """
+    if not labels:
         return {}
-    plain = load_tokenizer(tokenizer_source(config))
-    numbers = tokenizer.convert_tokens_to_ids(labels)
+    plain = load_tokenizer(tokenizer.name_or_path)
+    numbers = tokenizer.convert_tokens_to_ids(list(labels))
     pieces = {
         number: plain(text, add_special_tokens=False)["input_ids"] for number, text in zip(numbers, labels, strict=True)
     }

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from forgebook.catalog import Catalog, Gpu, Shape, read_catalog
+from forgebook.catalog import Gpu, Shape, read_catalog
 from forgebook.config.rules import check_rules, open_keys
 from forgebook.config.schema import DEFAULT_LORA, LEARNING_RATES, auto_keys
 from forgebook.data import readers
@@ -43,6 +43,7 @@ KEYS = auto_keys()
 # A null of these is a choice: no adapter, no quantization, no DeepSpeed. A null of any other key leaves it open.
 NULL_IS_A_CHOICE = ("lora_config", "quantization", "deepspeed")
 
+FIRST_ROWS = 20
 SHORTEST_CONTEXT = 512
 UNCOUNTED_CONTEXT = 4096  # for data that is not on this machine
 # Examples per optimizer step: the largest of these that leaves FEWEST_STEPS steps, else the smallest.
@@ -67,19 +68,19 @@ EVALUATIONS_IN_ONE_EPOCH = 4
 # Before the data is tokenized -------------------------------------------------------------------------
 
 
-def first_rows(train_path: DataPath, count: int = 20) -> list[Any]:
+def first_rows(train_path: DataPath) -> list[Any]:
     """Read the first rows of the training data as they are written; unreadable ones are left out."""
     chunks = itertools.chain.from_iterable(map(readers.split_source, find_sources(train_path)))
     raw = (row for chunk in chunks for _, row in readers.read_chunk(chunk) if not isinstance(row, DataError))
-    return list(itertools.islice(raw, count))
+    return list(itertools.islice(raw, FIRST_ROWS))
 
 
-def choose_task(config: FinetuneConfig, raw: list[Any], catalog: Catalog | None = None) -> FinetuneConfig:
+def choose_task(config: FinetuneConfig, raw: list[Any]) -> FinetuneConfig:
     """Choose the task from the first rows, and a prompt format for models that have no chat template."""
     if not config.explicit_keys & {"task", "classifier_config", "preference_tuning_config", "vision_language_config"}:
         task, reason = _task_of(raw)
         config = config.resolve(task=task).explained({"task": reason})
-    prompt_format = (catalog or read_catalog()).formats.get(config.model_id.lower())
+    prompt_format = read_catalog().formats.get(config.model_id.lower())
     has_messages = any(not (isinstance(row, dict) and "text" in row) for row in raw)
     if prompt_format and config.generation_config.prompt_format is None and has_messages:
         generation = config.generation_config.model_dump() | {"prompt_format": prompt_format}
@@ -107,12 +108,12 @@ def _parses_as(task: str, raw: Any) -> bool:
     return True
 
 
-def core_shape(model_id: str, catalog: Catalog | None = None) -> Shape:
+def core_shape(model_id: str) -> Shape:
     """Return the shape of a model; raise ModelError, which lists the core models, for an unknown one."""
     try:
-        return find_shape(model_id, catalog)
+        return find_shape(model_id)
     except ModelError as error:
-        core_models = ", ".join(["tiny", *(catalog or read_catalog()).shapes])
+        core_models = ", ".join(["tiny", *read_catalog().shapes])
         raise ModelError(
             f"{error}. --default needs a model of a known shape: one whose config.json is on this machine or the hub, "
             f"of an architecture that transformers has. The core models: {core_models}"
@@ -125,7 +126,6 @@ def choose(
     hardware: tuple[int, Gpu] | None,
     data: Statistics | None,
     longest_valid: int = 0,
-    catalog: Catalog | None = None,
 ) -> tuple[FinetuneConfig, list[Choice]]:
     """Choose what a config leaves open; return it without gaps, and every choice with its reason.
 
@@ -134,26 +134,26 @@ def choose(
 
     Raises ResourceError if nothing fits the hardware.
     """
-    catalog = catalog or read_catalog()
     if config.valid_path is None:
         config = config.explained({"valid_path": "no evaluation loss; the last checkpoint counts as the best"})
     if "lora_config" not in config.explicit_keys:
         reason = "rank 8 on all linear layers: close to full fine-tuning, with little memory"
         config = config.resolve(lora_config=dict(DEFAULT_LORA)).explained({"lora_config.r": reason})
-    config = _choose_length(config, shape, data, longest_valid)
-    config = _choose_padding(config, data)
-    config = _choose_machines(config, shape, hardware, catalog)
+    factor = (config.rope_scaling or {}).get("factor", 1)
+    limit = int(shape.context * factor) if shape.context else None
+    longest = max(data.longest, longest_valid) if data else None
+    config = take(config, "context_length", *_context_for(longest, limit, config.truncation, data))
+    config = take(config, "padding", *_padding_for(config.task, config.attention, data))
+    config = _choose_machines(config, shape, hardware)
     config = _choose_batch(config, shape, hardware, data)
-    config = _choose_schedule(config, data, catalog)
+    config = _choose_schedule(config, data)
     check_rules(config)
     return config, choices_of(config)
 
 
-def _sequences(config: FinetuneConfig, data: Statistics) -> int:
+def _sequences(padding: str, context: int | None, task: str | None, data: Statistics) -> int:
     """Count what a batch counts, over an epoch: examples, pairs, or packed sequences."""
-    if config.padding == "packed":
-        return math.ceil(data.tokens / _chosen(config.context_length))
-    return data.examples // group_size(config.task)
+    return math.ceil(data.tokens / _chosen(context)) if padding == "packed" else data.examples // group_size(task)
 
 
 def _chosen(value: int | None) -> int:
@@ -162,35 +162,36 @@ def _chosen(value: int | None) -> int:
     return value
 
 
-def _choose_length(config: FinetuneConfig, shape: Shape, data: Statistics | None, longest_valid: int) -> FinetuneConfig:
-    longest = max(data.longest, longest_valid) if data else UNCOUNTED_CONTEXT
-    factor = (config.rope_scaling or {}).get("factor", 1)
-    limit = int((shape.context or longest) * factor)
+def _context_for(longest: int | None, limit: int | None, truncation: str, data: Statistics | None) -> tuple[int, str]:
+    """Choose the context length, with the reason. longest: tokens of an example; limit: the model's; None: unknown."""
+    longest = longest or UNCOUNTED_CONTEXT
+    limit = limit or longest
     powers = [2**k for k in range(SHORTEST_CONTEXT.bit_length() - 1, limit.bit_length())]
     lengths = sorted({min(length, limit) for length in [*powers, limit]})
     context = next((length for length in lengths if length >= longest), limit)
     if data is None:
         reason = "the data is not on this machine: its longest example is not known"
     elif longest <= limit:
-        what = "the smallest power of two" if context in powers else "the model's longest context"
-        reason = f"the longest example has {longest:,} tokens: {what} that holds it"
+        choice = "the smallest power of two" if context in powers else "the model's longest context"
+        reason = f"the longest example has {longest:,} tokens: {choice} that holds it"
     else:
         longer = sum(length > limit for length in data.lengths)
         effect = {"error": "rejects the run if answers would be lost", "drop": "leaves them out"}
         reason = (
             f"the model's longest; {longer:,} training examples are longer, up to {longest:,} tokens: truncation: "
-            f"{config.truncation} {effect.get(config.truncation, 'cuts them')}"
+            f"{truncation} {effect.get(truncation, 'cuts them')}"
         )
-    return take(config, "context_length", context, reason)
+    return context, reason
 
 
-def _choose_padding(config: FinetuneConfig, data: Statistics | None) -> FinetuneConfig:
-    if not data or config.task == "preference_tuning":
-        return take(config, "padding", "longest", "batches are grouped by length")
+def _padding_for(task: str | None, attention: str, data: Statistics | None) -> tuple[str, str]:
+    """Choose how batches are padded, with the reason."""
+    if not data or task == "preference_tuning":
+        return "longest", "batches are grouped by length"
     share = _padding_share(data.lengths)
-    if share >= MUCH_PADDING and config.attention in ("flash_attention_2", "flash_attention_3"):
-        return take(config, "padding", "packed", f"about {share:.0%} of the batches would be padding")
-    return take(config, "padding", "longest", f"batches are grouped by length: about {share:.0%} is padding")
+    if share >= MUCH_PADDING and attention in ("flash_attention_2", "flash_attention_3"):
+        return "packed", f"about {share:.0%} of the batches would be padding"
+    return "longest", f"batches are grouped by length: about {share:.0%} is padding"
 
 
 def _padding_share(lengths: tuple[int, ...]) -> float:
@@ -202,15 +203,13 @@ def _padding_share(lengths: tuple[int, ...]) -> float:
     )
 
 
-def _choose_machines(
-    config: FinetuneConfig, shape: Shape, hardware: tuple[int, Gpu] | None, catalog: Catalog
-) -> FinetuneConfig:
+def _choose_machines(config: FinetuneConfig, shape: Shape, hardware: tuple[int, Gpu] | None) -> FinetuneConfig:
     if hardware is None:
         config = take(config, "num_devices", 0, "no GPU: in this process, which starts at once")
         is_chosen = is_open(config, "dtype")  # else there is nothing to measure
         return take(config, "dtype", *choose_cpu_dtype(shape.hidden, shape.intermediate)) if is_chosen else config
     count, gpu = hardware
-    if gpu.name in catalog.gpus:
+    if gpu.name in read_catalog().gpus:
         config = take(config, "hardware", f"{count}x{gpu.name}", "the GPUs of this machine")
     config = take(config, "attention", "auto", "the fastest that is installed: FlashAttention, else SDPA")
     return take(config, "num_devices", count, f"all of {count}x{gpu.name}, one worker each")
@@ -245,7 +244,7 @@ def _first_batch(config: FinetuneConfig, data: Statistics | None) -> tuple[int, 
     """Choose micro batch and accumulation before it is known what fits, with the reason for the global batch."""
     target, reason = BATCHES[1], "the data is not on this machine"
     if data:
-        sequences = _sequences(config, data)
+        sequences = _sequences(config.padding, config.context_length, config.task, data)
         total = sequences * (config.num_epochs or _epochs(config.task, sequences))
         target = next((n for n in BATCHES if total / n >= FEWEST_STEPS), min(BATCHES[-1], sequences))
         reason = f"{total:,} examples in all epochs give {math.ceil(total / target):,} steps"
@@ -310,11 +309,12 @@ def _epochs(task: str | None, sequences: int) -> int:
     return next((epochs for most, epochs in EPOCHS.items() if sequences <= most), 1)
 
 
-def _choose_schedule(config: FinetuneConfig, data: Statistics | None, catalog: Catalog) -> FinetuneConfig:
-    config = _choose_learning_rate(config, catalog)
+def _choose_schedule(config: FinetuneConfig, data: Statistics | None) -> FinetuneConfig:
+    rates = read_catalog().rates.get(config.model_id.lower())
+    config = take(config, "learning_rate", *_learning_rate(config.model_id, config.task, config.is_lora, rates))
     if data is None:
         return take(config, "num_epochs", 1, "the data is not on this machine")
-    sequences = _sequences(config, data)
+    sequences = _sequences(config.padding, config.context_length, config.task, data)
     epoch_steps = schedule.steps_per_epoch(sequences, config.global_batch_size)
     usual, least = _epochs(config.task, sequences), schedule.epochs_for(config.min_update_steps, epoch_steps)
     reason = f"{sequences:,} examples" if usual >= least else f"min_update_steps is {config.min_update_steps}"
@@ -330,14 +330,14 @@ def _choose_schedule(config: FinetuneConfig, data: Statistics | None, catalog: C
     return take(config, key, None, "after every epoch")
 
 
-def _choose_learning_rate(config: FinetuneConfig, catalog: Catalog) -> FinetuneConfig:
-    rates = catalog.rates.get(config.model_id.lower())
-    rate = (rates or LEARNING_RATES)["lora" if config.is_lora else "full"]
-    reason = "for LoRA" if config.is_lora else "for full fine-tuning"
-    reason += f", the rate of {config.model_id}" if rates else ""
-    if config.task == "preference_tuning":
+def _learning_rate(model_id: str, task: str | None, is_lora: bool, rates: dict[str, float] | None) -> tuple[float, str]:
+    """Choose the peak learning rate, with the reason. rates: the catalog's, where the model has its own."""
+    rate = (rates or LEARNING_RATES)["lora" if is_lora else "full"]
+    reason = "for LoRA" if is_lora else "for full fine-tuning"
+    reason += f", the rate of {model_id}" if rates else ""
+    if task == "preference_tuning":
         rate, reason = rate * PREFERENCE_SHARE, f"{reason}; a twentieth for preference pairs"
-    return take(config, "learning_rate", rate, reason)
+    return rate, reason
 
 
 @dataclass(frozen=True)

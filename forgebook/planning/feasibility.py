@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from forgebook.catalog import Gpu
+from forgebook.config.deepspeed_file import read_deepspeed_config
 from forgebook.config.rules import broken_rules
 from forgebook.data.batching import group_size
 from forgebook.data.token_store import fit_length
@@ -117,7 +118,7 @@ def without_gaps(config: FinetuneConfig, shape: Shape, data: Statistics | None) 
 
     If the data is not counted, num_epochs may be 1 for want of a better number: no figure of a plan depends on it.
     """
-    sizes = _open_sizes(config, shape, data)
+    sizes = _open_sizes(config.context_length, config.train_batch_size_per_device, shape.context, data)
     sized = config.resolve(**sizes)
     epochs = config.num_epochs
     if epochs is None and data is not None:
@@ -129,15 +130,14 @@ def without_gaps(config: FinetuneConfig, shape: Shape, data: Statistics | None) 
     )
 
 
-def _open_sizes(config: FinetuneConfig, shape: Shape, data: Statistics | None) -> dict[str, int]:
-    """Choose the context length, then the batch size, where the config leaves them open."""
-    context = config.context_length or max(data.p95 if data else 0, shape.context or 0)
+def _open_sizes(context: int | None, micro: int | None, longest: int | None, data: Statistics | None) -> dict[str, int]:
+    """Choose the context length, then the batch size, where they are None; longest: context of the model."""
+    context = context or max(data.p95 if data else 0, longest or 0)
     if not context:
         raise ConfigError(
             "context_length: the model states no context length, and the data is not counted: set context_length"
         )
-    micro = config.train_batch_size_per_device or micro_batch_for(context)
-    return {"context_length": context, "train_batch_size_per_device": micro}
+    return {"context_length": context, "train_batch_size_per_device": micro or micro_batch_for(context)}
 
 
 def micro_batch_for(context: int) -> int:
@@ -214,7 +214,7 @@ def _possible_changes(config: FinetuneConfig, shape: Shape, workers: int, on_gpu
             f"train_batch_size_per_device={micro} gradient_accumulation_steps={accumulation}",
             {"train_batch_size_per_device": micro, "gradient_accumulation_steps": accumulation},
         )
-    now = sharding_of(config, shape)
+    now = sharding_of(read_deepspeed_config(config.deepspeed, config.source), shape.hidden)
     names = [name for stage, name in ((1, "zero_1"), (2, "zero_2"), (3, "zero_3")) if stage > now.stage and workers > 1]
     if on_gpu and not now.offload_param:
         names += ["zero_3_offload_optim"] * (not now.offload_optimizer) + ["zero_3_offload_optim+param"]
@@ -249,7 +249,8 @@ def fit(
     workers, gpu = hardware
     if workers != max(1, config.num_devices):
         config = config.resolve(num_devices=workers)
-    config = config.resolve(**_open_sizes(config, shape, data))
+    sizes = _open_sizes(config.context_length, config.train_batch_size_per_device, shape.context, data)
+    config = config.resolve(**sizes)
     length = longest_sequence(config, data)
     offloading = ["zero_3_offload_optim", "zero_3_offload_optim+param"]
     shardings: list[Any] = [None, "zero_1", "zero_2", "zero_3", *offloading] if workers > 1 else [None, *offloading]

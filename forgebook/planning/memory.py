@@ -16,8 +16,9 @@ Assumptions, and their sources:
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from forgebook.config.blocks import labels_of
 from forgebook.config.deepspeed_file import read_deepspeed_config, zero_of
 from forgebook.data.batching import group_size
 from forgebook.planning.trainable import adapted_layers, trainable_parameters, trains_label_rows
@@ -100,17 +101,16 @@ class Sharding:
     step: int = 0
 
 
-def sharding_of(config: FinetuneConfig, shape: Shape) -> Sharding:
-    """Read a config's DeepSpeed file, with `auto` as accelerate fills it in.
+def sharding_of(settings: dict[str, Any] | None, hidden: int) -> Sharding:
+    """Read DeepSpeed's settings, with `auto` as accelerate fills it in; None: plain data parallelism.
 
-    Raises ConfigError if the file is missing or no JSON object.
+    hidden: the model's hidden size.
     """
-    settings = read_deepspeed_config(config)
     if settings is None:
         return Sharding()
     stated, zero = zero_of(settings), settings.get("zero_optimization", {})
     bucket = zero.get("reduce_bucket_size", 500_000_000)
-    bucket = shape.hidden**2 if bucket == "auto" else int(bucket)
+    bucket = hidden**2 if bucket == "auto" else int(bucket)
     # With overlap, one bucket is filled while the other is reduced; ZeRO-3 has one.
     buckets = 2 if stated.stage < 3 and zero.get("overlap_comm", False) else 1
 
@@ -131,7 +131,10 @@ def sharding_of(config: FinetuneConfig, shape: Shape) -> Sharding:
 
 @dataclass(frozen=True)
 class _Run:
-    """What the terms are computed from. width: bytes of a weight; trained: parameters; micro_batch: examples."""
+    """What the terms are computed from.
+
+    width: bytes of a weight; trained: parameters; labels: of a classifier; micro_batch: examples.
+    """
 
     config: FinetuneConfig
     shape: Shape
@@ -139,6 +142,7 @@ class _Run:
     workers: int
     width: int
     trained: int
+    labels: int
     micro_batch: int
     length: int
     on_gpu: bool
@@ -171,14 +175,16 @@ def memory_of(config: FinetuneConfig, shape: Shape, *, workers: int, length: int
     """
     if config.train_batch_size_per_device is None:
         raise ValueError("train_batch_size_per_device is not chosen yet: plan a config without gaps")
-    sharding = sharding_of(config, shape)
+    sharding = sharding_of(read_deepspeed_config(config.deepspeed, config.source), shape.hidden)
     if not on_gpu:  # the worker's memory is the host's: offloading has nowhere to move anything to
         sharding = replace(sharding, offload_optimizer=False, offload_param=False)
     width = 2 if config.dtype == "bfloat16" else 4
-    trained = trainable_parameters(config, shape)
+    labels = len(labels_of(config.classifier_config))
+    trained = trainable_parameters(config.lora_config, shape, labels)
     run = _Run(
-        config, shape, sharding, max(1, workers), width, trained, config.train_batch_size_per_device, length, on_gpu
-    )
+        config, shape, sharding, max(1, workers), width, trained, labels, config.train_batch_size_per_device, length,
+        on_gpu,
+    )  # fmt: skip
 
     whole = _base_bytes(shape, config.quantization, width) + (trained * width if config.is_lora else 0)
     weights = 0 if sharding.offload_param else run.shard(whole, 3)
@@ -238,7 +244,7 @@ def _backward(run: _Run, gradients: int, buffers: int) -> int:
     shared = head * run.shape.tied  # waits for the other half of its sum
     saved, working, layer = _activations(run)
     # PEFT trains a label's row in a copy of the whole table, whose gradient is a table, too.
-    table = run.shape.embedding_parameters * run.width * trains_label_rows(run.config)
+    table = run.shape.embedding_parameters * run.width * trains_label_rows(run.config.lora_config, run.labels)
     first = saved + max(_chunk(run), working) + head + 2 * table
     last = max(layer, head, table) + shared
     if sharding.stage == 0:

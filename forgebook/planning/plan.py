@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from forgebook.catalog import Catalog, Gpu, Shape, read_catalog
-from forgebook.config.blocks import needs_reference
+from forgebook.config.blocks import labels_of, needs_reference
+from forgebook.config.deepspeed_file import read_deepspeed_config
 from forgebook.models.lora_targets import EXPERT_LAYERS
 from forgebook.models.vllm_support import vllm_serves
 from forgebook.planning.feasibility import Work, capacity, cheapest_change, fits, without_gaps, work_of
@@ -98,15 +99,17 @@ class Plan:
 # Time and cost ----------------------------------------------------------------------------------------
 
 
-def flops_per_token(config: FinetuneConfig, shape: Shape, length: float) -> float:
-    """Count the FLOPs of training on one token. length: tokens of its sequence, of which attention sees half."""
+def flops_per_token(shape: Shape, length: float, adapter: int | None = None, has_reference: bool = False) -> float:
+    """Count the FLOPs of training on one token.
+
+    length: tokens of its sequence, of which attention sees half. adapter: its parameters; None in full fine-tuning.
+    has_reference: whether the loss compares the model with a reference model, which runs forward alone.
+    """
     active = shape.active_parameters
     attention = 6 * shape.layers * shape.heads * shape.head_dim * length
-    preference = config.preference_tuning_config
-    reference = 2 * active if preference is not None and needs_reference(preference.loss) else 0
-    if not config.is_lora:
-        return 6.0 * active + attention + reference
-    return 4.0 * active + 6 * trainable_parameters(config, shape) + attention + reference
+    reference = 2 * active if has_reference else 0
+    weights = 6.0 * active if adapter is None else 4.0 * active + 6 * adapter
+    return weights + attention + reference
 
 
 def utilization(tokens_per_second: float, flops_of_token: float, gpus: int, peak: float) -> float:
@@ -162,7 +165,11 @@ def plan(
     if work is None and data is not None:
         work = work_of(resolved, data)
     longest = work.longest if work else resolved.context_length
-    flops_of_token = flops_per_token(resolved, shape, work.mean if work else resolved.context_length)
+    trained = trainable_parameters(resolved.lora_config, shape, len(labels_of(resolved.classifier_config)))
+    flops_of_token = flops_per_token(
+        shape, work.mean if work else resolved.context_length, trained if resolved.is_lora else None,
+        needs_reference(resolved.preference_tuning_config),
+    )  # fmt: skip
 
     device = hardware[1] if hardware else None
     gpu = device if isinstance(device, Gpu) else None
@@ -172,17 +179,19 @@ def plan(
     changed: Memory | None = None
     if device is not None and not does_fit:
         changes, changed = cheapest_change(resolved, shape, workers, longest, device)
-    speed = _speed_of(device, resolved, shape, mfu, throughputs)
+    kind = run_kind(resolved, shape.parameters)
+    speed = _speed_of(device, kind, mfu, throughputs)
     seconds = None
     if work is not None and speed.flops_per_second:
         seconds = work.positions * flops_of_token / (workers * speed.flops_per_second)
     on_gpus = memory_of(resolved, shape, workers=workers, length=longest) if isinstance(device, Cpu) else need
     costs = []
     for one in catalog.gpus.values():
-        flops_per_second = _speed_of(one, resolved, shape, mfu, throughputs).flops_per_second
+        flops_per_second = _speed_of(one, kind, mfu, throughputs).flops_per_second
         per_second = workers * flops_per_second / flops_of_token if flops_per_second else None
         costs.append(_cost_on(one, workers, per_second, on_gpus, work))
-    checkpoint, disk = _disk_bytes(resolved, shape)
+    saved = trained if resolved.is_lora else shape.parameters
+    checkpoint, disk = _disk_bytes(saved, trained, resolved.dtype, resolved.num_checkpoints_to_keep)
     return Plan(
         model_id=resolved.model_id,
         workers=workers,
@@ -192,7 +201,7 @@ def plan(
         micro_batch=resolved.train_batch_size_per_device,
         longest_row=longest,
         parameters=shape.parameters,
-        trainable_parameters=trainable_parameters(resolved, shape),
+        trainable_parameters=trained,
         memory=need,
         capacity=capacity(device) if device else None,
         fits=does_fit,
@@ -233,17 +242,15 @@ def run_kind(config: FinetuneConfig, parameters: int) -> RunKind:
     )  # fmt: skip
 
 
-def _speed_of(
-    device: Gpu | Cpu | None, config: FinetuneConfig, shape: Shape, mfu: float | None, throughputs: Sequence[Throughput]
-) -> _Speed:
+def _speed_of(device: Gpu | Cpu | None, kind: RunKind, mfu: float | None, throughputs: Sequence[Throughput]) -> _Speed:
     typical = None
     if device is not None:
-        typical = typical_throughput(throughputs, device.name, run_kind(config, shape.parameters))
+        typical = typical_throughput(throughputs, device.name, kind)
     earlier = f"based on {typical.runs} earlier run{'s' * (typical.runs > 1)} on this machine" if typical else ""
     if isinstance(device, Cpu):  # whose peak no catalog has
         if typical is None:
             return _Speed(None, None, "no similar earlier run on this machine")
-        each = " per worker" if config.num_devices > 1 else ""
+        each = " per worker" if kind.workers > 1 else ""
         how = f"at {typical.flops_per_second / 1e9:,.0f} GFLOP/s{each}, {earlier}"
         return _Speed(None, typical.flops_per_second, how)
     peak = device.peak if device is not None else None
@@ -270,15 +277,17 @@ def _cost_on(gpu: Gpu, workers: int, per_second: float | None, need: Memory, wor
     return GpuCost(gpu.name, fits(need, gpu), seconds, cost, per_million * work.positions / work.tokens)
 
 
-def _disk_bytes(config: FinetuneConfig, shape: Shape) -> tuple[int, int]:
-    """Count the bytes of one checkpoint, and of all that a run stores at once at most."""
-    width = 2 if config.dtype == "bfloat16" else 4
-    trained = trainable_parameters(config, shape)
-    checkpoint = width * (trained if config.is_lora else shape.parameters)
+def _disk_bytes(saved: int, trained: int, dtype: str, copies: int) -> tuple[int, int]:
+    """Count the bytes of one checkpoint, and the most that a run stores at a time.
+
+    saved: parameters of a checkpoint; trained: of the training state; copies: checkpoints that are kept.
+    """
+    width = 2 if dtype == "bfloat16" else 4
+    checkpoint = width * saved
     # The training state holds weights, float32 masters of bfloat16 weights, and two float32 moments. A new one, like a
     # new checkpoint, is complete before the old one is deleted.
     state = trained * (width + 12 if width == 2 else width + 8)
-    return checkpoint, checkpoint * (config.num_checkpoints_to_keep + 1) + 2 * state
+    return checkpoint, checkpoint * (copies + 1) + 2 * state
 
 
 def _vllm_verdict(lora_config: dict[str, Any] | None, shape: Shape) -> str:
@@ -305,7 +314,7 @@ def _notes(
         notes.append(f"{shape.towers:,} parameters of vision and audio towers are loaded and frozen: no text uses them")
     if shape.context is not None and config.context_length > shape.context and config.rope_scaling is None:
         notes.append(f"context_length {config.context_length:,} is beyond the model's {shape.context:,} positions")
-    sharding = sharding_of(config, shape)
+    sharding = sharding_of(read_deepspeed_config(config.deepspeed, config.source), shape.hidden)
     if sharding.offload_optimizer or sharding.offload_param:
         notes.append(f"the hosts need {workers * need.host / 1e9:,.1f} GB over all workers, which is not checked")
     if gpu is not None and gpu.note:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from forgebook.catalog import read_catalog
-from forgebook.config.schema import ResolvedConfig
+from forgebook.config.blocks import labels_of
 from forgebook.data import batching
 from forgebook.errors import ModelError, ResourceError
 from forgebook.models.adapters import check_lora
@@ -39,6 +40,8 @@ from forgebook.planning.prepare import Prepared
 from forgebook.runs.run import Run, display_path
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from forgebook.config.schema import FinetuneConfig
 
 __all__ = ["check_plan", "check_settings", "compare_run", "plan_run", "record_run"]
@@ -120,7 +123,7 @@ def check_settings(prepared: Prepared) -> tuple[list[str], str | None]:
     if config.initial_adapter_model_ckpt_path is not None:
         adapter = locate(config.initial_adapter_model_ckpt_path)
         check_reach(partial(load_skeleton, base), adapter, config.lora_config or {})
-        _refuse_new_labels(config)
+        _refuse_new_labels(tokenizer_of(config), labels_of(config.classifier_config))
         vllm = vllm_serves_saved(adapter) if Path(adapter).is_dir() else vllm_serves(config.lora_config or {})
     elif config.lora_config is not None:
         skeleton = load_skeleton(base)
@@ -130,13 +133,12 @@ def check_settings(prepared: Prepared) -> tuple[list[str], str | None]:
     return [*filter(None, warnings), *unmatched], vllm
 
 
-def _refuse_new_labels(config: ResolvedConfig) -> None:
+def _refuse_new_labels(tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> None:
     """Raise ModelError for a continued adapter and labels that it has no embeddings for.
 
     They would be neither trained nor saved: whoever loads the checkpoint would get others.
     """
-    tokenizer = tokenizer_of(config)
-    if new := [tokenizer.convert_ids_to_tokens(number) for number in label_pieces(config, tokenizer)]:
+    if new := [tokenizer.convert_ids_to_tokens(number) for number in label_pieces(tokenizer, labels)]:
         raise ModelError(
             f"classifier_config.label_tokens: {', '.join(new)} are new to the adapter of "
             "initial_adapter_model_ckpt_path, and a continued adapter learns no new tokens: merge it first (python "

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
+from forgebook.config.blocks import labels_of
 from forgebook.config.data_block import HeldOut
 from forgebook.data import batching, split, token_store
 from forgebook.data import tokenize as data
@@ -82,7 +83,9 @@ def prepare(config: FinetuneConfig, run: Run, on_progress: Callable[[str, int, i
     if config.is_default:
         config, choices = _choose(config, sets)
     resolved = _fill_gaps(config, sets, run.name)
-    report: dict[str, Any] = {"tokenizer": tokenizer_source(resolved), "context_length": resolved.context_length}
+    starts = resolved.initial_adapter_model_ckpt_path, resolved.initial_base_model_ckpt_path
+    source = tokenizer_source(resolved.model_id, *starts)
+    report: dict[str, Any] = {"tokenizer": source, "context_length": resolved.context_length}
     for name, path in paths.items():
         whole = sets[name]
         losses = token_store.truncation_losses(whole, resolved.context_length)
@@ -139,12 +142,8 @@ def _bad_rows(config: FinetuneConfig) -> tuple[dict[str, Any], dict[str, Dataset
     assert config.task is not None  # filled in when the config is checked
     paths = {"train": config.train_path} | ({"valid": config.valid_path} if config.valid_path else {})
     read = {name: path for name, path in paths.items() if not isinstance(path, HeldOut)}
-    notes = {name: read_notes(path, config.task, _labels_of(config)) for name, path in read.items()}
+    notes = {name: read_notes(path, config.task, labels_of(config.classifier_config)) for name, path in read.items()}
     return paths, {name: note for name, note in notes.items() if note}
-
-
-def _labels_of(config: FinetuneConfig) -> tuple[str, ...]:
-    return tuple(config.classifier_config.label_tokens) if config.classifier_config else ()
 
 
 def _tokenize(
@@ -160,7 +159,7 @@ def _tokenize(
         config.generation_config.prompt_format,
         config.train_on,
         config.rewritten_turns,
-        _labels_of(config),
+        labels_of(config.classifier_config),
     )
     tokenizer, cache = tokenizer_of(config), run.folder.parent / ".tokens"
     sets: dict[str, Tokens] = {}

@@ -31,7 +31,7 @@ def check_written(config: FinetuneConfig, shape: Shape, steps: int | None) -> li
     lora = config.lora_config
     if lora is not None and config.initial_adapter_model_ckpt_path is None:
         unmatched = unmatched_targets(lora, layers_of_shape(shape))
-        if unmatched and not lora.get("target_parameters") and not trainable_parameters(config, shape):
+        if unmatched and not lora.get("target_parameters") and not trainable_parameters(lora, shape):
             raise ModelError("; ".join(unmatched))
         warnings += unmatched
     # A default warm-up is at most a tenth of a short run.

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from forgebook.catalog import model_folder
+from forgebook.config.blocks import labels_of
 from forgebook.config.data_block import HeldOut
 from forgebook.data import readers
 from forgebook.data.batching import group_size
@@ -75,7 +76,7 @@ def count_data(config: FinetuneConfig) -> Statistics | None:
         return None
     assert config.task is not None  # filled in when the config is checked
     count, how = _counter(config.model_id)
-    labels = config.classifier_config.label_tokens if config.classifier_config else ()
+    labels = labels_of(config.classifier_config)
     sources = find_sources(config.train_path)
     chunks = [(source.weight, chunk) for source in sources for chunk in readers.split_source(source)]
     lengths: list[int] = []

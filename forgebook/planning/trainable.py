@@ -1,6 +1,6 @@
 """Which parameters train: all, or those of the adapter, counted from the shape of the model alone.
 
-count = trainable_parameters(config, shape)       what PEFT counts on the model itself
+count = trainable_parameters(lora_config, shape)      what PEFT counts on the model itself
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from forgebook.models.lora_targets import EXPERT_LAYERS, EXPERT_PARTS, ROUTERS
 
 if TYPE_CHECKING:
     from forgebook.catalog import Shape
-    from forgebook.config.schema import FinetuneConfig
 
 __all__ = ["adapted_layers", "trainable_parameters", "trains_label_rows"]
 
 
-def trainable_parameters(config: FinetuneConfig, shape: Shape) -> int:
-    """Count the trainable parameters: all that a text passes through, or those of the adapter."""
-    lora = config.lora_config
+def trainable_parameters(lora: dict[str, Any] | None, shape: Shape, labels: int = 0) -> int:
+    """Count the trainable parameters: all that a text passes through, or those of the adapter.
+
+    lora: `lora_config`, None for full fine-tuning. labels: how many tokens a classifier learns.
+    """
     if lora is None:
         return shape.text_parameters
     count = sum(_adapter_size(rank, inputs, outputs, lora) for _, rank, inputs, outputs in adapted_layers(lora, shape))
@@ -28,17 +29,18 @@ def trainable_parameters(config: FinetuneConfig, shape: Shape) -> int:
     saved = lora.get("modules_to_save") or []
     tables = {"embed_tokens", "lm_head"} & set(saved)
     count += shape.embedding_parameters * len(tables)
-    if config.classifier_config is not None and trains_label_rows(config):
+    if trains_label_rows(lora, labels):
         # One vector per label, in the embeddings and, if it is a separate layer, in the output layer.
-        count += len(config.classifier_config.label_tokens) * shape.hidden * (1 if shape.tied else 2)
+        count += labels * shape.hidden * (1 if shape.tied else 2)
     return count
 
 
-def trains_label_rows(config: FinetuneConfig) -> bool:
+def trains_label_rows(lora: dict[str, Any] | None, labels: int) -> bool:
     """Check whether an adapter trains the embeddings of a classifier's labels, and no others."""
-    lora = config.lora_config or {}
-    own = "trainable_token_indices" in lora or {"embed_tokens", "lm_head"} & set(lora.get("modules_to_save") or [])
-    return config.is_lora and config.classifier_config is not None and not own
+    if lora is None or not labels:
+        return False
+    tables = {"embed_tokens", "lm_head"} & set(lora.get("modules_to_save") or [])
+    return "trainable_token_indices" not in lora and not tables
 
 
 def _adapter_size(rank: int, inputs: int, outputs: int, lora: dict[str, Any]) -> int:

@@ -1,6 +1,6 @@
 """Experiment trackers: wandb, MLflow, TensorBoard, several at once. To add one, add a row to TRACKERS.
 
-    with tracking(config, run, warn):
+    with tracking(config.loggers, run, warn):
         ...                           # train; write the summary
 
 The driver reads what the run reports (forgebook.runs.metrics) and sends it on, one thread per tracker. Workers have no
@@ -18,7 +18,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,6 @@ import yaml
 
 from forgebook.config.block_keys import flatten
 from forgebook.config.blocks import Logger
-from forgebook.config.parse import dump_config
-from forgebook.config.schema import FinetuneConfig
 from forgebook.errors import first_line
 from forgebook.runs.atomic import read_json
 from forgebook.runs.metrics import read_new_lines
@@ -51,14 +49,12 @@ class _OpenTracker:
 
 
 @contextlib.contextmanager
-def tracking(config: FinetuneConfig, run: Run, warn: Callable[[str], None]) -> Iterator[None]:
-    """Send what the run reports to the trackers of its config while the block runs, and its summary at the end.
+def tracking(loggers: Sequence[Logger], run: Run, warn: Callable[[str], None]) -> Iterator[None]:
+    """Send what the run reports to its trackers while the block runs, and its summary at the end.
 
     warn: called with one sentence when a tracker fails. No tracker raises an error here, and the end of the block is
     delayed by at most GRACE_SECONDS.
     """
-    configured = config.logger or []
-    loggers = configured if isinstance(configured, list) else [configured]
     log = run.logs / "progress.jsonl"
     start = log.stat().st_size if log.exists() else 0
     ended = threading.Event()
@@ -66,7 +62,7 @@ def tracking(config: FinetuneConfig, run: Run, warn: Callable[[str], None]) -> I
     for k, logger in enumerate(loggers):
         id_file = run.logs / f"{logger.provider}-{k}.id"
         batches = read_new_lines(log, start, ended, POLL_SECONDS)
-        feed = functools.partial(_feed, logger, config, run, id_file, batches, ended, warn)
+        feed = functools.partial(_feed, logger, run, id_file, batches, ended, warn)
         threads.append(threading.Thread(target=feed, daemon=True, name=logger.provider))
         threads[-1].start()
     try:
@@ -85,7 +81,6 @@ def tracking(config: FinetuneConfig, run: Run, warn: Callable[[str], None]) -> I
 
 def _feed(
     logger: Logger,
-    config: FinetuneConfig,
     run: Run,
     id_file: Path,
     batches: Iterator[list[Event]],
@@ -103,7 +98,7 @@ def _feed(
         if not is_due or (tracker is not None and not pending):
             continue
         try:
-            tracker = tracker or row.open(logger.provider_config, config, run, id_file)
+            tracker = tracker or row.open(logger.provider_config, run, id_file)
             tracker.send(pending)
             pending, pause = [], 1.0
         except ImportError as error:
@@ -126,17 +121,18 @@ def _feed(
 # The trackers -----------------------------------------------------------------------------------------
 
 
-def _open_wandb(settings: dict[str, Any], config: FinetuneConfig, run: Run, id_file: Path) -> _OpenTracker:
+def _open_wandb(settings: dict[str, Any], run: Run, id_file: Path) -> _OpenTracker:
     """Open Weights & Biases; provider_config goes to wandb.init (project, group, name, tags, entity, mode, ...)."""
     import wandb
 
     if not id_file.exists():
         id_file.write_text(uuid.uuid4().hex[:8])
-    named = {"project": "forgebook", "group": config.model_id, "name": run.name}
+    values = _config_values(run)
+    named = {"project": "forgebook", "group": values["model_id"], "name": run.name}
     quiet = wandb.Settings(console="off", silent=True, init_timeout=10, finish_timeout=GRACE_SECONDS - 5)
     handle = wandb.init(
         **{**named, "id": id_file.read_text(), "resume": "allow", "dir": str(run.logs), **settings},
-        config=_plain(config), reinit="create_new", settings=quiet,
+        config=values, reinit="create_new", settings=quiet,
     )  # fmt: skip
     # wandb's own step cannot go back, as that of a resumed run does.
     handle.define_metric("*", step_metric="step")
@@ -155,7 +151,7 @@ def _open_wandb(settings: dict[str, Any], config: FinetuneConfig, run: Run, id_f
     return _OpenTracker(send, end)
 
 
-def _open_mlflow(settings: dict[str, Any], config: FinetuneConfig, run: Run, id_file: Path) -> _OpenTracker:
+def _open_mlflow(settings: dict[str, Any], run: Run, id_file: Path) -> _OpenTracker:
     """Open MLflow: tracking_uri, experiment_name, create_experiment_if_not_exists, run_name, tags."""
     # By itself MLflow waits minutes for a dead server; what is not sent is kept here and sent again.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
@@ -173,11 +169,12 @@ def _open_mlflow(settings: dict[str, Any], config: FinetuneConfig, run: Run, id_
         if experiment is None and not settings.get("create_experiment_if_not_exists", True):
             raise LookupError(f"there is no experiment {title!r}, and create_experiment_if_not_exists is false")
         where = experiment.experiment_id if experiment else client.create_experiment(title)
-        tags = {"model_id": config.model_id, **settings.get("tags", {})}
+        values = _config_values(run)
+        tags = {"model_id": values["model_id"], **settings.get("tags", {})}
         name = client.create_run(where, run_name=settings.get("run_name", run.name), tags=tags).info.run_id
         id_file.write_text(name)
-        values = {key: str(value)[:6000] for key, value in flatten(_plain(config)).items()}
-        client.log_batch(name, params=[Param(key, value) for key, value in list(values.items())[:100]])
+        texts = {key: str(value)[:6000] for key, value in flatten(values).items()}
+        client.log_batch(name, params=[Param(key, text) for key, text in list(texts.items())[:100]])
         client.log_artifact(name, str(run.config))  # all values and their origins
 
     def send(events: list[Event]) -> None:
@@ -203,7 +200,7 @@ def _open_mlflow(settings: dict[str, Any], config: FinetuneConfig, run: Run, id_
     return _OpenTracker(send, end)
 
 
-def _open_tensorboard(settings: dict[str, Any], config: FinetuneConfig, run: Run, id_file: Path) -> _OpenTracker:
+def _open_tensorboard(settings: dict[str, Any], run: Run, id_file: Path) -> _OpenTracker:
     """Write event files to provider_config's log_dir, or `<run>/tensorboard`."""
     from tensorboardX import SummaryWriter
 
@@ -215,7 +212,7 @@ def _open_tensorboard(settings: dict[str, Any], config: FinetuneConfig, run: Run
         return SummaryWriter(str(folder), purge_step=purge_step, filename_suffix=f".{number:03}")
 
     writers = [begin_file()]
-    writers[0].add_text("config", f"```yaml\n{dump_config(config)}```")
+    writers[0].add_text("config", f"```yaml\n{run.config.read_text()}```")
     steps = [0]
 
     def send(events: list[Event]) -> None:
@@ -247,12 +244,12 @@ def _open_tensorboard(settings: dict[str, Any], config: FinetuneConfig, run: Run
 class Tracker:
     """A row of TRACKERS.
 
-    package: what to install. open: (provider_config, config, run, file for the tracker's run id) -> an open tracker.
+    package: what to install. open: (provider_config, run, file for the tracker's run id) -> an open tracker.
     environment: the variables that it reads; ray_cluster passes them on to other machines, which a test checks.
     """
 
     package: str
-    open: Callable[[dict[str, Any], FinetuneConfig, Run, Path], _OpenTracker]
+    open: Callable[[dict[str, Any], Run, Path], _OpenTracker]
     environment: tuple[str, ...] = ()
 
 
@@ -268,9 +265,9 @@ def _figures(event: dict[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in event.items() if isinstance(value, int | float) and name != "step"}
 
 
-def _plain(config: FinetuneConfig) -> dict[str, Any]:
-    """Turn the config into plain values, without its secrets, as in the run folder."""
-    return yaml.safe_load(dump_config(config))
+def _config_values(run: Run) -> dict[str, Any]:
+    """Read the config from the run folder, where it has no secrets."""
+    return yaml.safe_load(run.config.read_text())
 
 
 def _short(error: BaseException) -> str:

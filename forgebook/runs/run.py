@@ -160,19 +160,19 @@ def open_run(config: FinetuneConfig) -> Run:
     return run
 
 
-def find_run(name: str, storage_path: str = "runs") -> Run:
-    """Find a run by its folder or URI, or by its name under storage_path (a folder, s3:// or gs://).
+def find_run(name: str) -> Run:
+    """Find a run by its folder or URI, or by its name under runs/.
 
     A run in a bucket is downloaded, without its training state. Raises StorageError if there is none.
     """
-    for run in candidate_runs(name, storage_path):
+    for run in candidate_runs(name, "runs"):
         if run.uri:
             upload.download_run(run.uri, run.folder, with_state=False)
         if run.config.exists():
             return run
     if is_remote(name):
         raise StorageError(f"no run at {name} (it has no config.yaml)")
-    raise StorageError(f"no run {name!r}: neither a run folder nor a name under {storage_path}/")
+    raise StorageError(f"no run {name!r}: neither a run folder nor a name under runs/")
 
 
 def candidate_runs(name: str, storage_path: str) -> list[Run]:

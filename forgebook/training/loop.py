@@ -221,7 +221,8 @@ def train_loop(config: ResolvedConfig, run: Run, report: Report = lambda metrics
         "stop_check": None,
     }
     if start.step < last_step:  # else an earlier process has taken the last step, and may have failed in this check
-        result["stop_check"] = check_stops(worker, train, config, seconds)
+        generation, is_compiled = config.generation_config, bool(config.torch_compile)
+        result["stop_check"] = check_stops(worker, train, config.task, generation, seconds, is_compiled)
     return result
 
 

@@ -48,10 +48,10 @@ class AdamW:
             p.copy_(master)
             master.grad = None
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop the gradients, or set them to zero."""
+    def zero_grad(self) -> None:
+        """Drop the gradients, whose memory the next forward pass can use."""
         for p in self.trained:
-            p.grad = None if set_to_none or p.grad is None else p.grad.zero_()
+            p.grad = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the moments and the master copies: rounded weights alone would lose the small updates."""

@@ -80,11 +80,12 @@ def with_reference(
     name: "training" or "validation".
     """
     preference = config.preference_tuning_config
-    if preference is None or not needs_reference(preference.loss):
+    if preference is None or not needs_reference(preference):
         return examples
     processor = preference.logprob_processor_scaling_config
     if processor and name == "training" and config.num_devices:
-        return replace(examples, reference=StagedReference(config, run, examples.tokens))
+        blocks = _blocks(config, examples.tokens)
+        return replace(examples, reference=StagedReference(run.tokens / "reference", blocks))
     progress.stage(f"computing the reference model's log-probabilities of the {name} pairs")
     # A pair is two examples.
     batch_size = 2 * ((processor and processor.batch_size) or config.eval_batch_size_per_device)
@@ -205,13 +206,14 @@ class _Scorer:
 class StagedReference:
     """[examples] log-probabilities as the stage's workers write them; indexing waits until they are there."""
 
-    def __init__(self, config: ResolvedConfig, run: Run, tokens: Tokens):
-        self._folder = run.tokens / "reference"
-        self._blocks = _blocks(config, tokens)
-        self._block_of = np.empty(len(tokens), np.int64)
-        for number, block in enumerate(self._blocks):
+    def __init__(self, folder: Path, blocks: list[np.ndarray]):
+        """Expect the log-probabilities of block k in the file k.npy of a folder; blocks: numbers of examples."""
+        self._folder, self._blocks = folder, blocks
+        count = sum(map(len, blocks))
+        self._block_of = np.empty(count, np.int64)
+        for number, block in enumerate(blocks):
             self._block_of[block] = number
-        self._values = np.full(len(tokens), np.nan, np.float32)
+        self._values = np.full(count, np.nan, np.float32)
 
     def __getitem__(self, examples: np.ndarray) -> np.ndarray:
         """Return the log-probabilities of some examples; raise TrainingError if the stage has failed."""

@@ -29,14 +29,14 @@ from accelerate.utils import (
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.neftune import activate_neftune
 
-from forgebook.config.blocks import PromptFormat
+from forgebook.config.blocks import PromptFormat, labels_of
 from forgebook.config.deepspeed_file import read_deepspeed_config
 from forgebook.config.schema import ResolvedConfig
 from forgebook.data import masking
 from forgebook.errors import TrainingError
 from forgebook.models import adapters, load, saved_adapters
 from forgebook.models.families import freeze_towers
-from forgebook.models.tokenizer import label_pieces, label_tokens, locate, tokenizer_of
+from forgebook.models.tokenizer import label_pieces, locate, tokenizer_of
 from forgebook.training import classification, distributed, kernels, optimizers
 from forgebook.training.losses import SupervisedLM
 
@@ -78,7 +78,7 @@ def make_accelerator(config: ResolvedConfig) -> Accelerator:
     knows DeepSpeed's config by then. Raises TrainingError if accelerate does not start DeepSpeed.
     """
     on_cpu = not torch.cuda.is_available()
-    settings = read_deepspeed_config(config)
+    settings = read_deepspeed_config(config.deepspeed, config.source)
     if settings is None:
         # An earlier run of the same process leaves this set, and accelerate would start DeepSpeed again.
         os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
@@ -178,8 +178,9 @@ def _load_model(config: ResolvedConfig, tokenizer: Any, base: str, adapter: str 
         quantization=config.quantization,
         gradient_checkpointing=config.gradient_checkpointing,
     )
-    new_token_settings = load.fit_vocabulary(model, tokenizer, label_tokens(config), config.lora_config)
-    load.start_labels(model, label_pieces(config, tokenizer))
+    labels = labels_of(config.classifier_config)
+    new_token_settings = load.fit_vocabulary(model, tokenizer, labels, config.lora_config)
+    load.start_labels(model, label_pieces(tokenizer, labels))
     if config.liger_kernel.enabled:
         kernels.use_liger(model, {str(name): on for name, on in config.liger_kernel.kwargs.items()})
     if adapter is not None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from forgebook.config.schema import ResolvedConfig
+from forgebook.config.blocks import GenerationConfig
 from forgebook.data import masking
 from forgebook.data.batching import group_size
 from forgebook.data.token_store import Tokens
@@ -45,15 +45,22 @@ class _Example:
 
 
 def check_stops(
-    worker: Worker, train: Tokens, config: ResolvedConfig, training_seconds: float
+    worker: Worker,
+    train: Tokens,
+    task: str,
+    generation_config: GenerationConfig,
+    training_seconds: float,
+    is_compiled: bool = False,
 ) -> dict[str, Any] | None:
     """Answer three training prompts greedily and count the answers that end with what ends answers in training.
+
+    generation_config: of the run's config. is_compiled: whether the decoder runs through torch.compile.
 
     Returns, on every rank, what summary.json reports: `prompts`, `stopped`, `max_new_tokens` (twice the longest trained
     answer and a few), `trained_answer_tokens`, and a `note` that says why nothing was checked. None for a task without
     answers. Raises nothing. Collective.
     """
-    if config.task not in TASKS:
+    if task not in TASKS:
         return None
     engine = worker.deepspeed_engine
     is_partitioned = engine is not None and engine.zero_optimization_stage() == 3
@@ -61,28 +68,34 @@ def check_stops(
     if worker.accelerator.is_main_process or is_partitioned:
         limit = min(MOST_SECONDS, max(LEAST_SECONDS, TIME_SHARE * training_seconds))
         try:
-            result |= _check(worker, train, config, limit, is_partitioned)
+            result |= _check(worker, train, group_size(task), generation_config, limit, is_partitioned, is_compiled)
         except Exception as error:  # whatever it is, the run is complete
             result["note"] = f"generation failed ({type(error).__name__}: {first_line(error)})"
     return distributed.gathered(result)[0]
 
 
 def _check(
-    worker: Worker, train: Tokens, config: ResolvedConfig, seconds: float, is_partitioned: bool
+    worker: Worker,
+    train: Tokens,
+    group: int,
+    generation_config: GenerationConfig,
+    seconds: float,
+    is_partitioned: bool,
+    is_compiled: bool,
 ) -> dict[str, Any]:
-    text, ids = masking.end_of_turn(worker.tokenizer, config.generation_config.prompt_format)
-    sequences = config.generation_config.stopping_sequences
+    text, ids = masking.end_of_turn(worker.tokenizer, generation_config.prompt_format)
+    sequences = generation_config.stopping_sequences
     known = worker.model.generation_config.eos_token_id
     stops = {*ids, *(known if isinstance(known, list) else [known]), worker.tokenizer.eos_token_id}
     stops = {stop for stop in (*stops, *sequences) if isinstance(stop, int)}
     texts = [stop for stop in (text, *sequences) if isinstance(stop, str) and stop]
-    examples, note = _choose(train, group_size(config.task), stops, bool(texts))
+    examples, note = _choose(train, group, stops, bool(texts))
     if note is not None:
         return {"note": note}
     longest = max(one.answer for one in examples)
     limit = 2 * longest + 8
     started = time.perf_counter()
-    with _for_generation(worker, is_compiled=bool(config.torch_compile)):
+    with _for_generation(worker, is_compiled):
         answers = _generate(worker, [one.prompt for one in examples], stops, texts, limit, seconds, is_partitioned)
     stopped = sum(_is_stopped(ids, stops, texts, worker.tokenizer) for ids in answers)
     tokens = max(map(len, answers))

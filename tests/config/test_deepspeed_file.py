@@ -24,7 +24,7 @@ from support_config import refusal
 def test_deepspeed_forms(load_yaml, text, path):
     config = load_yaml(text)
     assert (config.deepspeed and config.deepspeed.config_path) == path
-    settings = read_deepspeed_config(config)
+    settings = read_deepspeed_config(config.deepspeed, config.source)
     assert settings is None if path is None else "zero_optimization" in settings
 
 
@@ -40,7 +40,7 @@ def test_deepspeed_files_are_found_from_any_working_directory(load_yaml, monkeyp
     folder.mkdir()
     monkeypatch.chdir(folder)
     assert find_deepspeed_config("deepspeed_configs/zero_2.json") == REPOSITORY / "deepspeed_configs/zero_2.json"
-    assert read_deepspeed_config(load_yaml("deepspeed: zero_2"))["zero_optimization"]["stage"] == 2
+    assert read_deepspeed_config(load_yaml("deepspeed: zero_2").deepspeed)["zero_optimization"]["stage"] == 2
 
 
 def test_a_deepspeed_file_beside_the_config_is_still_found_from_the_run_folder(load_yaml, tmp_path):
@@ -79,12 +79,14 @@ def test_the_working_directory_comes_first(load_yaml, monkeypatch, tmp_path):
 def test_files_of_early_trees_are_read_as_the_shipped_one_with_their_settings(load_yaml, name):
     with pytest.warns(UserWarning, match=r"does not exist: using deepspeed_configs/zero_3_offload_optim\+param"):
         config = load_yaml(f"deepspeed: {{config_path: {name}}}")
-    assert read_deepspeed_config(config)["zero_optimization"]["offload_param"]["device"] == "cpu"
+    assert (
+        read_deepspeed_config(config.deepspeed, config.source)["zero_optimization"]["offload_param"]["device"] == "cpu"
+    )
 
 
 def test_a_file_of_stage_2_for_a_size_stays_in_its_stage(load_yaml):
     with pytest.warns(UserWarning, match=r"zero_2_7b\.json does not exist: using deepspeed_configs/zero_2\.json"):
-        assert zero_of(read_deepspeed_config(load_yaml("deepspeed: zero_2_7b"))) == Zero(2)
+        assert zero_of(read_deepspeed_config(load_yaml("deepspeed: zero_2_7b").deepspeed)) == Zero(2)
 
 
 def test_a_folder_of_another_project_falls_back_on_the_shipped_file_of_that_name(load_yaml):

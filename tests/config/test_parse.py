@@ -183,7 +183,7 @@ worker_resources:
     )
     assert config.learning_rate == float(rate) and config.is_lora == lora
     assert config.global_batch_size == train * devices * accumulation
-    assert read_deepspeed_config(config)["zero_optimization"]["stage"] == int(deepspeed[5])
+    assert read_deepspeed_config(config.deepspeed, config.source)["zero_optimization"]["stage"] == int(deepspeed[5])
 
 
 ERAS = {

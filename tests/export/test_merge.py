@@ -11,12 +11,13 @@ from peft.tuners.lora import Linear
 from safetensors import safe_open
 
 from conftest import LORA, TINY_MODEL, uneven_rows
+from forgebook.config.blocks import labels_of
 from forgebook.data.masking import encode_prompt
 from forgebook.errors import CheckpointError, ModelError, StorageError
 from forgebook.export.merge import mean_kl, merge_run, report_lines
 from forgebook.inference.generate import load_for_generation
 from forgebook.models import adapters, load
-from forgebook.models.tokenizer import label_tokens, load_tokenizer, tokenizer_of
+from forgebook.models.tokenizer import load_tokenizer, tokenizer_of
 from forgebook.training import checkpoints
 from support_models import TEXT
 
@@ -48,7 +49,7 @@ def make_checkpoint(make_config, write_rows, tmp_path):
         model = load.load_model(
             str(TINY_MODEL), dtype="float32", rope_scaling=config.rope_scaling, quantization=config.quantization
         )
-        extra = load.fit_vocabulary(model, tokenizer, label_tokens(config), config.lora_config)
+        extra = load.fit_vocabulary(model, tokenizer, labels_of(config.classifier_config), config.lora_config)
         model = adapters.add_lora(model, {**config.lora_config, **extra})
         torch.manual_seed(0)
         for name, p in model.named_parameters():

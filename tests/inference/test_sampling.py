@@ -7,14 +7,26 @@ import pytest
 import torch
 
 from forgebook.errors import ConfigError
-from forgebook.inference.sampling import LEAST, Sampler, Sampling, StopStrings, TokenSampling, prompt_seed
+from forgebook.inference.sampling import (
+    LEAST,
+    Sampler,
+    Sampling,
+    StopStrings,
+    TokenSampling,
+    generator_of,
+    prompt_seed,
+)
 
 LOGITS = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]]))
 
 
+def make_sampler(*settings: TokenSampling) -> Sampler:
+    return Sampler(settings, [generator_of(one, "cpu") for one in settings], "cpu")
+
+
 def sample(settings: list[TokenSampling], steps: int = 1, logits=LOGITS) -> list[list[int]]:
     """Sample so many tokens of each answer, with the same logits at each step."""
-    sampler = Sampler(settings, "cpu")
+    sampler = make_sampler(*settings)
     scores = logits.repeat(len(settings), 1) if len(logits) == 1 else logits
     return torch.stack([sampler(None, scores).argmax(-1) for _ in range(steps)], 1).tolist()
 
@@ -84,8 +96,8 @@ def test_an_answer_does_not_depend_on_its_neighbors():
 
 
 def test_greedy_scores_are_left_as_they_are():
-    assert torch.equal(Sampler([TokenSampling()], "cpu")(None, LOGITS), LOGITS)
-    mixed = Sampler([TokenSampling(), TokenSampling(temperature=1.0, seed=1)], "cpu")(None, LOGITS.repeat(2, 1))
+    assert torch.equal(make_sampler(TokenSampling())(None, LOGITS), LOGITS)
+    mixed = make_sampler(TokenSampling(), TokenSampling(temperature=1.0, seed=1))(None, LOGITS.repeat(2, 1))
     assert torch.equal(mixed[0], LOGITS[0])
 
 

@@ -100,7 +100,9 @@ def row_of(name: str, folder: Path) -> str:
     config = config_for(source, lora_config=LORA, context_length=64, train_batch_size_per_device=2)
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     known = shapes.find_shape(source)
-    assert trainable_parameters(config, counted) == trainable_parameters(config, known) == trained
+    assert (
+        trainable_parameters(config.lora_config, counted) == trainable_parameters(config.lora_config, known) == trained
+    )
     assert known.parameters == every["total"] and known.active_parameters == counted.active_parameters
 
     planned = plan(config, known, hardware_of("1xL4"))

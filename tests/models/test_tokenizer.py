@@ -16,7 +16,7 @@ import pytest
 
 from conftest import LORA, REPOSITORY, TINY_MODEL
 from forgebook.catalog import hub_id_of, model_folder, shape_of
-from forgebook.config.blocks import HubRepo
+from forgebook.config.blocks import HubRepo, labels_of
 from forgebook.errors import ModelError, StorageError
 from forgebook.export.gguf import export_gguf
 from forgebook.inference.generate import base_of
@@ -25,7 +25,6 @@ from forgebook.models.adapter_names import unserved_layers
 from forgebook.models.adapters import read_lora_config
 from forgebook.models.families import context_limit, native_context_length
 from forgebook.models.tokenizer import (
-    label_tokens,
     load_tokenizer,
     locate,
     readable_model_errors,
@@ -215,7 +214,7 @@ def test_a_tokenizer_without_a_pad_token_pads_with_its_end_token(tmp_path):
 
 def test_labels_become_tokens_and_stay_visible(make_config):
     config = make_config(task="classification", classifier_config={"label_tokens": ["[[yes]]", "flim"]})
-    assert label_tokens(config) == ["[[yes]]", "flim"] and label_tokens(make_config()) == []
+    assert labels_of(config.classifier_config) == ("[[yes]]", "flim") and labels_of(None) == ()
     tokenizer = tokenizer_of(config)
     label = tokenizer.convert_tokens_to_ids("flim")
     assert label in tokenizer("say flim")["input_ids"] and label not in tokenizer("flimsy")["input_ids"]
@@ -223,9 +222,9 @@ def test_labels_become_tokens_and_stay_visible(make_config):
 
 
 def test_a_continued_checkpoint_brings_its_tokenizer(make_config, tmp_path):
-    assert tokenizer_source(make_config(initial_base_model_ckpt_path=str(tmp_path))) == str(TINY_MODEL)
+    assert tokenizer_source("tiny", None, str(tmp_path)) == str(TINY_MODEL)
     (tmp_path / "tokenizer_config.json").write_text("{}")
-    assert tokenizer_source(make_config(initial_base_model_ckpt_path=str(tmp_path))) == str(tmp_path)
+    assert tokenizer_source("tiny", None, str(tmp_path)) == str(tmp_path)
 
 
 def test_loading_a_tokenizers_module_imports_no_torch():

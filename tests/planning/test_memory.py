@@ -25,12 +25,12 @@ def test_a_vision_tower_is_loaded_and_not_trained(tmp_path):
     """Its bytes are in the plan's weights; of Gemma 3 4B's 4.30 billion parameters 3.88 are trained."""
     shape = shape_of("google/gemma-3-4b-it")
     config = big("google/gemma-3-4b-it")
-    assert trainable_parameters(config, shape) == shape.parameters - shape.towers == 3_880_263_168
+    assert trainable_parameters(config.lora_config, shape) == shape.parameters - shape.towers == 3_880_263_168
     text = dataclasses.replace(shape, towers=0)
     need, need_text = (memory_of(config, one, workers=1, length=512) for one in (shape, text))
     assert need.weights - need_text.weights == 2 * shape.towers and need.optimizer == need_text.optimizer
     pattern = {"r": 8, "target_modules": r"model\.language_model\.layers\.\d+\.self_attn\.q_proj"}
-    assert trainable_parameters(config.resolve(lora_config=pattern), shape) == 34 * 8 * (2560 + 8 * 256)
+    assert trainable_parameters(pattern, shape) == 34 * 8 * (2560 + 8 * 256)
 
 
 # -- memory
@@ -110,7 +110,7 @@ def test_ddp_keeps_its_buckets_beside_all_activations():
 def test_zero_counts_both_buckets_on_a_gpu_and_what_is_written_to_on_a_cpu():
     config = big(deepspeed="zero_2", lora_config=LORA)
     shape = shape_of(config.model_id)
-    trained = trainable_parameters(config, shape)
+    trained = trainable_parameters(config.lora_config, shape)
     for on_gpu, held in ((True, 2 * 500_000_000 * 2), (False, 2 * trained)):
         assert memory_of(config, shape, workers=2, length=512, on_gpu=on_gpu).buffers == held
 

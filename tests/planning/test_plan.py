@@ -116,11 +116,11 @@ def test_the_plan_says_whether_vllm_finds_the_adapters_layers(model, lora, verdi
 def test_flops_are_six_and_four_per_parameter():
     shape = shape_of(big().model_id)
     active = shape.parameters - shape.embedding_parameters  # no look-up
-    assert flops_per_token(big(), shape, 0) == 6 * active
-    adapter = trainable_parameters(big(lora_config=LORA), shape)
-    assert flops_per_token(big(lora_config=LORA), shape, 0) == 4 * active + 6 * adapter
+    assert flops_per_token(shape, 0) == 6 * active
+    adapter = trainable_parameters(LORA, shape)
+    assert flops_per_token(shape, 0, adapter) == 4 * active + 6 * adapter
     # Causal attention: half of 4 FLOPs x width x length per layer, and twice that backward.
-    assert flops_per_token(big(), shape, 512) - 6 * active == 6 * 32 * 4096 * 512
+    assert flops_per_token(shape, 512) - 6 * active == 6 * 32 * 4096 * 512
 
 
 def test_cost_follows_from_time_and_price():

@@ -9,12 +9,13 @@ from safetensors.torch import load_file
 from sklearn import metrics as sk
 
 from conftest import LORA, TINY_MODEL, chat, losses_of
+from forgebook.config.blocks import labels_of
 from forgebook.data import masking, tokenize
 from forgebook.data.row_formats import Example
 from forgebook.inference.generate import load_for_generation
 from forgebook.launch.ray_train import fine_tune
 from forgebook.models import load
-from forgebook.models.tokenizer import label_pieces, label_tokens, load_tokenizer, tokenizer_of
+from forgebook.models.tokenizer import label_pieces, load_tokenizer, tokenizer_of
 from forgebook.runs.metrics import read_metrics
 from forgebook.training import classification
 
@@ -58,7 +59,7 @@ def test_only_the_last_label_is_trained(classifier):
     [[encoded]] = tokenize.encode_examples(
         [Example("f:1", messages=messages)],
         tokenizer,
-        tokenize.EncodingOptions("classification", labels=tuple(config.classifier_config.label_tokens)),
+        tokenize.EncodingOptions("classification", labels=labels_of(config.classifier_config)),
     )
     trained = [i for i, t in zip(encoded.input_ids, encoded.loss_mask, strict=True) if t]
     assert trained == classification.label_ids(tokenizer, ["[[even]]"]) and encoded.loss_mask.index(True) > 20
@@ -87,14 +88,14 @@ def test_other_modules_to_save_leave_the_labels_trained(classifier):
     model = load.load_model(str(TINY_MODEL), dtype="float32")
     assert (
         len(
-            load.fit_vocabulary(model, tokenizer_of(config), label_tokens(config), config.lora_config)[
+            load.fit_vocabulary(model, tokenizer_of(config), labels_of(config.classifier_config), config.lora_config)[
                 "trainable_token_indices"
             ]
         )
         == 1
     )
     own = classifier(lora_config=LORA | {"modules_to_save": ["embed_tokens"]})
-    assert load.fit_vocabulary(model, tokenizer_of(own), label_tokens(own), own.lora_config) == {}
+    assert load.fit_vocabulary(model, tokenizer_of(own), labels_of(own.classifier_config), own.lora_config) == {}
 
 
 def test_only_the_rows_of_the_labels_move(classifier):
@@ -112,7 +113,7 @@ def test_new_labels_start_from_the_tokens_of_their_text(classifier, tied):
     """In both layers; a label that is a token of the model already keeps its row."""
     config = classifier(classifier_config={"label_tokens": ["[[even]]", "the"]})
     tokenizer, plain = tokenizer_of(config), load_tokenizer(str(TINY_MODEL))
-    pieces = label_pieces(config, tokenizer)
+    pieces = label_pieces(tokenizer, labels_of(config.classifier_config))
     new = tokenizer.convert_tokens_to_ids("[[even]]")
     assert pieces == {new: plain("[[even]]", add_special_tokens=False)["input_ids"]} and len(pieces[new]) > 1
     model = load.load_model(str(TINY_MODEL), dtype="float32")
@@ -121,7 +122,7 @@ def test_new_labels_start_from_the_tokens_of_their_text(classifier, tied):
         model.config.tie_word_embeddings = False
         model.get_output_embeddings().weight = torch.nn.Parameter(model.get_output_embeddings().weight * 2)
     before = [layer.weight.detach().clone() for layer in (model.get_input_embeddings(), model.get_output_embeddings())]
-    load.fit_vocabulary(model, tokenizer, label_tokens(config), None)
+    load.fit_vocabulary(model, tokenizer, labels_of(config.classifier_config), None)
     load.start_labels(model, pieces)
     for old, layer in zip(before, (model.get_input_embeddings(), model.get_output_embeddings()), strict=True):
         assert torch.allclose(layer.weight[new], old[pieces[new]].mean(0), atol=1e-6)
@@ -136,7 +137,9 @@ def test_an_adapters_labels_move_at_a_rate_of_their_own(classifier):
     weights = load_file(run.checkpoints / "epoch-1" / "adapter_model.safetensors")
     [rows] = [weight for name, weight in weights.items() if "token_adapter" in name]
     base = load.load_model(str(TINY_MODEL), dtype="float32").get_input_embeddings().weight
-    starts = torch.stack([base[ids].mean(0) for ids in label_pieces(config, tokenizer_of(config)).values()])
+    starts = torch.stack(
+        [base[ids].mean(0) for ids in label_pieces(tokenizer_of(config), labels_of(config.classifier_config)).values()]
+    )
     moved = (rows - starts).abs().max().item()
     assert moved == pytest.approx(classification.label_rate(rate, 256), rel=0.05) and moved > 100 * rate
     largest_b = max(weight.abs().max().item() for name, weight in weights.items() if "lora_B" in name)

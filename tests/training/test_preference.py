@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import REPOSITORY, TINY_MODEL
-from forgebook.config.blocks import needs_reference
+from forgebook.config.blocks import PreferenceTuningConfig, needs_reference
 from forgebook.training.preference import PairLogps, preference_loss, preference_metrics
 from oracles.make_preference_oracle import perturb
 
@@ -80,7 +80,7 @@ def test_losses_gradients_and_margins_equal_those_of_trl(name, policy, reference
     theirs = ORACLE["losses"][name]
     kind = name.partition("_")[0]
     prompt = slice(1) if name == "orpo" else slice(None)
-    logps = logps_of(policy, reference if needs_reference(kind) else None, prompt)
+    logps = logps_of(policy, reference if needs_reference(PreferenceTuningConfig(loss=kind)) else None, prompt)
     losses = loss_as_named(name, logps)
     assert losses.mean().item() == pytest.approx(theirs["loss"], abs=1e-4)
     if "pair_losses" in theirs:
@@ -181,9 +181,9 @@ def test_no_gradient_flows_into_the_kl_term():
 def test_what_a_loss_does_not_know_is_refused():
     one = torch.ones(2)
     logps = PairLogps(-one, -2 * one, one, one)
-    assert [kind for kind in KINDS if needs_reference(kind)] == ["dpo", "ipo", "kto"]
+    assert [kind for kind in KINDS if needs_reference(PreferenceTuningConfig(loss=kind))] == ["dpo", "ipo", "kto"]
     for kind in KINDS:
-        if needs_reference(kind):
+        if needs_reference(PreferenceTuningConfig(loss=kind)):
             with pytest.raises(ValueError, match="reference"):
                 preference_loss(kind, logps, 0.1)
     with pytest.raises(ValueError, match="'ppo'"):

@@ -129,7 +129,7 @@ def test_a_stage_that_fails_ends_the_training_that_waits_for_it(job, monkeypatch
     config, run, tokens = job(**PROCESSOR)
     reference.start_stage(config, run).join()
     with pytest.raises(TrainingError, match=f"scoring the reference model failed: {text}"):
-        StagedReference(config, run, tokens)[np.array([0])]
+        StagedReference(run.tokens / "reference", reference._blocks(config, tokens))[np.array([0])]
 
 
 def test_blocks_of_an_earlier_start_are_not_scored_again(job, monkeypatch):
@@ -153,5 +153,5 @@ def test_a_scorer_computes_what_the_training_workers_would(job, wrapped, tmp_pat
     scorer = reference._Scorer(config, run)
     scorer({"block": np.arange(3)})
     whole = reference_logps(wrapped, Accelerator(cpu=True), examples_of(tokens), 4, tmp_path / "whole.npy")
-    staged = StagedReference(config, run, tokens)[np.arange(12)]
+    staged = StagedReference(run.tokens / "reference", reference._blocks(config, tokens))[np.arange(12)]
     np.testing.assert_allclose(staged, whole, atol=1e-3)

@@ -35,6 +35,10 @@ def tokens_of(*lengths, end=2, prompt=5):
     )
 
 
+def check(worker, tokens, config, seconds=0):
+    return check_stops(worker, tokens, config.task, config.generation_config, seconds)
+
+
 @pytest.fixture
 def answers(monkeypatch, checked):
     """Replace generation: every prompt is continued by token 20 + its row, and by an end where `stops` says so."""
@@ -98,13 +102,13 @@ def test_a_run_whose_generation_fails_is_a_finished_run(make_config, capsys, mon
 @pytest.mark.parametrize("task", ["causal_lm", "classification"])
 def test_tasks_without_answers_are_not_checked(checked, task):
     worker, config = checked
-    assert check_stops(worker, tokens_of(3), config.model_copy(update={"task": task}), 0) is None
+    assert check(worker, tokens_of(3), config.model_copy(update={"task": task})) is None
 
 
 def test_prompts_are_those_of_typical_answers_up_to_the_answer(checked, answers):
     worker, config = checked
     calls = answers([True, True, False])
-    result = check_stops(worker, tokens_of(9, 3, 5, 7, 500), config, 0)
+    result = check(worker, tokens_of(9, 3, 5, 7, 500), config)
     assert result == {
         "prompts": 3, "stopped": 2, "max_new_tokens": 26, "trained_answer_tokens": 9, "note": None,
     }  # fmt: skip
@@ -112,8 +116,8 @@ def test_prompts_are_those_of_typical_answers_up_to_the_answer(checked, answers)
     assert call["input_ids"].tolist() == [[1, 20, 20, 20, 20]] * 3 and call["do_sample"] is False
     assert call["eos_token_id"] == [2] and call["max_time"] == 20 and call["synced_gpus"] is False
     assert worker.wrapped.training
-    check_stops(worker, tokens_of(3), config, 10_000)
-    check_stops(worker, tokens_of(3), config, 10_000_000)
+    check(worker, tokens_of(3), config, 10_000)
+    check(worker, tokens_of(3), config, 10_000_000)
     assert [one["max_time"] for one in calls[1:]] == [100, 300]  # a hundredth of the training, five minutes at most
 
 
@@ -122,7 +126,7 @@ def test_only_the_last_answer_of_a_conversation_is_generated(checked, answers):
     two = Tokens.from_examples(
         [([1, 20, 30, 2, 21, 31, 32, 2, 9], [False, False, True, True, False, True, True, True, False])]
     )
-    check_stops(checked[0], two, checked[1], 0)
+    check(checked[0], two, checked[1])
     assert calls[0]["input_ids"].tolist() == [[1, 20, 30, 2, 21]] and calls[0]["max_new_tokens"] == 14
 
 
@@ -130,7 +134,7 @@ def test_of_pairs_the_chosen_answers_count(checked, answers):
     worker, config = checked
     answers([True] * 3)
     pairs = tokens_of(4, 9, 4, 9)
-    assert check_stops(worker, pairs, config.model_copy(update={"task": "preference_tuning"}), 0) == {
+    assert check(worker, pairs, config.model_copy(update={"task": "preference_tuning"})) == {
         "prompts": 2, "stopped": 2, "max_new_tokens": 16, "trained_answer_tokens": 4, "note": None,
     }  # fmt: skip
 
@@ -141,7 +145,7 @@ def test_a_text_may_end_answers(checked, answers):
     stop = worker.tokenizer.decode([NEVER])
     generation = config.generation_config.model_copy(update={"stopping_sequences": [stop, 7]})
     config = config.model_copy(update={"generation_config": generation})
-    assert check_stops(worker, tokens_of(4, end=NEVER), config, 0)["stopped"] == 1
+    assert check(worker, tokens_of(4, end=NEVER), config)["stopped"] == 1
     assert calls[0]["stop_strings"] == [stop] and calls[0]["eos_token_id"] == [2, 7]
 
 
@@ -155,12 +159,12 @@ def test_a_text_may_end_answers(checked, answers):
 )
 def test_what_cannot_be_checked_is_a_note(checked, answers, tokens, note):
     calls = answers([True])
-    result = check_stops(checked[0], tokens, checked[1], 0)
+    result = check(checked[0], tokens, checked[1])
     assert result["note"].startswith(note) and result["prompts"] == 0 and calls == []
 
 
 def test_generation_ends_in_time(checked, monkeypatch):
     """A model that is slow, as one gathered from all ranks for each token, is not generated from to the end."""
     monkeypatch.setattr("forgebook.training.stop_check.LEAST_SECONDS", 0.0)
-    result = check_stops(checked[0], tokens_of(100), checked[1], 0)
+    result = check(checked[0], tokens_of(100), checked[1])
     assert result["note"].startswith("1 token of each answer took 0 s") and result["prompts"] == 0
