@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # for editors and mypy ("as": they are exported); at run time
     from forgebook.evaluation.statistics import gsm8k_number as gsm8k_number
     from forgebook.evaluation.tool_accuracy import TOOL_CALL_MISTAKES as TOOL_CALL_MISTAKES
     from forgebook.evaluation.tool_accuracy import find_tool_call_mistake as find_tool_call_mistake
-    from forgebook.inference.generate import LoadedModel
+    from forgebook.inference.loading import LoadedModel
     from forgebook.inference.vllm_command import vllm_command as vllm_command
     from forgebook.models.load import load_model as load_model
     from forgebook.models.tokenizer import load_tokenizer as load_tokenizer
@@ -99,7 +99,7 @@ def fit(config: FinetuneConfig, hardware: str) -> FinetuneConfig | None:
 
 def load_for_generation(name: str | Path) -> LoadedModel:
     """Load a run's best checkpoint, or a model: .model, .tokenizer, .answer(conversations, max_new_tokens=64)."""
-    from forgebook.inference.generate import find_model, load_together
+    from forgebook.inference.loading import find_model, load_together
 
     return load_together([find_model(str(name))])[0]
 

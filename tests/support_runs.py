@@ -21,7 +21,7 @@ from forgebook.config.schema import FinetuneConfig
 from forgebook.data import batching
 from forgebook.data.token_store import load_view
 from forgebook.errors import ForgebookError
-from forgebook.inference import generate
+from forgebook.inference import loading
 from forgebook.launch.ray_train import fine_tune
 from forgebook.runs.metrics import read_metrics
 from forgebook.runs.run import Run
@@ -69,7 +69,7 @@ def settings_of(method: str, task: str, sharding: str, folder: Path) -> dict:
 def reloaded_loss(config: FinetuneConfig, run: Run, checkpoint: str) -> float:
     """Measure the saved checkpoint on the validation rows, loaded as anyone would."""
     unset_hf_deepspeed_config()  # or under ZeRO-3 transformers would load this model in partitions, too
-    model, tokenizer, _ = generate.load_for_generation(run.checkpoints / checkpoint, config.dtype)
+    model, tokenizer, _ = loading.load_for_generation(run.checkpoints / checkpoint, config.dtype)
     valid = load_view(run.tokens / "valid.npz")
     kept = run.tokens / "reference-validation.npy"
     sequences = batching.single_sequences(valid, batching.group_size(config.task))

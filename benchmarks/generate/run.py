@@ -26,7 +26,8 @@ MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # Run by both versions: only names that both have.
 CODE = """
 import json, sys, time
-from forgebook.inference.generate import complete, find_model, load_for_generation
+from forgebook.inference.generate import complete
+from forgebook.inference.loading import find_model, load_for_generation
 rows, model_id, limit, out = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
 prompts = [json.loads(line)["messages"][:-1] for line in open(rows)]
 model, tokenizer, prompt_format = load_for_generation(find_model(model_id), "float32")

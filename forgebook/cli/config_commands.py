@@ -1,6 +1,6 @@
 """The commands that take a CONFIG: fine-tune, plan, preview, tune, submit; and the state of a submitted job.
 
-Each takes its words and returns an exit code; each imports what it needs when it is called.
+Each takes its arguments and returns an exit code; each imports what it needs when it is called.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from forgebook.cli.options import Words, load_noting_retired, parse_words
+from forgebook.cli.arguments import Arguments, load_noting_retired, parse_arguments
 from forgebook.errors import ConfigError, ResourceError
 
 if TYPE_CHECKING:
@@ -37,16 +37,16 @@ __all__ = [
 ]
 
 
-def _load(words: Words) -> FinetuneConfig:
-    return load_noting_retired(words.target, words.rest, words.flags.default)
+def _load(parsed: Arguments) -> FinetuneConfig:
+    return load_noting_retired(parsed.target, parsed.rest, parsed.flags.default)
 
 
 def fine_tune_command(arguments: list[str]) -> int:
     """Run the training that a CONFIG describes."""
-    config = _load(parse_words("", arguments))
+    config = _load(parse_arguments("", arguments))
     from forgebook.planning.prepare import check_rows
 
-    check_rows(config)  # a mistake in the data is answered before torch and ray are imported
+    check_rows(config)  # a mistake in the data is reported before torch and Ray are imported
     from forgebook.launch.ray_train import fine_tune
 
     with _second_interrupt_ends():
@@ -79,7 +79,7 @@ def _second_interrupt_ends() -> Iterator[None]:
 
 def plan_command(arguments: list[str]) -> int:
     """Print memory, time and cost before the run."""
-    words = parse_words("plan", arguments)
+    parsed = parse_arguments("plan", arguments)
     from forgebook.models.shapes import find_shape
     from forgebook.planning.hardware import cpu_share, hardware_in, has_gpu
     from forgebook.planning.history import read_throughputs
@@ -88,23 +88,23 @@ def plan_command(arguments: list[str]) -> int:
     from forgebook.planning.settings import check_written
     from forgebook.planning.token_count import count_data
 
-    config = _load(words)
+    config = _load(parsed)
     choices: list[Choice] = []
     if config.is_default:
         config, hardware, data, choices = _choose(config)
     else:
         hardware, data = hardware_in(config), count_data(config)
     shape = find_shape(config.model_id)
-    if words.options["fit"]:
+    if parsed.options["fit"]:
         config = _write_fitting(config, shape, hardware, data)
     throughputs, warning = read_throughputs()
-    planned = plan(config, shape, hardware, data, mfu=words.options.get("mfu"), throughputs=throughputs)
+    planned = plan(config, shape, hardware, data, mfu=parsed.options.get("mfu"), throughputs=throughputs)
     warnings = check_written(config, shape, planned.steps)
     if _are_all_here(config.train_path, config.valid_path):
         from forgebook.planning.prepare import row_warnings
 
         warnings += row_warnings(config)
-    if words.flags.json:
+    if parsed.flags.json:
         added = {"choices": [vars(choice) for choice in choices], "warnings": warnings}
         print(json.dumps(plan_as_json(planned) | added, indent=2))
         return 0
@@ -180,16 +180,16 @@ def _write_fitting(
 
 def preview_command(arguments: list[str]) -> int:
     """Show examples as the model will see them."""
-    words = parse_words("preview", arguments)
-    config = _load(words)
+    parsed = parse_arguments("preview", arguments)
+    config = _load(parsed)
     if config.is_default:
         from forgebook.planning.auto_config import choose_task, first_rows
 
         config = choose_task(config, first_rows(config.train_path))
     from forgebook.data.preview import example_as_json, ignored_keys, preview_examples, print_example
 
-    examples = preview_examples(config, words.options["n"])
-    if words.flags.json:
+    examples = preview_examples(config, parsed.options["n"])
+    if parsed.flags.json:
         print("\n".join(map(example_as_json, examples)))
         if ignored := ignored_keys(config):
             print(f"ignored keys: {ignored}", file=sys.stderr)
@@ -206,12 +206,12 @@ def preview_command(arguments: list[str]) -> int:
 
 def tune_command(arguments: list[str]) -> int:
     """Sweep over values of some keys."""
-    words = parse_words("tune", arguments)
+    parsed = parse_arguments("tune", arguments)
     from forgebook.launch.ray_tune import print_sweep, sweep_as_json, tune
 
-    samples, is_json = words.options.get("samples"), words.flags.json
+    samples, is_json = parsed.options.get("samples"), parsed.flags.json
     with _second_interrupt_ends():
-        sweep = tune(words.target, words.rest, samples, words.flags.default, silent=is_json)
+        sweep = tune(parsed.target, parsed.rest, samples, parsed.flags.default, silent=is_json)
     if is_json:
         print(json.dumps(sweep_as_json(sweep), indent=2))
     else:
@@ -221,10 +221,10 @@ def tune_command(arguments: list[str]) -> int:
 
 def submit_command(arguments: list[str]) -> int:
     """Send the run to a Ray cluster as a job, or print its manifest."""
-    words = parse_words("submit", arguments)
-    options, flags = words.options, words.flags
-    config = _load(words)
-    overrides = ["--default", *words.rest] if flags.default else words.rest
+    parsed = parse_arguments("submit", arguments)
+    options, flags = parsed.options, parsed.flags
+    config = _load(parsed)
+    overrides = ["--default", *parsed.rest] if flags.default else parsed.rest
     usable = {"image", "working_dir", "max_retries"} if flags.format else {"address"}
     unusable = set(options) - usable - ({"gpus_per_node", "secret"} if flags.format == "kuberay" else set())
     if unusable:
@@ -237,7 +237,7 @@ def submit_command(arguments: list[str]) -> int:
 
         check_rows(config)
     if flags.format:
-        _print_job_file(flags.format, config, overrides, words)
+        _print_job_file(flags.format, config, overrides, parsed)
         return 0
     from forgebook.launch import ray_jobs
 
@@ -260,31 +260,31 @@ def submit_command(arguments: list[str]) -> int:
     return 0 if state == "SUCCEEDED" else 1
 
 
-def _print_job_file(kind: str, config: FinetuneConfig, overrides: list[str], words: Words) -> None:
+def _print_job_file(kind: str, config: FinetuneConfig, overrides: list[str], parsed: Arguments) -> None:
     """Print the file of a job for KubeRay or Anyscale."""
     import yaml
 
     from forgebook.launch import ray_jobs
 
     command = ray_jobs.job_command(config.source, config.storage_path, overrides)
-    image, folder = words.options.get("image"), words.options.get("working_dir")
+    image, folder = parsed.options.get("image"), parsed.options.get("working_dir")
     if kind == "kuberay":
         if image is None:
             raise ConfigError("submit: --format kuberay needs image=, one with requirements.txt installed")
-        settings = words.get("gpus_per_node", "max_retries", "secret")
+        settings = parsed.get("gpus_per_node", "max_retries", "secret")
         name, devices = str(config.run_name), config.num_devices
         manifest = ray_jobs.kuberay_manifest(command, name, devices, image, folder or "", **settings)
     else:
-        manifest = ray_jobs.anyscale_job(command, config.run_name, image, folder or ".", **words.get("max_retries"))
+        manifest = ray_jobs.anyscale_job(command, config.run_name, image, folder or ".", **parsed.get("max_retries"))
     print(yaml.safe_dump(manifest, sort_keys=False, width=1000), end="")
 
 
 def _job_of(name: str, arguments: list[str]) -> tuple[str, str]:
-    """Read the words of a command about one job: its id, and the address of its cluster."""
-    words = parse_words(name, arguments)
+    """Parse the arguments of a command about one job: its id, and the address of its cluster."""
+    parsed = parse_arguments(name, arguments)
     from forgebook.launch.ray_jobs import find_job_server
 
-    return words.target, find_job_server(words.options.get("address"))
+    return parsed.target, find_job_server(parsed.options.get("address"))
 
 
 def status_command(arguments: list[str]) -> int:

@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _print_help(arguments: Sequence[str]) -> None:
-    """Print the help and exit if --help is among the words; reject other flags; else point to the help."""
+    """Print the help and exit if --help is among the arguments; reject other flags; else point to the help."""
     argparse.ArgumentParser(
         prog="main.py",
         usage="python main.py [COMMAND] TARGET [key=value ...]",

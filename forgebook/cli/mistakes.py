@@ -1,4 +1,4 @@
-"""Typos and flags of other programs among the arguments: the error says what to write instead."""
+"""Typos, and flags of other programs, among the arguments: the error says what to write instead."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FINE_TUNING = {"train", "training", "finetune", "fine-tune", "fine_tune", "sft",
 
 
 def refuse_typo(name: str, commands: Iterable[str]) -> None:
-    """Raise ConfigError for a first word that is neither a command nor a file, unless it may be a path."""
+    """Raise ConfigError for a first argument that is neither a command nor a file, unless it may be a path."""
     commands = list(commands)
     suggestion = near_miss(name.lower(), commands)
     if name.lower() in FINE_TUNING:
@@ -29,14 +29,14 @@ def refuse_typo(name: str, commands: Iterable[str]) -> None:
 def refuse_unknown_flags(
     command: str, arguments: Sequence[str], flags: Iterable[str], options: Iterable[str] | None
 ) -> None:
-    """Raise ConfigError for `--num_epochs 3`, as other programs have it: keys and options are words here.
+    """Raise ConfigError for `--num_epochs 3`, as other programs have it: here it is `num_epochs=3`.
 
     options: the names that the command takes as `key=value`; None if it takes all keys of a config.
     """
     flags = set(flags)
-    for k, word in enumerate(arguments):
-        sign, equals, value = word.partition("=")
-        if word == "--":
+    for k, argument in enumerate(arguments):
+        sign, equals, value = argument.partition("=")
+        if argument == "--":
             return
         if not re.fullmatch(r"--?[A-Za-z][\w.-]*", sign) or sign in flags or (sign[1] != "-" and sign[:2] in flags):
             continue

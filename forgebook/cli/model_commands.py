@@ -1,6 +1,6 @@
 """The commands that manage fine-tuned models: list, show, delete; push to the hub; export as GGUF.
 
-Each takes its words and returns an exit code; each imports what it needs when it is called.
+Each takes its arguments and returns an exit code; each imports what it needs when it is called.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from forgebook.cli.arguments import flags_of, make_parser, parse_arguments
 from forgebook.cli.mistakes import refuse_unknown_flags
-from forgebook.cli.options import COMMANDS, flags_of, make_parser, parse_words
+from forgebook.cli.options import COMMANDS
 from forgebook.errors import ConfigError, near_miss
 
 if TYPE_CHECKING:
@@ -27,12 +28,13 @@ def models_command(arguments: list[str]) -> int:
     flags = make_parser(command).parse_intermixed_args(arguments)
     from forgebook.runs.registry import delete_model, get_model, list_models
 
-    action, *rest = flags.words or ["runs"]
+    action, *rest = flags.arguments or ["runs"]
     if action not in ("show", "delete"):
         if rest and (suggestion := near_miss(action, ("show", "delete"))):
             raise ConfigError(f"models: {action!r} is not a command{suggestion}")
         if rest:
-            raise ConfigError(f"models takes a storage path, or show RUN, or delete RUN; got {' '.join(flags.words)}")
+            got = " ".join(flags.arguments)
+            raise ConfigError(f"models takes a storage path, or show RUN, or delete RUN; got {got}")
         models = list_models(action, on_damaged=lambda reason: print(f"left out: {reason}", file=sys.stderr))
         _print_models(models, action, flags.json)
         return 0
@@ -80,18 +82,18 @@ def _print_models(models: list[Model], place: str, as_object: bool) -> None:
 
 def push_command(arguments: list[str]) -> int:
     """Upload a run's best checkpoint to the hub."""
-    words = parse_words("push", arguments, extra=["a repository after the RUN: OWNER/NAME"])
+    parsed = parse_arguments("push", arguments, extra=["a repository after the RUN: OWNER/NAME"])
     from forgebook.export.hub import push_to_hub
     from forgebook.runs.run import find_run
 
-    url = push_to_hub(find_run(words.target), words.rest[0], words.options["private"], words.options.get("base"))
+    url = push_to_hub(find_run(parsed.target), parsed.rest[0], parsed.options["private"], parsed.options.get("base"))
     print(f"pushed to {url}")
     return 0
 
 
 def export_command(arguments: list[str]) -> int:
     """Write a GGUF file, and a Modelfile for Ollama."""
-    words = parse_words("export", arguments, extra=["a file to write after the MODEL, such as model.gguf"])
+    parsed = parse_arguments("export", arguments, extra=["a file to write after the MODEL, such as model.gguf"])
     from pathlib import Path
 
     from forgebook.export.gguf import check_exportable, export_gguf
@@ -99,12 +101,12 @@ def export_command(arguments: list[str]) -> int:
     from forgebook.runs.atomic import atomic_file
     from forgebook.runs.run import best_checkpoint, find_run
 
-    folder, out, kind = Path(words.target), Path(words.rest[0]), words.options["type"]
+    folder, out, kind = Path(parsed.target), Path(parsed.rest[0]), parsed.options["type"]
     if not (folder / "config.json").is_file():
-        folder = best_checkpoint(find_run(words.target))
+        folder = best_checkpoint(find_run(parsed.target))
     check_exportable(folder, kind)
     modelfile = None
-    if words.options["ollama"]:
+    if parsed.options["ollama"]:
         from forgebook.export.ollama import read_modelfile
 
         # Before minutes of converting: it is refused where Ollama cannot write the model's prompts.

@@ -1,23 +1,14 @@
-"""The commands and their options as one table, from which words are parsed and --help is printed."""
+"""The commands of main.py and their options, as one table: `arguments` parses by it and prints --help from it."""
 
 from __future__ import annotations
 
-import argparse
-import sys
-import textwrap
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from forgebook.cli.mistakes import refuse_unknown_flags
 from forgebook.config.paths import expand_path
-from forgebook.errors import ConfigError, near_miss
 
-if TYPE_CHECKING:
-    from forgebook.config.schema import FinetuneConfig
-
-__all__ = ["COMMANDS", "Words", "flags_of", "load_noting_retired", "parse_words"]
+__all__ = ["COMMANDS", "Command"]
 
 A_CONFIG = "CONFIG: a YAML file or an https:// URL"
 A_RUN = "RUN: a run's folder, its s3:// or gs:// URI, or its name under runs/"
@@ -86,7 +77,7 @@ def one_of(*names: str) -> Callable[[str], str]:
 
 @dataclass(frozen=True)
 class Option:
-    """One `key=value` word of a command. default: the text to read where the word is left out; None: no value."""
+    """One `key=value` option of a command. default: the text to read where it is left out; None: no value."""
 
     name: str
     help: str
@@ -105,9 +96,9 @@ class Flag:
 
 @dataclass(frozen=True)
 class Command:
-    """One command of main.py. target: what its first word is.
+    """One command of main.py. target: what its first argument is.
 
-    takes_config_keys: `key=value` words that are none of its options are overrides of CONFIG.
+    takes_config_keys: `key=value` arguments that are none of its options are overrides of CONFIG.
     """
 
     name: str
@@ -117,20 +108,6 @@ class Command:
     options: tuple[Option, ...] = ()
     flags: tuple[Flag, ...] = ()
     takes_config_keys: bool = False
-
-
-@dataclass(frozen=True)
-class Words:
-    """A command's words. rest: after the target, without its own options. options: by name, read; flags: argparse's."""
-
-    target: str
-    rest: list[str]
-    options: dict[str, Any]
-    flags: argparse.Namespace
-
-    def get(self, *names: str) -> dict[str, Any]:
-        """Pick those of some options that have a value."""
-        return {name: self.options[name] for name in names if name in self.options}
 
 
 DEFAULT = Flag(("--default",), "choose everything that CONFIG leaves out, and print the reasons")
@@ -316,84 +293,3 @@ _TABLE = (
     ),
 )
 COMMANDS = {command.name: command for command in _TABLE}
-
-
-def parse_words(name: str, arguments: Sequence[str], *, extra: Sequence[str] = ()) -> Words:
-    """Read a command's words: its target, its options and flags, and the rest.
-
-    extra: what the words after the target are, one each; () where any number may follow. Raises ConfigError for a
-    missing word, an unknown option or a value that an option cannot have.
-    """
-    command = COMMANDS[name]
-    own = {option.name: option for option in command.options}
-    refuse_unknown_flags(name, arguments, flags_of(command), None if command.takes_config_keys else own)
-    flags = make_parser(command).parse_intermixed_args(arguments)
-    options = {key: option.read(option.default) for key, option in own.items() if option.default is not None}
-    words: list[str] = []
-    for word in flags.words:
-        key, sign, text = word.partition("=")
-        if not sign or key not in own:
-            words.append(word)
-            continue
-        try:
-            options[key] = own[key].read(text)
-        except ValueError as error:
-            raise ConfigError(f"{name}: {key} must be {error}, got {text!r}") from None
-    plain = [word for word in words if command.takes_config_keys or "=" not in word]
-    unknown = [word.partition("=")[0] for word in words if word not in plain]
-    if not plain or "=" in plain[0]:
-        raise ConfigError(f"{name or 'main.py'} needs a {command.target}")
-    if unknown:
-        choices = ", ".join(f"{key}=" for key in own) or "none"
-        raise ConfigError(f"{name}: unknown option {unknown[0]}{near_miss(unknown[0], own)} (options: {choices})")
-    target, rest = expand_path(plain[0]), plain[1:]
-    misplaced = next((word for word in rest if word in COMMANDS), None) if command.takes_config_keys else None
-    if misplaced:
-        raise ConfigError(f"the command comes first: python main.py {misplaced} {target}")
-    if len(rest) < len(extra):
-        raise ConfigError(f"{name} needs {extra[len(rest)]}")
-    if extra and len(rest) > len(extra):
-        raise ConfigError(f"{name}: {rest[len(extra)]!r} is one word too many; usage: {name} {command.usage}")
-    return Words(target, rest, options, flags)
-
-
-def flags_of(command: Command) -> set[str]:
-    """List the flags of a command, --help included."""
-    return {"-h", "--help", *(name for flag in command.flags for name in flag.names)}
-
-
-def make_parser(command: Command) -> argparse.ArgumentParser:
-    """Make the argparse parser of a command; its --help lists the options of the table."""
-    width = max((len(option.name) for option in command.options), default=0) + 3
-    rows = [
-        textwrap.fill(
-            f"{option.name + '=':<{width}}{option.help}",
-            width=100,
-            initial_indent="  ",
-            subsequent_indent=" " * (width + 2),
-        )
-        for option in command.options
-    ]
-    parser = argparse.ArgumentParser(
-        prog="main.py",
-        usage=" ".join(f"python main.py {command.name} {command.usage}".split()),
-        description=textwrap.fill(command.summary, 100) + f"\n{command.target}",
-        epilog="key=value options:\n" + "\n".join(rows) if rows else None,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
-    for flag in command.flags:
-        parser.add_argument(*flag.names, help=flag.help, **dict(flag.settings))
-    return parser
-
-
-def load_noting_retired(config_path: str, overrides: Sequence[str], default: bool) -> FinetuneConfig:
-    """Load a config; note its retired keys on the error stream."""
-    from forgebook.config.parse import load_config
-
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        config = load_config(config_path, list(overrides), default)
-    for warning in caught:
-        print(f"note: {warning.message}", file=sys.stderr)
-    return config

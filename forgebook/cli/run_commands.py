@@ -1,6 +1,6 @@
 """The commands that use a fine-tuned model: evaluate, generate, chat, merge, serve.
 
-Each takes its words and returns an exit code; each imports what it needs when it is called.
+Each takes its arguments and returns an exit code; each imports what it needs when it is called.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
-from forgebook.cli.options import Words, parse_words
+from forgebook.cli.arguments import Arguments, parse_arguments
 from forgebook.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -28,18 +28,18 @@ LONGEST_KEY = 4096
 
 def generate_command(arguments: list[str]) -> int:
     """Answer prompts, to the terminal or to a file."""
-    words = parse_words("generate", arguments)
-    options, texts = words.options, words.flags.prompt
+    parsed = parse_arguments("generate", arguments)
+    options, texts = parsed.options, parsed.flags.prompt
     if bool(texts) == ("data" in options):
         raise ConfigError("generate needs prompts: data=FILE or -p TEXT, one of the two")
-    _refuse_rest("generate", words)
-    sampling = _sampling(words)
+    _refuse_rest("generate", parsed)
+    sampling = _sampling(parsed)
     from pathlib import Path
 
-    from forgebook.inference.generate import find_model
+    from forgebook.inference.loading import find_model
     from forgebook.reporting.console import make_console, make_table, progress_bar
 
-    source = find_model(words.target, options.get("checkpoint"))
+    source = find_model(parsed.target, options.get("checkpoint"))
     from forgebook.inference.batch import Prompt, answer, engine_for, read_prompts, write_answers
 
     prompts = [Prompt(k, [{"role": "user", "content": text}]) for k, text in enumerate(texts)]
@@ -75,31 +75,31 @@ def generate_command(arguments: list[str]) -> int:
 
 def chat_command(arguments: list[str]) -> int:
     """Hold a conversation in the terminal."""
-    words = parse_words("chat", arguments)
-    _refuse_rest("chat", words)
-    sampling = _sampling(words)
-    from forgebook.inference.generate import find_model, load_together
+    parsed = parse_arguments("chat", arguments)
+    _refuse_rest("chat", parsed)
+    sampling = _sampling(parsed)
+    from forgebook.inference.loading import find_model, load_together
 
-    source = find_model(words.target, words.options.get("checkpoint"))
+    source = find_model(parsed.target, parsed.options.get("checkpoint"))
     with _quiet(source, "chat"):
         [loaded] = load_together([source])
     from forgebook.inference.chat import chat
 
-    chat(loaded, sampling, words.options.get("system"))
+    chat(loaded, sampling, parsed.options.get("system"))
     return 0
 
 
-def _sampling(words: Words) -> Sampling:
+def _sampling(parsed: Arguments) -> Sampling:
     """Make the sampling settings from a command's options."""
     from forgebook.inference.sampling import Sampling
 
-    return Sampling(**words.get("max_new_tokens", "temperature", "top_p", "seed", "batch_size"))
+    return Sampling(**parsed.get("max_new_tokens", "temperature", "top_p", "seed", "batch_size"))
 
 
-def _refuse_rest(name: str, words: Words) -> None:
-    """Raise ConfigError if a command with one target got more words."""
-    if words.rest:
-        raise ConfigError(f"{name} takes one RUN: {words.rest[0]!r} is one word too many")
+def _refuse_rest(name: str, parsed: Arguments) -> None:
+    """Raise ConfigError if a command with one target got more parsed."""
+    if parsed.rest:
+        raise ConfigError(f"{name} takes one RUN: {parsed.rest[0]!r} is one argument too many")
 
 
 def _quiet(source: str, name: str) -> AbstractContextManager[Console]:
@@ -115,13 +115,13 @@ def _quiet(source: str, name: str) -> AbstractContextManager[Console]:
 
 def evaluate_command(arguments: list[str]) -> int:
     """Compare a run with its base model on held-out examples."""
-    words = parse_words("evaluate", arguments)
-    options = words.options
-    _refuse_rest("evaluate", words)
+    parsed = parse_arguments("evaluate", arguments)
+    options = parsed.options
+    _refuse_rest("evaluate", parsed)
     from forgebook.reporting.console import progress_bar, quiet_descriptors
     from forgebook.runs.run import find_run
 
-    run = find_run(words.target)
+    run = find_run(parsed.target)
     with quiet_descriptors(run.logs / "evaluate.log") as output, progress_bar(output, "evaluating") as show:
         output.print(f"loading the base model and the {options.get('checkpoint', 'best')} checkpoint")
         if "lm_eval" in options:
@@ -133,7 +133,7 @@ def evaluate_command(arguments: list[str]) -> int:
         evaluation = evaluate(
             run, path=options.get("data"), on_progress=show, on_note=output.print,
             judge=Judge(options["judge"], options.get("base_url")) if "judge" in options else None,
-            **words.get("metric", "rows", "max_new_tokens", "checkpoint"),
+            **parsed.get("metric", "rows", "max_new_tokens", "checkpoint"),
         )  # fmt: skip
     _print_evaluation(run, evaluation)
     return 0
@@ -175,7 +175,7 @@ def _run_lm_eval(run: Run, options: dict[str, Any], output: Console) -> None:
 
 def merge_command(arguments: list[str]) -> int:
     """Merge an adapter into its base."""
-    words = parse_words("merge", arguments, extra=["OUT: a folder that does not exist yet"])
+    parsed = parse_arguments("merge", arguments, extra=["OUT: a folder that does not exist yet"])
     from forgebook.reporting.console import make_console, quiet_descriptors, show_stages
     from forgebook.runs.download import cache_folder
 
@@ -185,15 +185,15 @@ def merge_command(arguments: list[str]) -> int:
     ):
         from forgebook.export.merge import merge_run, report_lines
 
-        merged = merge_run(words.target, words.rest[0], words.options.get("checkpoint"), on_stage=show)
+        merged = merge_run(parsed.target, parsed.rest[0], parsed.options.get("checkpoint"), on_stage=show)
     make_console().print("\n".join(report_lines(merged)))
     return 0
 
 
 def serve_command(arguments: list[str]) -> int:
     """Serve runs at an OpenAI-compatible endpoint."""
-    words = parse_words("serve", arguments)
-    options = words.options
+    parsed = parse_arguments("serve", arguments)
+    options = parsed.options
     if {"key", "key_file"} <= options.keys():
         raise ConfigError("serve: key and key_file are both there: keep key_file")
     _hide_key(options.get("key", ""))
@@ -201,13 +201,13 @@ def serve_command(arguments: list[str]) -> int:
     from forgebook.inference.server import clean_key, serve
 
     key = clean_key(key) or os.environ.get("FORGEBOOK_API_KEY")
-    serve([words.target, *words.rest], key=key, **words.get("port", "host", "engine", "dtype"))
+    serve([parsed.target, *parsed.rest], key=key, **parsed.get("port", "host", "engine", "dtype"))
     return 0
 
 
 def _hide_key(key: str) -> None:
     """Start this process again with the key in its environment: a process's arguments can be read by every user."""
-    arguments = [word for word in sys.orig_argv if not word.startswith("key=")]
+    arguments = [argument for argument in sys.orig_argv if not argument.startswith("key=")]
     if key.strip() and f"key={key}" in sys.orig_argv:
         fix = "set FORGEBOOK_API_KEY, or key_file= to a file of mode 600"
         print(

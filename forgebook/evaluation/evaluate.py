@@ -18,12 +18,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from forgebook.config.blocks import GenerationConfig, labels_of
 from forgebook.config.parse import load_config, load_resolved
@@ -44,16 +42,14 @@ from forgebook.evaluation.results import (
     make_evaluation,
     message_text,
     share_score,
-    statistic_score,
 )
-from forgebook.inference import generate
-from forgebook.inference.generate import LoadedModel
+from forgebook.inference import loading
+from forgebook.inference.loading import LoadedModel
 from forgebook.models.identity import model_identity
 from forgebook.models.tokenizer import locate
 from forgebook.runs.run import Run, display_path, find_checkpoint
 
 if TYPE_CHECKING:
-    from forgebook.evaluation import logprobs
     from forgebook.evaluation.logprobs import Models, OnProgress
 
 __all__ = ["both_models", "evaluate"]
@@ -63,8 +59,6 @@ METRICS = ("exact_match", "gsm8k", "tool_calls", "judge", "classification", "pre
 # as many as LEAST_TOKENS. An answer that does not stop is cut there, and its time is most of an evaluation's.
 MOST_MORE_TOKENS, LEAST_TOKENS = 512, 128
 USUAL_METRICS = {"classification": "classification", "causal_lm": "perplexity", "preference_tuning": "preference"}
-# Resamples for metrics of scikit-learn, which take a thousand times as long as a mean.
-CLASSIFIER_RESAMPLES = 999
 
 
 def evaluate(
@@ -106,13 +100,17 @@ def evaluate(
     labels = labels_of(classifier) if task == "classification" else ()
     examples = read_examples(source, task, rows, labels)
     if classifier and chosen == "classification":
-        return _classification(examples, labels, classifier.eval_metrics, models, on_progress)
-    if chosen in ("preference", "perplexity"):
-        options = tokenize.EncodingOptions(task, None, config.train_on, config.rewritten_turns)
-        from forgebook.evaluation import logprobs
+        from forgebook.evaluation import likelihood_metrics
 
+        return likelihood_metrics.classification(examples, labels, classifier.eval_metrics, models, on_progress)
+    if chosen in ("preference", "perplexity"):
+        from forgebook.evaluation import likelihood_metrics, logprobs
+
+        options = tokenize.EncodingOptions(task, None, config.train_on, config.rewritten_turns)
         measured = logprobs.measure(examples, options, config.context_length, config.truncation, models, on_progress)
-        return (_preference if chosen == "preference" else _perplexity)(measured)
+        if chosen == "preference":
+            return likelihood_metrics.preference(measured)
+        return likelihood_metrics.perplexity(measured)
     if metric is None and any(example.tools for example in examples):
         chosen = "tool_calls"
     turns = [turn for k, example in enumerate(examples) for turn in _turns(k, example, chosen == "tool_calls")]
@@ -152,11 +150,11 @@ def _load_models(
     sources: list[str], share_weights: bool, dtype: str, defaults: GenerationConfig
 ) -> Iterator[LoadedModel]:
     """Load each model: if they have the same base, its weights once; else one model after the other."""
-    if share_weights and generate.base_of(sources[0]) == generate.base_of(sources[1]):
-        yield from generate.load_together(sources, dtype, defaults)
+    if share_weights and loading.base_of(sources[0]) == loading.base_of(sources[1]):
+        yield from loading.load_together(sources, dtype, defaults)
         return
     for source in sources:
-        yield generate.load_together([source], dtype, defaults)[0]
+        yield loading.load_together([source], dtype, defaults)[0]
         gc.collect()  # frees the first model before the second is loaded
 
 
@@ -308,80 +306,3 @@ def _judged(turns: list[_Turn], compared: Comparison, judge: Judge, on_progress:
     beaten = ["no verdict" if one is None else "lost" if one > 0.5 else None for one in points]
     score = Score("win_rate", None, rate, chance)
     return make_evaluation("judge", [score], compared, [beaten, lost], rows=len(counted))
-
-
-# By likelihood ----------------------------------------------------------------------------------------
-
-
-def _classification(
-    examples: list[Example], labels: Sequence[str], metrics: Sequence[str], models: Models, on_progress: OnProgress
-) -> Evaluation:
-    from forgebook.evaluation import logprobs
-
-    truth = np.array([labels.index(example.conversation[-1]["content"]) for example in examples])
-    probabilities = {}
-    for name, loaded in models:
-        report = functools.partial(_report, on_progress, name, len(examples))
-        with loaded.active() as model:
-            probabilities[name] = logprobs.label_probabilities(
-                model, loaded.tokenizer, examples, labels, loaded.prompt_format, report
-            )
-        del loaded, model
-    before, after = probabilities["base"], probabilities["tuned"]
-    scores = [share_score("accuracy", before.argmax(1) == truth, after.argmax(1) == truth)]
-    for metric in metrics:
-        if metric != "accuracy":
-            columns = [before, truth], [after, truth]
-            scores.append(statistic_score(metric, _classifier_metric(metric), *columns, CLASSIFIER_RESAMPLES))
-    predicted = [[labels[label] for label in one.argmax(1)] for one in (before, after)]
-    references = [labels[label] for label in truth]
-    prompts = [conversation_text(example.conversation[:-1]) for example in examples]
-    kinds = [
-        [None if name == right else f"{right} taken for {name}" for name, right in zip(one, references, strict=True)]
-        for one in predicted
-    ]
-    return make_evaluation("classification", scores, Comparison(prompts, references, *predicted), kinds)
-
-
-def _classifier_metric(name: str) -> Callable[[np.ndarray, np.ndarray], float]:
-    from forgebook.training import classification
-
-    return lambda probabilities, truth: classification.score_predictions(probabilities, truth, [name])[f"eval_{name}"]
-
-
-def _preference(measured: logprobs.Measured) -> Evaluation:
-    before, after = (sums[:, 0, 0] > sums[:, 1, 0] for sums in (measured.base, measured.tuned))
-    score = share_score("chosen_likelier", before, after)
-    chosen = [example.conversation[-1]["content"] for example in measured.examples]
-    rejected = [(example.rejected or example.conversation)[-1]["content"] for example in measured.examples]
-    preferred = [
-        [good if is_right else bad for is_right, good, bad in zip(one, chosen, rejected, strict=True)]
-        for one in (before, after)
-    ]
-    prompts = [conversation_text(example.conversation[:-1]) for example in measured.examples]
-    kinds = [[None if is_right else "rejected more likely" for is_right in one] for one in (before, after)]
-    compared = Comparison(prompts, chosen, *preferred)
-    return make_evaluation("preference", [score], compared, kinds, left_out=measured.left_out)
-
-
-def _perplexity(measured: logprobs.Measured) -> Evaluation:
-    base, tuned = ([*sums[:, 0].T] for sums in (measured.base, measured.tuned))
-    score = statistic_score("perplexity", _perplexity_of, base, tuned, statistics.RESAMPLES)
-    before, after = (-logs / tokens for logs, tokens in (base, tuned))
-    losses = [[f"{loss:.4f} per token" for loss in one] for one in (before, after)]
-    texts = [
-        conversation_text(example.conversation) if example.text is None else example.text
-        for example in measured.examples
-    ]
-    worse = ["less likely than by the base" if one > other else None for other, one in zip(before, after, strict=True)]
-    compared = Comparison(texts, [""] * len(texts), *losses)
-    kinds: list[list[str | None]] = [[None] * len(texts), worse]
-    return make_evaluation("perplexity", [score], compared, kinds, left_out=measured.left_out)
-
-
-def _perplexity_of(logs: np.ndarray, tokens: np.ndarray) -> float:
-    return float(np.exp(-logs.sum() / tokens.sum()))
-
-
-def _report(on_progress: OnProgress, name: str, total: int, done: int) -> None:
-    on_progress(name, done, total)

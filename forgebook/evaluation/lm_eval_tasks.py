@@ -14,7 +14,7 @@ import numpy as np
 from forgebook.errors import ConfigError
 from forgebook.evaluation import statistics
 from forgebook.evaluation.results import Score, share_score, statistic_score
-from forgebook.inference.generate import LoadedModel
+from forgebook.inference.loading import LoadedModel
 
 __all__ = ["run_tasks"]
 

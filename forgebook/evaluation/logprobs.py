@@ -13,7 +13,7 @@ from forgebook.data import batching, masking, special_tokens, tokenize
 from forgebook.data.row_formats import Example
 from forgebook.data.token_store import Tokens, Truncation, fit_tokens
 from forgebook.errors import DataError
-from forgebook.inference.generate import LoadedModel
+from forgebook.inference.loading import LoadedModel
 from forgebook.training.losses import SupervisedLM
 
 __all__ = ["Measured", "Models", "OnProgress", "label_probabilities", "log_probabilities", "measure"]

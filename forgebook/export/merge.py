@@ -26,7 +26,7 @@ from forgebook.data import masking
 from forgebook.data.examples import read_examples, validation_source
 from forgebook.data.prompt_formats import as_chat_template, read_prompt_format
 from forgebook.errors import CheckpointError, ConfigError, DataError, ModelError, StorageError
-from forgebook.inference.generate import base_of, load_for_generation, run_config
+from forgebook.inference.loading import base_of, load_for_generation, run_config
 from forgebook.models import adapters, load, saved_adapters
 from forgebook.models.tokenizer import load_tokenizer, readable_model_errors, refuse_pickled
 from forgebook.models.vllm_support import vllm_loads

@@ -67,7 +67,7 @@ def read_modelfile(source: Path, gguf: str) -> str:
 
     Raises ModelError if no template of Ollama's writes what the model's own one does.
     """
-    from forgebook.inference.generate import load_ends, run_config
+    from forgebook.inference.loading import load_ends, run_config
 
     generation_config, tokenizer, prompt_format = load_ends(str(source))
     config, sizes = run_config(source), read_json(source / "config.json")

@@ -20,7 +20,7 @@ from typing import Any
 from forgebook.data import masking
 from forgebook.data.examples import read_examples
 from forgebook.errors import ResourceError, StorageError
-from forgebook.inference import generate
+from forgebook.inference import generate, loading
 from forgebook.inference.generate import OnAnswers
 from forgebook.inference.sampling import Sampling, prompt_seed
 from forgebook.models import adapters
@@ -130,7 +130,7 @@ def _load(source: str, sampling: Sampling, engine: str) -> AnswerPrompts:
     """Load a model; return the function that answers prompts with it."""
     if engine == "vllm":
         return _load_in_vllm(source, sampling)
-    [loaded] = generate.load_together([source])
+    [loaded] = loading.load_together([source])
 
     def answer_prompts(prompts: list[Prompt], on_progress: OnAnswers) -> Iterator[tuple[int, str]]:
         with loaded.active() as model:
@@ -154,11 +154,11 @@ def _load_in_vllm(source: str, sampling: Sampling) -> AnswerPrompts:
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
-    base, _ = generate.base_of(source)
-    ends, tokenizer, prompt_format = generate.load_ends(source)
+    base, _ = loading.base_of(source)
+    ends, tokenizer, prompt_format = loading.load_ends(source)
     adapter: LoRARequest | None = None
     options: dict[str, Any] = {}
-    if config := generate.run_config(source):
+    if config := loading.run_config(source):
         options["dtype"] = config.dtype  # vLLM's own choice halves float32
     if runs_eagerly():
         options["enforce_eager"] = True

@@ -10,7 +10,7 @@ import sys
 
 from forgebook.errors import DataError
 from forgebook.inference import generate
-from forgebook.inference.generate import LoadedModel
+from forgebook.inference.loading import LoadedModel
 from forgebook.inference.sampling import Sampling, StopStrings
 
 __all__ = ["chat"]

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from forgebook.inference import generate
+from forgebook.inference import loading
 from forgebook.inference.decode import Request, decode
 from forgebook.inference.sampling import StopStrings, TokenSampling
 from forgebook.models import adapters, families
@@ -38,7 +38,7 @@ class ServedModel:
 
     name: str
     folder: Path
-    loaded: generate.LoadedModel
+    loaded: loading.LoadedModel
     context: int
 
     @property
@@ -227,13 +227,13 @@ def _load_all(folders: dict[str, Path], dtype: str | None) -> dict[str, ServedMo
         settings = adapters.read_lora_config(folder) or {}
         # A full model, and an adapter that holds full layers or rows of the vocabulary, shares no weights.
         own = not settings or settings.get("modules_to_save") or settings.get("trainable_token_indices")
-        key = (json.dumps(generate.base_of(folder), sort_keys=True), name if own else None)
+        key = (json.dumps(loading.base_of(folder), sort_keys=True), name if own else None)
         together.setdefault(key, []).append(name)
     served = {}
     for names in together.values():
-        models = generate.load_together([folders[name] for name in names], dtype)
+        models = loading.load_together([folders[name] for name in names], dtype)
         for name, loaded in zip(names, models, strict=True):
-            base, overrides = generate.base_of(folders[name])
+            base, overrides = loading.base_of(folders[name])
             context = families.context_limit(base, overrides.get("rope_scaling")) or loaded.tokenizer.model_max_length
             served[name] = ServedModel(name, folders[name], loaded, context)
     return {name: served[name] for name in folders}

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from forgebook.data.prompt_formats import as_chat_template, read_prompt_format
-from forgebook.inference.generate import run_config
+from forgebook.inference.loading import run_config
 from forgebook.models import adapters
 from forgebook.models.tokenizer import copy_of, load_tokenizer
 from forgebook.models.vllm_support import vllm_max_rank, vllm_serves_saved

@@ -18,7 +18,7 @@ def here(tmp_path, monkeypatch):
     [
         (["generate", "tiny"], "generate needs prompts: data=FILE or -p TEXT, one of the two"),
         (["generate", "tiny", "-p", "a", "data=x.jsonl"], "one of the two"),
-        (["generate", "tiny", "more", "-p", "a"], "generate takes one RUN: 'more' is one word too many"),
+        (["generate", "tiny", "more", "-p", "a"], "generate takes one RUN: 'more' is one argument too many"),
         (["generate", "tiny", "-p", "a", "top_p=2"], "top_p must be above 0 and at most 1"),
         (["chat", "tiny", "more"], "chat takes one RUN"),
         (["evaluate", "a", "b"], "evaluate takes one RUN"),

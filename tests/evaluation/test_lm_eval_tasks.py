@@ -7,7 +7,7 @@ import pytest
 from conftest import TINY_MODEL
 from forgebook.errors import ConfigError
 from forgebook.evaluation.lm_eval_tasks import run_tasks
-from forgebook.inference.generate import load_together
+from forgebook.inference.loading import load_together
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs lm-eval (requirements-dev.txt)")
 

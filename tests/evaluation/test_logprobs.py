@@ -11,7 +11,7 @@ from forgebook.data.token_store import Tokens
 from forgebook.data.tokenize import EncodingOptions
 from forgebook.errors import DataError
 from forgebook.evaluation.logprobs import label_probabilities, log_probabilities, measure
-from forgebook.inference.generate import load_together
+from forgebook.inference.loading import load_together
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from forgebook.config.blocks import labels_of
 from forgebook.data.masking import encode_prompt
 from forgebook.errors import CheckpointError, ModelError, StorageError
 from forgebook.export.merge import mean_kl, merge_run, report_lines
-from forgebook.inference.generate import load_for_generation
+from forgebook.inference.loading import load_for_generation
 from forgebook.models import adapters, load
 from forgebook.models.tokenizer import load_tokenizer, tokenizer_of
 from forgebook.training import checkpoints

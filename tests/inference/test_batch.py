@@ -11,7 +11,8 @@ import pytest
 from conftest import TINY_MODEL, uneven_rows
 from forgebook.errors import ConfigError, DataError, ResourceError, StorageError
 from forgebook.inference.batch import Prompt, answer, engine_for, read_prompts, write_answers
-from forgebook.inference.generate import complete, load_for_generation
+from forgebook.inference.generate import complete
+from forgebook.inference.loading import load_for_generation
 from forgebook.inference.sampling import Sampling
 
 SHORT = Sampling(max_new_tokens=6, batch_size=2)

@@ -11,7 +11,8 @@ import pytest
 
 from conftest import REPOSITORY, TINY_MODEL
 from forgebook.inference.chat import chat
-from forgebook.inference.generate import complete, load_together
+from forgebook.inference.generate import complete
+from forgebook.inference.loading import load_together
 from forgebook.inference.sampling import Sampling
 
 

@@ -9,7 +9,7 @@ from transformers import GenerationConfig
 from conftest import TINY_MODEL
 from forgebook.data.masking import encode_prompt
 from forgebook.inference.engine import GenerationRequest, Job, ServedModel
-from forgebook.inference.generate import LoadedModel
+from forgebook.inference.loading import LoadedModel
 from forgebook.inference.openai_api import (
     ApiError,
     ChunkWriter,

@@ -22,7 +22,8 @@ from forgebook.export.merge import merge_run
 from forgebook.inference import server as endpoint
 from forgebook.inference.connections import http_settings
 from forgebook.inference.engine import Engine
-from forgebook.inference.generate import complete, load_for_generation
+from forgebook.inference.generate import complete
+from forgebook.inference.loading import load_for_generation
 from forgebook.inference.server import MAX_BODY, clean_key, is_loopback, make_app, name_models, serve
 from forgebook.launch.ray_train import fine_tune
 from forgebook.runs.run import find_checkpoint

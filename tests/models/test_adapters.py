@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from conftest import LORA, TINY_MODEL, losses_of
 from forgebook.data import batching
 from forgebook.errors import CheckpointError, ConfigError, ModelError
-from forgebook.inference.generate import load_for_generation
+from forgebook.inference.loading import load_for_generation
 from forgebook.launch.ray_train import fine_tune
 from forgebook.models import adapters, load
 from forgebook.planning.prepare import prepare

@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from conftest import TINY_MODEL, losses_of
-from forgebook.inference.generate import load_for_generation
+from forgebook.inference.loading import load_for_generation
 from forgebook.launch.ray_train import fine_tune
 from forgebook.models import adapters, load
 from forgebook.models.expert_adapters import use_low_rank_products

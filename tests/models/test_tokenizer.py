@@ -19,7 +19,7 @@ from forgebook.catalog import hub_id_of, model_folder, shape_of
 from forgebook.config.blocks import HubRepo, labels_of
 from forgebook.errors import ModelError, StorageError
 from forgebook.export.gguf import export_gguf
-from forgebook.inference.generate import base_of
+from forgebook.inference.loading import base_of
 from forgebook.launch.ray_train import fine_tune
 from forgebook.models.adapter_names import unserved_layers
 from forgebook.models.adapters import read_lora_config

@@ -11,7 +11,7 @@ from conftest import REPOSITORY
 from forgebook.catalog import model_folder
 from forgebook.cli.main import main
 from forgebook.data.masking import encode_prompt
-from forgebook.inference.generate import load_together
+from forgebook.inference.loading import load_together
 from forgebook.runs.atomic import read_json, write_json
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from conftest import TINY_MODEL
 from forgebook.errors import CheckpointError, ModelError, StorageError
 from forgebook.export.merge import merge_run
-from forgebook.inference import generate
+from forgebook.inference import loading
 from forgebook.models.adapters import add_lora
 from forgebook.models.load import load_model
 from forgebook.models.saved_adapters import continue_lora
@@ -63,7 +63,7 @@ def flip_a_byte(path):
 
 
 OPENERS = {
-    "generate": lambda folder: generate.load_together([folder]),
+    "generate": lambda folder: loading.load_together([folder]),
     "merge": lambda folder: merge_run(str(folder), folder.parent / "merged"),
     "continue": lambda folder: continue_lora(None, str(folder), {}),
     "tokenizer": lambda folder: load_tokenizer(str(folder)),
