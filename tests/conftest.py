@@ -187,7 +187,7 @@ def losses_of(run) -> list[float]:
 
 def fine_tune_until(config, step: int) -> None:
     """Run, and interrupt right after the given step is reported, before anything of it is saved."""
-    from forgebook.launch.ray_train import fine_tune
+    from forgebook.launch.fine_tune import fine_tune
     from forgebook.runs.metrics import Progress
 
     class Interrupting(Progress):
@@ -240,7 +240,7 @@ def without_ray(monkeypatch):
     from forgebook.launch import ray_train
     from support_ranks import train_in_ranks
 
-    monkeypatch.setattr(ray_train, "_run_on_ray", train_in_ranks)
+    monkeypatch.setattr(ray_train, "run_on_ray", train_in_ranks)
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from forgebook.data import batching
 from forgebook.data.token_store import load_view
 from forgebook.errors import ForgebookError
 from forgebook.inference import loading
-from forgebook.launch.ray_train import fine_tune
+from forgebook.launch.fine_tune import fine_tune
 from forgebook.runs.metrics import read_metrics
 from forgebook.runs.run import Run
 from forgebook.training.losses import SupervisedLM

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from conftest import LORA, REPOSITORY, chat
-from forgebook.launch.ray_train import fine_tune
+from forgebook.launch.fine_tune import fine_tune
 from forgebook.runs.atomic import read_json
 from forgebook.runs.metrics import read_metrics
 

@@ -16,7 +16,7 @@ from moto.server import ThreadedMotoServer
 from conftest import LORA, REPOSITORY, losses_of, uneven_rows
 from forgebook import ray_cluster
 from forgebook.errors import ConfigError
-from forgebook.launch.ray_train import fine_tune
+from forgebook.launch.fine_tune import fine_tune
 from forgebook.planning.hardware import local_hardware
 from forgebook.runs import object_store
 from forgebook.runs.atomic import read_json

@@ -10,7 +10,7 @@ from conftest import REPOSITORY
 from forgebook.config.deepspeed_file import read_deepspeed_config
 from forgebook.config.parse import load_config
 from forgebook.data.prompt_formats import render_prompt_format
-from forgebook.launch.ray_train import fine_tune
+from forgebook.launch.fine_tune import fine_tune
 from forgebook.runs.metrics import read_metrics
 
 FOLDERS = ("training_configs", "cookbooks", "end-to-end-examples")

@@ -47,7 +47,7 @@ def fine_tune_command(arguments: list[str]) -> int:
     from forgebook.planning.prepare import check_rows
 
     check_rows(config)  # a mistake in the data is reported before torch and Ray are imported
-    from forgebook.launch.ray_train import fine_tune
+    from forgebook.launch.fine_tune import fine_tune
 
     with _second_interrupt_ends():
         fine_tune(config)

@@ -288,7 +288,7 @@ def _stopped_text(folder: Path, names: Sequence[str]) -> str:
 
 def _trial(parameters: dict[str, Any], configs: dict[str, FinetuneConfig], folder: str) -> None:
     """Fine-tune one variant in a process of Ray Tune's."""
-    from forgebook.launch.ray_train import fine_tune
+    from forgebook.launch.fine_tune import fine_tune
 
     if os.path.isdir(folder):
         os.chdir(folder)

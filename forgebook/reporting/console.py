@@ -40,6 +40,7 @@ __all__ = [
     "quiet_descriptors",
     "show_progress",
     "show_stages",
+    "warner",
 ]
 
 POLL_SECONDS = 0.2
@@ -332,3 +333,8 @@ def last_lines(folder: Path, count: int = 8) -> str:
         if lines:
             quoted.append(f"--- {log.name}, last lines ---\n" + "\n".join(lines[-count:]))
     return "\n".join(quoted)
+
+
+def warner(console: Console) -> Callable[[str], None]:
+    """Return a function that prints a warning while a run trains."""
+    return lambda text: console.print(f"[yellow]{escape(text)}[/yellow]")

@@ -11,7 +11,7 @@ import pytest
 
 from conftest import REPOSITORY, TINY_MODEL, chat
 from forgebook.cli.main import main
-from forgebook.launch import ray_jobs, ray_train
+from forgebook.launch import fine_tune, ray_jobs
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def test_a_jobs_state_is_printed_and_a_job_is_stopped_once(config, capsys, monke
 
 def test_fine_tuning_is_what_a_config_alone_does(config, monkeypatch):
     started = []
-    monkeypatch.setattr("forgebook.launch.ray_train.fine_tune", started.append)
+    monkeypatch.setattr("forgebook.launch.fine_tune.fine_tune", started.append)
     assert main([config, "num_epochs=2"]) == 0
     assert started[0].num_epochs == 2 and started[0].model_id == str(TINY_MODEL)
 
@@ -154,7 +154,7 @@ def as_started():
 
 
 def test_an_interrupt_is_one_sentence_and_exit_code_130(config, monkeypatch, capsys, as_started):
-    monkeypatch.setattr(ray_train, "fine_tune", lambda config: interrupt())
+    monkeypatch.setattr(fine_tune, "fine_tune", lambda config: interrupt())
     assert main([config]) == 130
     assert "the same command resumes" in capsys.readouterr().err
 
@@ -174,11 +174,11 @@ def test_a_second_interrupt_ends_at_once_also_during_cleanup(config, monkeypatch
             interrupt()
 
     monkeypatch.setattr(os, "_exit", end)
-    monkeypatch.setattr(ray_train, "fine_tune", train)
+    monkeypatch.setattr(fine_tune, "fine_tune", train)
     with pytest.raises(Ended):
         main([config])
 
 
 def test_after_a_run_an_interrupt_is_what_it_was(config, monkeypatch, as_started):
-    monkeypatch.setattr(ray_train, "fine_tune", lambda config: None)
+    monkeypatch.setattr(fine_tune, "fine_tune", lambda config: None)
     assert main([config]) == 0 and signal.getsignal(signal.SIGINT) is signal.default_int_handler

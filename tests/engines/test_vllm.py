@@ -15,7 +15,7 @@ import pytest
 
 from conftest import LORA, REPOSITORY
 from forgebook.catalog import model_folder
-from forgebook.launch.ray_train import fine_tune
+from forgebook.launch.fine_tune import fine_tune
 from forgebook.runs.run import best_checkpoint
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -13,7 +13,7 @@ from forgebook.evaluation import results
 from forgebook.evaluation.answers import SavedAnswers
 from forgebook.evaluation.evaluate import evaluate
 from forgebook.evaluation.judge import Judge
-from forgebook.launch.ray_train import fine_tune
+from forgebook.launch.fine_tune import fine_tune
 from forgebook.runs.metrics import read_metrics
 from forgebook.runs.run import Run
 

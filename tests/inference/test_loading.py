@@ -10,7 +10,7 @@ from conftest import LORA, TINY_MODEL, uneven_rows
 from forgebook.errors import ModelError, StorageError
 from forgebook.inference.generate import complete
 from forgebook.inference.loading import find_model, load_for_generation, load_together
-from forgebook.launch.ray_train import fine_tune
+from forgebook.launch.fine_tune import fine_tune
 
 
 def questions(count):

@@ -25,7 +25,7 @@ from forgebook.inference.engine import Engine
 from forgebook.inference.generate import complete
 from forgebook.inference.loading import load_for_generation
 from forgebook.inference.server import MAX_BODY, clean_key, is_loopback, make_app, name_models, serve
-from forgebook.launch.ray_train import fine_tune
+from forgebook.launch.fine_tune import fine_tune
 from forgebook.runs.run import find_checkpoint
 
 WEATHER = {

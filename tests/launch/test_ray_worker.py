@@ -8,7 +8,7 @@ from conftest import LORA, losses_of, uneven_rows
 from forgebook.config.parse import dump_config
 from forgebook.data import token_store
 from forgebook.errors import ResourceError
-from forgebook.launch.ray_train import fine_tune
+from forgebook.launch.fine_tune import fine_tune
 from forgebook.launch.ray_worker import Job, ReportReceiver, sees_folder
 from forgebook.planning.prepare import prepare
 from forgebook.runs import atomic, object_store, upload, worker_upload

@@ -12,7 +12,7 @@ from conftest import LORA, TINY_MODEL, losses_of
 from forgebook.data import batching
 from forgebook.errors import CheckpointError, ConfigError, ModelError
 from forgebook.inference.loading import load_for_generation
-from forgebook.launch.ray_train import fine_tune
+from forgebook.launch.fine_tune import fine_tune
 from forgebook.models import adapters, load
 from forgebook.planning.prepare import prepare
 from forgebook.runs.atomic import read_json

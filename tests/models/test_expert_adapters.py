@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from conftest import TINY_MODEL, losses_of
 from forgebook.inference.loading import load_for_generation
-from forgebook.launch.ray_train import fine_tune
+from forgebook.launch.fine_tune import fine_tune
 from forgebook.models import adapters, load
 from forgebook.models.expert_adapters import use_low_rank_products
 from forgebook.runs.atomic import read_json

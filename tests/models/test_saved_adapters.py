@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from conftest import LORA, TINY_MODEL, chat
 from forgebook.errors import ModelError
 from forgebook.inference.loading import load_together
-from forgebook.launch.ray_train import fine_tune
+from forgebook.launch.fine_tune import fine_tune
 from forgebook.models import adapters, load
 from forgebook.models.saved_adapters import attach_adapter, check_adapter, check_reach, continue_lora
 from forgebook.models.tokenizer import load_tokenizer

@@ -20,7 +20,7 @@ from forgebook.config.blocks import HubRepo, labels_of
 from forgebook.errors import ModelError, StorageError
 from forgebook.export.gguf import export_gguf
 from forgebook.inference.loading import base_of
-from forgebook.launch.ray_train import fine_tune
+from forgebook.launch.fine_tune import fine_tune
 from forgebook.models.adapter_names import unserved_layers
 from forgebook.models.adapters import read_lora_config
 from forgebook.models.families import context_limit, native_context_length

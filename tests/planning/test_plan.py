@@ -72,7 +72,7 @@ def test_counted_tokens_are_near_those_of_the_run(make_config):
 
 
 def test_steps_are_those_of_the_run(make_config):
-    from forgebook.launch.ray_train import fine_tune
+    from forgebook.launch.fine_tune import fine_tune
     from forgebook.runs.atomic import read_json
 
     config = make_config(num_epochs=2, train_batch_size_per_device=5, gradient_accumulation_steps=2)

@@ -8,7 +8,7 @@ import pytest
 
 from conftest import TINY_MODEL, losses_of
 from forgebook.errors import ConfigError, ModelError, ResourceError
-from forgebook.launch.ray_train import fine_tune
+from forgebook.launch.fine_tune import fine_tune
 from forgebook.models.shapes import find_shape
 from forgebook.planning.history import read_throughputs
 from forgebook.planning.preflight import plan_run

@@ -9,7 +9,7 @@ from conftest import LORA, REPOSITORY, chat
 from forgebook.catalog import model_folder, shape_of
 from forgebook.data.masking import encode, encode_prompt
 from forgebook.inference.generate import complete
-from forgebook.launch.ray_train import fine_tune
+from forgebook.launch.fine_tune import fine_tune
 from forgebook.models.adapters import read_lora_config
 from forgebook.models.tokenizer import load_tokenizer
 from forgebook.runs.metrics import read_metrics

@@ -18,7 +18,7 @@ from forgebook import ray_cluster
 from forgebook.config.blocks import Logger
 from forgebook.config.parse import load_config
 from forgebook.errors import ConfigError
-from forgebook.launch.ray_train import fine_tune
+from forgebook.launch.fine_tune import fine_tune
 from forgebook.reporting.trackers import TRACKERS
 from forgebook.runs.metrics import read_metrics
 

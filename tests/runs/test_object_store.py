@@ -11,7 +11,7 @@ import pytest
 from conftest import REPOSITORY, TINY_MODEL, chat, uneven_rows
 from forgebook.data.examples import read_examples
 from forgebook.errors import BucketBusyError, StorageError
-from forgebook.launch.ray_train import fine_tune
+from forgebook.launch.fine_tune import fine_tune
 from forgebook.models.tokenizer import locate
 from forgebook.runs import download, object_store, time_limit
 

@@ -7,7 +7,7 @@ import pytest
 
 from forgebook.config.parse import dump_config, load_config
 from forgebook.errors import StorageError, TrainingError
-from forgebook.launch import ray_train
+from forgebook.launch import fine_tune as launch
 from forgebook.runs import object_store, registry, run_files
 from forgebook.runs import run as storage
 from forgebook.runs.run import Run
@@ -79,7 +79,7 @@ def test_a_folder_of_the_users_own_is_no_run(make_config, tmp_path, on_existing)
     folder = put(tmp_path / "runs/mine", **USERS_OWN)
     config = make_config(run_name="mine", storage_path=str(tmp_path / "runs"), on_existing=on_existing)
     with pytest.raises(StorageError, match=r"runs/mine exists and is not a run folder .*choose another run_name"):
-        ray_train.fine_tune(config)
+        launch.fine_tune(config)
     with pytest.raises(StorageError, match=r"no model '.*mine'"):
         registry.delete_model(str(folder))
     with pytest.raises(StorageError, match="is not a run folder: nothing was deleted"):
@@ -120,9 +120,9 @@ def test_overwriting_a_run_keeps_the_users_files(make_run, capsys, monkeypatch):
     run = make_run("run", num_devices=0)
     put(run.folder, notes_dot_txt="", loss_dot_png="")
     config = load_config(run.config, ["on_existing=overwrite"])
-    monkeypatch.setattr(ray_train, "_run_here", Mock(side_effect=TrainingError("not in this test")))
+    monkeypatch.setattr(launch, "_run_here", Mock(side_effect=TrainingError("not in this test")))
     with pytest.raises(TrainingError, match="not in this test"):
-        ray_train.fine_tune(config)
+        launch.fine_tune(config)
     assert "because no run wrote it: notes.txt" in " ".join(capsys.readouterr().out.split())
     assert {"notes.txt", "config.yaml", run_files.MARKER} <= {path.name for path in run.folder.iterdir()}
     assert not run.is_complete and not run.loss_curve.exists()
@@ -134,4 +134,4 @@ def test_training_on_a_run_with_a_damaged_file_is_a_sentence(make_run, name, con
     run.summary.unlink()
     (run.folder / name).write_text(content)
     with pytest.raises(StorageError, match=rf"{name} is damaged: .*the run's checkpoints can be used"):
-        ray_train.fine_tune(load_config(run.config))
+        launch.fine_tune(load_config(run.config))

@@ -13,7 +13,7 @@ from forgebook.config.blocks import labels_of
 from forgebook.data import masking, tokenize
 from forgebook.data.row_formats import Example
 from forgebook.inference.loading import load_for_generation
-from forgebook.launch.ray_train import fine_tune
+from forgebook.launch.fine_tune import fine_tune
 from forgebook.models import load
 from forgebook.models.tokenizer import label_pieces, load_tokenizer, tokenizer_of
 from forgebook.runs.metrics import read_metrics

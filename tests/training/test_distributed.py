@@ -162,7 +162,7 @@ def stopped_at(config, step: int) -> tuple[subprocess.Popen, str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", [0, 2], ids=["here", "two workers"])
 def test_sigterm_saves_and_ends(request, make_config, write_rows, devices):
-    from forgebook.launch.ray_train import fine_tune
+    from forgebook.launch.fine_tune import fine_tune
     from forgebook.runs.run import Run
 
     settings = {

@@ -9,7 +9,7 @@ import torch
 
 from conftest import LORA, TINY_MODEL, losses_of
 from forgebook.errors import ConfigError, ModelError, ResourceError
-from forgebook.launch.ray_train import fine_tune
+from forgebook.launch.fine_tune import fine_tune
 from forgebook.models import load
 from forgebook.runs.atomic import read_json
 from forgebook.training import kernels

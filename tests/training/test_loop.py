@@ -10,7 +10,7 @@ import torch
 from conftest import LORA, TINY_MODEL, chat, fine_tune_until, losses_of
 from forgebook.data import batching
 from forgebook.errors import CheckpointError, ModelError, TrainingError
-from forgebook.launch.ray_train import fine_tune
+from forgebook.launch.fine_tune import fine_tune
 from forgebook.planning.prepare import prepare
 from forgebook.runs.atomic import read_json
 from forgebook.runs.metrics import read_metrics

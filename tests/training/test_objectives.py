@@ -8,7 +8,7 @@ import torch
 
 from conftest import LORA, TINY_MODEL, fine_tune_until, losses_of
 from forgebook.data import masking
-from forgebook.launch.ray_train import fine_tune
+from forgebook.launch.fine_tune import fine_tune
 from forgebook.models.tokenizer import load_tokenizer
 from forgebook.runs.metrics import read_metrics
 from forgebook.training.preference import PairLogps, preference_loss

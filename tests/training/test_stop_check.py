@@ -5,7 +5,7 @@ import torch
 
 from conftest import LORA, losses_of
 from forgebook.data.token_store import Tokens
-from forgebook.launch.ray_train import fine_tune
+from forgebook.launch.fine_tune import fine_tune
 from forgebook.runs.atomic import read_json
 from forgebook.training import loop
 from forgebook.training.setup import make_accelerator, make_worker
