@@ -266,15 +266,16 @@ def _print_job_file(kind: str, config: FinetuneConfig, overrides: list[str], par
 
     from forgebook.launch import ray_jobs
 
-    command = ray_jobs.job_command(config.source, config.storage_path, overrides)
     image, folder = parsed.options.get("image"), parsed.options.get("working_dir")
     if kind == "kuberay":
         if image is None:
             raise ConfigError("submit: --format kuberay needs image=, one with requirements.txt installed")
+        command = ray_jobs.job_command(config.source, config.storage_path, overrides)
         settings = parsed.get("gpus_per_node", "max_retries", "secret")
         name, devices = str(config.run_name), config.num_devices
         manifest = ray_jobs.kuberay_manifest(command, name, devices, image, folder or "", **settings)
     else:
+        command = ray_jobs.job_command(config.source, config.storage_path, overrides)
         manifest = ray_jobs.anyscale_job(command, config.run_name, image, folder or ".", **parsed.get("max_retries"))
     print(yaml.safe_dump(manifest, sort_keys=False, width=1000), end="")
 
