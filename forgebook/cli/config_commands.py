@@ -21,7 +21,7 @@ from forgebook.errors import ConfigError, ResourceError
 
 if TYPE_CHECKING:
     from forgebook.catalog import Gpu, Shape
-    from forgebook.config.blocks import DataPath
+    from forgebook.config.data_block import DataPath, HeldOut
     from forgebook.config.schema import FinetuneConfig
     from forgebook.planning.auto_config import Choice
     from forgebook.planning.token_count import Statistics
@@ -128,7 +128,7 @@ def plan_command(arguments: list[str]) -> int:
     return 0
 
 
-def _are_all_here(*paths: DataPath | None) -> bool:
+def _are_all_here(*paths: DataPath | HeldOut | None) -> bool:
     """Check whether the examples of all these paths are stored on this machine."""
     from forgebook.planning.token_count import data_is_here
 

@@ -56,8 +56,8 @@ class Prepared:
     def write_held_out(self, path: Path) -> None:
         """Write the examples that are held out, so that whoever reads the run later has the same ones."""
         if self.held_out is not None:
-            lines = [self.held_out[source] for source in self.held_out]
-            split.write_examples(list(self.held_out), lines, self.config.task, labels_of(self.config.classifier_config), path)
+            labels = labels_of(self.config.classifier_config)
+            split.write_examples(list(self.held_out), list(self.held_out.values()), self.config.task, labels, path)
 
 
 def _no_progress(name: str, done: int, total: int) -> None:
