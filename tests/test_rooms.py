@@ -50,6 +50,11 @@ def test_a_room_imports_only_rooms_before_it(path):
         assert parts[0] != "forgebook" or parts[1] not in later, f"{path}:{line} imports {module}"
 
 
+def test_peft_is_imported_where_it_is_kept_from_importing_bitsandbytes():
+    importers = {str(path) for path in FILES for _, module in imports_of(path) if module.split(".")[0] == "peft"}
+    assert importers == {"forgebook/models/peft_library.py"}
+
+
 @pytest.mark.parametrize("path", MODULES, ids=str)
 def test_every_public_name_exists_and_is_documented(path):
     """A dataclass has an automatic `__doc__`, so docstrings are looked for in the source."""

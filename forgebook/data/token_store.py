@@ -154,14 +154,32 @@ def _table(examples: Iterable[tuple[Sequence[int], Sequence[bool], int, int | No
     flat_mask = np.concatenate(masks or [np.zeros(0, bool)]).view(np.int8)
     return pa.table(
         {
-            "input_ids": pa.LargeListArray.from_arrays(offsets, flat_ids),
-            "loss_mask": pa.LargeListArray.from_arrays(offsets, flat_mask),
-            "supervised": np.array(supervised, np.int32),
-            "line": np.array(lines, np.int64),
-            "content": np.array(contents, np.uint64),
-            "group": np.array(groups, np.uint64),
+            "input_ids": pa.LargeListArray.from_arrays(_to_arrow(offsets), _to_arrow(flat_ids)),
+            "loss_mask": pa.LargeListArray.from_arrays(_to_arrow(offsets), _to_arrow(flat_mask)),
+            "supervised": _to_arrow(np.array(supervised, np.int32)),
+            "line": _to_arrow(np.array(lines, np.int64)),
+            "content": _to_arrow(np.array(contents, np.uint64)),
+            "group": _to_arrow(np.array(groups, np.uint64)),
         }
     )
+
+
+# Arrow's own conversions from and to numpy import pandas, which takes half a second.
+
+
+def _to_arrow(values: np.ndarray):
+    """View numbers as an Arrow array without nulls."""
+    import pyarrow as pa
+
+    return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), len(values), [None, pa.py_buffer(values)])
+
+
+def _to_numpy(array) -> np.ndarray:
+    """View the numbers of an Arrow array without nulls."""
+    dtype = array.type.to_pandas_dtype()
+    if not len(array):
+        return np.zeros(0, dtype)
+    return np.frombuffer(array.buffers()[1], dtype)[array.offset : array.offset + len(array)]
 
 
 def map_shards(paths: Sequence[Path]) -> Tokens:
@@ -193,19 +211,19 @@ def _name_of(reader) -> str:
 
 def _arrays(batch) -> tuple[np.ndarray, np.ndarray]:
     """View the ids and loss masks of a record batch."""
-    return batch.column("input_ids").values.to_numpy(), batch.column("loss_mask").values.to_numpy().view(bool)
+    return _to_numpy(batch.column("input_ids").values), _to_numpy(batch.column("loss_mask").values).view(bool)
 
 
 def _view(batches: list, names: list[str], files: list[tuple[str, int]]) -> Tokens:
     """View all examples of some record batches."""
     columns: dict[str, list[np.ndarray]] = {name: [] for name in COLUMNS}
     for number, batch in enumerate(batches):
-        offsets = batch.column("input_ids").offsets.to_numpy()
+        offsets = _to_numpy(batch.column("input_ids").offsets)
         columns["part"].append(np.full(len(batch), number, np.int32))
         columns["begin"].append(offsets[:-1])
         columns["end"].append(offsets[1:])
         for name in ("supervised", "line", "content", "group"):
-            columns[name].append(batch.column(name).to_numpy())
+            columns[name].append(_to_numpy(batch.column(name)))
     joined = {name: np.concatenate(arrays) if arrays else np.zeros(0, np.int64) for name, arrays in columns.items()}
     return Tokens(tuple(map(_arrays, batches)), names=tuple(names), files=tuple(files), **joined)
 

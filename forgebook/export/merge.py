@@ -29,6 +29,7 @@ from forgebook.errors import CheckpointError, ConfigError, DataError, ModelError
 from forgebook.inference.loading import base_of, load_for_generation, run_config
 from forgebook.models import adapters, load, saved_adapters
 from forgebook.models.tokenizer import load_tokenizer, readable_model_errors, refuse_pickled
+from forgebook.models.unused_packages import without_unused
 from forgebook.models.vllm_support import vllm_loads
 from forgebook.runs import atomic, run
 from forgebook.runs.checksums import CHECKSUMS, check_files, write_checksums
@@ -228,7 +229,7 @@ def _tie_again(model) -> None:
 @torch.no_grad()
 def _merge_layers(model):
     """Merge every LoRA layer in float32, one at a time, rounding once; then everything else that an adapter has."""
-    from peft.tuners.lora import LoraLayer
+    from forgebook.models.peft_library import LoraLayer
 
     was_tied = model.get_base_model().config.tie_word_embeddings
     for layer in [module for module in model.modules() if isinstance(module, LoraLayer)]:
@@ -247,7 +248,8 @@ def _merge_layers(model):
 
 def _write(model, folder: Path, out: Path) -> None:
     """Write the merged model and all files of the checkpoint that are not the adapter's, such as the tokenizer."""
-    model.save_pretrained(out)
+    with without_unused("deepspeed"):
+        model.save_pretrained(out)
     of_the_adapter = {"README.md", CHECKSUMS, adapters.OVERRIDES}
     for path in folder.iterdir():
         if path.is_file() and not path.name.startswith("adapter_") and path.name not in of_the_adapter:

@@ -23,7 +23,7 @@ from forgebook.errors import ForgebookError, ResourceError
 from forgebook.reporting.console import warner
 from forgebook.runs import upload, worker_upload
 from forgebook.runs.run import Run
-from forgebook.training import distributed, reference
+from forgebook.training import distributed
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
@@ -143,6 +143,8 @@ def _fit(job: Job, use_gpu: bool, per_worker: dict[str, float], output: Console)
         ),
     )
     if _scorers(config.preference_tuning_config):
+        from forgebook.training import reference
+
         output.print("[dim]starting the workers of the reference model[/dim]")
         reference.start_stage(config, run)
     _forget_earlier(file_system, path)

@@ -53,16 +53,15 @@ def add_lora(model: PreTrainedModel, lora_config: dict[str, Any]):
 
     It reaches no vision or audio tower: a text trains nothing there. Nor does all-linear reach routers.
     """
-    from peft import LoraConfig, get_peft_model
-
     from forgebook.models.expert_adapters import quiet_about_experts, use_low_rank_products
+    from forgebook.models.peft_library import LoraConfig, get_peft_model, without_unused_bitsandbytes
 
     towers = tower_modules(model)
     try:
         config = LoraConfig(**{"task_type": "CAUSAL_LM", **_without_routers(model, lora_config)})
         if towers:
             config.exclude_modules = _without(config.exclude_modules, towers)
-        with quiet_about_experts():
+        with quiet_about_experts(), without_unused_bitsandbytes():
             adapted = in_dtype_of_base(get_peft_model(model, config, autocast_adapter_dtype=False))
     except (ValueError, TypeError, NotImplementedError) as error:
         raise ModelError(f"lora_config does not fit this model: {first_line(error)}") from None
@@ -94,7 +93,8 @@ def _is_router(model: PreTrainedModel, name: str) -> bool:
 def _refuse_tuples(model) -> None:
     """Raise ModelError if an adapter is on a layer that returns more than its product, where PEFT fails when used."""
     import torch
-    from peft.tuners.lora import LoraLayer
+
+    from forgebook.models.peft_library import LoraLayer
 
     for name, module in model.named_modules():
         base = module.get_base_layer() if isinstance(module, LoraLayer) else None
@@ -164,7 +164,7 @@ def _is_expert(model: PreTrainedModel, name: str) -> bool:
 
 def _expert_names(model: PreTrainedModel) -> dict[str, str]:
     """List the names of experts' layers that PEFT translates: transformers 5 holds all experts in one tensor."""
-    from peft.utils import transformers_weight_conversion as peft_names
+    from forgebook.models.peft_library import transformers_weight_conversion as peft_names
 
     kind = peft_names._MODEL_TO_CONVERSION_PATTERN.get(  # type: ignore[attr-defined]  # PEFT has no public name for it
         model.config.model_type

@@ -13,15 +13,12 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
-from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from transformers.integrations import moe
 
-if TYPE_CHECKING:
-    from peft import PeftModel
+from forgebook.models.peft_library import ParamWrapper, PeftModel
 
 __all__ = ["quiet_about_experts", "use_low_rank_products"]
 

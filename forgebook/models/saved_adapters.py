@@ -44,7 +44,7 @@ def check_adapter(source: str, lora_config: dict[str, Any], rope_scaling: dict[s
         if Path(source).is_dir():  # PEFT is slow to import, and not quiet
             saved = read_json(Path(source) / "adapter_config.json")
         else:
-            from peft import PeftConfig
+            from forgebook.models.peft_library import PeftConfig
 
             saved = PeftConfig.from_pretrained(source).to_dict()
     differing = [
@@ -72,7 +72,7 @@ def check_reach(make_skeleton: Callable[[], PreTrainedModel], source: str, lora_
 
     make_skeleton: makes the base model without weights.
     """
-    from peft import PeftConfig, get_peft_model
+    from forgebook.models.peft_library import PeftConfig, get_peft_model, without_unused_bitsandbytes
 
     keys = [key for key in REACH if lora_config.get(key)]
     if not keys:
@@ -81,7 +81,8 @@ def check_reach(make_skeleton: Callable[[], PreTrainedModel], source: str, lora_
         warnings.simplefilter("ignore")
         config = PeftConfig.from_pretrained(source)
         config.inference_mode, config.init_lora_weights = False, False
-        saved = _layers_of(get_peft_model(make_skeleton(), config))
+        with without_unused_bitsandbytes():
+            saved = _layers_of(get_peft_model(make_skeleton(), config))
         named = _layers_of(add_lora(make_skeleton(), lora_config | {"init_lora_weights": False}))
     if saved == named:
         return
@@ -111,11 +112,10 @@ def attach_adapter(model: Any, source: str, name: str = "default", **settings: A
     settings: of PEFT's from_pretrained. Raises ModelError if it cannot be read, or has no weights for layers that it is
     of: it was trained on a model whose layers have other names.
     """
-    from peft import PeftModel
-
     from forgebook.models.expert_adapters import quiet_about_experts, use_low_rank_products
+    from forgebook.models.peft_library import PeftModel, without_unused_bitsandbytes
 
-    with readable_model_errors(source, "adapter"), quiet_about_experts():
+    with readable_model_errors(source, "adapter"), quiet_about_experts(), without_unused_bitsandbytes():
         warnings.filterwarnings("error", "Found missing adapter keys")
         # PEFT asks for a property that transformers has renamed.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)

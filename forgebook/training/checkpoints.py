@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from forgebook.errors import CheckpointError, ForgebookError
 from forgebook.models import adapters
+from forgebook.models.unused_packages import without_unused
 from forgebook.models.vllm_support import vllm_serves, vllm_serves_saved
 from forgebook.runs import atomic, checksums, object_store, worker_upload
 from forgebook.runs.run import Run, rank_checkpoints
@@ -118,7 +119,8 @@ def _write_model(model, weights: dict[str, torch.Tensor], folder: Path) -> None:
         model.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
         model.get_base_model().generation_config.save_pretrained(folder)
     else:
-        model.save_pretrained(folder, state_dict=weights)
+        with without_unused("deepspeed"):
+            model.save_pretrained(folder, state_dict=weights)
 
 
 def _write_card(folder: Path, verdict: str) -> None:

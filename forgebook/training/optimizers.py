@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -105,14 +106,14 @@ def learning_rates(schedule: str, peak: float, num_warmup_steps: int, total_step
     schedule: "cosine", "linear" or "constant", each after a linear warm-up from zero. A list has no state to save: a
     resumed run continues at its step.
     """
-    from transformers import get_scheduler
 
-    name = "constant_with_warmup" if schedule == "constant" else schedule
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=peak)
-    scheduler = get_scheduler(name, optimizer, num_warmup_steps, total_steps)
-    rates = []
-    for _ in range(total_steps):
-        rates.append(scheduler.get_last_lr()[0])
-        optimizer.step()
-        scheduler.step()
-    return rates
+    # Not transformers' own functions: they are in a module that imports PEFT and all that comes with it.
+    def share_of_peak(step: int) -> float:
+        if step < num_warmup_steps:
+            return step / max(1, num_warmup_steps)
+        rest = max(1, total_steps - num_warmup_steps)
+        if schedule == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * (step - num_warmup_steps) / rest))
+        return (total_steps - step) / rest if schedule == "linear" else 1.0
+
+    return [peak * share_of_peak(step) for step in range(total_steps)]

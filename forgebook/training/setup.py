@@ -27,7 +27,6 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
 )
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from transformers.integrations.neftune import activate_neftune
 
 from forgebook.config.blocks import PromptFormat, labels_of
 from forgebook.config.deepspeed_file import read_deepspeed_config
@@ -190,6 +189,8 @@ def _load_model(config: ResolvedConfig, tokenizer: Any, base: str, adapter: str 
     else:
         freeze_towers(model)
     if config.neftune_noise_alpha is not None:
+        from transformers.integrations.neftune import activate_neftune  # which imports the Trainer and PEFT
+
         # Its noise comes from torch's random numbers, which a run seeds and saves with its training state.
         activate_neftune(model, config.neftune_noise_alpha)
     if config.torch_compile:

@@ -66,3 +66,15 @@ def test_schedules_warm_up_peak_and_end(schedule):
     assert rates[5] == pytest.approx(5e-4)
     assert rates[99] == pytest.approx(1e-3) if schedule == "constant" else rates[99] < 2e-5
     assert rates[55] == pytest.approx(1e-3 if schedule == "constant" else 5e-4, rel=0.01)
+
+
+@pytest.mark.parametrize(("warmup", "steps"), [(0, 1), (0, 7), (10, 100), (5, 3)])
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_schedules_are_those_of_transformers(schedule, warmup, steps):
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+    name = "constant_with_warmup" if schedule == "constant" else schedule
+    (share,) = get_scheduler(name, optimizer, warmup, steps).lr_lambdas
+    expected = [1e-3 * share(step) for step in range(steps)]
+    assert learning_rates(schedule, 1e-3, warmup, steps) == pytest.approx(expected, rel=1e-12, abs=0)
