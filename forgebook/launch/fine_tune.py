@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 
 from forgebook import ray_cluster as cluster
-from forgebook.config.parse import config_differences, dump_config, load_config
+from forgebook.config.parse import dump_config
 from forgebook.config.rules import check_rules, unread_keys
 from forgebook.config.schema import FinetuneConfig, ResolvedConfig
 from forgebook.data import token_store
 from forgebook.errors import ForgebookError, ResourceError, StorageError, TrainingError, last_line
 from forgebook.launch import ray_train
+from forgebook.launch.resumed_run import check_same, record_changes
 from forgebook.models import saved_adapters
 from forgebook.models.tokenizer import locate, refuse_pickled
 from forgebook.planning import preflight
@@ -69,10 +70,10 @@ def fine_tune(config: FinetuneConfig) -> Run:
         print_choices(output, prepared)
         _refuse_impossible(prepared.config, run)
     resolved = prepared.config
-    is_overwritten = resolved.on_existing == "overwrite"
+    is_overwritten, changes = resolved.on_existing == "overwrite", list[str]()
     if run.config.exists() and not is_overwritten:
-        _check_same(run, prepared)
-        if run.is_complete:
+        changes = check_same(run, prepared)
+        if run.is_complete and not changes:
             if run.uri:  # its last upload may have failed
                 upload.upload_run(run.folder, run.uri, warner(output))
             output.print(f"{run.place} is complete already (on_existing=overwrite runs it again)")
@@ -89,6 +90,9 @@ def fine_tune(config: FinetuneConfig) -> Run:
                 kept = storage.remove_run(run, keep=frozenset({run_files.LOCK}))
                 if kept:
                     warner(output)(f"kept in {run.place}, because no run wrote it: {', '.join(kept)}")
+            for text in changes:
+                output.print(f"  {escape(text)}")
+            record_changes(run, changes)
             _write_run(run, prepared, plan)
             print_run(output, run, prepared, vllm)
             print_plan(output, plan, [*unread_keys(config), *ineffective, *warnings, *filter(None, [note])])
@@ -144,24 +148,6 @@ def _refuse_impossible(config: FinetuneConfig, run: Run) -> None:
         saved_adapters.check_adapter(adapter, config.lora_config or {}, config.rope_scaling)
     if not run.is_complete:
         _check_devices(config)
-
-
-def _check_same(run: Run, prepared: Prepared) -> None:
-    """Raise StorageError unless an existing run folder has this config and this data."""
-    earlier = load_config(run.config)
-    differences = config_differences(earlier, prepared.config)
-    if differences:
-        raise StorageError(
-            f"{run.place} holds a run with another config ({', '.join(differences)}): "
-            "choose another run_name, or on_existing=overwrite"
-        )
-    report = atomic.read_json(run.data_report, ["train"])
-    for name in ("train", "valid"):
-        if name in report and report[name]["fingerprint"] != prepared.report[name]["fingerprint"]:
-            raise StorageError(
-                f"{report[name]['path']} is not what {run.place} was started with: "
-                "choose another run_name, or on_existing=overwrite"
-            )
 
 
 def _check_devices(config: FinetuneConfig) -> None:

@@ -24,6 +24,7 @@ from forgebook.data.token_store import Tokens
 from forgebook.errors import DataError
 from forgebook.models.families import native_context_length
 from forgebook.models.tokenizer import locate, tokenizer_of, tokenizer_source
+from forgebook.models.versions import model_versions
 from forgebook.planning import auto_config, schedule
 from forgebook.planning.auto_config import Choice
 from forgebook.planning.feasibility import micro_batch_for
@@ -86,6 +87,7 @@ def prepare(config: FinetuneConfig, run: Run, on_progress: Callable[[str, int, i
     starts = resolved.initial_adapter_model_ckpt_path, resolved.initial_base_model_ckpt_path
     source = tokenizer_source(resolved.model_id, *starts)
     report: dict[str, Any] = {"tokenizer": source, "context_length": resolved.context_length}
+    report |= {"models": models} if (models := model_versions(resolved)) else {}
     for name, path in paths.items():
         whole = sets[name]
         losses = token_store.truncation_losses(whole, resolved.context_length)

@@ -174,9 +174,8 @@ def stopped_text(run: Run) -> str:
     """Say what a run that was interrupted has saved, and how to resume it."""
     if run.uri:
         return f"stopped; the same command resumes from the last complete state in {run.uri}"
-    steps = [int(path.parent.name.removeprefix("step-")) for path in run.resume.glob("step-*/place.json")]
-    if not steps:
+    if not run.saved_step:
         return f"stopped before a state was saved in {run.place}; the same command starts the run again"
     names = ", ".join(sorted(path.name for path in run.checkpoints.glob("[!.]*")))
     checkpoints = f" (checkpoints: {names})" if names else ""
-    return f"stopped; step {max(steps)} is saved in {run.place}{checkpoints}, and the same command resumes after it"
+    return f"stopped; step {run.saved_step} is saved in {run.place}{checkpoints}, and the same command resumes after it"

@@ -79,6 +79,16 @@ class Run:
         return self.folder / "held_out.jsonl"  # the validation examples, where they are a share of the training data
 
     @property
+    def changes(self) -> Path:
+        return self.folder / "changes.jsonl"  # edits of the config with which the run was resumed, one line each
+
+    @property
+    def saved_step(self) -> int:
+        """Return the last step whose training state is saved here; 0 without one."""
+        steps = [int(path.parent.name.removeprefix("step-")) for path in self.resume.glob("step-*/place.json")]
+        return max(steps, default=0)
+
+    @property
     def plan(self) -> Path:
         return self.folder / "plan.json"  # memory, time and cost, estimated before the run
 

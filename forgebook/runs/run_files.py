@@ -38,9 +38,10 @@ _CHECKPOINT = """
     sentencepiece.bpe.model
 """
 _RUN = f"""
-    {MARKER} config.yaml data_report.json held_out.jsonl plan.json metrics.jsonl summary.json loss.png
-    adapter_start.safetensors evaluation.json evaluation/*.json evaluation/*.jsonl tokens/*.npz tokens/reference*
-    tokens/shards/* logs/*.log logs/*.jsonl logs/*.id tensorboard/events.out.tfevents.* checkpoint_manager_snapshot.json
+    {MARKER} config.yaml data_report.json held_out.jsonl changes.jsonl plan.json metrics.jsonl
+    summary.json loss.png adapter_start.safetensors evaluation.json evaluation/*.json evaluation/*.jsonl
+    tokens/*.npz tokens/reference* tokens/shards/* logs/*.log logs/*.jsonl logs/*.id
+    tensorboard/events.out.tfevents.* checkpoint_manager_snapshot.json
     checkpoints/.writing-* checkpoints/.removing-* checkpoints/.test-save/* resume/*
     {LOCK} .mark .stop .validate_storage_marker .uploading/* .workers/* .tokens/*
 """

@@ -23,6 +23,7 @@ from forgebook.config.schema import ResolvedConfig
 from forgebook.data import batching as batches
 from forgebook.data import token_store as tokens
 from forgebook.errors import StoppedError
+from forgebook.models.versions import check_versions
 from forgebook.planning import hardware, schedule
 from forgebook.planning.plan import running_figures
 from forgebook.runs import atomic
@@ -77,6 +78,9 @@ def train_loop(config: ResolvedConfig, run: Run, report: Report = lambda metrics
     stage = "loading the model" if saved else "loading the model, test-saving a checkpoint"
     progress.stage(stage + compiles * "; DeepSpeed compiles an extension at its first use (a minute)")
     explain = partial(explain_out_of_memory, config, accelerator.num_processes)
+    with distributed.raised_everywhere():
+        about_data = atomic.read_json(run.data_report) if run.data_report.exists() else {}
+        check_versions(about_data.get("models", {}), config)
     with explain("while the model was loaded", lambda: config.context_length):
         worker = make_worker(config, accelerator)
     # New weights, as an adapter's, are the same on every rank; dropout from here on is each rank's own.

@@ -141,12 +141,11 @@ def load_state(
 ) -> None:
     """Restore a saved training state. Collective.
 
-    is_elastic: another number of workers may resume it; a new worker starts with random numbers of its own.
+    A worker that the state was not saved by starts with random numbers of its own. is_elastic: workers may have left.
 
-    Raises CheckpointError if another number of workers saved it and it is not elastic: shards and random numbers
-    belong to a rank.
+    Raises CheckpointError if another number of workers saved DeepSpeed's state: its shards belong to a rank.
     """
-    if position.world_size != distributed.world_size() and not is_elastic:
+    if position.world_size != distributed.world_size() and deepspeed_engine is not None:
         raise CheckpointError(
             f"this run was saved by {position.world_size} workers and cannot be resumed by "
             f"{distributed.world_size()}: set num_devices={position.world_size}, or choose another run_name"
@@ -165,7 +164,7 @@ def load_state(
                 parameters[name].copy_(tensor)
         optimizer.load_state_dict(saved["optimizer"])
     random_state = state / f"random-{distributed.rank()}.pt"
-    if random_state.exists() or not is_elastic:
+    if random_state.exists() or position.world_size == distributed.world_size():
         _set_random_state(torch.load(random_state, weights_only=True))
 
 

@@ -62,8 +62,8 @@ def test_the_same_command_again_changes_nothing(make_config, capsys):
 
 def test_another_config_in_the_same_folder_is_refused(make_config):
     fine_tune(make_config())
-    with pytest.raises(StorageError, match=r"another config \(learning_rate\).*on_existing=overwrite"):
-        fine_tune(make_config(learning_rate=2e-3))
+    with pytest.raises(StorageError, match=r"another config \(seed\).*on_existing=overwrite"):
+        fine_tune(make_config(seed=7))
 
 
 def test_other_data_in_the_same_folder_is_refused(make_config, write_rows):

@@ -1,0 +1,60 @@
+"""A run that is in its folder already: whether this config, data and models continue it, and what was edited."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from typing import Any
+
+from forgebook.config.parse import load_config
+from forgebook.errors import StorageError
+from forgebook.models import versions
+from forgebook.planning import schedule
+from forgebook.planning.prepare import Prepared
+from forgebook.planning.resume import resume_changes
+from forgebook.runs import atomic, object_store
+from forgebook.runs.run import Run
+
+__all__ = ["check_same", "record_changes"]
+
+
+def check_same(run: Run, prepared: Prepared) -> list[str]:
+    """Return what edits of the config mean for the run in an existing folder; none where it is the same.
+
+    Raises StorageError for edits that it cannot be resumed with, and if its data or a model has changed.
+    """
+    config = prepared.config
+    steps = schedule.steps_per_epoch(prepared.report["train"]["sequences"], config.global_batch_size)
+    changes = resume_changes(load_config(run.config), config, run.saved_step, steps, run.place, run.is_complete)
+    report = atomic.read_json(run.data_report, ["train"])
+    for name in ("train", "valid"):
+        if name in report and report[name]["fingerprint"] != prepared.report[name]["fingerprint"]:
+            raise StorageError(
+                f"{_changed_files(report[name], prepared.report[name])} is not what {run.place} was started with: "
+                "choose another run_name, or on_existing=overwrite"
+            )
+    if not run.is_complete or changes:
+        versions.check_versions(report.get("models", {}), config)
+    return changes
+
+
+def record_changes(run: Run, changes: list[str]) -> None:
+    """Add edits of the config to the run's list of them, and let a complete run go on."""
+    if changes:
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        with open(run.changes, "a") as file:
+            file.write(json.dumps({"step": run.saved_step, "time": now, "changes": changes}) + "\n")
+        run.summary.unlink(missing_ok=True)
+        if run.uri and object_store.has_file(f"{run.uri}/{run.summary.name}"):
+            object_store.remove_files(run.uri, [run.summary.name])
+
+
+def _changed_files(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """Name the files of a set that have changed, each with its version then and now; the set where none is known."""
+    known = {source["uri"]: source for source in before.get("sources", ())}
+    changed = [
+        (source["uri"], *(one.get("version") or one["content"][:12] for one in (known[source["uri"]], source)))
+        for source in now.get("sources", ())
+        if source["uri"] in known and source["content"] != known[source["uri"]]["content"]
+    ]
+    return ", ".join(f"{uri} (it was {then}, it is {today})" for uri, then, today in changed) or now["path"]
