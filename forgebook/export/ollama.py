@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from forgebook.data.chat_template import render
 from forgebook.errors import DataError, ModelError
+from forgebook.models.vllm_support import unserved_settings
 from forgebook.runs.atomic import read_json
 
 if TYPE_CHECKING:
@@ -105,6 +106,8 @@ def modelfile(
     # Ollama's own default penalizes repeated tokens, which changes the answers of a fine-tuned model.
     penalty = generation_config.repetition_penalty or 1.0
     lines += [f"PARAMETER repeat_penalty {penalty}", *(["PARAMETER repeat_last_n -1"] if penalty != 1 else [])]
+    for name in unserved_settings(generation_config.to_dict(), is_server=True):
+        lines.append(f"# The model's generation_config.json sets {name}, which Ollama does not have.")
     return "\n".join(lines) + "\n"
 
 

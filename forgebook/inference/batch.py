@@ -25,7 +25,7 @@ from forgebook.inference.generate import OnAnswers
 from forgebook.inference.sampling import Sampling, prompt_seed
 from forgebook.models import adapters
 from forgebook.models.identity import model_identity
-from forgebook.models.vllm_support import choose_engine, runs_eagerly, vllm_max_rank, vllm_serves_saved
+from forgebook.models.vllm_support import choose_engine, runs_eagerly, vllm_ignores, vllm_max_rank, vllm_serves_saved
 from forgebook.runs import atomic
 
 __all__ = ["Prompt", "answer", "engine_for", "read_prompts", "write_answers"]
@@ -88,6 +88,8 @@ def _has_gpu() -> bool:
 
 
 def _obstacle_for_vllm(source: str) -> str | None:
+    if ignored := vllm_ignores(source):
+        return ignored
     lora_config = adapters.read_lora_config(source)
     if lora_config is None:
         return None

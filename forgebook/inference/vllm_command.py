@@ -9,7 +9,7 @@ from forgebook.data.prompt_formats import as_chat_template, read_prompt_format
 from forgebook.inference.loading import run_config
 from forgebook.models import adapters
 from forgebook.models.tokenizer import copy_of, load_tokenizer
-from forgebook.models.vllm_support import vllm_max_rank, vllm_serves_saved
+from forgebook.models.vllm_support import vllm_ignores, vllm_max_rank, vllm_serves_saved
 from forgebook.runs.checksums import check_files
 
 __all__ = ["obstacle_for_vllm", "vllm_command"]
@@ -25,6 +25,8 @@ def obstacle_for_vllm(folders: dict[str, Path]) -> str | None:
         prompt_format = read_prompt_format(folder)
         if prompt_format is not None and template != as_chat_template(prompt_format):
             return f"{name} has a prompt format, and vLLM takes chat templates only; merge it first: that writes one"
+        if ignored := vllm_ignores(folder, is_server=True):
+            return f"{name}: {ignored}"
         lora_config = adapters.read_lora_config(folder)
         if lora_config is None:
             bases.add((str(folder), "{}"))

@@ -116,16 +116,24 @@ def check_lora(model: PreTrainedModel, lora_config: dict[str, Any]) -> list[str]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            add_lora(model, lora_config | {"init_lora_weights": False})  # there is nothing to start from
+            adapted = add_lora(model, lora_config | {"init_lora_weights": False})  # there is nothing to start from
         except ModelError:
             if unmatched:
                 raise ModelError("; ".join(unmatched)) from None
             raise
-    # PEFT sets patterns of its own for experts, and warns of them.
-    patterns = ("rank_pattern", "alpha_pattern", "exclude_modules", "target_parameters")
-    keys = [key for key in patterns if key in lora_config]
+    keys = [key for key in ("exclude_modules", "target_parameters") if key in lora_config]
     ignored = dict.fromkeys(str(one.message) for one in caught if any(key in str(one.message) for key in keys))
+    tuner = adapted.base_model
+    reached = [*tuner.targeted_module_names, *tuner.targeted_parameter_names]
+    for key in ("rank_pattern", "alpha_pattern"):
+        # As PEFT matches them.
+        patterns = [one for one in lora_config.get(key) or {} if not _matches_any(one, reached)]
+        ignored |= dict.fromkeys(f"{key}: nothing that gets an adapter matches {one!r}" for one in patterns)
     return [*unmatched, *(f"lora_config: {text}" for text in ignored)]
+
+
+def _matches_any(pattern: str, names: Sequence[str]) -> bool:
+    return any(re.match(rf"(.*\.)?({pattern})$", name) for name in names)
 
 
 def layers_of(model: PreTrainedModel) -> Layers:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +12,30 @@ from forgebook.catalog import read_catalog
 from forgebook.errors import ConfigError, ForgebookError
 from forgebook.models.adapter_names import saved_names, unserved_layers
 from forgebook.models.adapters import read_lora_config
+from forgebook.runs.atomic import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["choose_engine", "runs_eagerly", "vllm_loads", "vllm_max_rank", "vllm_serves", "vllm_serves_saved"]
+__all__ = [
+    "choose_engine",
+    "runs_eagerly",
+    "unserved_settings",
+    "vllm_ignores",
+    "vllm_loads",
+    "vllm_max_rank",
+    "vllm_serves",
+    "vllm_serves_saved",
+]
 
+# What a generation_config.json may do to answers in transformers and not in vLLM; the values that do nothing.
+UNSERVED_SETTINGS: dict[str, tuple] = {
+    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "min_length"), (0,)),
+    **dict.fromkeys(("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "sequence_bias"), ([], {})),
+    **dict.fromkeys(("exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id"), ()),
+    **dict.fromkeys(("encoder_repetition_penalty", "guidance_scale"), (1,)),
+    "watermarking_config": (),
+}
 # The values that vLLM's max_lora_rank takes.
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -82,6 +100,22 @@ def _unserved(names: Iterable[str], source: str, base: PreTrainedModel | None) -
         return unserved_layers(names, source, base)
     except ForgebookError:  # the base is not here any more
         return None
+
+
+def unserved_settings(settings: Mapping[str, Any], is_server: bool = False) -> list[str]:
+    """List what a generation config does to answers in transformers and neither in vLLM nor in Ollama.
+
+    is_server: also what vLLM leaves to each request.
+    """
+    idle = UNSERVED_SETTINGS | ({"min_new_tokens": (0,)} if is_server else {})
+    return [name for name, values in idle.items() if settings.get(name) is not None and settings[name] not in values]
+
+
+def vllm_ignores(folder: str | Path, is_server: bool = False) -> str:
+    """Say what of a saved model's generation_config.json vLLM does not apply; empty if it applies all."""
+    path = Path(folder) / "generation_config.json"
+    names = unserved_settings(read_json(path), is_server) if path.exists() else []
+    return f"its generation_config.json sets {', '.join(names)}, which vLLM does not apply" if names else ""
 
 
 def vllm_max_rank(lora_configs: list[dict[str, Any]]) -> int:

@@ -101,6 +101,7 @@ def test_ends_and_sampling_are_those_of_the_model(modelfile_of, tokenizer):
     assert "repeat_penalty 1.05\nPARAMETER repeat_last_n -1\n" in modelfile_of(repetition_penalty=1.05)
     newline = tokenizer("\n", add_special_tokens=False)["input_ids"]
     assert 'PARAMETER stop "\\n"\n' in modelfile_of(eos_token_id=newline)
+    assert "sets no_repeat_ngram_size, which Ollama does not have" in modelfile_of(no_repeat_ngram_size=3)
     drawn = modelfile_of(do_sample=True, temperature=0.7, top_p=0.8)
     assert "PARAMETER temperature 0.7\nPARAMETER top_p 0.8\n" in drawn and "temperature 0\n" not in drawn
 

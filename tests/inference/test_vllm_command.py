@@ -9,6 +9,7 @@ import pytest
 from conftest import TINY_MODEL
 from forgebook.config.parse import dump_config
 from forgebook.inference.vllm_command import obstacle_for_vllm, vllm_command
+from forgebook.models.vllm_support import vllm_ignores
 
 LORA = {"r": 8, "target_modules": ["q_proj"], "base_model_name_or_path": "someone/base"}
 
@@ -91,6 +92,22 @@ def test_what_one_vllm_process_cannot_serve(make_folder):
     assert "chat templates differ" in obstacle_for_vllm({"one": one, "template": other_template})
     dora = make_folder("dora", LORA | {"use_dora": True})
     assert obstacle_for_vllm({"dora": dora}) == "dora: use_dora is set; merge it first"
+
+
+@pytest.mark.parametrize(
+    ("settings", "ignored"),
+    [
+        ({"no_repeat_ngram_size": 3}, "no_repeat_ngram_size"),
+        ({"bad_words_ids": [[3]], "min_new_tokens": 4}, "bad_words_ids, min_new_tokens"),
+        ({"no_repeat_ngram_size": 0, "suppress_tokens": [], "guidance_scale": 1.0, "repetition_penalty": 1.2}, None),
+    ],
+)
+def test_what_a_generation_config_does_and_vllm_does_not_is_an_obstacle(make_folder, settings, ignored):
+    folder = make_folder("one")
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    obstacle = f"one: its generation_config.json sets {ignored}, which vLLM does not apply" if ignored else None
+    assert obstacle_for_vllm({"one": folder}) == obstacle
+    assert bool(vllm_ignores(folder)) == bool(ignored)
 
 
 def test_a_prompt_format_must_be_merged_into_the_template_first(make_folder):

@@ -431,6 +431,8 @@ LLAMA_NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
         ("Llama", {"target_modules": "all-linear"}, []),
         ("Mixtral", {"target_modules": "all-linear"}, []),
         ("Mixtral", {"target_modules": ["q_proj", "w1", "w2", "w3"]}, []),
+        ("Qwen3Moe", {"target_parameters": ["gate_up_proj"], "rank_pattern": {"experts.gate_up_proj": 2}}, []),
+        ("Qwen3Moe", {"target_modules": ["q_proj"], "alpha_pattern": {"q_proj": 2, ".*w1": 2}}, ["alpha_p", "'.*w1'"]),
         ("Qwen3Moe", {"target_modules": LLAMA_NAMES}, []),
     ],
 )  # fmt: skip
