@@ -10,6 +10,7 @@ import collections
 import dataclasses
 import itertools
 import json
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ class DatasetNotes:
     """What was seen while a set was read, for the data report.
 
     rows: of its files, bad ones included. unknown: rows of no known format, by their file and keys as JSON.
+    unread: sources of which only the first rows were read.
     """
 
     rows: int = 0
@@ -47,6 +49,7 @@ class DatasetNotes:
     unknown: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     problems: list[str] = dataclasses.field(default_factory=list)
     empty_answers: int = 0
+    unread: int = 0
 
     @classmethod
     def from_json(cls, written: dict[str, Any]) -> DatasetNotes:
@@ -84,28 +87,32 @@ def read_examples(
 
 
 def read_notes(path: Any, task: str, labels: tuple[str, ...] = (), seconds: float = 2.0) -> DatasetNotes | None:
-    """Check the rows of small files, remote ones too, without a tokenizer: those that can be read in some seconds.
+    """Check rows without a tokenizer: those that can be read in some seconds, after downloads.
 
-    Returns None if all seem fine; else the notes on the whole set. Raises DataError or StorageError if a file cannot
-    be read at all, DataError for a set without examples.
+    Returns None if all seem fine; else the notes on the whole set, of large files and data sets of the hub on the first
+    rows alone. Raises DataError or StorageError if a file cannot be read at all, DataError for a set without examples.
     """
-    until, notes, is_whole = time.monotonic() + seconds, DatasetNotes(), True
+    until, notes = time.monotonic() + seconds, DatasetNotes()
     for source in find_sources(path):
-        if is_large(source):
-            is_whole = False
-            continue
-        for chunk in readers.split_source(source):
-            if not notes.problems and time.monotonic() > until:
-                return None
-            collections.deque(noted_examples(chunk, task, labels, notes), maxlen=0)
-    if is_whole and not notes.rows:
+        patience = until if is_large(source) else math.inf
+        for chunk in readers.chunks_of(source):
+            if time.monotonic() > (patience if notes.problems else until):
+                notes.unread += 1
+                break
+            collections.deque(noted_examples(chunk, task, labels, notes, patience), maxlen=0)
+    if not notes.rows and not notes.unread:
         raise no_examples_error(path)
     return notes if notes.problems else None
 
 
-def noted_examples(chunk: FileChunk, task: str, labels: tuple[str, ...], notes: DatasetNotes) -> Iterator[Example]:
-    """Yield the examples of a chunk; add what is seen to the notes."""
+def noted_examples(
+    chunk: FileChunk, task: str, labels: tuple[str, ...], notes: DatasetNotes, until: float = math.inf
+) -> Iterator[Example]:
+    """Yield the examples of a chunk; add what is seen to the notes. until: of time.monotonic, when to stop."""
     for parsed in row_formats.parse_chunk(chunk, task, labels):
+        if time.monotonic() > until:
+            notes.unread += 1
+            return
         notes.rows += 1
         if isinstance(parsed, DataError):
             notes.problems.append(str(parsed))
@@ -136,7 +143,8 @@ def bad_rows_error(path: Any, notes: DatasetNotes, key: str = "train_path", task
         yaml = columns.mapping_text(keys, path if isinstance(path, str) else uri, key, task).replace("\n", "\n  ")
         mapping = f"\nMap the columns in the config, if this guess says what they hold:\n  {yaml}"
     where = display_paths(path)
-    return DataError(f"{len(notes.problems)} of {notes.rows} rows of {where} are unusable:\n  {shown}{hidden}{mapping}")
+    read = f"the first {notes.rows}" if notes.unread else f"{notes.rows}"
+    return DataError(f"{len(notes.problems)} of {read} rows of {where} are unusable:\n  {shown}{hidden}{mapping}")
 
 
 def no_examples_error(path: Any) -> DataError:

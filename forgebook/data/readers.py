@@ -26,7 +26,7 @@ from forgebook.data.json_values import check_unique, check_value, parse_json, un
 from forgebook.data.tables import HUB
 from forgebook.errors import DataError
 
-__all__ = ["FileChunk", "read_chunk", "split_source"]
+__all__ = ["FileChunk", "chunks_of", "read_chunk", "split_source"]
 
 # What one task reads at once: large enough to be worth a task, small enough to share work evenly.
 CHUNK_BYTES = 2 * 2**20
@@ -55,19 +55,26 @@ class FileChunk:
 
 def split_source(source: Source) -> list[FileChunk]:
     """Divide a source into chunks; raise DataError or StorageError if it cannot be read at all."""
+    return list(chunks_of(source))
+
+
+def chunks_of(source: Source) -> Iterator[FileChunk]:
+    """Yield the chunks of a source: those of JSON lines as they are read. Raises as `split_source`."""
     if source.uri.startswith(HUB):
         rows = len(tables.hub_dataset(source.uri, source.version))
         starts = range(0, rows, CHUNK_ROWS)
-        return [FileChunk(source, "hub", start, min(start + CHUNK_ROWS, rows), start + 1) for start in starts]
+        yield from (FileChunk(source, "hub", start, min(start + CHUNK_ROWS, rows), start + 1) for start in starts)
+        return
     path = plain_copy(local_copy(source.uri, source.version))
     kind = _kind(path, source.uri)
     if kind == "jsonl":
-        return [FileChunk(source, kind, start, stop, line) for start, stop, line in _split_lines(path)]
-    if kind in ("parquet", "arrow"):
+        yield from (FileChunk(source, kind, *part) for part in _split_lines(path))
+    elif kind in ("parquet", "arrow"):
         counts = (tables.split_parquet if kind == "parquet" else tables.split_arrow)(source.uri, path)
         fewest = 1 if kind == "parquet" else CHUNK_ROWS  # rows of a chunk: record batches are small
-        return [FileChunk(source, kind, *part) for part in _joined(counts, fewest)]
-    return [FileChunk(source, kind)]
+        yield from (FileChunk(source, kind, *part) for part in _joined(counts, fewest))
+    else:
+        yield FileChunk(source, kind)
 
 
 def _joined(counts: list[int], fewest: int) -> Iterator[tuple[int, int, int]]:

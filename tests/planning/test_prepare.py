@@ -1,8 +1,10 @@
 """What is checked, counted and kept before a run."""
 
+import itertools
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -84,8 +86,18 @@ def test_rows_are_checked_without_a_tokenizer(make_config, write_rows, monkeypat
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(DataError, match="is empty"):
         check_rows(make_config(train_path=str(tmp_path / "empty.jsonl")))
+
+
+def test_large_files_and_the_hub_are_sampled_without_a_tokenizer(make_config, write_rows, monkeypatch, tmp_path):
+    (tmp_path / "hub").mkdir()
+    bad = write_rows([{"oops": 1}, *[chat("q", "a")] * 30, {"oops": 2}], "hub/bad.jsonl")
+    monkeypatch.setattr("forgebook.planning.prepare.tokenizer_of", None)
     monkeypatch.setattr("forgebook.data.data_sources.LARGE_FILE", 1)
-    check_rows(make_config(train_path=bad))
+    clock = itertools.count(step=0.2)  # ten rows or so
+    monkeypatch.setattr("forgebook.data.examples.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    for path in (bad, f"hf://{Path(bad).parent}:train"):
+        with pytest.raises(DataError, match=r"1 of the first \d rows of .*\n  .*:1: no 'messages'"):
+            check_rows(make_config(train_path=path))
 
 
 def test_rows_per_label(make_config, write_rows):
