@@ -54,6 +54,7 @@ def add_lora(model: PreTrainedModel, lora_config: dict[str, Any]):
     It reaches no vision or audio tower: a text trains nothing there. Nor does all-linear reach routers.
     """
     from forgebook.models.expert_adapters import quiet_about_experts, use_low_rank_products
+    from forgebook.models.fused_lora import use_fused_products
     from forgebook.models.peft_library import LoraConfig, get_peft_model, without_unused_bitsandbytes
 
     towers = tower_modules(model)
@@ -67,6 +68,7 @@ def add_lora(model: PreTrainedModel, lora_config: dict[str, Any]):
         raise ModelError(f"lora_config does not fit this model: {first_line(error)}") from None
     _refuse_tuples(adapted)
     use_low_rank_products(adapted)
+    use_fused_products(adapted)
     return adapted
 
 

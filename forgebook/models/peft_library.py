@@ -16,6 +16,7 @@ from forgebook.models.unused_packages import without_unused
 __all__ = [
     "LoraConfig",
     "LoraLayer",
+    "LoraLinear",
     "ParamWrapper",
     "PeftConfig",
     "PeftModel",
@@ -47,5 +48,6 @@ def _forget_answers() -> None:
 with without_unused_bitsandbytes():
     from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
     from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.layer import Linear as LoraLinear
     from peft.tuners.lora.layer import ParamWrapper
     from peft.utils import transformers_weight_conversion

@@ -113,6 +113,7 @@ def attach_adapter(model: Any, source: str, name: str = "default", **settings: A
     of: it was trained on a model whose layers have other names.
     """
     from forgebook.models.expert_adapters import quiet_about_experts, use_low_rank_products
+    from forgebook.models.fused_lora import use_fused_products
     from forgebook.models.peft_library import PeftModel, without_unused_bitsandbytes
 
     with readable_model_errors(source, "adapter"), quiet_about_experts(), without_unused_bitsandbytes():
@@ -123,6 +124,7 @@ def attach_adapter(model: Any, source: str, name: str = "default", **settings: A
             if not hasattr(model, "peft_config"):
                 model = PeftModel.from_pretrained(model, source, adapter_name=name, **settings)
                 use_low_rank_products(model)
+                use_fused_products(model)
                 return model
             missing = model.load_adapter(source, adapter_name=name, **settings).missing_keys
         except UserWarning as warning:
