@@ -10,15 +10,12 @@ weights and ZeRO-3's shards keep PEFT's own forward pass.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
-from forgebook.models.peft_library import LoraLinear
-
-if TYPE_CHECKING:
-    from peft import PeftModel
+from forgebook.models.peft_library import LoraLinear, PeftModel
 
 __all__ = ["use_fused_products"]
 
