@@ -18,6 +18,7 @@ from forgebook.models import cpu_bfloat16
 from forgebook.models.attention import attention_facts, choose_attention, lacking_kernels
 from forgebook.models.saved_adapters import continue_lora
 from forgebook.models.tokenizer import locate, readable_model_errors, refuse_pickled
+from forgebook.models.unused_packages import without_unused
 from forgebook.runs.checksums import check_files
 
 if TYPE_CHECKING:
@@ -89,6 +90,10 @@ def auto_class(model_config: PretrainedConfig) -> Any:
     transformers would load Qwen3.5 and Llama 4 without their vision towers, as models whose layers have other names.
     """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.utils.import_utils import is_scipy_available
+
+    with without_unused("scipy", is_scipy_available):
+        import transformers.loss.loss_utils  # noqa: F401  # those of object detection alone need SciPy
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as READS_IMAGES
 
     published = READS_IMAGES.get(model_config.model_type)

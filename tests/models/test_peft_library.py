@@ -15,7 +15,7 @@ from forgebook.cli.main import main
 settings = ["num_devices=0", "deepspeed=none", "max_steps=1", "num_warmup_steps=0", "valid_path=null"]
 paths = ["train_path=data/quickstart/test.jsonl", f"storage_path={sys.argv[2]}"]
 assert main(["training_configs/tiny/quickstart.yaml", "lora_config=null", *settings, *paths]) == 0
-others = {"bitsandbytes", "datasets", "pandas", "peft", "ray", "torch._inductor.compile_fx"}
+others = {"bitsandbytes", "datasets", "pandas", "peft", "ray", "scipy", "torch._inductor.compile_fx"}
 print("imports:", *(others & set(sys.modules)))
 
 from forgebook.models.adapters import add_lora

@@ -1,5 +1,6 @@
 """Packages that are out of sight for a block."""
 
+import functools
 import importlib.util
 import sys
 
@@ -19,3 +20,15 @@ def test_a_package_is_out_of_sight_in_the_block_alone(monkeypatch):
 
     with without_unused("colorsys"):
         assert sys.modules["colorsys"] is colorsys
+
+
+def test_a_library_looks_again_in_the_block_and_after_it(monkeypatch):
+    @functools.cache
+    def is_there() -> bool:
+        return importlib.util.find_spec("colorsys") is not None
+
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
+    found = [is_there()]
+    with without_unused("colorsys", is_there):
+        found.append(is_there())
+    assert [*found, is_there()] == [True, False, True]
