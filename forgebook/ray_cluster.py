@@ -140,10 +140,12 @@ def machines_without(is_there: Callable[[], bool], needed: dict[str, float]) -> 
 def _start_here(quiet: dict[str, Any], cores: int | None) -> None:
     """Start a cluster on this machine: without a dashboard, on loopback; Ray sets a token by itself.
 
-    Ray gives its own processes half a minute to answer, which on a busy machine is not always enough.
+    Ray gives its own processes half a minute to answer, which on a busy machine is not always enough. It starts no
+    worker before there is work: one per core, of which a run of a few devices uses two.
     """
     import ray
 
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     for attempts_left in (2, 1, 0):
         try:
             with _without_dashboard():
