@@ -26,6 +26,7 @@ __all__ = [
     "CheckpointFrequency",
     "ClassifierConfig",
     "DeepSpeed",
+    "EarlyStopping",
     "Examples",
     "Float",
     "Fraction",
@@ -228,6 +229,15 @@ class CheckpointFrequency(StrictBlock):
     """What is counted; a step is one optimizer step."""
     frequency: Positive
     """Every how many of them."""
+
+
+class EarlyStopping(StrictBlock):
+    """When a run ends before its last step; its best checkpoint is the one before."""
+
+    patience: Positive
+    """After this many evaluations in a row without a lower loss."""
+    min_delta: Annotated[Float, Field(ge=0)] = 0.0
+    """By how much a loss must be below the lowest one to count as lower."""
 
 
 class ClassifierConfig(StrictBlock):

@@ -122,6 +122,19 @@ RULES: tuple[Rule, ...] = (
         "optimizer: adamw_8bit does not work with an offloaded optimizer, which is DeepSpeed's own AdamW on the CPU",
         "set optimizer: adamw, or use a DeepSpeed file without offload_optimizer",
     ),
+    # Options of the run
+    Rule(
+        ("early_stopping", "valid_path"),
+        lambda config, zero: config.early_stopping is not None and config.valid_path is None,
+        "early_stopping compares evaluation losses and needs valid_path",
+        "set valid_path, such as {split: 0.05}",
+    ),
+    Rule(
+        ("loraplus_lr_ratio", "lora_config"),
+        lambda config, zero: config.loraplus_lr_ratio is not None and not config.is_lora,
+        "loraplus_lr_ratio is of the matrices of an adapter and needs lora_config",
+        "add lora_config, or remove it",
+    ),
 )
 
 
@@ -159,6 +172,24 @@ UNREAD: tuple[Rule, ...] = (
             "set num_devices, or remove it",
         )
         for key in ("address", "worker_resources", "trainer_resources", "max_failures")
+    ),
+    Rule(
+        ("min_lr_ratio",),
+        lambda config, zero: config.lr_scheduler_type == "constant",
+        "min_lr_ratio has no effect with lr_scheduler_type: constant",
+        "set another lr_scheduler_type, or remove it",
+    ),
+    Rule(
+        ("lr_decay_ratio",),
+        lambda config, zero: config.lr_scheduler_type != "wsd",
+        "lr_decay_ratio has no effect without lr_scheduler_type: wsd",
+        "set lr_scheduler_type: wsd, or remove it",
+    ),
+    Rule(
+        ("decay_norms_and_biases",),
+        lambda config, zero: config.weight_decay == 0,
+        "decay_norms_and_biases has no effect without weight_decay",
+        "set weight_decay, or remove it",
     ),
     Rule(
         ("liger_kernel",),

@@ -17,6 +17,7 @@ from forgebook.config.blocks import (
     CheckpointFrequency,
     ClassifierConfig,
     DeepSpeed,
+    EarlyStopping,
     Examples,
     Float,
     Fraction,
@@ -119,12 +120,20 @@ class FinetuneConfig(StrictBlock):
     """Forward passes per optimizer step."""
     learning_rate: Annotated[Rate | None, Mark.AUTO] = None
     """Peak learning rate. None: 1e-4 for LoRA, 1e-5 for full fine-tuning."""
-    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
-    """Schedule of the learning rate after the warm-up."""
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "wsd", "cosine_with_min_lr"] = "cosine"
+    """Schedule of the learning rate after the warm-up. wsd: constant, then a cosine over the last steps."""
+    min_lr_ratio: Fraction | None = None
+    """The learning rate at the end of the schedule, as a share of the peak. None: cosine_with_min_lr 0.1, else 0."""
+    lr_decay_ratio: Annotated[Float, Field(gt=0, le=1)] = 0.1
+    """wsd: the share of all optimizer steps over which the learning rate falls."""
     num_warmup_steps: Annotated[Int, Field(ge=0), Mark.AUTO] = 10
     """Optimizer steps over which the learning rate rises linearly from zero. Not set, in a run of so few: a tenth."""
     weight_decay: Annotated[Float, Field(ge=0)] = 0.0
     """Weight decay of AdamW."""
+    decay_norms_and_biases: bool = False
+    """Apply weight_decay to norms and biases, too, as versions before this key did."""
+    loraplus_lr_ratio: Annotated[Float, Field(ge=1)] | None = None
+    """LoRA+ (arXiv 2402.12354): the learning rate of the B matrices, as a multiple of that of A; 16 in the paper."""
     adam_betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.999)
     """Decay rates of AdamW's moments."""
     adam_epsilon: Annotated[Float, Field(gt=0)] = 1e-8
@@ -189,6 +198,8 @@ class FinetuneConfig(StrictBlock):
     """Evaluate once before training."""
     checkpoint_and_evaluation_frequency: Annotated[CheckpointFrequency | None, Mark.AUTO] = None
     """When to evaluate and save. None: after every epoch."""
+    early_stopping: EarlyStopping | None = None
+    """End the run once the evaluation loss has stopped falling, as `{patience: 3, min_delta: 0.001}`."""
     num_checkpoints_to_keep: Annotated[Positive, Mark.NO_EFFECT] = 1
     """Keep this many checkpoints, those with the lowest evaluation loss."""
     save_state_minutes: Annotated[Float, Field(ge=0)] = 15

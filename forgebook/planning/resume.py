@@ -16,11 +16,11 @@ from forgebook.planning import schedule
 
 __all__ = ["resume_changes"]
 
-RATE_KEYS = ("learning_rate", "lr_scheduler_type", "num_warmup_steps")
+RATE_KEYS = ("learning_rate", "lr_scheduler_type", "num_warmup_steps", "min_lr_ratio", "lr_decay_ratio")
 LENGTH_KEYS = ("num_epochs", "max_steps")
 BATCH_KEYS = ("train_batch_size_per_device", "gradient_accumulation_steps", "num_devices")
 # Of these the next start may have others without a word on the weights.
-FREE_KEYS = ("checkpoint_and_evaluation_frequency", "save_state_minutes", "min_update_steps")
+FREE_KEYS = ("checkpoint_and_evaluation_frequency", "save_state_minutes", "min_update_steps", "early_stopping")
 # Why another key may not change, by the first part of its name; the rest of them change the loss itself.
 _WEIGHTS = "the saved state is of other weights"
 _DATA = "the examples, or their tokens, would be others than those trained before"
@@ -40,7 +40,12 @@ _REASONS = {
         """.split(),
         _DATA,
     ),
-    **dict.fromkeys("optimizer deepspeed weight_decay adam_betas adam_epsilon".split(), _OPTIMIZER),
+    **dict.fromkeys(
+        """
+        optimizer deepspeed weight_decay decay_norms_and_biases loraplus_lr_ratio adam_betas adam_epsilon
+        """.split(),
+        _OPTIMIZER,
+    ),
     "seed": "the order of the examples would be another, some trained twice and some never",
 }
 _OTHERWISE = "losses before and after could not be compared"
@@ -61,7 +66,8 @@ def resume_changes(
     before = earlier.resolved()
     _refuse(before, now, keys, place)
     last = [schedule.total_steps(one.num_epochs, steps_per_epoch, one.max_steps) for one in (before, now)]
-    if is_complete and last[1] <= last[0]:
+    goes_on = any(key.split(".")[0] in (*LENGTH_KEYS, "early_stopping") for key in keys)
+    if is_complete and (last[1] <= step or not goes_on):
         raise StorageError(
             f"{place} is complete, so {', '.join(keys)} would change nothing of it: set more num_epochs or max_steps, "
             "choose another run_name, or on_existing=overwrite"

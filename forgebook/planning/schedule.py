@@ -11,6 +11,7 @@ is what is run.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 from forgebook.errors import ConfigError
 
@@ -20,6 +21,7 @@ __all__ = [
     "evaluation_interval",
     "evaluation_steps",
     "steps_per_epoch",
+    "stops_early",
     "total_steps",
     "warmup_steps",
 ]
@@ -71,6 +73,21 @@ def check_warmup(num_warmup_steps: int, total_steps: int) -> str | None:
             f"never reaches its peak; set num_warmup_steps to at most {warmup_steps(total_steps) or 1}"
         )
     return None
+
+
+def stops_early(losses: Iterable[float | None], patience: int, min_delta: float = 0.0) -> bool:
+    """Decide whether a run ends: the last `patience` evaluation losses were not lower than the lowest before them.
+
+    losses: of all evaluations, oldest first; one that is missing or not finite is not lower. min_delta: by how much a
+    loss has to be lower to count.
+    """
+    lowest, since = math.inf, 0
+    for loss in losses:
+        if loss is not None and math.isfinite(loss) and loss < lowest - min_delta:  # infinity less a little is infinity
+            lowest, since = loss, 0
+        else:
+            since += 1
+    return since >= patience
 
 
 def evaluation_interval(total_steps: int, evaluations: int) -> int | None:

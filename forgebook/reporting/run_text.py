@@ -140,6 +140,11 @@ def print_summary(output: Console, run: Run) -> None:
         f"[bold]done[/bold]  {loss}{summary['steps']} steps, {summary['trained_tokens']:,} tokens in "
         f"{summary['training_seconds']:.0f} s, {summary['trained_tokens_throughput']:,.0f} tokens/s (excluding padding)"
     )
+    if summary.get("stopped_early_of"):
+        output.print(
+            f"  stopped early after step {summary['steps']} of {summary['stopped_early_of']}: the evaluation loss had "
+            "stopped falling"
+        )
     if "planned" in summary:
         output.print(f"  {compare_with_plan(summary['planned'], summary['measured'])}")
     if summary.get("stop_check"):

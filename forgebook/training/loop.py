@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
+from forgebook.config.blocks import EarlyStopping
 from forgebook.config.schema import ResolvedConfig
 from forgebook.data import batching as batches
 from forgebook.data import token_store as tokens
@@ -86,8 +87,9 @@ def train_loop(config: ResolvedConfig, run: Run, report: Report = lambda metrics
     # New weights, as an adapter's, are the same on every rank; dropout from here on is each rank's own.
     torch.manual_seed(config.seed + accelerator.process_index)
     rates = optimizers.learning_rates(
-        config.lr_scheduler_type, config.learning_rate, config.num_warmup_steps, last_step
-    )
+        config.lr_scheduler_type, config.learning_rate, config.num_warmup_steps, last_step, config.min_lr_ratio,
+        config.lr_decay_ratio,
+    )  # fmt: skip
     if config.padding == "packed":
         check_isolation(worker.wrapped, accelerator.device)
     objective = Objective(config.preference_tuning_config)
@@ -137,7 +139,8 @@ def train_loop(config: ResolvedConfig, run: Run, report: Report = lambda metrics
     accumulation = math.ceil(config.gradient_accumulation_steps * devices / accelerator.num_processes)
     sums, epoch_order, memory = EpochSums(**start.epoch_sums), None, StepMemory(worker)
     saved_at, reported_at = time.perf_counter(), -math.inf  # the first step is reported at once
-    while step < last_step:
+    is_enough = _is_enough(config.early_stopping, losses)
+    while step < last_step and not is_enough:
         epoch, index = divmod(step, steps_per_epoch)
         if index == 0 or epoch_order is None:
             epoch_order = batches.epoch_batches(train, sequences, config.global_batch_size, config.seed, epoch)
@@ -187,6 +190,7 @@ def train_loop(config: ResolvedConfig, run: Run, report: Report = lambda metrics
             evaluation |= {**sums.totals(), "checkpoint_dir_name": name, "is_best": name == best}
             progress.evaluation(step=step, epoch=epoch + 1, **evaluation)
             latest |= evaluation
+            is_enough = _is_enough(config.early_stopping, losses)
         now = time.perf_counter()
         since_state, since_report, is_stopping = _agreed(accelerator, now - saved_at, now - reported_at, run)
         is_due = config.save_state_minutes and since_state > 60 * config.save_state_minutes
@@ -197,7 +201,7 @@ def train_loop(config: ResolvedConfig, run: Run, report: Report = lambda metrics
         if name is not None or since_report > REPORT_SECONDS:
             report(latest, name)
             reported_at = time.perf_counter()
-        if is_stopping and step < last_step:
+        if is_stopping and step < last_step and not is_enough:
             raise StoppedError(f"stopped by SIGTERM; step {step} is saved, and the same command resumes after it")
 
     # (8) What summary.json reports.
@@ -210,6 +214,7 @@ def train_loop(config: ResolvedConfig, run: Run, report: Report = lambda metrics
         "perplexity": None if best_loss is None or objective.preference else objectives.perplexity(best_loss),
         "steps": step,
         "epochs": round(step / steps_per_epoch, 4),
+        "stopped_early_of": last_step if step < last_step else None,
         "trained_tokens": trained_tokens,
         "training_seconds": seconds,
         "parameters": parameters,
@@ -228,6 +233,13 @@ def train_loop(config: ResolvedConfig, run: Run, report: Report = lambda metrics
         generation, is_compiled = config.generation_config, bool(config.torch_compile)
         result["stop_check"] = check_stops(worker, train, config.task, generation, seconds, is_compiled)
     return result
+
+
+def _is_enough(early_stopping: EarlyStopping | None, losses: dict[str, float | None]) -> bool:
+    """Decide whether the run ends before its last step; losses: of its evaluations, the same on every rank."""
+    if early_stopping is None:
+        return False
+    return schedule.stops_early(losses.values(), early_stopping.patience, early_stopping.min_delta)
 
 
 # One step ---------------------------------------------------------------------------------------------

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
 
-__all__ = ["AdamW", "deepspeed_adamw", "learning_rates", "rate_groups", "set_rate"]
+__all__ = ["AdamW", "deepspeed_adamw", "learning_rates", "rate_groups", "set_rate", "undecayed_names"]
+
+# The names of norms and biases, as transformers' Trainer knows them; LayerNorm is known by its class as well.
+_NORM_OR_BIAS = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
+LOWEST_RATIO = 0.1  # of cosine_with_min_lr, where the config sets none
 
 
 class AdamW:
@@ -70,16 +75,45 @@ class AdamW:
         return [(p, master) for p, master in zip(self.trained, self.masters, strict=True) if p is not master]
 
 
-def rate_groups(parameters: Iterable[tuple[str, torch.nn.Parameter]], label_scale: float = 1.0) -> list[dict[str, Any]]:
-    """Group the trainable parameters by what multiplies their learning rate: `rate_scale`, set by `set_rate`.
+def rate_groups(
+    parameters: Iterable[tuple[str, torch.nn.Parameter]],
+    label_scale: float = 1.0,
+    loraplus_ratio: float | None = None,
+    undecayed: Collection[str] = (),
+) -> list[dict[str, Any]]:
+    """Group the trainable parameters by what multiplies their learning rate, and by whether their weights decay.
 
     parameters: by name, as of `named_parameters`. label_scale: of the embeddings of new tokens in an adapter.
+    loraplus_ratio: of the B matrices of an adapter. undecayed: names of parameters whose weights do not decay. Each
+    group has its `rate_scale`, which `set_rate` applies.
     """
-    trained = [(name, p) for name, p in parameters if p.requires_grad]
-    labels = [p for name, p in trained if "trainable_tokens_delta" in name and label_scale != 1.0]
-    chosen = set(map(id, labels))
-    groups = [([p for _, p in trained if id(p) not in chosen], 1.0), (labels, label_scale)]
-    return [{"params": params, "rate_scale": scale} for params, scale in groups if params]
+    groups: dict[tuple[float, bool], list[torch.nn.Parameter]] = {(1.0, True): []}
+    for name, p in parameters:
+        if p.requires_grad:
+            scale = label_scale if "trainable_tokens_delta" in name else _loraplus_scale(name, loraplus_ratio)
+            groups.setdefault((scale, name not in undecayed), []).append(p)
+    return [
+        {"params": params, "rate_scale": scale, **({} if decays else {"weight_decay": 0.0})}
+        for (scale, decays), params in groups.items()
+        if params
+    ]
+
+
+def _loraplus_scale(name: str, ratio: float | None) -> float:
+    """Return what multiplies a parameter's learning rate under LoRA+: PEFT's choice, but for adapters of embeddings."""
+    is_fast = "lora_B" in name or "lora_magnitude_vector" in name or name.endswith("bias")
+    return ratio if ratio is not None and is_fast else 1.0
+
+
+def undecayed_names(model: torch.nn.Module) -> set[str]:
+    """Name the norms and biases of a model, whose weights transformers' Trainer does not decay."""
+    inside = {
+        f"{name}.{own}".lstrip(".")
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.LayerNorm)
+        for own, _ in module.named_parameters(recurse=False)
+    }
+    return inside | {name for name, _ in model.named_parameters() if _NORM_OR_BIAS.search(name.lower())}
 
 
 def set_rate(groups: Iterable[dict[str, Any]], learning_rate: float) -> None:
@@ -100,20 +134,32 @@ def _in_8_bits(groups: Sequence[dict[str, Any]], **kwargs: Any) -> torch.optim.O
     return AdamW8bit(groups, **kwargs)
 
 
-def learning_rates(schedule: str, peak: float, num_warmup_steps: int, total_steps: int) -> list[float]:
+def learning_rates(
+    schedule: str,
+    peak: float,
+    num_warmup_steps: int,
+    total_steps: int,
+    min_ratio: float | None = None,
+    decay_ratio: float = 0.1,
+) -> list[float]:
     """List the learning rate of every step, as transformers' schedule of that name computes it.
 
-    schedule: "cosine", "linear" or "constant", each after a linear warm-up from zero. A list has no state to save: a
-    resumed run continues at its step.
+    schedule: "cosine", "linear", "constant", "wsd" or "cosine_with_min_lr", each after a linear warm-up from zero.
+    min_ratio: of the last rate to the peak. decay_ratio: of wsd, the share of the steps over which the rate falls. A
+    list has no state to save: a resumed run continues at its step.
     """
+    lowest = min_ratio if min_ratio is not None else LOWEST_RATIO if schedule == "cosine_with_min_lr" else 0.0
+    falling = max(1, round(decay_ratio * total_steps)) if schedule == "wsd" else total_steps - num_warmup_steps
+    start = max(num_warmup_steps, total_steps - falling)  # of the fall
 
     # Not transformers' own functions: they are in a module that imports PEFT and all that comes with it.
     def share_of_peak(step: int) -> float:
         if step < num_warmup_steps:
             return step / max(1, num_warmup_steps)
-        rest = max(1, total_steps - num_warmup_steps)
-        if schedule == "cosine":
-            return 0.5 * (1 + math.cos(math.pi * (step - num_warmup_steps) / rest))
-        return (total_steps - step) / rest if schedule == "linear" else 1.0
+        if step < start or schedule == "constant":
+            return 1.0
+        progress = (step - start) / max(1, total_steps - start)
+        share = 1 - progress if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+        return lowest + (1 - lowest) * share
 
     return [peak * share_of_peak(step) for step in range(total_steps)]

@@ -139,7 +139,10 @@ def make_worker(config: ResolvedConfig, accelerator: Accelerator) -> Worker:
     if config.classifier_config is not None:
         width = model.config.get_text_config().hidden_size
         label_scale = classification.label_rate(config.learning_rate, width) / config.learning_rate
-    groups = optimizers.rate_groups(model.named_parameters(), label_scale)
+    # One group where nothing decays, as runs of earlier versions saved it.
+    is_uniform = config.weight_decay == 0 or config.decay_norms_and_biases
+    undecayed = set() if is_uniform else optimizers.undecayed_names(model)
+    groups = optimizers.rate_groups(model.named_parameters(), label_scale, config.loraplus_lr_ratio, undecayed)
     hyperparameters = {
         "lr": config.learning_rate,
         "betas": config.adam_betas,

@@ -162,6 +162,12 @@ def load_state(
         with torch.no_grad():
             for name, tensor in saved["model"].items():
                 parameters[name].copy_(tensor)
+        groups = len(saved["optimizer"]["param_groups"])
+        if groups != len(optimizer.param_groups):
+            raise CheckpointError(
+                f"{state} has {groups} groups of parameters and this version {len(optimizer.param_groups)}: an earlier "
+                "version decayed norms and biases, too, or had one learning rate for labels; choose another run_name"
+            )
         optimizer.load_state_dict(saved["optimizer"])
     random_state = state / f"random-{distributed.rank()}.pt"
     if random_state.exists() or position.world_size == distributed.world_size():

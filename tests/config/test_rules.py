@@ -39,6 +39,8 @@ BROKEN = [
     ({"lora_config": PISSA, "deepspeed": "zero_3_offload_optim+param"}, ["pissa does not work with ZeRO-3"]),
     ({"optimizer": "adamw_8bit", "deepspeed": "zero_3_offload_optim"}, ["adamw_8bit does not work with an offloaded"]),
     ({"quantization": "nf4", "deepspeed": "zero_3"}, ["needs lora_config", "bitsandbytes' packed weights"]),
+    ({"early_stopping": {"patience": 1}}, ["early_stopping compares evaluation losses and needs valid_path"]),
+    ({"loraplus_lr_ratio": 16}, ["loraplus_lr_ratio is of the matrices of an adapter and needs lora_config"]),
 ]  # fmt: skip
 WORKS = [
     {},
@@ -218,7 +220,10 @@ def test_default_mode_says_which_rule_the_written_keys_break(write):
 
 
 # Each sets keys that nothing reads; `valid_path` and the like make them read.
+CONTEXT = {"num_devices", "num_epochs", "lr_scheduler_type"}  # set beside the keys that are unread
 UNREAD_KEYS = [
+    ({"lr_scheduler_type": "constant", "min_lr_ratio": 0.1, "lr_decay_ratio": 0.2}, {"lr_scheduler_type": "wsd"}),
+    ({"decay_norms_and_biases": True}, {"weight_decay": 0.1}),
     ({"eval_first": True, "eval_batch_size_per_device": 4}, {"valid_path": "v.jsonl"}),
     ({"min_update_steps": 50, "num_epochs": 2}, {"num_epochs": None}),
     ({"train_on": "last", "rewritten_turns": "expand"}, {"task": "instruction_tuning"}),
@@ -239,7 +244,7 @@ def test_a_key_that_nothing_reads_is_a_warning(values, remedy, write_yaml):
         minimal = {"model_id": "tiny", "train_path": "t.jsonl"}
         return unread_keys(load_config(write_yaml(json.dumps(minimal | values))))
 
-    unread = values.keys() - {"num_devices", "num_epochs"}
+    unread = values.keys() - CONTEXT
     assert {text.split()[0].split(".")[0] for text in warned(values)} == unread
     assert warned(values | remedy) == []
 
@@ -248,4 +253,4 @@ def test_a_default_is_never_unread(write_yaml):
     minimal = {"model_id": "tiny", "train_path": "t.jsonl"}
     assert unread_keys(load_config(write_yaml(json.dumps(minimal)))) == []
     unread = {rule.keys[0] for rule in UNREAD}
-    assert unread == {key for values, _ in UNREAD_KEYS for key in values} - {"num_devices", "num_epochs"}
+    assert unread == {key for values, _ in UNREAD_KEYS for key in values} - CONTEXT

@@ -70,7 +70,7 @@ def test_other_data_in_the_same_folder_is_refused(make_config, write_rows):
     config = make_config()
     fine_tune(config)
     write_rows(uneven_rows(23), "train.jsonl")
-    with pytest.raises(StorageError, match=r"train\.jsonl is not what .* was started with"):
+    with pytest.raises(StorageError, match=r"train\.jsonl \(it was .*\) is not what .* was started with"):
         fine_tune(config)
 
 

@@ -71,3 +71,10 @@ def test_a_complete_run_goes_on_with_more_steps_alone():
     assert "ends at step 40 instead of 30" in changes(30, True, num_epochs=4)[2]
     with pytest.raises(StorageError, match="is complete, so learning_rate would change nothing of it"):
         changes(30, True, learning_rate=2e-3)
+
+
+def test_a_run_that_stopped_early_goes_on_without_the_rule():
+    base = {"early_stopping": {"patience": 1}, "valid_path": "v.jsonl"}
+    assert "early_stopping" in changes(12, True, base=base, early_stopping=None)[0]
+    with pytest.raises(StorageError, match="is complete, so early_stopping"):
+        changes(30, True, base=base, early_stopping=None)

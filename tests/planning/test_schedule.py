@@ -1,5 +1,7 @@
 """Steps of a run: one count for the plan, --default and the loop."""
 
+import math
+
 import pytest
 
 from forgebook.errors import ConfigError
@@ -59,3 +61,21 @@ def test_a_warmup_longer_than_the_run_is_a_warning(warmup, steps, words):
 def test_a_single_step_at_a_learning_rate_of_zero_is_an_error():
     with pytest.raises(ConfigError, match="num_warmup_steps: 10 starts the learning rate at 0"):
         schedule.check_warmup(10, 1)
+
+
+@pytest.mark.parametrize(
+    ("losses", "settings", "expected"),
+    [
+        ([], (1,), False),
+        ([3.0, 2.0, 1.0], (1,), False),
+        ([3.0, 2.0, 2.0], (1,), True),
+        ([3.0, 2.0, 2.5], (2,), False),
+        ([3.0, 2.0, 2.5, 2.1], (2,), True),
+        ([3.0, 2.0, 2.5, 1.9], (2,), False),
+        ([3.0, 2.95, 2.91], (2, 0.1), True),
+        ([3.0, 2.95, 2.85], (2, 0.1), False),
+        ([3.0, None, math.nan], (2,), True),
+    ],
+)
+def test_a_run_ends_early_once_no_loss_is_lower(losses, settings, expected):
+    assert schedule.stops_early(losses, *settings) is expected

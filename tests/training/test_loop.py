@@ -104,7 +104,7 @@ def test_the_loss_equals_transformers_trainer(make_config, tokenizer, tmp_path):
     from torch.utils.data import DataLoader, Dataset
     from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-    config = make_config(num_epochs=3, weight_decay=0.01)
+    config = make_config(num_epochs=3, weight_decay=0.5)
     ours = losses_of(fine_tune(config))
     tokens = prepare(config, open_run(config)).train
     sequences = batching.single_sequences(tokens)
@@ -138,17 +138,29 @@ def test_the_loss_equals_transformers_trainer(make_config, tokenizer, tmp_path):
         model=AutoModelForCausalLM.from_pretrained(TINY_MODEL, dtype=torch.float32),
         args=TrainingArguments(
             output_dir=str(tmp_path / "trainer"), max_steps=9, per_device_train_batch_size=8, learning_rate=1e-3,
-            lr_scheduler_type="cosine", warmup_steps=1, weight_decay=0.01, max_grad_norm=1.0, logging_steps=1,
+            lr_scheduler_type="cosine", warmup_steps=1, weight_decay=0.5, max_grad_norm=1.0, logging_steps=1,
             optim="adamw_torch", report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True,
         ),
         train_dataset=Rows(),
     )  # fmt: skip
-    # Trainer leaves norms out of weight decay; ours, like torch, does not: one group with decay for both.
-    trainer.optimizer = torch.optim.AdamW(trainer.model.parameters(), lr=1e-3, weight_decay=0.01)
     trainer.train()
     theirs = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     assert len(theirs) == 9
     assert ours == pytest.approx(theirs, abs=5e-4)
+
+
+def test_early_stopping_ends_the_run_and_keeps_the_best(make_config, capsys):
+    """No loss falls by 100: the second evaluation is the last, and another start of the command adds none."""
+    config = make_config(num_epochs=5, early_stopping={"patience": 1, "min_delta": 100}, num_checkpoints_to_keep=2)
+    run = fine_tune(config)
+    summary = read_json(run.summary)
+    assert (summary["steps"], summary["stopped_early_of"], summary["epochs"]) == (6, 15, 2)
+    losses = {row["checkpoint_dir_name"]: row["eval_loss"] for row in read_metrics(run.metrics) if "eval_loss" in row}
+    assert list(losses) == ["epoch-1", "epoch-2"]
+    assert summary["best_checkpoint"] == f"checkpoints/{min(losses, key=losses.get)}"
+    assert "stopped early after step 6 of 15" in capsys.readouterr().out
+    fine_tune(config)
+    assert "is complete already" in capsys.readouterr().out and read_json(run.summary) == summary
 
 
 def test_every_lora_matrix_moves_with_gradient_checkpointing(make_config):

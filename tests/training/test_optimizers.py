@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from forgebook.training.optimizers import AdamW, learning_rates, set_rate
+from forgebook.training.optimizers import AdamW, learning_rates, rate_groups, set_rate, undecayed_names
 
 
 def train(parameters, optimizer, steps):
@@ -78,3 +78,50 @@ def test_schedules_are_those_of_transformers(schedule, warmup, steps):
     (share,) = get_scheduler(name, optimizer, warmup, steps).lr_lambdas
     expected = [1e-3 * share(step) for step in range(steps)]
     assert learning_rates(schedule, 1e-3, warmup, steps) == pytest.approx(expected, rel=1e-12, abs=0)
+
+
+@pytest.mark.parametrize("ratio", [None, 0.25])
+def test_schedules_with_a_lowest_rate_are_those_of_transformers(ratio):
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+    settings = {"min_lr_rate": 0.1 if ratio is None else ratio}
+    (share,) = get_scheduler("cosine_with_min_lr", optimizer, 10, 100, settings).lr_lambdas
+    expected = [1e-3 * share(step) for step in range(100)]
+    assert learning_rates("cosine_with_min_lr", 1e-3, 10, 100, ratio) == pytest.approx(expected, rel=1e-12)
+    settings = {"num_decay_steps": 20, "min_lr_ratio": ratio or 0.0}
+    (share,) = get_scheduler("warmup_stable_decay", optimizer, 10, 100, settings).lr_lambdas
+    # Its warm-up starts at the lowest rate, ours at zero.
+    expected = [1e-3 * share(step) for step in range(10, 100)]
+    rates = learning_rates("wsd", 1e-3, 10, 100, ratio, 0.2)
+    assert rates[10:] == pytest.approx(expected, rel=1e-12) and rates[:2] == [0, pytest.approx(1e-4)]
+    assert learning_rates("linear", 1.0, 0, 4, 0.5) == pytest.approx([1, 0.875, 0.75, 0.625])
+    assert learning_rates("constant", 1.0, 0, 2, 0.5) == [1, 1]
+
+
+def test_what_does_not_decay_is_what_transformers_trainer_leaves_out():
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Trainer
+
+    sizes = {"vocab_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "hidden_size": 4}
+    llama = LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=4))
+    for model in (llama, GPT2LMHeadModel(GPT2Config(**sizes))):
+        decays = set(Trainer.get_decay_parameter_names(None, model))
+        names = {name for name, _ in model.named_parameters()}
+        assert undecayed_names(model) == names - decays and names - decays and decays
+        every = rate_groups(model.named_parameters(), undecayed=undecayed_names(model))
+        assert [group.get("weight_decay") for group in every] == [None, 0.0]
+        assert sum(len(group["params"]) for group in every) == len(names)
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"bias": "all"}])
+def test_lora_plus_has_the_rates_of_peft(settings):
+    from peft import LoraConfig, get_peft_model
+    from peft.optimizers import create_loraplus_optimizer
+
+    inner = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    model = get_peft_model(inner, LoraConfig(r=2, target_modules=["0", "1"], **settings))
+    theirs = create_loraplus_optimizer(model, torch.optim.SGD, lr=1e-3, loraplus_lr_ratio=16)
+    ours = rate_groups(model.named_parameters(), loraplus_ratio=16)
+    set_rate(ours, 1e-3)
+    rates = [{id(p): g["lr"] for g in groups for p in g["params"]} for groups in (ours, theirs.param_groups)]
+    assert rates[0] == rates[1] and set(rates[0].values()) == {1e-3, 1.6e-2}

@@ -94,8 +94,9 @@ def test_what_is_trained_is_counted_and_is_what_the_optimizer_updates(make_confi
     assert total == sum(size for size, _ in sizes) and trained == sum(size for size, trains in sizes if trains)
     assert (trained == total) is (method is None)
     assert sum(p.numel() for p in worker.optimizer.trained) == trained
-    [group] = worker.optimizer.param_groups
-    assert group["lr"] == 3e-4 and group["weight_decay"] == 0.1 and worker.deepspeed_engine is None
+    groups = worker.optimizer.param_groups
+    assert [group["weight_decay"] for group in groups] == ([0.1, 0.0] if method is None else [0.1])
+    assert all(group["lr"] == 3e-4 for group in groups) and worker.deepspeed_engine is None
 
 
 TAGS_ALONE = (
