@@ -257,8 +257,10 @@ class FinetuneConfig(StrictBlock):
     @field_validator("run_name")
     @classmethod
     def _fit_for_a_folder(cls, name: str | None) -> str | None:
-        if name is not None and not re.fullmatch(r"[^/\\.][^/\\]*", name):
-            raise ValueError(f"got {name!r}, must be a folder name: not empty, no slash, no dot at its start")
+        if name is not None and not (re.fullmatch(r"[^/\\.][^/\\]*", name) and name.isprintable()):
+            raise ValueError(
+                f"got {name!r}, must be a folder name: not empty, no slash, no line break, no dot at its start"
+            )
         return name
 
     @model_validator(mode="before")

@@ -20,6 +20,8 @@ URL_TIMEOUT = 20  # seconds
 LARGEST_TEXT, MOST_VALUES, DEEPEST = 2**20, 20_000, 40
 
 NO_TEXT = re.compile(r"[\0\ud800-\udfff]")  # YAML can write these as escapes; no path or file can hold them
+NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+OTHER_BASE = re.compile(r"[-+]?(0[0-7_]+$|\d+:\d)")  # 010 and 1:30, which YAML 1.1 reads as 8 and 90
 MERGE = "tag:yaml.org,2002:merge"
 
 # Where a dotted key was written: its line in the file, or the override.
@@ -31,10 +33,14 @@ class _Loader(yaml.SafeLoader):
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
-            return super().construct_object(node, deep)
+            value = super().construct_object(node, deep)
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):  # of `!!int abc`, by its tag
             problem = f"{node.value!r:.80} is not of the type {node.tag.rpartition(':')[2]}"
             raise ConstructorError(None, None, problem, node.start_mark) from None
+        if node.tag in NUMBERS and OTHER_BASE.match(node.value):
+            problem = f"{node.value} is {value} in YAML, in base 8 or 60: write it in base 10, or quote a text"
+            raise ConstructorError(None, None, problem, node.start_mark)
+        return value
 
 
 _Loader.yaml_implicit_resolvers = {

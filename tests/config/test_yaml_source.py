@@ -28,6 +28,8 @@ from support_config import LORA_BLOCK, MINIMAL, refusal
             "more than 20,000 values",
         ),
         ("model_id: m\nseed: !!int abc\n", "tiny.yaml:2: not valid YAML: 'abc' is not of the type int"),
+        ("model_id: m\nseed: 0512\n", "tiny.yaml:2: not valid YAML: 0512 is 330 in YAML, in base 8 or 60: write it in"),
+        ("seed: 1:30\n", "1:30 is 90 in YAML"),
         ("seed: !!int ''\n", "'' is not of the type int"),
         ("seed: !!float abc\n", "'abc' is not of the type float"),
         ("seed: !!bool abc\n", "'abc' is not of the type bool"),
@@ -132,3 +134,9 @@ def test_unknown_overrides_name_the_nearest_key(load_yaml):
     refused = refusal(load_yaml, "", "lora_config.rr=3", "num_epoch=3")
     assert "unknown key 'num_epoch': did you mean 'num_epochs'? (override num_epoch=3)" in refused
     assert "lora_config: unknown key 'rr': did you mean 'r'?" in refused
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\u2028b", "a\tb"])
+def test_a_run_name_from_the_environment_is_one_line(load_yaml, monkeypatch, name):
+    monkeypatch.setenv("NAME", name)
+    assert "run_name: got " in refusal(load_yaml, "run_name: ${NAME}\n")
