@@ -172,9 +172,9 @@ def _load_unquantized(folder: Path, rope_scaling: dict[str, Any] | None):
     """Load an adapter over its base, the base in its own dtype, however it was quantized in training."""
     from transformers import AutoConfig
 
-    source, _ = base_of(folder)
     refuse_pickled(str(folder))
     check_files(folder)
+    source, _ = base_of(folder)
     try:
         with readable_model_errors(source, "model"):
             config = AutoConfig.from_pretrained(source, trust_remote_code=False)

@@ -23,7 +23,7 @@ from forgebook.config.parse import load_config
 from forgebook.config.schema import FinetuneConfig
 from forgebook.data import chat_template, masking
 from forgebook.data.prompt_formats import read_prompt_format
-from forgebook.errors import ModelError, first_line
+from forgebook.errors import CheckpointError, ModelError, first_line
 from forgebook.inference.generate import complete
 from forgebook.models import adapters, load, saved_adapters
 from forgebook.models.template_settings import set_template_defaults
@@ -99,11 +99,18 @@ def find_model(name: str, checkpoint: str | None = None) -> str:
 
 
 def base_of(source: str | Path) -> tuple[str, dict[str, Any]]:
-    """Return the base model of a checkpoint, and how it is loaded for it (rope_scaling, quantization)."""
+    """Return the base model of a checkpoint, and how it is loaded for it (rope_scaling, quantization).
+
+    Raises CheckpointError for an adapter that names no base model.
+    """
     lora_config = adapters.read_lora_config(source)
     if lora_config is None:
         return str(source), {}
-    return copy_of(lora_config["base_model_name_or_path"]), adapters.read_overrides(source)
+    base = lora_config.get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        path = Path(source) / "adapter_config.json"
+        raise CheckpointError(f"{path} names no base model: set base_model_name_or_path, or restore it from a copy")
+    return copy_of(base), adapters.read_overrides(source)
 
 
 def load_for_generation(source: str | Path, dtype: str | None = None):

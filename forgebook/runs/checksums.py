@@ -52,6 +52,8 @@ def check_files(folder: str | Path, with_weights: bool = True) -> None:
         for name, state in read_json(folder / CHECKSUMS).items()
         if with_weights or not name.endswith(WEIGHTS)
     }
+    if not all(isinstance(state, list) and len(state) == 2 for state in saved.values()):
+        raise CheckpointError(f"{folder / CHECKSUMS} is damaged, so that no file can be checked: {_fix(folder)}")
     for name, (size, _) in saved.items():
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder / name} is missing: {_fix(folder)}")

@@ -7,9 +7,9 @@ import warnings
 import pytest
 
 from conftest import LORA, TINY_MODEL, uneven_rows
-from forgebook.errors import ModelError, StorageError
+from forgebook.errors import CheckpointError, ModelError, StorageError
 from forgebook.inference.generate import complete
-from forgebook.inference.loading import find_model, load_for_generation, load_together
+from forgebook.inference.loading import base_of, find_model, load_for_generation, load_together
 from forgebook.launch.fine_tune import fine_tune
 
 
@@ -123,3 +123,10 @@ def test_loading_prints_and_warns_of_nothing(two_runs, capfd):
 def test_models_of_other_bases_share_nothing(two_runs, model_folder):
     with pytest.raises(ModelError, match="only adapters of one base"):
         load_together([str(model_folder), find_model(str(two_runs[0].folder))])
+
+
+@pytest.mark.parametrize("settings", ['{"r": 8}', '{"base_model_name_or_path": null}'])
+def test_an_adapter_that_names_no_base_is_an_error(tmp_path, settings):
+    (tmp_path / "adapter_config.json").write_text(settings)
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json names no base model: set base_model_name_or_path"):
+        base_of(tmp_path)

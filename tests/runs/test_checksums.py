@@ -51,6 +51,7 @@ def flip(path, position=0):
         ),
         (lambda folder: (folder / "adapter_config.json").write_text('{"r": '), "adapter_config.json is damaged"),
         (lambda folder: (folder / CHECKSUMS).write_text(""), "checksums.json is damaged: it is empty"),
+        (lambda folder: (folder / CHECKSUMS).write_text('{"a": NaN}'), "checksums.json is damaged, so that"),
     ],
 )
 def test_a_file_that_changed_is_named(checkpoint, damage, message):
