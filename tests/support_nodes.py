@@ -94,9 +94,9 @@ class Nodes:
     def run(self, command: list[str], **environment: str) -> str:
         """Run a command on the head; return what it printed."""
         process = self.popen(command, **environment)
-        told = process.communicate(timeout=280)[0]
-        assert process.returncode == 0, told
-        return told
+        output = process.communicate(timeout=280)[0]
+        assert process.returncode == 0, output
+        return output
 
     def processes(self, k: int) -> list[int]:
         """List the processes of a node."""

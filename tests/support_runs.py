@@ -88,17 +88,17 @@ def main() -> None:
         for task in TASKS:
             path = folder / f"{method}-{task}.yaml"
             path.write_text(json.dumps(settings_of(method, task, sharding, folder)))
-            told = {"method": method, "task": task}
+            record = {"method": method, "task": task}
             try:
                 config = load_config(path)
                 run = fine_tune(config)
                 evaluation = [row for row in read_metrics(run.metrics) if "eval_loss" in row][-1]
                 again = reloaded_loss(config, run, evaluation["checkpoint_dir_name"])
-                told |= {"eval_loss": evaluation["eval_loss"], "reloaded": again}
+                record |= {"eval_loss": evaluation["eval_loss"], "reloaded": again}
             except ForgebookError as error:
-                told |= {"refused": str(error)}
+                record |= {"refused": str(error)}
             AcceleratorState._reset_state(reset_partial_state=True)
-            print("RESULT " + json.dumps(told), flush=True)
+            print("RESULT " + json.dumps(record), flush=True)
 
 
 if __name__ == "__main__":

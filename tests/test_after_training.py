@@ -29,8 +29,8 @@ def test_train_evaluate_merge_serve_ask(tmp_path, write_rows):
     command(str(config))
     command("evaluate", str(run))
     assert json.loads((run / "evaluation.json").read_text())
-    told = command("merge", str(run), str(merged))
-    assert "merged model" in told and "vLLM loads it  yes" in told
+    output = command("merge", str(run), str(merged))
+    assert "merged model" in output and "vLLM loads it  yes" in output
     assert "exists" in command("merge", str(run), str(merged), fails=2)
 
     server = [sys.executable, "main.py", "serve", str(run), str(merged), "port=0"]

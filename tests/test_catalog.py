@@ -1,4 +1,4 @@
-"""Facts: parameter counts that follow from the shapes are the published ones; wrong names are told."""
+"""Facts: parameter counts from the shapes are the published ones; a wrong name is an error with the closest one."""
 
 import json
 import math
@@ -108,7 +108,7 @@ def test_a_config_json_may_wrap_its_text_decoder_and_leave_defaults_out(tmp_path
     assert shape_of(str(tmp_path)) == read_catalog().shapes["google/gemma-3-4b-it"]
 
 
-def test_a_model_that_nobody_knows_is_told(tmp_path):
+def test_an_unknown_model_is_an_error(tmp_path):
     with pytest.raises(ModelError, match="did you mean 'qwen/qwen3-8b'"):
         shape_of("Qwen/Qwen3-8")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba"}))

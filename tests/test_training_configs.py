@@ -109,9 +109,9 @@ def test_prompt_format_renders(file, text):
 
 def test_a_header_says_what_of_llmforge_does_not_fit(headers, tmp_path):
     path = REPOSITORY / "training_configs/custom/mistralai/Mixtral-8x7B/lora/16xA10G-4096.yaml"
-    told = "\n".join(headers.header(headers.facts_of(path)))
-    assert "train_batch_size_per_device=8 gradient_accumulation_steps=1 takes" in told and "it does not fit" in told
-    assert "gradient_accumulation_steps=2, applied here" in told
+    text = "\n".join(headers.header(headers.facts_of(path)))
+    assert "train_batch_size_per_device=8 gradient_accumulation_steps=1 takes" in text and "it does not fit" in text
+    assert "gradient_accumulation_steps=2, applied here" in text
     with pytest.raises(SystemExit, match="needs the lines"):
         headers.between("model_id: tiny\n", headers.START, headers.END, [], path)
 

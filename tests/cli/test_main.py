@@ -28,7 +28,7 @@ def here(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["none.yaml"], "none.yaml"),
         (["c.yaml", "learning_rat=1"], "did you mean 'learning_rate'?"),
@@ -55,11 +55,11 @@ def here(tmp_path, monkeypatch):
         (["chat", "none"], "no run 'none'"),
     ],
 )
-def test_mistakes_end_with_two_and_a_sentence(here, capsys, arguments, said):
+def test_mistakes_end_with_two_and_a_sentence(here, capsys, arguments, message):
     before = sorted(path.name for path in here.iterdir())
     assert main(arguments) == 2
-    told = capsys.readouterr().err
-    assert said in told and "Traceback" not in told
+    output = capsys.readouterr().err
+    assert message in output and "Traceback" not in output
     assert sorted(path.name for path in here.iterdir()) == before
 
 
@@ -68,17 +68,17 @@ def tokens_kept(folder) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("rows", "said"),
+    ("rows", "message"),
     [
         ("", "is empty"),
         (ROW + "{oops\n", "train.jsonl:2: not valid JSON"),
         ('{"messages": [{"role": "user", "content": "q"}]}\n', "train.jsonl:1: messages: no assistant turn"),
     ],
 )
-def test_bad_rows_end_with_two_and_their_place(here, capsys, rows, said):
+def test_bad_rows_end_with_two_and_their_place(here, capsys, rows, message):
     (here / "train.jsonl").write_text(rows)
     assert main(["c.yaml"]) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     # Nothing of a run: the report on all bad rows, and what can be used of the tokens.
     assert {path.name for path in (here / "runs").glob("*/*")} <= {"data_report.json"} | tokens_kept(here)
 
@@ -86,8 +86,8 @@ def test_bad_rows_end_with_two_and_their_place(here, capsys, rows, said):
 def test_retired_names_are_noted_once(here, capsys):
     (here / "c.yaml").write_text(GOOD + "no_gradient_checkpoint: true\ndeepspeed: none\n")
     assert main(["c.yaml"]) == 0
-    told = capsys.readouterr().err
-    assert told.count("no_gradient_checkpoint is retired") == 1 and "gradient_checkpointing" in told
+    output = capsys.readouterr().err
+    assert output.count("no_gradient_checkpoint is retired") == 1 and "gradient_checkpointing" in output
 
 
 def test_the_command_as_a_process(here):
@@ -109,8 +109,8 @@ def test_the_command_as_a_process(here):
     assert evaluated.returncode == 0, evaluated.stderr
     assert "exact match on 2 held-out examples" in evaluated.stdout and "95% intervals" in evaluated.stdout
     assert (here / "runs/c/evaluation/mistakes.jsonl").exists()
-    said = run("generate", "c", "-p", "q", "max_new_tokens=4")
-    assert said.returncode == 0 and said.stderr == "" and len(said.stdout.splitlines()) == 1, said.stderr
+    message = run("generate", "c", "-p", "q", "max_new_tokens=4")
+    assert message.returncode == 0 and message.stderr == "" and len(message.stdout.splitlines()) == 1, message.stderr
     written = run("generate", "c", "data=train.jsonl", "out=answers.jsonl", "max_new_tokens=4")
     # A slow machine shows progress before it.
     assert written.stdout.endswith("4 of 4 prompts answered, 0 were there: answers.jsonl\n"), written.stderr
@@ -131,9 +131,13 @@ def test_a_terminal_sees_a_bar(here):
         while chunk := os.read(controller, 65536):
             seen += chunk
     assert process.wait() == 0
-    told = seen.decode()
+    output = seen.decode()
     assert (
-        "\x1b[" in told and "epoch 1" in told and "tok/s" in told and "left" in told and "Loading weights" not in told
+        "\x1b[" in output
+        and "epoch 1" in output
+        and "tok/s" in output
+        and "left" in output
+        and "Loading weights" not in output
     )
 
 

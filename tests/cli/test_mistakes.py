@@ -43,7 +43,7 @@ def folder(tmp_path, monkeypatch):
         ("evaluate run data=~no-such-user/x", "the home folder of a user who does not exist"),
     ],
 )
-def test_a_word_meant_as_something_else_is_answered_with_what_to_write(capsys, words, message):
+def test_an_argument_meant_as_something_else_is_an_error_with_the_fix(capsys, words, message):
     assert main(words.split()) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1

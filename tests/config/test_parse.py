@@ -67,7 +67,7 @@ def test_default_mode_leaves_a_given_lora_config_alone(load_yaml):
     assert load_yaml("lora_config: null", default=True).lora_config is None
 
 
-def test_fewer_devices_may_go_on(load_yaml, tmp_path):
+def test_fewer_devices_may_continue(load_yaml, tmp_path):
     config = load_yaml("num_devices: {min: 1, max: 4}\ndeepspeed: none\n")
     assert (config.min_devices, config.num_devices) == (1, 4)
     assert config.origins["min_devices"] == config.origins["num_devices"] == "file"
@@ -199,7 +199,7 @@ ERAS = {
         no_gradient_checkpoint: False
         deepspeed:
           config_path: deepspeed_configs/zero_3.json
-        dataset_size_scaling_factor: 10000 # said twice, as published
+        dataset_size_scaling_factor: 10000 # set twice, as published
         flash_attention_2: true
         forward_checkpoint_config: {tag: mine, remote_uri: s3://bucket/lora}
         worker_resources: {g5.4xlarge: 1}

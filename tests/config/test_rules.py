@@ -118,7 +118,7 @@ def test_an_override_that_breaks_a_rule_is_named(write):
     assert load_config(write({"padding": "packed"}), ["padding=longest", "task=preference_tuning"])
 
 
-def test_default_mode_is_asked_later_about_what_it_may_choose(write):
+def test_rules_about_keys_that_default_mode_may_choose_wait(write):
     values = {"lora_config": LORA, "quantization": "nf4"}
     with pytest.raises(ConfigError, match="packed weights"):
         load_config(write(values))  # the default is ZeRO-3

@@ -152,7 +152,7 @@ def test_blocks_that_need_each_other(load_yaml):
     assert "needs lora_config" in refusal(load_yaml, "initial_adapter_model_ckpt_path: s3://b/a")
 
 
-def test_origins_tell_who_set_a_value(load_yaml):
+def test_origins_record_what_set_a_value(load_yaml):
     config = load_yaml("num_epochs: 3\nlogger: {provider: wandb}\nlearning_rate:\n", "seed=1", "deepspeed=zero_2")
     assert {key: config.origins[key] for key in (
         "num_epochs", "logger.provider", "logger.rank_zero_only", "seed", "deepspeed.config_path",

@@ -25,7 +25,7 @@ def test_what_is_refused(text, message):
         parse_json(text)
 
 
-def test_a_name_that_stands_twice():
+def test_a_name_that_occurs_twice():
     check_unique(["a", "b"], "column")
     with pytest.raises(DataError, match=r"^the column 'b' is repeated$"):
         check_unique(["a", "b", "b"], "column")

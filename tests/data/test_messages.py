@@ -150,7 +150,7 @@ THOUGHT = "<think>\nhm\n</think>\n\na"
     ],
     ids="in-content-and-beside with-margins anthropic mistral".split(),
 )
-def test_a_thought_that_stands_twice_or_in_parts_is_one(answer):
+def test_a_thought_written_twice_or_in_parts_is_one(answer):
     [message], ignored = read({"role": "assistant", **answer})
     assert message["content"] == "a" and message["reasoning_content"].strip() == "hm" and ignored == set()
 

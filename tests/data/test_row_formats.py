@@ -1,4 +1,4 @@
-"""Every format of a row, and what a bad one is told."""
+"""Every format of a row, and the errors for bad ones."""
 
 import json
 
@@ -124,7 +124,7 @@ BESIDE = [
 
 @pytest.mark.parametrize("raw", FORMATS, ids=str)
 @pytest.mark.parametrize(("beside", "system", "tools"), BESIDE, ids=str)
-def test_every_format_honors_what_stands_beside_the_conversation(raw, beside, system, tools):
+def test_every_format_honors_the_keys_beside_the_conversation(raw, beside, system, tools):
     row, notes = parse(raw | beside)
     assert row.messages == [*system, Q, A] and row.tools == tools and notes.ignored == ()
 
@@ -179,7 +179,7 @@ def test_a_null_argument_that_the_tool_does_not_take_is_left_out():
         assert answer["tool_calls"][0]["function"]["arguments"] == expected
 
 
-def test_a_system_text_inside_and_beside_stands_once():
+def test_a_system_text_inside_and_beside_the_messages_occurs_once():
     assert parse({"messages": [S, Q, A], "system": "s "})[0].messages == [S, Q, A]
 
 

@@ -65,9 +65,9 @@ def dropped(raw, task, keys):
     turns = [*(example.messages or ()), *(example.rejected or ())]
     # A name that is no tool's result is shown by few templates: it has to be in the table.
     shown = [{key: value for key, value in turn.items() if key != "name"} for turn in turns]
-    said = json.dumps([shown, example.text, example.tools])
+    shown_text = json.dumps([shown, example.text, example.tools])
     named = {name.split(" ")[0].rsplit(".", 1)[-1] for name in notes.ignored}
-    return [key for key, sign in keys.items() if key not in named and sign not in said]
+    return [key for key, sign in keys.items() if key not in named and sign not in shown_text]
 
 
 def signs(raw):

@@ -184,7 +184,7 @@ def test_tool_calls_turn_by_turn(learn, write_rows):
     found = evaluate(run, path=path, max_new_tokens=60)
     assert found.metric == "tool_calls" and found.rows == 2
     [score] = found.scores
-    # What is said beside calls is not compared: Paris is right in both turns. Rome counts once.
+    # Text beside calls is not compared: Paris is right in both turns. Rome counts once.
     assert score.after.value == 0.5 and score.before.value == 0
     assert {kind: after for kind, (_, after) in found.kinds.items() if after} == {"wrong value": 1}
     assert sum(before for before, _ in found.kinds.values()) == 2
@@ -228,7 +228,7 @@ def test_pairs_and_texts_have_metrics_of_their_own(learn):
 
 
 @pytest.mark.parametrize(
-    ("options", "kind", "said"),
+    ("options", "kind", "message"),
     [
         ({"metric": "exactly"}, ConfigError, "unknown metric 'exactly'; expected one of exact_match"),
         ({"metric": "classification"}, ConfigError, "no classifier_config"),
@@ -238,8 +238,8 @@ def test_pairs_and_texts_have_metrics_of_their_own(learn):
     ],
     ids="metric labels judge checkpoint path".split(),
 )
-def test_what_cannot_be_measured_is_refused(by_heart, options, kind, said):
-    with pytest.raises(kind, match=said):
+def test_what_cannot_be_measured_is_refused(by_heart, options, kind, message):
+    with pytest.raises(kind, match=message):
         evaluate(by_heart, **options)
 
 

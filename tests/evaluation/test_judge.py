@@ -20,14 +20,14 @@ def endpoint(verdict):
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             requests.append({"path": self.path, "key": self.headers["Authorization"], **body})
-            said = verdict(body["messages"][-1]["content"])
-            failed = isinstance(said, int)
-            message = {"role": "assistant", "content": said}
+            reply = verdict(body["messages"][-1]["content"])
+            failed = isinstance(reply, int)
+            message = {"role": "assistant", "content": reply}
             answer = {"error": {"message": "refused"}} if failed else {
                 "id": "1", "object": "chat.completion", "created": 0, "model": body["model"],
                 "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
             }  # fmt: skip
-            self.send_response(said if failed else 200)
+            self.send_response(reply if failed else 200)
             self.send_header("Content-Type", "application/json")
             self.end_headers()
             self.wfile.write(json.dumps(answer).encode())
@@ -70,9 +70,9 @@ def test_an_honest_judge_is_heard():
     assert "2 + 2?" in first["messages"][-1]["content"] and "right answer" in first["messages"][-1]["content"]
 
 
-@pytest.mark.parametrize("said", ["Verdict: A", "**Verdict:** B", "verdict: tie", "Verdict: A? No.\nVerdict: B"])
-def test_a_judge_that_goes_by_the_order_decides_nothing(said):
-    with endpoint(lambda question: said) as (url, _):
+@pytest.mark.parametrize("reply", ["Verdict: A", "**Verdict:** B", "verdict: tie", "Verdict: A? No.\nVerdict: B"])
+def test_a_judge_that_follows_the_order_decides_nothing(reply):
+    with endpoint(lambda question: reply) as (url, _):
         assert judge_all(Judge("m", url), answer_pairs()) == [0.5, 0.5, 0.5]
 
 
@@ -81,14 +81,14 @@ def test_no_verdict_is_none():
         assert judge_all(Judge("m", url), answer_pairs(1)) == [None]
 
 
-def test_a_busy_endpoint_is_asked_again():
-    told = iter([503, 429])
-    with endpoint(lambda question: next(told, "Verdict: TIE")) as (url, requests):
+def test_a_request_to_a_busy_endpoint_is_retried():
+    statuses = iter([503, 429])
+    with endpoint(lambda question: next(statuses, "Verdict: TIE")) as (url, requests):
         assert judge_all(Judge("m", url), answer_pairs(1)) == [0.5]
     assert len(requests) == 4
 
 
-def test_what_cannot_be_asked_is_told(monkeypatch):
+def test_requests_that_are_not_supported_are_errors(monkeypatch):
     with (
         endpoint(lambda question: 401) as (url, _),
         pytest.raises(ResourceError, match="Check base_url, judge and OPENAI_API_KEY"),

@@ -52,7 +52,7 @@ def test_a_task_is_scored_on_both_models_with_the_chat_template(tasks, monkeypat
 
 
 @pytest.mark.slow
-def test_an_unknown_task_is_told(tasks):
+def test_an_unknown_task_is_an_error(tasks):
     with pytest.raises(ConfigError, match="no task toys"):
         run_tasks(iter([]), ["toys"], tasks)
     with pytest.raises(ConfigError, match="not a folder"):

@@ -172,10 +172,10 @@ def test_it_loads_without_this_project(make_checkpoint, tmp_path):
         "model.generate(**ids, max_new_tokens=2)\n"
         "print(sorted(name for name in sys.modules if name.split('.')[0] in ('forgebook', 'helpers', 'peft')))\n"
     )
-    told = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env={"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True
     )
-    assert told.stdout.strip().endswith("[]"), told.stderr
+    assert process.stdout.strip().endswith("[]"), process.stderr
 
 
 @pytest.mark.parametrize("size", [0.0, 1e-9], ids=["zero", "lost in rounding"])
@@ -186,7 +186,7 @@ def test_an_adapter_that_changes_nothing_is_refused(make_checkpoint, tmp_path, s
     assert not list(tmp_path.glob("*out*"))
 
 
-def test_a_merge_that_goes_wrong_is_refused(make_checkpoint, tmp_path, monkeypatch):
+def test_a_merge_that_differs_from_the_adapter_is_refused(make_checkpoint, tmp_path, monkeypatch):
     right = Linear.get_delta_weight
     monkeypatch.setattr(Linear, "get_delta_weight", lambda layer, adapter: 0.5 * right(layer, adapter))
     folder = make_checkpoint(lora_config=LORA)
@@ -201,7 +201,7 @@ def test_a_whole_model_is_copied(tmp_path):
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (TINY_MODEL / "model.safetensors").read_bytes()
 
 
-def test_what_cannot_be_merged_is_told(make_checkpoint, tmp_path):
+def test_checkpoints_that_cannot_be_merged_are_errors(make_checkpoint, tmp_path):
     folder = make_checkpoint()
     with pytest.raises(StorageError, match="exists"):
         merge_run(str(folder), folder)

@@ -37,19 +37,19 @@ def expected(loaded, turns, system=None):
     return answers
 
 
-def test_what_was_said_is_kept_until_it_is_reset(loaded, monkeypatch, capsys):
-    said = talk(
+def test_the_conversation_is_kept_until_it_is_reset(loaded, monkeypatch, capsys):
+    output = talk(
         loaded, ["Where is the lamp?", "", "And now?", "/reset", "And now?", "/exit", "no"], monkeypatch, capsys
     )
     first, second = expected(loaded, ["Where is the lamp?", "And now?"])
     [anew] = expected(loaded, ["And now?"])
-    assert said == f"{first}\n{second}\n(conversation forgotten)\n{anew}\n"
+    assert output == f"{first}\n{second}\n(conversation forgotten)\n{anew}\n"
 
 
 def test_a_system_message_stays(loaded, monkeypatch, capsys):
-    said = talk(loaded, ["Where is the lamp?", "/reset", "Where is the lamp?"], monkeypatch, capsys, "Be brief.")
+    output = talk(loaded, ["Where is the lamp?", "/reset", "Where is the lamp?"], monkeypatch, capsys, "Be brief.")
     [answer] = expected(loaded, ["Where is the lamp?"], "Be brief.")
-    assert said == f"{answer}\n(conversation forgotten)\n{answer}\n\n"  # the end of the pipe is Ctrl-D
+    assert output == f"{answer}\n(conversation forgotten)\n{answer}\n\n"  # the end of the pipe is Ctrl-D
 
 
 def test_a_stop_string_is_never_seen(loaded, monkeypatch, capsys):
@@ -57,8 +57,8 @@ def test_a_stop_string_is_never_seen(loaded, monkeypatch, capsys):
     stop = whole[5:9]
     with monkeypatch.context() as patched:
         patched.setattr(loaded.generation_config, "stop_strings", [stop])
-        said = talk(loaded, ["Where is the lamp?", "/exit"], monkeypatch, capsys)
-    assert said.strip() == whole[: whole.index(stop)].strip()
+        output = talk(loaded, ["Where is the lamp?", "/exit"], monkeypatch, capsys)
+    assert output.strip() == whole[: whole.index(stop)].strip()
 
 
 @pytest.mark.slow
@@ -78,5 +78,7 @@ def test_the_command_on_a_terminal():
             if asks:
                 os.write(controller, b"Where is the lamp?\n" if seen.count(b"> ") == 1 else b"\x04")
     assert process.wait() == 0, seen.decode()
-    told = seen.decode()
-    assert "/reset forgets" in told and told.count("> ") == 2 and "Traceback" not in told and "Loading" not in told
+    output = seen.decode()
+    assert (
+        "/reset forgets" in output and output.count("> ") == 2 and "Traceback" not in output and "Loading" not in output
+    )

@@ -74,7 +74,7 @@ def test_a_connection_is_used_again(address):
             time.sleep(0.2)  # longer in all than headers may take
 
 
-def test_a_crowd_that_sends_nothing_keeps_nobody_out(address, monkeypatch):
+def test_clients_that_send_nothing_do_not_block_others(address, monkeypatch):
     monkeypatch.setattr(connections, "HEADER_SECONDS", 60)
     crowd = [socket.create_connection(address) for _ in range(30)]
     assert httpx.get("http://{}:{}".format(*address)).text == "ok"

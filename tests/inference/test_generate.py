@@ -66,10 +66,10 @@ def test_the_answer_is_what_plain_transformers_gives(tiny):
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "message"),
     [({"temperature": -1}, "temperature must be"), ({"top_p": 0}, "top_p must be"), ({"batch_size": 0}, "batch_size")],
     ids="temperature top_p batch_size".split(),
 )
-def test_sampling_that_makes_no_sense_is_refused(values, said):
-    with pytest.raises(ConfigError, match=said):
+def test_sampling_that_makes_no_sense_is_refused(values, message):
+    with pytest.raises(ConfigError, match=message):
         Sampling(**values)

@@ -187,7 +187,7 @@ def test_length_stop_and_usage(client, expected, tokenizer):
     assert text == before and chunks[-1].usage.completion_tokens >= 1 and chunks[-1].choices == []
 
 
-def test_a_seed_gives_the_same_answer_whoever_is_beside(client):
+def test_a_seed_gives_the_same_answer_whatever_shares_its_batch(client):
     def drawn(seed):
         return ask(client, QUESTIONS[0], temperature=2, top_p=0.99, seed=seed).choices[0].message.content
 
@@ -336,7 +336,7 @@ def test_a_key_that_no_header_can_carry_is_refused(runs, key):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "term"])
-def test_the_command_serves_until_it_is_told_to_end(runs, sent):
+def test_the_command_serves_until_it_is_stopped(runs, sent):
     command = [sys.executable, "main.py", "serve", str(runs[1].folder), "port=0", "key=k3y-of-test"]
     with subprocess.Popen(
         command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

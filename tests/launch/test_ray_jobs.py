@@ -91,12 +91,12 @@ def wait_for_agent(address: str, process, log: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_job_runs_and_is_told(head, tmp_path, capfd):
+def test_a_job_runs_and_is_reported(head, tmp_path, capfd):
     words = ["num_devices=1", "deepspeed=none", "max_steps=3", f"storage_path={tmp_path}", "run_name=as-job"]
     assert main(["submit", CONFIG, f"address={head}", *words]) == 0
-    told = capfd.readouterr()
-    assert "best checkpoint" in told.out and "succeeded" in told.out
-    job = told.out.split()[1]
+    printed = capfd.readouterr()
+    assert "best checkpoint" in printed.out and "succeeded" in printed.out
+    job = printed.out.split()[1]
     # The run is where it was asked for, by a worker of the job's own cluster.
     assert read_json(tmp_path / "as-job/summary.json")["workers"] == 1
     assert main(["status", job, f"address={head}"]) == 0
@@ -104,7 +104,7 @@ def test_a_job_runs_and_is_told(head, tmp_path, capfd):
     assert "SUCCEEDED" in asked and "max_steps=3" in asked
     assert main(["stop", job, f"address={head}"]) == 0
     assert "had already succeeded" in capfd.readouterr().out
-    for text in (told.out, told.err, asked):
+    for text in (printed.out, printed.err, asked):
         assert TOKEN not in text
     assert not any(TOKEN.encode() in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
 
@@ -136,15 +136,15 @@ def test_an_unknown_job(head, capsys, verb):
 def test_a_wrong_token(head, capsys, monkeypatch):
     monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
     assert main(["status", "none", f"address={head}"]) == 2
-    told = capsys.readouterr().err
-    assert "token" in told and "Traceback" not in told and len(told) < 700
+    printed = capsys.readouterr().err
+    assert "token" in printed and "Traceback" not in printed and len(printed) < 700
 
 
 # Mistakes ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["submit"], "submit needs a CONFIG"),
         (["status"], "status needs a JOB"),
@@ -164,10 +164,10 @@ def test_a_wrong_token(head, capsys, monkeypatch):
     ],
     ids="config job option address server submit storage image kuberay working_dir key secret".split(),
 )
-def test_mistakes_end_with_two_and_a_sentence(capsys, arguments, said):
+def test_mistakes_end_with_two_and_a_sentence(capsys, arguments, message):
     assert main(arguments) == 2
-    told = capsys.readouterr().err
-    assert said in told and "Traceback" not in told
+    printed = capsys.readouterr().err
+    assert message in printed and "Traceback" not in printed
 
 
 def test_a_config_elsewhere_is_not_sent(tmp_path, capsys):

@@ -92,7 +92,7 @@ def test_a_killed_worker_changes_nothing(ray_session, make_config, write_rows, s
 
 
 @pytest.mark.slow
-def test_workers_that_cannot_be_kept_alive_end_the_run_with_their_last_words(ray_session, make_config, write_rows):
+def test_workers_that_cannot_be_kept_alive_end_the_run_with_the_end_of_their_logs(ray_session, make_config, write_rows):
     config = make_config(
         train_path=write_rows(uneven_rows(160), "many.jsonl"),
         num_devices=1,
@@ -108,8 +108,8 @@ def test_workers_that_cannot_be_kept_alive_end_the_run_with_their_last_words(ray
         fine_tune(config)
     killer.join()
     assert killed and failed.value.exit_code == 1
-    told = str(failed.value)
-    assert "--- worker-0.log, last lines ---" in told and "the same command resumes" in told
+    message = str(failed.value)
+    assert "--- worker-0.log, last lines ---" in message and "the same command resumes" in message
     assert not run.is_complete and not list(run.checkpoints.iterdir())
 
 
@@ -125,7 +125,7 @@ def _kill_a_worker_at(run: Run, step: int, killed: list, rank: int = 1) -> None:
 
 
 @pytest.mark.slow
-def test_a_users_mistake_on_the_workers_is_told_once_and_not_retried(ray_session, make_config, tmp_path):
+def test_a_users_mistake_on_the_workers_is_reported_once_and_not_retried(ray_session, make_config, tmp_path):
     """Weights that were copied in part: the workers are the first to read them."""
     model = Path(shutil.copytree(TINY_MODEL, tmp_path / "model"))
     os.truncate(model / "model.safetensors", 4_000_000)

@@ -32,7 +32,7 @@ def test_lists_make_a_grid():
     assert [tuple(values.values()) for values in tried] == [(1e-4, 8), (1e-4, 16), (3e-4, 8), (3e-4, 16)]
 
 
-def test_ranges_are_drawn_the_same_for_a_seed():
+def test_ranges_are_sampled_alike_for_a_seed():
     words = ["lora_config.r=[8,16]", "learning_rate=loguniform(1e-5, 1e-3)", "weight_decay=uniform(0,0.1)"]
     tried = variants(words, 20, seed=1)
     assert tried == variants(words, 20, seed=1) != variants(words, 20, seed=2)
@@ -44,7 +44,7 @@ def test_ranges_are_drawn_the_same_for_a_seed():
 
 
 @pytest.mark.parametrize(
-    ("words", "samples", "said"),
+    ("words", "samples", "message"),
     [
         ([], None, "needs values to try"),
         (["learning_rate=[]"], None, "must be a list of values"),
@@ -56,13 +56,13 @@ def test_ranges_are_drawn_the_same_for_a_seed():
     ],
     ids="none empty broken zero order often needless".split(),
 )
-def test_what_cannot_be_tried_is_refused(words, samples, said):
-    with pytest.raises(ConfigError, match=said):
+def test_what_cannot_be_tried_is_refused(words, samples, message):
+    with pytest.raises(ConfigError, match=message):
         variants(words, samples, seed=1)
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["learning_rate=[1.0e-3,many]"], "learning_rate: got 'many'"),
         (["learning_rat=[1,2]"], "did you mean 'learning_rate'?"),
@@ -71,10 +71,10 @@ def test_what_cannot_be_tried_is_refused(words, samples, said):
     ],
     ids="value key valid samples".split(),
 )
-def test_mistakes_are_found_before_the_first_trial(tmp_path, capsys, words, said):
+def test_mistakes_are_found_before_the_first_trial(tmp_path, capsys, words, message):
     assert main(["tune", QUICKSTART, f"storage_path={tmp_path}", *words]) == 2
     printed = capsys.readouterr().err
-    assert said in printed and "Traceback" not in printed and not any(tmp_path.iterdir())
+    assert message in printed and "Traceback" not in printed and not any(tmp_path.iterdir())
 
 
 def test_an_interrupt_says_what_is_saved_and_ends_with_130(tmp_path, monkeypatch, capsys):

@@ -94,7 +94,7 @@ def test_a_base_in_memory_answers_as_its_files_do(tmp_path, monkeypatch):
     assert "have no layer model.language_model.layers.0" in unserved_layers(names, base, model)
 
 
-def test_without_the_weights_nothing_is_said(tmp_path):
+def test_without_the_weights_there_is_no_verdict(tmp_path):
     base = save("Llama", tmp_path)
     assert "model.layers.1.mlp.up_proj" in published_layers(base)
     names = saved_names(tmp_path / "model.safetensors")

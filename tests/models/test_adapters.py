@@ -318,7 +318,7 @@ def test_an_adapter_is_continued_on_the_positions_it_was_trained_with(make_confi
 
 
 @pytest.mark.parametrize(
-    ("scaling", "told"),
+    ("scaling", "message"),
     [
         ({"factor": 2.0}, "rope_type: got nothing, must be one of linear"),
         ({"rope_type": "liner", "factor": 2.0}, "rope_type: got 'liner'"),
@@ -326,8 +326,8 @@ def test_an_adapter_is_continued_on_the_positions_it_was_trained_with(make_confi
         ({"rope_type": "linear", "factor": 2.0, "factr": 3.0}, "unknown key 'factr': did you mean 'factor'"),
     ],
 )
-def test_a_scaling_that_would_do_nothing_is_refused(make_config, scaling, told):
-    with pytest.raises(ConfigError, match=told):
+def test_a_scaling_that_would_do_nothing_is_refused(make_config, scaling, message):
+    with pytest.raises(ConfigError, match=message):
         make_config(rope_scaling=scaling)
 
 
@@ -335,7 +335,7 @@ def test_a_scaling_that_would_do_nothing_is_refused(make_config, scaling, told):
     ("context", "scaling", "warned"),
     [(1024, None, False), (2048, None, True), (2048, ROPES["linear"], False), (4096, ROPES["linear"], True)],
 )
-def test_a_context_beyond_the_models_positions_is_told(make_config, capsys, context, scaling, warned):
+def test_a_context_beyond_the_models_positions_is_a_warning(make_config, capsys, context, scaling, warned):
     fine_tune(make_config(context_length=context, rope_scaling=scaling, max_steps=1, num_warmup_steps=0))
     assert ("is beyond the" in " ".join(capsys.readouterr().out.split())) == warned
 

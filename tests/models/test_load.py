@@ -25,7 +25,7 @@ def test_lora_trains_only_the_adapter_and_takes_the_dtype_of_its_base():
 @pytest.mark.parametrize(
     "settings", [{"target_modules": ["nowhere"]}, {"r": 8, "target_modules": "all-linear", "bias": "x"}]
 )
-def test_a_lora_config_that_does_not_fit_is_told(settings):
+def test_a_lora_config_that_does_not_fit_is_an_error(settings):
     with pytest.raises(ModelError, match="lora_config does not fit this model"):
         adapters.add_lora(load.load_model(str(TINY_MODEL)), settings)
 

@@ -43,7 +43,7 @@ def both(request, tmp_path_factory):
     ],
     ids=lambda settings: str(settings)[:40],
 )
-def test_a_shape_says_what_a_model_says(both, settings):
+def test_a_shape_agrees_with_the_model(both, settings):
     model, shape = both
     by_model, by_shape = (
         # The first layer serves as an example; the order within one is the model's own.

@@ -33,7 +33,7 @@ def saved(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "said",
+    "lora_config",
     [
         {},
         LORA,
@@ -42,13 +42,13 @@ def saved(tmp_path_factory):
         {"target_modules": r"model\.layers\..*_proj"},
     ],
 )
-def test_a_config_that_says_what_the_adapter_is_continues_it(saved, said):
-    check_adapter(saved, said)
-    check_reach(skeleton, saved, said)
+def test_a_config_that_says_what_the_adapter_is_continues_it(saved, lora_config):
+    check_adapter(saved, lora_config)
+    check_reach(skeleton, saved, lora_config)
 
 
 @pytest.mark.parametrize(
-    ("said", "message"),
+    ("lora_config", "message"),
     [
         ({"r": 16}, "has r: 8, lora_config says 16: .*leave the key out or set it to the same"),
         ({"lora_dropout": 0.0}, "has lora_dropout: 0.1, lora_config says 0.0"),
@@ -61,13 +61,13 @@ def test_a_config_that_says_what_the_adapter_is_continues_it(saved, said):
         ({"trainable_token_indices": [3]}, r"has trainable_token_indices: None, lora_config says \[3\]"),
     ],
 )
-def test_a_setting_that_the_adapter_does_not_have_is_an_error(saved, said, message):
+def test_a_setting_that_the_adapter_does_not_have_is_an_error(saved, lora_config, message):
     with pytest.raises(ModelError, match=message):
-        check_adapter(saved, said)
+        check_adapter(saved, lora_config)
 
 
 @pytest.mark.parametrize(
-    ("said", "layer", "place"),
+    ("lora_config", "layer", "place"),
     [
         ({"target_modules": ["q_proj"]}, "model.layers.0.mlp.down_proj", "the adapter"),
         ({"target_modules": ["q_proj"], "layers_to_transform": [1]}, "model.layers.0.mlp.down_proj", "the adapter"),
@@ -75,13 +75,13 @@ def test_a_setting_that_the_adapter_does_not_have_is_an_error(saved, said, messa
         ({**LORA, "modules_to_save": ["lm_head"]}, "lm_head", "lora_config"),
     ],
 )
-def test_other_layers_than_the_adapters_are_an_error(saved, said, layer, place):
+def test_other_layers_than_the_adapters_are_an_error(saved, lora_config, layer, place):
     with pytest.raises(ModelError, match=re.escape(f"{layer} is in {place} alone")) as error:
-        check_reach(skeleton, saved, said)
-    assert all(key in str(error.value) for key in said if key not in ("r", "lora_alpha"))
+        check_reach(skeleton, saved, lora_config)
+    assert all(key in str(error.value) for key in lora_config if key not in ("r", "lora_alpha"))
 
 
-def test_a_run_says_so_before_it_starts(saved, make_config):
+def test_a_run_reports_it_before_it_starts(saved, make_config):
     start = {"initial_adapter_model_ckpt_path": saved, "max_steps": 1, "num_warmup_steps": 0}
     with pytest.raises(ModelError, match=r"lora_dropout: 0\.1, lora_config says 0\.2"):
         fine_tune(make_config(lora_config=LORA | {"lora_dropout": 0.2}, **start))

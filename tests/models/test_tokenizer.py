@@ -94,8 +94,8 @@ def test_each_refusal_of_the_hub_says_what_to_do(tmp_path):
     server.shutdown()
     lines = done.stdout.splitlines()
     assert len(lines) == len(ANSWERS), done.stderr
-    for line, (_, _, said) in zip(lines, ANSWERS.values(), strict=True):
-        assert said in line
+    for line, (_, _, message) in zip(lines, ANSWERS.values(), strict=True):
+        assert message in line
 
 
 @pytest.fixture
@@ -221,7 +221,7 @@ def test_labels_become_tokens_and_stay_visible(make_config):
     assert tokenizer.decode(tokenizer("[[yes]]")["input_ids"], skip_special_tokens=True).endswith("[[yes]]")
 
 
-def test_a_continued_checkpoint_brings_its_tokenizer(make_config, tmp_path):
+def test_a_continued_checkpoint_has_its_own_tokenizer(make_config, tmp_path):
     assert tokenizer_source("tiny", None, str(tmp_path)) == str(TINY_MODEL)
     (tmp_path / "tokenizer_config.json").write_text("{}")
     assert tokenizer_source("tiny", None, str(tmp_path)) == str(tmp_path)

@@ -47,7 +47,7 @@ def test_architectures_that_vllm_runs_natively():
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "verdict"),
     [
         ({"r": 8, "target_modules": "all-linear"}, "yes"),
         ({"r": 8, "target_modules": ["q_proj", "v_proj"], "use_rslora": True}, "yes"),
@@ -62,5 +62,5 @@ def test_architectures_that_vllm_runs_natively():
         ({"r": 512, "init_lora_weights": "pissa"}, "no: its rank is 1024, above 512"),
     ],
 )
-def test_what_vllm_can_serve(settings, told):
-    assert vllm_serves(settings) == told
+def test_what_vllm_can_serve(settings, verdict):
+    assert vllm_serves(settings) == verdict

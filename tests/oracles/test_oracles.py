@@ -161,8 +161,8 @@ def llama_3() -> Oracle:
 def test_llama_3_is_encoded_as_meta_does(llama_3, case, prompt_format):
     messages = LLAMA_3_CASES[case]
     ours = check_against(llama_3, messages, prompt_format)
-    said = "".join(messages[k]["content"] + "<|eot_id|>" for k in answers(messages))
-    assert text_of(trained_ids(ours), llama_3.tokenizer) == said
+    expected = "".join(messages[k]["content"] + "<|eot_id|>" for k in answers(messages))
+    assert text_of(trained_ids(ours), llama_3.tokenizer) == expected
     # BOS, and for each message the two ends of its header and its end of turn.
     assert sum(i in special_ids(llama_3.tokenizer) for i in ours.input_ids) == 1 + 3 * len(messages)
 
@@ -452,8 +452,8 @@ def test_the_ids_are_those_of_the_chat_template(tiny_as, name, case):
         assert ours.input_ids[: len(prompt)] == prompt
     contents = [messages[k]["content"] for k in answers(messages)]
     contents = [text.strip() for text in contents] if "trim" in family.template else contents
-    said = "".join(family.opens + text + family.closes for text in contents)
-    assert text_of(trained_ids(ours), tokenizer) == said
+    expected = "".join(family.opens + text + family.closes for text in contents)
+    assert text_of(trained_ids(ours), tokenizer) == expected
 
 
 def test_a_token_that_ends_the_text_rewrites_no_earlier_turn(tiny_as):
@@ -475,12 +475,12 @@ def test_thinking_that_later_turns_leave_out_is_trained_row_by_row(tiny_as, reas
         else:
             messages[k] |= {"content": f"<think>\n{thought}\n</think>\n\n{messages[k]['content']}"}
     [rows] = encode_many([(messages, None)], tokenizer, rewritten_turns="expand")
-    for (k, thought), said, ours in zip(thoughts.items(), ["There.", "Here.", "Yes."], rows, strict=True):
+    for (k, thought), expected, ours in zip(thoughts.items(), ["There.", "Here.", "Yes."], rows, strict=True):
         prompt = encode_prompt(messages[:k], tokenizer)
         assert prompt == tokenizer.apply_chat_template(messages[:k], add_generation_prompt=True, return_dict=False)
         assert ours.input_ids[: len(prompt)] == prompt
         assert ours.input_ids == tokenizer.apply_chat_template(messages[: k + 1], return_dict=False)
-        assert text_of(trained_ids(ours), tokenizer) == f"<think>\n{thought}\n</think>\n\n{said}<|im_end|>"
+        assert text_of(trained_ids(ours), tokenizer) == f"<think>\n{thought}\n</think>\n\n{expected}<|im_end|>"
 
 
 # Generated conversations --------------------------------------------------------------------------------
@@ -524,8 +524,8 @@ in_two_formats = pytest.mark.parametrize("name", ["the tiny model", "Zephyr"])
 @generated
 def test_what_is_trained_are_the_answers_and_their_ends(tiny_as, name, messages):
     tokenizer = tiny_as(FAMILIES[name])
-    said = "".join(messages[k]["content"] + "<|end|>" for k in answers(messages))
-    assert text_of(trained_ids(encode(messages, tokenizer)), tokenizer) == said
+    expected = "".join(messages[k]["content"] + "<|end|>" for k in answers(messages))
+    assert text_of(trained_ids(encode(messages, tokenizer)), tokenizer) == expected
 
 
 @generated
@@ -559,8 +559,8 @@ def test_prompts_that_end_with_plain_text_are_prefixes_too(tokenizer, messages):
     for k in answers(messages):
         prompt = encode_prompt(messages[:k], tokenizer, plain)
         assert ours.input_ids[: len(prompt)] == prompt
-    said = "".join(messages[k]["content"] + "<|end|>" for k in answers(messages))
-    assert text_of(trained_ids(ours), tokenizer) == said
+    expected = "".join(messages[k]["content"] + "<|end|>" for k in answers(messages))
+    assert text_of(trained_ids(ours), tokenizer) == expected
 
 
 @in_two_formats

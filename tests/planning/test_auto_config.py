@@ -110,7 +110,7 @@ def test_a_cpu_that_is_faster_in_bfloat16_gets_it(config, monkeypatch):
 @pytest.mark.parametrize(
     ("longest", "context"), [(100, 512), (512, 512), (513, 1024), (9_000, 16_384), (40_000, 40_960), (50_000, 40_960)]
 )
-def test_the_context_holds_the_longest_row(config, longest, context):
+def test_the_context_holds_the_longest_example(config, longest, context):
     data = Statistics((100,) * 2000 + (longest,), 1.0, "made up")
     done, choices = chosen(config("Qwen/Qwen3-8B"), data=data)
     assert done.context_length == context
@@ -126,7 +126,7 @@ def test_validation_rows_are_held_too(config):
 @pytest.mark.parametrize(
     ("rows", "batch", "epochs"), [(10, 10, 100), (500, 16, 4), (3_000, 32, 3), (20_000, 64, 2), (200_000, 64, 1)]
 )
-def test_rows_per_update_and_epochs_go_by_the_number_of_rows(config, rows, batch, epochs):
+def test_the_batch_and_the_epochs_depend_on_the_number_of_examples(config, rows, batch, epochs):
     done, _ = chosen(config(LLAMA_8B), "1xA100-80G", Statistics((200,) * (rows // 10), 10.0, "made up"))
     assert (done.global_batch_size, done.num_epochs) == (batch, epochs)
     assert done.num_warmup_steps <= max(10, 0.04 * rows * epochs / batch)
@@ -156,7 +156,7 @@ def test_uneven_rows_are_packed_only_where_attention_knows_their_ends(config):
     ],
     ids=["chat", "alpaca", "pair", "text", "question"],
 )
-def test_the_rows_tell_the_task(config, row, task):
+def test_the_task_is_chosen_from_the_rows(config, row, task):
     assert choose_task(config(), [row]).task == task
     assert choose_task(config(classifier_config={"label_tokens": ["a", "b"]}), [row]).task == "classification"
 
@@ -174,7 +174,7 @@ def test_base_models_get_their_family_s_prompt_format(config):
     assert choose_task(config(LLAMA_8B), [chat("q", "a")]).generation_config.prompt_format is None
 
 
-# -- what is given, and what is told
+# -- what the config sets, and what is printed
 
 GIVEN = {
     "task": "causal_lm", "lora_config": None, "context_length": 4096, "num_devices": 4, "gradient_checkpointing": True,
@@ -205,7 +205,7 @@ def test_the_same_again_and_readable_back(config, tmp_path):
     assert config_differences(once, load_config(tmp_path / "again.yaml", ["hardware=1xT4"])) == []
 
 
-def test_an_unknown_model_is_told_of_the_core_models_and_of_custom_mode(config):
+def test_an_unknown_model_is_an_error_that_lists_the_core_models(config):
     with pytest.raises(ModelError, match=r"architecture that transformers has.*core models: tiny, .*meta-llama"):
         core_shape("owner/unheard-of")
 
@@ -218,7 +218,7 @@ def test_hardware_is_found_by_the_driver_s_name():
     assert gpu_named("NVIDIA GeForce RTX 4090", 25_000_000_000).name == "NVIDIA GeForce RTX 4090"
 
 
-def test_a_gpu_that_nobody_knows_is_told(config):
+def test_an_unknown_gpu_is_an_error(config):
     with pytest.raises(ConfigError, match="hardware: got '8xB52'"):
         config(hardware="8xB52")
 
@@ -226,14 +226,14 @@ def test_a_gpu_that_nobody_knows_is_told(config):
 # -- through main.py
 
 
-def test_plan_tells_the_choices(config, capsys, write_rows):
+def test_plan_prints_the_choices(config, capsys, write_rows):
     path = config(LLAMA_8B, train_path=write_rows(uneven_rows(40)), hardware="8xA100-80G").source
     assert main(["plan", path, "--default", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    reasons = {choice["key"]: choice["reason"] for choice in told["choices"]}
+    printed = json.loads(capsys.readouterr().out)
+    reasons = {choice["key"]: choice["reason"] for choice in printed["choices"]}
     assert (
-        told["fits"]
-        and told["workers"] == 8
+        printed["fits"]
+        and printed["workers"] == 8
         and reasons["hardware"] == "set in the config"
         and "all of" in reasons["num_devices"]
     )
@@ -251,12 +251,12 @@ def test_choices_are_recorded(config, write_rows, monkeypatch):
     assert (
         "num_devices: 0  # auto: no GPU" in text and "r: 8  # auto: rank 8" in text and "max_steps: 3  # file" in text
     )
-    told = {choice["key"]: choice["value"] for choice in prepared.report["choices"]}
-    assert told["task"] == "instruction_tuning" and told["context_length"] == 512 and len(told) > 15
+    printed = {choice["key"]: choice["value"] for choice in prepared.report["choices"]}
+    assert printed["task"] == "instruction_tuning" and printed["context_length"] == 512 and len(printed) > 15
 
 
 @pytest.mark.slow
-def test_default_mode_learns_on_a_laptop_and_does_not_begin_anew(config, capsys, monkeypatch):
+def test_default_mode_learns_on_a_laptop_and_resumes(config, capsys, monkeypatch):
     """The first updates of the quickstart's task alone, in this process."""
     monkeypatch.setattr("forgebook.planning.prepare.local_hardware", lambda: None)
     path = config(train_path=str(REPOSITORY / "data/quickstart/train.jsonl")).source

@@ -49,7 +49,7 @@ def test_the_work_of_a_run_is_counted(values, steps, tokens, positions, longest)
     assert longest_sequence(config, LENGTHS) == longest
 
 
-def test_attention_goes_by_the_example_of_the_mean_token():
+def test_attention_is_counted_for_the_example_of_the_mean_token():
     assert work_of(resolved(), LENGTHS).mean == (100**2 + 300**2 + 200**2 + 400**2) / 1000
 
 

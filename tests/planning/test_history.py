@@ -27,7 +27,7 @@ def many(*changes, **more):
     return [dataclasses.replace(ONE, **one, **more) for one in changes]
 
 
-def test_paces_are_kept_and_read_again(cache):
+def test_throughputs_are_saved_and_read_again(cache):
     assert read_throughputs() == ([], "")
     assert record_throughput(ONE) == record_throughput(dataclasses.replace(ONE, workers=2)) == ""
     assert read_throughputs() == ([ONE, dataclasses.replace(ONE, workers=2)], "")
@@ -38,8 +38,8 @@ def test_lines_that_cannot_be_read_are_left_out_with_a_note(cache):
     with open(history.history_file(), "ab") as file:
         file.write(b'{"device": "A10G"}\n\xff\xfe\nnull\n[1]\n')
     record_throughput(dataclasses.replace(ONE, flops_per_second=-1.0))
-    found, note = read_throughputs()
-    assert found == [ONE] and "paces.jsonl: 5 unreadable lines skipped" in note
+    throughputs, note = read_throughputs()
+    assert throughputs == [ONE] and "paces.jsonl: 5 unreadable lines skipped" in note
 
 
 def test_a_file_that_cannot_be_written_costs_no_run(cache):
@@ -60,7 +60,7 @@ def test_a_file_that_cannot_be_written_costs_no_run(cache):
     ],
     ids=["median", "unlike", "like", "model", "workers", "recomputing", "latest"],
 )
-def test_the_runs_most_alike_tell_the_pace(past, flops, runs):
+def test_the_most_similar_runs_give_the_throughput(past, flops, runs):
     typical = typical_throughput(past, "A10G", RunKind("tiny", 200, "full", "bfloat16", 1, True))
     assert typical == (None if flops is None else history.TypicalThroughput(flops, runs))
 

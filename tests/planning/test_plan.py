@@ -28,8 +28,8 @@ def fit(hardware: str, **values):
 
 
 def test_what_fits_needs_no_change():
-    told = fit("4xA10G", lora_config=LORA)
-    assert told.fits and told.changes == () and verdict(told).startswith("it fits 4xA10G")
+    planned = fit("4xA10G", lora_config=LORA)
+    assert planned.fits and planned.changes == () and verdict(planned).startswith("it fits 4xA10G")
 
 
 @pytest.mark.parametrize(
@@ -46,13 +46,13 @@ def test_what_fits_needs_no_change():
                   "context_length": 8192, "attention": "eager", "model_id": "meta-llama/Llama-3.1-70B"}, ()),
     ],
 )  # fmt: skip
-def test_the_cheapest_change_is_told(hardware, values, changes):
-    told = fit(hardware, **values)
-    assert told.fits is False and told.changes == changes
+def test_the_cheapest_change_is_proposed(hardware, values, changes):
+    planned = fit(hardware, **values)
+    assert planned.fits is False and planned.changes == changes
     if changes:
-        assert told.changed_memory.total <= told.capacity and changes[0] in verdict(told)
+        assert planned.changed_memory.total <= planned.capacity and changes[0] in verdict(planned)
     else:
-        assert "no change that the plan tries" in verdict(told)
+        assert "no change that the plan tries" in verdict(planned)
 
 
 # -- data, time and money
@@ -76,17 +76,17 @@ def test_steps_are_those_of_the_run(make_config):
     from forgebook.runs.atomic import read_json
 
     config = make_config(num_epochs=2, train_batch_size_per_device=5, gradient_accumulation_steps=2)
-    told = plan(config, shape_of(config.model_id), None, count_data(config))
+    planned = plan(config, shape_of(config.model_id), None, count_data(config))
     summary = read_json(fine_tune(config).summary)
-    assert told.steps == summary["steps"]
-    assert told.tokens == pytest.approx(summary["trained_tokens"], rel=0.2)
+    assert planned.steps == summary["steps"]
+    assert planned.tokens == pytest.approx(summary["trained_tokens"], rel=0.2)
 
 
 def test_data_elsewhere_is_not_fetched():
     config = big(train_path="s3://bucket/rows.jsonl")
-    told = plan(config, shape_of(config.model_id), None, count_data(config))
-    assert told.steps is None and told.costs[0].cost is None and told.costs[0].cost_per_million_tokens > 0
-    assert any("not counted" in note for note in told.notes)
+    planned = plan(config, shape_of(config.model_id), None, count_data(config))
+    assert planned.steps is None and planned.costs[0].cost is None and planned.costs[0].cost_per_million_tokens > 0
+    assert any("not counted" in note for note in planned.notes)
 
 
 def test_the_plan_names_the_parameters_of_towers():
@@ -130,7 +130,7 @@ def test_cost_follows_from_time_and_price():
         assert one.cost_per_million_tokens == pytest.approx(2 * other.cost_per_million_tokens)
 
 
-def test_past_runs_tell_the_mfu_of_their_gpu(make_config):
+def test_past_runs_give_the_mfu_of_their_gpu(make_config):
     config = make_config(num_devices=2)
     shape, a10g = shape_of(config.model_id), read_catalog().gpus["A10G"]
     past = [
@@ -138,36 +138,36 @@ def test_past_runs_tell_the_mfu_of_their_gpu(make_config):
             "A10G", config.model_id, shape.parameters, "full", "float32", 2, False, 0.1 * a10g.peak, "2026-01-02"
         )
     ]
-    told = plan(config, shape, (2, a10g), count_data(config), throughputs=past)
-    assert told.mfu == pytest.approx(0.1) and told.pace == "at 10% MFU, based on 1 earlier run on this machine"
-    costs = {one.gpu: one for one in told.costs}
-    assert costs["A10G"].seconds == told.seconds == pytest.approx(told.flops / (2 * 0.1 * a10g.peak))
-    assert costs["T4"].seconds == pytest.approx(told.flops / (2 * 0.4 * read_catalog().gpus["T4"].peak))
-    assert told.cost == costs["A10G"].cost and "at 10% MFU, based on 1 earlier run on this machine" in plan_summary(
-        told
+    planned = plan(config, shape, (2, a10g), count_data(config), throughputs=past)
+    assert planned.mfu == pytest.approx(0.1) and planned.pace == "at 10% MFU, based on 1 earlier run on this machine"
+    costs = {one.gpu: one for one in planned.costs}
+    assert costs["A10G"].seconds == planned.seconds == pytest.approx(planned.flops / (2 * 0.1 * a10g.peak))
+    assert costs["T4"].seconds == pytest.approx(planned.flops / (2 * 0.4 * read_catalog().gpus["T4"].peak))
+    assert planned.cost == costs["A10G"].cost and "at 10% MFU, based on 1 earlier run on this machine" in plan_summary(
+        planned
     )
-    given = plan(config, shape, (2, a10g), count_data(config), mfu=0.4, throughputs=past)
-    assert given.mfu == 0.4 and given.seconds == pytest.approx(told.seconds / 4)
+    with_mfu = plan(config, shape, (2, a10g), count_data(config), mfu=0.4, throughputs=past)
+    assert with_mfu.mfu == 0.4 and with_mfu.seconds == pytest.approx(planned.seconds / 4)
 
 
-def test_on_a_cpu_past_runs_tell_the_time_and_nothing_costs(make_config):
+def test_on_a_cpu_the_time_comes_from_past_runs_and_there_is_no_cost(make_config):
     config = make_config()
     shape, cpu = shape_of(config.model_id), Cpu("a processor", 10**10, 10**10)
     past = [Throughput("a processor", "other", shape.parameters, "full", "float32", 1, False, 3e9, "2026-01-02")]
-    told = plan(config, shape, (1, cpu), count_data(config), throughputs=past)
-    assert told.seconds == pytest.approx(told.flops / 3e9) and told.cost is None and told.mfu is None
-    assert told.fits and told.capacity == 10**10 and told.memory.buffers == 0
-    assert "at 3 GFLOP/s, based on 1 earlier run on this machine" in plan_summary(told)
+    planned = plan(config, shape, (1, cpu), count_data(config), throughputs=past)
+    assert planned.seconds == pytest.approx(planned.flops / 3e9) and planned.cost is None and planned.mfu is None
+    assert planned.fits and planned.capacity == 10**10 and planned.memory.buffers == 0
+    assert "at 3 GFLOP/s, based on 1 earlier run on this machine" in plan_summary(planned)
     alone = plan(config, shape, (1, cpu), count_data(config))
     assert alone.seconds is None and "no similar earlier run" in plan_summary(alone)
 
 
 def test_on_a_cpu_nothing_is_offloaded_and_no_gpu_is_bought():
     config = big(deepspeed="zero_3_offload_optim+param")
-    told = plan(config, shape_of(config.model_id), (1, Cpu("a processor", 10**10, 10**10)))
-    assert told.memory.optimizer == 12 * shape_of(config.model_id).parameters and told.fits is False
-    assert not any("offload" in change or "num_devices" in change for change in told.changes)
-    assert "does not fit this machine (a processor)" in verdict(told)
+    planned = plan(config, shape_of(config.model_id), (1, Cpu("a processor", 10**10, 10**10)))
+    assert planned.memory.optimizer == 12 * shape_of(config.model_id).parameters and planned.fits is False
+    assert not any("offload" in change or "num_devices" in change for change in planned.changes)
+    assert "does not fit this machine (a processor)" in verdict(planned)
 
 
 def test_running_figures_are_those_of_the_definition():
@@ -227,9 +227,14 @@ def test_plan_prints_and_answers_in_json(config_file, capsys):
     printed = capsys.readouterr().out
     assert "it fits 1xA10G" in printed and "the largest" in printed and "8xH100" not in printed
     assert main(["plan", config_file, "hardware=8xH100", "mfu=0.5", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["workers"] == 8 and told["fits"] and told["mfu"] == 0.5 and told["memory"]["largest"] == "weights"
-    assert told["steps"] > 0 and {one["gpu"] for one in told["costs"]} == set(read_catalog().gpus)
+    planned = json.loads(capsys.readouterr().out)
+    assert (
+        planned["workers"] == 8
+        and planned["fits"]
+        and planned["mfu"] == 0.5
+        and planned["memory"]["largest"] == "weights"
+    )
+    assert planned["steps"] > 0 and {one["gpu"] for one in planned["costs"]} == set(read_catalog().gpus)
 
 
 def test_fit_writes_a_config_that_can_be_run(config_file, capsys):
@@ -242,7 +247,7 @@ def test_fit_writes_a_config_that_can_be_run(config_file, capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ([], "plan needs a CONFIG"),
         (["hardware=8xB52"], "hardware: got '8xB52'"),
@@ -251,9 +256,9 @@ def test_fit_writes_a_config_that_can_be_run(config_file, capsys):
         (["model_id=meta/nothing"], "the shape of 'meta/nothing' is not known"),
     ],
 )
-def test_mistakes_are_told(config_file, capsys, arguments, said):
+def test_mistakes_are_reported(config_file, capsys, arguments, message):
     assert main(["plan", *([config_file, *arguments] if arguments else [])]) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_a_plan_imports_no_gpu_stack(config_file):
@@ -266,5 +271,5 @@ def test_a_plan_imports_no_gpu_stack(config_file):
 
 
 def test_a_plan_is_json_all_through():
-    told = plan_as_json(fit("1xA100-80G"))
-    assert json.loads(json.dumps(told))["changed_memory"]["total"] < told["memory"]["total"]
+    planned = plan_as_json(fit("1xA100-80G"))
+    assert json.loads(json.dumps(planned))["changed_memory"]["total"] < planned["memory"]["total"]

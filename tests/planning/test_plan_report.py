@@ -30,13 +30,13 @@ def planned(hardware=None, data=None, model_id=LLAMA_8B, **values):
 
 
 def test_a_plan_is_a_table_whose_terms_add_up():
-    told = planned(hardware_of("8xA100-80G"), DATA, lora_config=LORA)
-    lines = {line[0]: line[1:] for line in plan_rows(told)}
+    result = planned(hardware_of("8xA100-80G"), DATA, lora_config=LORA)
+    lines = {line[0]: line[1:] for line in plan_rows(result)}
     assert lines["parameters"][0] == "8,030,261,248" and "20,971,520 trained (0.26%)" in lines["parameters"]
     assert lines["batch"] == ["4 x 100 tokens", "per device; context 512"]
     assert lines["weights"] == ["16.1 GB", "the largest"] and lines["optimizer"][1] == ""
     assert lines["memory per GPU"][1] == "of 81.6 GB usable"
-    assert lines["steps"][0] == f"{told.steps:,}" and f"{told.tokens:,} tokens" in lines["steps"][1]
+    assert lines["steps"][0] == f"{result.steps:,}" and f"{result.tokens:,} tokens" in lines["steps"][1]
     assert lines["vLLM can serve it"] == ["yes", ""]
     uncounted = {line[0] for line in plan_rows(planned())}
     assert {"steps", "FLOPs"} & uncounted == set() and "disk" in uncounted
@@ -55,13 +55,13 @@ def test_a_gpu_without_a_price_has_times_and_no_costs():
     free = dataclasses.replace(catalog.gpus["A10G"], price=None)
     config = config_for("tiny", context_length=512, train_batch_size_per_device=4, deepspeed=None, num_epochs=1)
     for data in (DATA, None):
-        told = plan(
+        result = plan(
             config, shape_of("tiny"), (1, free), data, catalog=dataclasses.replace(catalog, gpus={"A10G": free})
         )
-        (cost,) = told.costs
-        assert cost.cost is None and cost.cost_per_million_tokens is None and told.cost is None
-        assert (cost.seconds is None) == (data is None) and price_rows(told)[0][3:] == ["", ""]
-        assert "$" not in plan_summary(told)
+        (cost,) = result.costs
+        assert cost.cost is None and cost.cost_per_million_tokens is None and result.cost is None
+        assert (cost.seconds is None) == (data is None) and price_rows(result)[0][3:] == ["", ""]
+        assert "$" not in plan_summary(result)
 
 
 @pytest.mark.parametrize(
@@ -110,8 +110,8 @@ def test_planned_and_measured_are_compared_in_one_line():
 
 
 def test_a_plan_is_json_all_through():
-    told = planned(hardware_of("1xA100-80G"))
-    values = json.loads(json.dumps(plan_as_json(told)))
-    assert values["memory"]["total"] == told.memory.total > values["changed_memory"]["total"]
-    assert values["memory"]["largest"] == "optimizer" and values["verdict"] == verdict(told)
+    result = planned(hardware_of("1xA100-80G"))
+    values = json.loads(json.dumps(plan_as_json(result)))
+    assert values["memory"]["total"] == result.memory.total > values["changed_memory"]["total"]
+    assert values["memory"]["largest"] == "optimizer" and values["verdict"] == verdict(result)
     assert plan_as_json(planned())["changed_memory"] is None

@@ -50,7 +50,7 @@ def test_a_run_that_stops_early_is_planned_for_the_examples_that_it_reaches(make
 HUGE = {"hidden_size": 65536, "intermediate_size": 262144, "num_hidden_layers": 1000}
 
 
-def test_what_was_planned_stands_beside_what_was_measured(cache, make_config, capsys):
+def test_planned_and_measured_figures_are_side_by_side(cache, make_config, capsys):
     config = make_config(num_epochs=2, train_batch_size_per_device=5, gradient_accumulation_steps=2)
     run = fine_tune(config)
     printed, summary = capsys.readouterr().out, read_json(run.summary)
@@ -78,9 +78,9 @@ def test_what_was_planned_stands_beside_what_was_measured(cache, make_config, ca
     # The next plan knows the pace.
     (pace,), _ = read_throughputs()
     assert pace.flops_per_second == pytest.approx(summary[padded] * planned["flops_per_token"])
-    told, _ = plan_run(prepare(config, open_run(config)))
-    assert told.pace.endswith("based on 1 earlier run on this machine") and told.cost is None
-    assert told.seconds == pytest.approx(told.positions / summary[padded], rel=1e-3)
+    expected, _ = plan_run(prepare(config, open_run(config)))
+    assert expected.pace.endswith("based on 1 earlier run on this machine") and expected.cost is None
+    assert expected.seconds == pytest.approx(expected.positions / summary[padded], rel=1e-3)
 
 
 def test_a_plan_that_cannot_fit_is_refused_before_weights_are_needed(make_config, model_of, capsys):
@@ -105,22 +105,22 @@ def test_a_change_that_makes_it_fit_is_named(make_config, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("free", "said"), [(10**6, "one checkpoint may take"), (2 * 10**7, "its checkpoints and training state")]
+    ("free", "message"), [(10**6, "one checkpoint may take"), (2 * 10**7, "its checkpoints and training state")]
 )
-def test_a_small_disk_is_told(make_config, monkeypatch, free, said):
+def test_a_small_disk_is_reported(make_config, monkeypatch, free, message):
     from forgebook.planning import preflight as room
 
     usage = shutil._ntuple_diskusage(total=10**9, used=10**9 - free, free=free)
     monkeypatch.setattr(room.shutil, "disk_usage", lambda path: usage)
     config = make_config()
     run = open_run(config)
-    told, _ = plan_run(prepare(config, run))
-    if free > told.checkpoint_bytes:
-        assert any(said in one for one in room.check_plan(told, run.folder, force=False))
+    planned, _ = plan_run(prepare(config, run))
+    if free > planned.checkpoint_bytes:
+        assert any(message in one for one in room.check_plan(planned, run.folder, force=False))
         return
-    with pytest.raises(ResourceError, match=said):
-        room.check_plan(told, run.folder, force=False)
-    assert said in room.check_plan(told, run.folder, force=True)[0]
+    with pytest.raises(ResourceError, match=message):
+        room.check_plan(planned, run.folder, force=False)
+    assert message in room.check_plan(planned, run.folder, force=True)[0]
 
 
 def test_memory_that_is_taken_now_is_a_warning(make_config, monkeypatch):
@@ -128,9 +128,9 @@ def test_memory_that_is_taken_now_is_a_warning(make_config, monkeypatch):
 
     monkeypatch.setattr("forgebook.planning.hardware.host_memory", lambda: (10**12, 10**6))
     config = make_config()
-    told, _ = plan_run(prepare(config, open_run(config)))
-    (warning,) = room.check_plan(told, open_run(config).folder, force=False)
-    assert told.fits and "0.0 GB are free now" in warning
+    planned, _ = plan_run(prepare(config, open_run(config)))
+    (warning,) = room.check_plan(planned, open_run(config).folder, force=False)
+    assert planned.fits and "0.0 GB are free now" in warning
 
 
 def test_an_architecture_that_is_not_known_has_no_plan(make_config, monkeypatch):

@@ -197,7 +197,7 @@ def test_a_change_of_rows_or_template_makes_new_tokens(make_config, write_rows, 
     assert len(first) == 1 and len(second) == 2 and len(kept(config)) == 3
 
 
-def test_a_template_that_prints_the_date_is_asked_each_day(tokenizer):
+def test_a_template_that_prints_the_date_is_rendered_each_day(tokenizer):
     import copy
 
     dated = copy.deepcopy(tokenizer)

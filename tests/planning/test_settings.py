@@ -69,7 +69,7 @@ def test_a_config_that_does_what_it_says_has_no_warning(plan):
     assert (code, warnings) == (0, [])
 
 
-def test_warnings_stand_below_the_table_and_need_no_torch(tmp_path):
+def test_warnings_are_below_the_table_and_need_no_torch(tmp_path):
     """In a process of its own: the tests beside import torch."""
     config = (
         f"model_id: {TINY_MODEL}\ntrain_path: absent.jsonl\nlora_config: {{r: 4, target_modules: [o_proj, query]}}\n"

@@ -34,12 +34,12 @@ def follow(tmp_path, terminal: bool, steps: int) -> str:
 
 def test_without_a_terminal_a_run_is_a_dozen_lines(tmp_path, monkeypatch):
     monkeypatch.delenv("JPY_PARENT_PID", raising=False)
-    told = follow(tmp_path, terminal=False, steps=1000)
-    lines = told.splitlines()
+    output = follow(tmp_path, terminal=False, steps=1000)
+    lines = output.splitlines()
     assert lines[0] == "loading the model"
     assert lines[1] == "training 25 of 100 parameters (25.0%), 1000 steps"
-    assert 10 <= len(lines) <= 20 and "\r" not in told and "\x1b" not in told
-    assert "step 83/1000  loss 1.2500  1,234 tok/s  00:00:0" in told
+    assert 10 <= len(lines) <= 20 and "\r" not in output and "\x1b" not in output
+    assert "step 83/1000  loss 1.2500  1,234 tok/s  00:00:0" in output
     assert lines[-1] == "epoch 1  step 1000  evaluation loss 0.5000  perplexity 1.649  best so far"
 
 
@@ -52,8 +52,8 @@ def test_in_a_notebook_a_run_is_its_evaluations(tmp_path, monkeypatch):
 
 def test_in_a_terminal_a_bar_shows_loss_pace_and_time_left(tmp_path, monkeypatch):
     monkeypatch.delenv("JPY_PARENT_PID", raising=False)
-    told = follow(tmp_path, terminal=True, steps=50)
-    assert "50/50" in told and "loss 1.2500" in told and "tok/s" in told and "left" in told
+    output = follow(tmp_path, terminal=True, steps=50)
+    assert "50/50" in output and "loss 1.2500" in output and "tok/s" in output and "left" in output
 
 
 @pytest.mark.parametrize("terminal", [False, True], ids=["lines", "bar"])

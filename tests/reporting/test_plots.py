@@ -29,7 +29,7 @@ def test_bars_carry_their_values(groups):
     assert {"10%", "90%"} <= {text.get_text() for text in axes.texts}
 
 
-def test_an_interval_is_drawn_and_the_value_stands_above_it():
+def test_an_interval_is_plotted_with_the_value_above_it():
     (axes,) = plot_bars({"tuned": 0.9}, "accuracy", errors={"tuned": (0.85, 0.95)}).axes
     assert axes.texts[0].xy[1] == 0.95
 
@@ -57,7 +57,7 @@ def test_a_notebook_displays_a_figure_with_the_text_that_stands_for_it():
     assert metadata["image/png"] == {"alt": "loss by step. a: 3.26 to 0.04"}
 
 
-def test_a_steep_fall_is_drawn_on_a_log_scale():
+def test_a_steep_fall_is_plotted_on_a_log_scale():
     falling = [{"step": step, "train_loss_batch": loss} for step, loss in enumerate((3.0, 0.5, 0.01))]
     assert plot_losses(falling).axes[0].get_yscale() == "log"
     assert plot_losses(falling[:2]).axes[0].get_yscale() == "linear"

@@ -27,7 +27,7 @@ def prepared_run(config):
     return run, prepare(config, run)
 
 
-def test_a_run_says_what_it_trains_and_how(make_config, output):
+def test_a_run_prints_what_it_trains_and_how(make_config, output):
     run, prepared = prepared_run(make_config(lora_config=LORA, max_steps=2))
     print_run(output, run, prepared, "yes")
     text = printed(output)

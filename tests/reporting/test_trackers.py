@@ -163,7 +163,7 @@ def test_a_continued_run_stays_one_run(make_config, mlflow_server):
 
 
 @pytest.mark.slow
-def test_dead_and_missing_trackers_cost_a_sentence(make_config, capsys, monkeypatch):
+def test_dead_and_missing_trackers_are_one_warning_each(make_config, capsys, monkeypatch):
     """Nobody listens at one address, one package is missing, one is a setting that wandb refuses."""
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     dead = {"tracking_uri": "http://127.0.0.1:9", "experiment_name": "none"}
@@ -173,11 +173,11 @@ def test_dead_and_missing_trackers_cost_a_sentence(make_config, capsys, monkeypa
         {"provider": "wandb", "provider_config": {"no_such_argument": 1}},
     ]
     run = fine_tune(make_config(logger=logger))
-    told = " ".join(capsys.readouterr().out.split())
+    output = " ".join(capsys.readouterr().out.split())
     assert run.is_complete
-    assert told.count("logger: mlflow fails") == 1 and "logger: mlflow did not receive 5 lines" in told
-    assert "pip install tensorboardX" in told
-    assert re.search(r"logger: wandb fails \(TypeError: .*no_such_argument", told)
+    assert output.count("logger: mlflow fails") == 1 and "logger: mlflow did not receive 5 lines" in output
+    assert "pip install tensorboardX" in output
+    assert re.search(r"logger: wandb fails \(TypeError: .*no_such_argument", output)
 
 
 @pytest.mark.slow
@@ -192,15 +192,15 @@ def test_a_dead_wandb_server_lets_the_process_end(make_config, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("logger", "said"),
+    ("logger", "message"),
     [
         ({"provider": "mlflow", "provider_config": {"tracking_url": "x"}}, "did you mean 'tracking_uri'"),
         ([{"provider": "wandb"}, {"provider": "neptune"}], "neptune"),
     ],
     ids=["key", "provider"],
 )
-def test_mistakes_are_found_before_the_run(make_config, logger, said):
-    with pytest.raises(ConfigError, match=re.escape(said)):
+def test_mistakes_are_found_before_the_run(make_config, logger, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
         make_config(logger=logger)
 
 

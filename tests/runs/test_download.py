@@ -15,7 +15,7 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("FORGEBOOK_CACHE", str(tmp_path / "cache"))
 
 
-def test_a_local_path_stands_for_itself(tmp_path):
+def test_a_local_path_is_used_as_it_is(tmp_path):
     (tmp_path / "a.jsonl").write_text("a")
     assert fetch_file(str(tmp_path / "a.jsonl")) == tmp_path / "a.jsonl"
     assert fetch_folder(str(tmp_path)) == tmp_path

@@ -1,4 +1,4 @@
-"""Reading and writing on a real S3 server over HTTP, and what is said when it refuses."""
+"""Reading and writing on a real S3 server over HTTP, and the errors when it refuses."""
 
 import os
 import socket
@@ -70,15 +70,15 @@ def test_a_run_from_a_model_and_rows_in_a_bucket(s3, make_config, write_rows):
 
 
 @pytest.mark.parametrize(
-    ("path", "said"),
+    ("path", "message"),
     [
         ("s3://forgebook/none.jsonl", "nothing has that name"),
         ("s3://no-such-bucket/rows.jsonl", "there is no such bucket"),
     ],
     ids=["key", "bucket"],
 )
-def test_what_is_not_there_is_a_readable_error(door, tmp_path, path, said):
-    with pytest.raises(StorageError, match=f"{path} could not be read: {said}"):
+def test_what_is_not_there_is_a_readable_error(door, tmp_path, path, message):
+    with pytest.raises(StorageError, match=f"{path} could not be read: {message}"):
         download.fetch_file(path)
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
     with pytest.raises(StorageError):
@@ -87,7 +87,7 @@ def test_what_is_not_there_is_a_readable_error(door, tmp_path, path, said):
 
 @pytest.mark.parametrize("use", ["read", "list", "write"])
 @pytest.mark.parametrize(
-    ("answer", "said"),
+    ("answer", "message"),
     [
         ("no such bucket", "there is no such bucket"),
         ("no right", "the credentials do not allow it"),
@@ -98,7 +98,7 @@ def test_what_is_not_there_is_a_readable_error(door, tmp_path, path, said):
         ("slow down", "does not answer or is overloaded"),
     ],
 )
-def test_what_a_bucket_refuses_says_how_to_mend_it(door, monkeypatch, answer, said, use):
+def test_an_error_of_a_bucket_has_its_fix(door, monkeypatch, answer, message, use):
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     door.answers = lambda method, path: answer
     uses = {
@@ -106,11 +106,11 @@ def test_what_a_bucket_refuses_says_how_to_mend_it(door, monkeypatch, answer, sa
         "list": lambda: object_store.list_files("s3://forgebook/run"),
         "write": lambda: object_store.write_file("s3://forgebook/x", b"x"),
     }
-    with pytest.raises(StorageError, match=f"s3://forgebook/.* could not be .*: .*{said}"):
+    with pytest.raises(StorageError, match=f"s3://forgebook/.* could not be .*: .*{message}"):
         uses[use]()
 
 
-def test_no_credentials_are_told_from_wrong_ones(door, monkeypatch):
+def test_missing_credentials_are_distinguished_from_wrong_ones(door, monkeypatch):
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")

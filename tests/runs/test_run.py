@@ -86,7 +86,7 @@ def test_a_run_is_removed_whole(make_run):
 
 
 @pytest.mark.parametrize("place", ["folder", "bucket"])
-def test_what_is_there_already_is_told(door, make_config, tmp_path, place):
+def test_prompts_that_are_answered_already_are_reported(door, make_config, tmp_path, place):
     path = str(tmp_path / "runs") if place == "folder" else "s3://forgebook/there"
     config = make_config(storage_path=path, on_existing="fail")
     assert not storage.open_run(config).config.exists()

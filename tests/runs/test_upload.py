@@ -59,8 +59,8 @@ def until(is_so):
 
 
 def test_what_a_run_writes_is_uploaded_beside_it_and_comes_back(run_folder, tmp_path):
-    told = []
-    with upload.uploading(run_folder, URI, told.append):
+    warned = []
+    with upload.uploading(run_folder, URI, warned.append):
         assert {"config.yaml", "data_report.json"} <= object_store.list_files(URI).keys()
         write(run_folder / "resume/.step-2/place.json", '{"step": 2}')
         os.rename(run_folder / "resume/.step-2", run_folder / "resume/step-2")
@@ -69,7 +69,7 @@ def test_what_a_run_writes_is_uploaded_beside_it_and_comes_back(run_folder, tmp_
         write(run_folder / "metrics.jsonl", '{"step": 1}\n{"step": 2}\n')
     there = object_store.list_files(URI)
     assert not any(name.startswith(("tokens/", "resume/step-1", "resume/.", ".")) for name in there)
-    assert "logs/worker-0.log" in there and told == []
+    assert "logs/worker-0.log" in there and warned == []
     upload.download_run(URI, tmp_path / "other")
     local = files_of(run_folder)
     assert files_of(tmp_path / "other") == {
@@ -105,29 +105,29 @@ def test_an_upload_that_was_interrupted_is_not_taken(run_folder, door, tmp_path)
 
 
 def test_a_bucket_that_fails_for_a_while_does_not_stop_a_run(run_folder, door):
-    told = []
-    with upload.uploading(run_folder, URI, told.append):
+    warned = []
+    with upload.uploading(run_folder, URI, warned.append):
         door.answers = lambda method, path: "slow down"
         write(run_folder / "checkpoints/epoch-2/adapter_model.safetensors", "epoch 2")
-        until(lambda: told)
+        until(lambda: warned)
         door.answers = lambda method, path: None
-        until(lambda: len(told) == 2)
-    assert "overloaded" in told[0] and "training continues" in told[0] and "can be written again" in told[1]
+        until(lambda: len(warned) == 2)
+    assert "overloaded" in warned[0] and "training continues" in warned[0] and "can be written again" in warned[1]
     assert object_store.read_manifest(f"{URI}/checkpoints/epoch-2")
 
 
 def test_a_bucket_that_does_not_recover_is_an_error_that_names_the_local_run(run_folder, door):
-    told = []
+    warned = []
     with (
         pytest.raises(StorageError, match=f"all of it is in {run_folder}"),
-        upload.uploading(run_folder, URI, told.append),
+        upload.uploading(run_folder, URI, warned.append),
     ):
         door.answers = lambda method, path: "slow down"
         write(run_folder / "summary.json", "{}")
-    assert "retrying in" in told[-1] and (run_folder / "summary.json").exists()
+    assert "retrying in" in warned[-1] and (run_folder / "summary.json").exists()
 
 
-def test_a_bucket_that_cannot_be_written_is_told_at_once(run_folder, door):
+def test_a_bucket_that_cannot_be_written_is_reported_at_once(run_folder, door):
     door.answers = lambda method, path: "no right" if method == "PUT" else None
     with (
         pytest.raises(StorageError, match="could not be written: the credentials do not allow it"),
@@ -155,7 +155,7 @@ def test_a_slow_upload_outlives_the_deletion_of_what_it_uploads(run_folder, door
     assert object_store.read_manifest(f"{URI}/resume/step-1")
 
 
-def test_the_run_that_is_further_on_is_kept(run_folder):
+def test_the_run_that_is_further_ahead_is_kept(run_folder):
     upload.upload_run(run_folder, URI, print)
     write(run_folder / "metrics.jsonl", '{"step": 1}\n{"step": 2}\n{"step": 3}\n')
     before = files_of(run_folder)
@@ -233,7 +233,7 @@ def command(s3, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_in_a_bucket_goes_on_anywhere(command, door, tmp_path, monkeypatch, capsys):
+def test_a_run_in_a_bucket_resumes_anywhere(command, door, tmp_path, monkeypatch, capsys):
     """Undisturbed; then with 503s, SIGKILL and the loss of the machine's disk; then read on a third machine."""
     monkeypatch.setenv("FORGEBOOK_CACHE", str(tmp_path / "first"))
     undisturbed = subprocess.run(command("undisturbed"), capture_output=True, text=True)

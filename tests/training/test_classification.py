@@ -129,7 +129,7 @@ def test_new_labels_start_from_the_tokens_of_their_text(classifier, tied):
         assert torch.equal(layer.weight[: len(old)], old)
 
 
-def test_an_adapters_labels_move_at_a_rate_of_their_own(classifier):
+def test_an_adapters_labels_have_their_own_learning_rate(classifier):
     """From the mean of their texts, in the one step after the warm-up, by that rate; the adapter by its own."""
     rate = 1e-5
     config = classifier(lora_config=LORA, learning_rate=rate, weight_decay=0.0, num_epochs=1)

@@ -233,7 +233,7 @@ def test_keeps_the_best_checkpoints(make_config):
     assert read_json(run.summary)["best_checkpoint"] == "checkpoints/" + min(losses, key=losses.get)
 
 
-def test_evaluates_before_training_if_asked(make_config):
+def test_evaluates_before_training_if_requested(make_config):
     run = fine_tune(make_config(eval_first=True))
     first = read_metrics(run.metrics)[0]
     assert first["step"] == 0 and first["eval_loss"] > 0

@@ -92,7 +92,7 @@ def test_losses_gradients_and_margins_equal_those_of_trl(name, policy, reference
     assert norm == pytest.approx(theirs["gradient_norm"], rel=1e-3)
 
 
-def test_the_kl_term_of_the_oracle_can_be_told_from_none():
+def test_the_kl_term_of_the_oracle_differs_from_none():
     kto, without = (ORACLE["losses"][name] for name in ("kto", "kto_no_kl"))
     assert kto["options"]["kl"] > 0 and abs(kto["loss"] - without["loss"]) > 5e-4
 
@@ -178,7 +178,7 @@ def test_no_gradient_flows_into_the_kl_term():
     assert kl.grad is None and chosen.grad is not None
 
 
-def test_what_a_loss_does_not_know_is_refused():
+def test_unknown_options_of_a_loss_are_refused():
     one = torch.ones(2)
     logps = PairLogps(-one, -2 * one, one, one)
     assert [kind for kind in KINDS if needs_reference(PreferenceTuningConfig(loss=kind))] == ["dpo", "ipo", "kto"]
