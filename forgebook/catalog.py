@@ -71,9 +71,9 @@ class Family:
 
     architecture: the class name in config.json. norms: RMS norms per layer. qk_norm: norms of queries and keys, too.
     qkv_bias: biases of q, k and v. fused: q, k and v are one linear layer, gate and up another. experts: a mixture.
-    softcap: the logits pass through a tanh. tied: one embedding table where config.json does not say. defaults: values
-    that config.json may leave out. counted: whether the parameters follow from config.json by the rules of `Shape`;
-    those of others are counted on the model's own class. vllm: whether vLLM runs it with code of its own.
+    softcap: the logits pass through a tanh. tied: one embedding table where config.json does not specify it. defaults:
+    values that config.json may leave out. counted: whether the parameters follow from config.json by the rules of
+    `Shape`; those of others are counted on the model's own class. vllm: whether vLLM runs it with code of its own.
     """
 
     architecture: str
@@ -121,7 +121,7 @@ class Shape:
 
     @property
     def kinds(self) -> tuple[LayerKind, ...]:
-        """Return the decoder's layers, alike ones together."""
+        """Return the kinds of decoder layers, each with the numbers of its layers."""
         if self.counted:
             return self.counted.kinds
         linears, width = self._linears, self.intermediate
@@ -217,9 +217,9 @@ class Shape:
 
 @dataclass(frozen=True)
 class Catalog:
-    """The facts. shapes, rates, formats: by model id in small letters; priced: when and where the prices were taken.
+    """The facts. shapes, rates, formats: by model id in lower case; priced: source and date of the prices.
 
-    rates: peak learning rates of `lora` and `full` training, of models that want others than most.
+    rates: peak learning rates of `lora` and `full` training, for models that need other ones than most.
     formats: prompt formats, as generation_config takes them, of models without a chat template.
     families: by the model_type of config.json.
     """

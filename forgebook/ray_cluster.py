@@ -44,12 +44,12 @@ WITH_PASSWORD = ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_TOKEN")
 # How libraries behave; Ray's workers on this machine get them by themselves, those on others do not.
 _BEHAVIOR = ("TOKENIZERS_PARALLELISM", "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "HF_HUB_OFFLINE", "AWS_MAX_ATTEMPTS")
 
-ANSWER_SECONDS = 60  # for a machine of the cluster to answer a question
+ANSWER_SECONDS = 60  # for a machine of the cluster to answer
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # Installed instead, other machines must have it installed, too: what lies around it then is not ours to send.
 IS_CHECKOUT = (REPOSITORY / "main.py").is_file()
-# Beside what .gitignore names, which Ray leaves out by itself.
+# In addition to what .gitignore names, which Ray leaves out.
 EXCLUDED = [".git", ".venv", "/runs", "__pycache__", ".pytest_cache", ".ruff_cache", "*.ipynb", "/benchmarks"]
 
 
@@ -100,7 +100,7 @@ def start_ray(cores: int | None = None) -> None:
 def machines_without(is_there: Callable[[], bool], needed: dict[str, float]) -> list[str]:
     """List the addresses of the cluster's other machines on which `is_there()` is False.
 
-    needed: resources; machines that have fewer are not asked, and one that does not answer within a minute is left
+    needed: resources; machines that have fewer are skipped, and one that does not answer within a minute is left
     out: no worker will start on it.
     """
     import ray
@@ -138,7 +138,7 @@ def machines_without(is_there: Callable[[], bool], needed: dict[str, float]) -> 
 
 
 def _start_here(quiet: dict[str, Any], cores: int | None) -> None:
-    """Start a cluster on this machine: without a dashboard, on loopback; Ray sets a token by itself.
+    """Start a cluster on this machine: without a dashboard, on loopback; Ray sets a token.
 
     Ray gives its own processes half a minute to answer, which on a busy machine is not always enough. It starts no
     worker before there is work: one per core, of which a run of a few devices uses two.

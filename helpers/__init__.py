@@ -9,7 +9,7 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # for editors and mypy ("as": they are exported); at run time _ENGINE says the same
+if TYPE_CHECKING:  # for editors and mypy ("as": they are exported); at run time _ENGINE has the same
     from forgebook.catalog import read_catalog as read_catalog
     from forgebook.config.parse import load_config as load_config
     from forgebook.config.schema import FinetuneConfig

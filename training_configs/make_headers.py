@@ -137,7 +137,7 @@ def _reference_gpus(config: FinetuneConfig) -> int:
 def header(facts: Facts) -> list[str]:
     """Format the lines between the marks of one config."""
     worst, rows = facts.worst, facts.gsm8k
-    length = f"sequences of {worst.longest_row:,} tokens" if worst.longest_row < worst.context_length else (
+    length = f"sequences of {worst.longest_sequence:,} tokens" if worst.longest_sequence < worst.context_length else (
         f"sequences as long as the context, {worst.context_length:,} tokens"
     )  # fmt: skip
     verdict = "" if worst.fits else "; IT DOES NOT FIT"

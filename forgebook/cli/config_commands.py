@@ -115,7 +115,7 @@ def plan_command(arguments: list[str]) -> int:
         output.print(make_table("Chosen (--default)", ["key", "value", "reason"], choice_rows(choices)))
     output.print(make_table(f"Plan of {config.run_name}: {planned.model_id}", ["", "", ""], plan_rows(planned)))
     columns = ["hardware", "fits", "time", "cost", "per million tokens"]
-    output.print(make_table(f"Time and cost {planned.pace}; {planned.priced}", columns, price_rows(planned)))
+    output.print(make_table(f"Time and cost {planned.assumption}; {planned.priced}", columns, price_rows(planned)))
     if hardware is None and not has_gpu():
         workers = max(1, config.num_devices)
         here = plan(config, shape, (workers, cpu_share(workers)), data, throughputs=throughputs)
@@ -156,7 +156,7 @@ def _choose(
 def _write_fitting(
     config: FinetuneConfig, shape: Shape, hardware: tuple[int, Gpu] | None, data: Statistics | None
 ) -> FinetuneConfig:
-    """Write the fastest settings that fit the hardware beside the config, as RUN_NAME-fit.yaml; return them."""
+    """Write the fastest settings that fit the hardware next to the config, as RUN_NAME-fit.yaml; return them."""
     from pathlib import Path
 
     from forgebook.config.parse import dump_config

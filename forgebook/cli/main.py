@@ -1,4 +1,4 @@
-"""The command: its help, dispatch and exit codes. What each command does is in the `*_commands` files beside."""
+"""The command: its help, dispatch and exit codes. What each command does is in the `*_commands` files."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ _ROPE_KEYS = frozenset(
 
 
 class Mark(Enum):
-    """What else is true of a key; written beside its type, as in `Annotated[str, Mark.NO_EFFECT]`."""
+    """Another property of a key, annotated with its type: `Annotated[str, Mark.NO_EFFECT]`."""
 
     NO_EFFECT = "may change between two starts of one run: it does not change the trained weights"
     AUTO = "--default may choose it"
@@ -211,7 +211,7 @@ class GenerationConfig(StrictBlock):
     @model_validator(mode="after")
     def _one_way_to_prompt(self) -> Self:
         if self.prompt_format is not None and self.chat_template_kwargs:
-            raise ValueError("chat_template_kwargs: has no effect beside prompt_format; remove one of them")
+            raise ValueError("chat_template_kwargs: has no effect together with prompt_format; remove one of them")
         return self
 
 
@@ -219,7 +219,7 @@ class DeepSpeed(StrictBlock):
     """The DeepSpeed settings of the run."""
 
     config_path: str = "deepspeed_configs/zero_3_offload_optim+param.json"
-    """JSON file, searched for in the working directory, beside the config file, then in this repository."""
+    """JSON file, searched for in the working directory, next to the config file, then in this repository."""
 
 
 class CheckpointFrequency(StrictBlock):
@@ -319,7 +319,7 @@ _LOGGER_KEYS: dict[str, tuple[str, ...]] = {
 
 
 class Logger(StrictBlock):
-    """An experiment tracker, beside metrics.jsonl in the run folder."""
+    """An experiment tracker, in addition to metrics.jsonl in the run folder."""
 
     provider: Literal["wandb", "mlflow", "tensorboard"]
     """The tracker."""

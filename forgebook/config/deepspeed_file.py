@@ -36,7 +36,7 @@ def zero_of(settings: dict[str, Any] | None) -> Zero:
 
 
 def find_deepspeed_config(config_path: str, config_source: str | None = None) -> Path:
-    """Search for a DeepSpeed file in the working directory, beside the config file, then in this repository."""
+    """Search for a DeepSpeed file in the working directory, next to the config file, then in this repository."""
     beside = [Path(config_source).parent] if config_source is not None and "://" not in config_source else []
     folders = [Path(), *beside, REPOSITORY]
     for folder in folders:
@@ -59,7 +59,7 @@ def find_deepspeed_config(config_path: str, config_source: str | None = None) ->
 def read_deepspeed_config(block: DeepSpeed | None, config_source: str | None = None) -> dict[str, Any] | None:
     """Read the DeepSpeed file that a config names; None means plain data parallelism.
 
-    config_source: the path of the config, beside which the file may be.
+    config_source: path of the config file, whose folder is searched, too.
     """
     if block is None:
         return None

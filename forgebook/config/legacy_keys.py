@@ -37,7 +37,7 @@ _RENAMED = {
 _IGNORED = {
     "dataset_size_scaling_factor": "data sets no longer have a size limit",
     "forward_checkpoint_config": "every fine-tuned model is listed; name it with custom_model_tag",
-    "output_dir": "it was scratch space on one machine; storage_path says where runs go",
+    "output_dir": "it was scratch space on one machine; storage_path sets where runs are stored",
 }
 
 
@@ -51,7 +51,7 @@ def current_deepspeed_file(name: str) -> str:
 
 
 def translate_retired(values: dict[str, Any], num_epochs: object = None) -> tuple[list[str], list[str]]:
-    """Rename retired keys in place; return a note on each, and what contradicts the new name beside it."""
+    """Rename retired keys in place; return a note on each, and the contradictions with keys of the new names."""
     notes, problems = [], []
 
     def rename(block: dict[str, Any], old: str, new: str, convert: Callable[[Any], Any]) -> None:
@@ -71,7 +71,7 @@ def translate_retired(values: dict[str, Any], num_epochs: object = None) -> tupl
     # A number of checkpoints can be spread over the epochs, if their number is known before the data is read.
     count, epochs = values.get("max_num_checkpoints"), values.get("num_epochs", num_epochs)
     if values.get("checkpoint_every_n_epochs") is not None:
-        ignore("max_num_checkpoints", "checkpoint_every_n_epochs beside it decides")
+        ignore("max_num_checkpoints", "checkpoint_every_n_epochs is set, too, and decides")
     elif type(count) is int and count > 0 and type(epochs) is int:
         spread = {"unit": "epochs", "frequency": math.ceil(epochs / count)}
         rename(values, "max_num_checkpoints", _FREQUENCY, lambda _: spread)

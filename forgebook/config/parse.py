@@ -143,7 +143,7 @@ def _comparable(config: FinetuneConfig) -> dict[str, Any]:
 
 
 def _findable_anywhere(config: FinetuneConfig) -> FinetuneConfig:
-    """Store the full path of a file beside the config: the copy of the config in the run folder must find it, too."""
+    """Store the full path of a file next to the config: the copy of the config in the run folder must find it, too."""
     if config.deepspeed is None:
         return config
     written = config.deepspeed.config_path
@@ -196,7 +196,7 @@ def _explain(error: ValidationError, values: dict[str, Any], places: Places, sou
 
 
 def _where(keys: Sequence[str], places: Places, source: str) -> str:
-    """Say where the first of these keys that was written is: `file:line`, or the override."""
+    """Return where the first of these keys was set: `file:line`, or the override."""
     place = next((place for key in keys if (place := place_of(key, places)) is not None), None)
     return f"{source}:{place}" if isinstance(place, int) else place or source
 

@@ -34,7 +34,7 @@ _SWITCHES = {"true": True, "false": False}
 def expand_values(values: dict[str, Any], where: Callable[[str], str]) -> tuple[dict[str, Any], list[str]]:
     """Expand the texts of a config; return the values and what cannot be expanded or cannot be a path.
 
-    where: says where a dotted key was written.
+    where: returns where a dotted key was set.
     """
     problems: list[str] = []
 

@@ -1,4 +1,4 @@
-"""What does not go together, in one table: asked when a config is loaded, planned, chosen for and launched.
+"""Combinations of keys that do not work, in one table: checked by loading, planning, --default and launching.
 
     check_rules(config)             ConfigError names every broken rule, and the fix
     if not broken_rules(config):    a change that the plan may propose
@@ -138,7 +138,7 @@ RULES: tuple[Rule, ...] = (
 )
 
 
-# Keys that nothing reads beside the others: each is a printed warning if the file or an override sets it.
+# Keys that have no effect given the others: a warning is printed if the file or an override sets one.
 UNREAD: tuple[Rule, ...] = (
     *(
         Rule(
@@ -152,7 +152,7 @@ UNREAD: tuple[Rule, ...] = (
     Rule(
         ("min_update_steps",),
         lambda config, zero: config.num_epochs is not None,
-        "min_update_steps has no effect beside num_epochs",
+        "min_update_steps has no effect when num_epochs is set",
         "remove one of them",
     ),
     *(

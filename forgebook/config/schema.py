@@ -103,7 +103,7 @@ class FinetuneConfig(StrictBlock):
     """Malformed examples: stop before training, or drop and report them."""
     rope_scaling: RopeBlock | None = None
     """Extend the context of the model, e.g. `{rope_type: linear, factor: 2.0}` (linear, dynamic, yarn, longrope,
-    llama3). Saved with the checkpoint: in its config.json, or beside an adapter in config_overrides.json."""
+    llama3). Saved with the checkpoint: in its config.json, or in config_overrides.json next to an adapter."""
 
     # -- one optimizer step
     lora_config: Annotated[LoraBlock | None, Mark.AUTO] = None
@@ -290,7 +290,7 @@ class FinetuneConfig(StrictBlock):
 
     @property
     def global_batch_size(self) -> int:
-        """Count the rows per update over all devices."""
+        """Count the examples per optimizer step, over all devices."""
         if self.train_batch_size_per_device is None:
             raise ValueError("train_batch_size_per_device is not chosen yet: resolve() it first")
         return self.train_batch_size_per_device * max(1, self.num_devices) * self.gradient_accumulation_steps
@@ -359,9 +359,9 @@ class FinetuneConfig(StrictBlock):
         for parent in parents:  # `deepspeed=zero_2` sets deepspeed.config_path
             if parent in self._origins:
                 return self._origins[parent]
-        untouched = not any(origin.startswith(f"{field}.") for origin in self._origins)
+        is_unset = not any(origin.startswith(f"{field}.") for origin in self._origins)
         optional = FinetuneConfig.model_fields[field].default is None
-        return "auto" if optional and untouched and getattr(self, field) is not None else "default"
+        return "auto" if optional and is_unset and getattr(self, field) is not None else "default"
 
 
 class ResolvedConfig(FinetuneConfig):

@@ -120,7 +120,7 @@ def render_for_training(
 
 
 def _rewriting_error(conversation: Conversation, k: int, text: str, targets: list[int]) -> str:
-    """Say what later turns do to answer k, and what to set."""
+    """Explain what later turns do to answer k, and what to set."""
     what, other = (
         "the chat template renders this assistant turn differently once later turns follow (it may strip the thinking)",
         "generation_config.prompt_format",

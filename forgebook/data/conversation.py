@@ -43,7 +43,7 @@ __all__ = ["Conversation", "Message", "Span"]
 
 Span = tuple[int, int]
 
-# Stand-ins inside messages: the end of one message, the begin of the next one's content, the tags of a thought. The
+# Stand-ins inside messages: the end of one message, the beginning of the next one's content, the tags of a thought. The
 # tags are private characters that no message may contain.
 PROBED_RESULT = {"name": "probed_tool", "tool_call_id": "call00000"}
 END_MARK, CONTENT_MARK = "Xq7EndOfMessageXq7", "Xq7ContentXq7"
@@ -173,8 +173,8 @@ class Conversation:
                     continue
                 # Thoughts of earlier turns are not shown by many templates.
                 shown = before.removeprefix(self.prompt(k))
-                said = {key: value for key, value in self.messages[k].items() if key not in REASONING_KEYS}
-                self._check_shown(k, said | {"content": split_thought(said["content"])[1]}, shown)
+                others = {key: value for key, value in self.messages[k].items() if key not in REASONING_KEYS}
+                self._check_shown(k, others | {"content": split_thought(others["content"])[1]}, shown)
 
     def check_shown(self, numbers: Iterable[int], text: str) -> None:
         """Raise DataError unless all of some messages is in a text."""
@@ -245,7 +245,7 @@ class Conversation:
         return _with_shown_tags(text.rpartition(END_MARK)[2])
 
     def _reason_against(self, k: int) -> str:
-        """Say why answer k cannot be trained, and what to set."""
+        """Explain why answer k cannot be trained, and what to set."""
         prompt, through = self.prompt(k), self.through(k)
         setting = self.helpful_setting(lambda other: bool(other.answered(k)))
         fix = f"set {setting}" if setting else OTHER_FORMAT
@@ -315,9 +315,9 @@ def _with_reasoning(message: Message, key: str | None) -> Message:
 
 
 def _thought_of(message: Message) -> tuple[str, str]:
-    """Return an answer's reasoning, written beside its content or in it, and the rest of the content."""
-    beside = next((message[key] for key in REASONING_KEYS if message.get(key)), "")
-    return (beside, message["content"]) if beside else split_thought(message["content"])
+    """Return an answer's reasoning, from its own key or from the content, and the rest of the content."""
+    separate = next((message[key] for key in REASONING_KEYS if message.get(key)), "")
+    return (separate, message["content"]) if separate else split_thought(message["content"])
 
 
 def _without_thought(message: Message) -> Message:

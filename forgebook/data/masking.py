@@ -101,7 +101,7 @@ def encode_many(
     rewritten_turns: for an example whose template renders an earlier answer differently once later turns follow:
                      "refuse" makes it an error, "expand" encodes it once per answer, each ending with it.
 
-    Returns for each example a list of one Encoded (more, if expanded), or the DataError that says what is wrong.
+    Returns for each example a list of one Encoded (more, if expanded), or the DataError with what is wrong.
     """
     rendered: list[list[RenderedText] | DataError] = []
     for messages, tools in examples:
@@ -147,8 +147,8 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormat 
         if isinstance(encoded, DataError):  # no template, or one that rejects this conversation
             continue
         supervised = itertools.compress(encoded[0].input_ids, encoded[0].loss_mask)
-        said = [token for token in supervised if tokenizer.decode([token]).strip()]
-        ids += [token for token in said[-1:] if token in end_ids(tokenizer)]
+        visible = [token for token in supervised if tokenizer.decode([token]).strip()]
+        ids += [token for token in visible[-1:] if token in end_ids(tokenizer)]
     text = prompt_format.assistant.partition("{instruction}")[2].strip() if prompt_format and not ids else ""
     return text, list(dict.fromkeys(ids))
 
@@ -157,7 +157,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormat 
 
 
 class _Tokens:
-    """The tokens of a text. Where they start is looked up, not listed: an example asks for a few of thousands."""
+    """The tokens of a text. Where one starts is looked up when it is needed: few of an example's thousands are."""
 
     def __init__(self, ids: list[int], encoding: Encoding | None = None, starts: list[int] | None = None):
         self.ids, self._encoding, self._starts = ids, encoding, starts

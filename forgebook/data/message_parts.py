@@ -31,7 +31,7 @@ def missing_part(message: Message, text: str) -> str | None:
 
 
 def follows_call(thought: str, message: Message, text: str) -> bool:
-    """Return whether a message's thought stands after its first call in a rendered text."""
+    """Return whether a message's thought comes after its first call in a rendered text."""
     calls = message.get("tool_calls") or []
     return bool(thought and calls) and _place(calls[0]["function"]["name"], text) < _place(thought, text)
 
@@ -54,7 +54,7 @@ def missing_tool(tools: list[dict], text: str) -> str | None:
 
 
 def _parts(message: Message) -> Iterator[tuple[str, Any]]:
-    """Yield (path, text or value) of everything that a message says."""
+    """Yield (path, text or value) of everything in a message."""
     # A template that parses thinking out of the content may put other white space around it.
     for piece in split_thought(message.get("content") or ""):
         if piece:

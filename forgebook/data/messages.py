@@ -149,7 +149,7 @@ def with_whole_thought(content: str, field: str) -> str:
 
 
 def _check_thoughts(reasoning: Any, message: Message, at: str) -> None:
-    """Take a thought that stands in the content and beside it out of the message; raise DataError for two."""
+    """Remove a thought from the content that is also under its own key; raise DataError for two different ones."""
     thought, rest = split_thought(message["content"])
     if thought and isinstance(reasoning, str) and thought != reasoning.strip():
         raise DataError(f"{at} has reasoning and another thought in its content: keep one of them")

@@ -95,7 +95,7 @@ def preview_examples(config: FinetuneConfig, count: int = 3) -> list[PreviewedEx
 def ignored_keys(config: FinetuneConfig, seconds: float = 2.0) -> str:
     """List the keys of the training rows that nothing reads, each with the rows that have it; empty if there are none.
 
-    Reads for some seconds at most, and says so if rows are left. Raises DataError or StorageError for a file
+    Reads for some seconds at most, and reports it if rows are left. Raises DataError or StorageError for a file
     that cannot be read.
     """
     assert config.task is not None  # filled in when the config is checked
@@ -152,7 +152,7 @@ def pieces_of(encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> list[tupl
     kinds = [(in_loss, i in special) for i, in_loss in zip(encoded.input_ids, encoded.loss_mask, strict=True)]
     pieces, start = [], 0
     for k in range(1, len(kinds) + 1):
-        # Special tokens stand alone; other tokens are decoded together: a character may take several of them.
+        # Special tokens are pieces of their own; others are decoded together: a character may take several of them.
         if k == len(kinds) or kinds[k] != kinds[start] or kinds[start][1]:
             pieces.append((tokenizer.decode(encoded.input_ids[start:k]), *kinds[start]))
             start = k

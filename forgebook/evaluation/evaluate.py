@@ -82,7 +82,7 @@ def evaluate(
     Answers are saved in the run folder as they come; a call after an interrupted one uses them.
 
     Raises ConfigError without held-out examples or for an unknown metric, StorageError if the run has not finished.
-    torch is imported only after the examples are read: a mistake in them is answered at once.
+    torch is imported only after the examples are read, so that a mistake in them is reported at once.
     """
     config = load_resolved(run.config)
     source, classifier = path or validation_source(run, config.valid_path), config.classifier_config
@@ -215,15 +215,15 @@ def _answer(
         }
         saved = SavedAnswers(folder, name, settings)
         missing = [k for k, key in enumerate(keys) if key not in saved]
-        if found := len(turns) - len(missing):
-            on_note(f"{found} of {len(turns)} answers of the {name} model are in {display_path(saved.path)}")
-        on_progress(name, found, len(turns))
+        if answered := len(turns) - len(missing):
+            on_note(f"{answered} of {len(turns)} answers of the {name} model are in {display_path(saved.path)}")
+        on_progress(name, answered, len(turns))
         loaded.answer(
             [turns[k].messages for k in missing],
             tools=[turns[k].tools for k in missing],
             keep_special=keep_special,
             max_new_tokens=limits["max_new_tokens"],
-            on_progress=functools.partial(_report_answers, on_progress, name, found, len(turns)),
+            on_progress=functools.partial(_report_answers, on_progress, name, answered, len(turns)),
             on_answer=functools.partial(_save, saved, [keys[k] for k in missing]),
         )
         answers[name] = [saved[key] for key in keys]
@@ -237,9 +237,9 @@ def _save(saved: SavedAnswers, keys: list[str], index: int, text: str) -> None:
 
 
 def _report_answers(
-    on_progress: OnProgress, name: str, found: int, total: int, done: int, tokens: int, begun: float
+    on_progress: OnProgress, name: str, answered: int, total: int, done: int, tokens: int, begun: float
 ) -> None:
-    on_progress(name, found + done, total, tokens, begun)
+    on_progress(name, answered + done, total, tokens, begun)
 
 
 def _answer_limits(tokenizer, references: list[str], limit: int | None) -> dict[str, int]:

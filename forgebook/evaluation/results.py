@@ -168,9 +168,11 @@ def limit_text(limits: dict[str, int]) -> str:
 
 def score_lines(score: Score, examples: str) -> list[str]:
     """Return one figure of both models as two lines: the values, then how certain they are."""
-    figures = [(who, figure) for who, figure in (("base", score.before), ("tuned", score.after)) if figure is not None]
+    figures = [
+        (name, figure) for name, figure in (("base", score.before), ("tuned", score.after)) if figure is not None
+    ]
     form = ".1%" if all(0 <= figure.value <= 1 for _, figure in figures) and score.name != "perplexity" else ".3f"
-    values = ", ".join(f"{who} {figure.value:{form}}" for who, figure in figures)
+    values = ", ".join(f"{name} {figure.value:{form}}" for name, figure in figures)
     ranges = ", ".join(f"{figure.low:{form}} to {figure.high:{form}}" for _, figure in figures)
     p = f"p = {score.difference.p:.2g}" if score.difference.p >= 0.001 else "p < 0.001"
     return [

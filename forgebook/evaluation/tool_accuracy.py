@@ -1,8 +1,8 @@
 """Tool calls of an answer compared with the reference's, and the mistake named.
 
 An answer is right if it calls the same functions as its reference, each with the same value for every argument of
-the reference (more arguments are allowed), in any order; or calls none where the reference calls none. What a model
-says beside its calls is not compared.
+the reference (more arguments are allowed), in any order; or calls none where the reference calls none. Text beside the
+calls is not compared.
 """
 
 from __future__ import annotations

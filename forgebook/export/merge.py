@@ -187,7 +187,7 @@ def _load_unquantized(folder: Path, rope_scaling: dict[str, Any] | None):
         )
     dtype = str(config.get_text_config().dtype or config.dtype or "bfloat16").removeprefix("torch.")
     config_of_run = run_config(folder)
-    # On the CPU, where the whole model fits for sure; its attention runs there and on a GPU.
+    # On the CPU, where the whole model fits; its attention kernel has to run there and on a GPU.
     model = load.load_model(
         source,
         dtype=dtype,

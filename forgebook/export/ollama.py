@@ -25,7 +25,7 @@ __all__ = ["modelfile", "read_modelfile"]
 
 # Tokens of context where no run says how many: what most memories hold.
 CONTEXT = 8192
-# Their texts stand nowhere else in a prompt, and nothing is trimmed off them.
+# These texts occur nowhere else in a prompt, and nothing is trimmed off them.
 SYSTEM, FIRST, ANSWER, SECOND = "Zebra system.", "Zebra one?", "Zebra answer.", "Zebra two?"
 CONVERSATIONS = [
     [("user", FIRST)],
@@ -38,7 +38,7 @@ CONVERSATIONS = [
 
 @dataclass(frozen=True)
 class _Parts:
-    """The texts around messages. opening: what stands before a conversation without a system message."""
+    """The texts around messages. opening: the text before a conversation without a system message."""
 
     opening: str
     system: tuple[str, str]
@@ -95,14 +95,17 @@ def modelfile(
     ids = generation_config.eos_token_id
     stops = [tokenizer.decode([number]) for number in (ids if isinstance(ids, list) else [ids])]
     lines = [f"FROM ./{gguf}", f'TEMPLATE """{parts.template()}"""']
-    lines += ["# Ollama cuts what is longer without a word; more takes memory.", f"PARAMETER num_ctx {context}"]
+    lines += [
+        "# Ollama silently truncates what is longer; a longer context takes more memory.",
+        f"PARAMETER num_ctx {context}",
+    ]
     lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in _unique(stops, generation_config)]
     if generation_config.do_sample:
         names = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k"}
         values = {name: getattr(generation_config, key, None) for name, key in names.items()}
         lines += [f"PARAMETER {name} {value}" for name, value in values.items() if value is not None]
     else:
-        lines += ["# The likeliest token each time, as `evaluate` answers.", "PARAMETER temperature 0"]
+        lines += ["# The most likely token each time, as in `evaluate`.", "PARAMETER temperature 0"]
     # Ollama's own default penalizes repeated tokens, which changes the answers of a fine-tuned model.
     penalty = generation_config.repetition_penalty or 1.0
     lines += [f"PARAMETER repeat_penalty {penalty}", *(["PARAMETER repeat_last_n -1"] if penalty != 1 else [])]
@@ -140,7 +143,7 @@ def _prompt(
 
 
 def _parts(one: str, with_system: str, two: str) -> _Parts:
-    """Cut the prompts of the first three conversations. Raises ValueError where a text stands elsewhere in one."""
+    """Cut the prompts of the first three conversations. Raises ValueError where a text occurs more than once in one."""
     before_first, prompt = _cut(one, FIRST)
     before_system, after_system, _ = _cut(with_system, SYSTEM, FIRST)
     _, between, after_answer, _ = _cut(two, FIRST, ANSWER, SECOND)
@@ -160,7 +163,7 @@ def _parts(one: str, with_system: str, two: str) -> _Parts:
 
 
 def _cut(prompt: str, *texts: str) -> list[str]:
-    """Return what stands before, between and after texts."""
+    """Return what is before, between and after texts."""
     parts = []
     for text in texts:
         if prompt.count(text) != 1:

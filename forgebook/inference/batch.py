@@ -264,8 +264,8 @@ def write_answers(
     by_number = {prompt.number: prompt for prompt in prompts}
     lines = _read_answers(path, by_number, by)
     missing = [prompt for prompt in prompts if prompt.number not in lines]
-    found, total = len(lines), len(prompts)
-    on_progress(found, total, 0, 0.0)
+    answered, total = len(lines), len(prompts)
+    on_progress(answered, total, 0, 0.0)
     if missing:
         path.parent.mkdir(parents=True, exist_ok=True)
         # First the complete lines of an earlier file, then the new answers.
@@ -273,7 +273,7 @@ def write_answers(
         with open(path, "a") as file:
             for number, text in answer(
                 source, missing, sampling, engine=engine, num_devices=num_devices,
-                on_progress=lambda done, tokens, begun: on_progress(found + done, total, tokens, begun),
+                on_progress=lambda done, tokens, begun: on_progress(answered + done, total, tokens, begun),
             ):  # fmt: skip
                 lines[number] = _line(by_number[number], text, by)
                 file.write(lines[number] + "\n")

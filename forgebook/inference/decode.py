@@ -130,7 +130,7 @@ class _Batch:
         return self.rows
 
     def keep(self, kept: list[int]) -> None:
-        """Drop all rows but those; their order may change."""
+        """Drop all rows except these; their order may change."""
         # The last ones move to where others ended: nothing else is copied.
         low, moved = [k for k in kept if k < len(kept)], [k for k in kept if k >= len(kept)]
         free = sorted(set(range(len(kept))) - set(low))

@@ -121,7 +121,7 @@ def _fit(job: Job, use_gpu: bool, per_worker: dict[str, float], output: Console)
     unused = (DatasetsCallback,) if cluster.is_joined() else (DatasetsCallback, PlacementGroupCleanerCallback)
 
     class Trainer(TorchTrainer):
-        """Ray Train that leaves Ctrl-C to Python: its own handler ends the process with exit code 1 and no word."""
+        """Ray Train that leaves Ctrl-C to Python: its own handler ends the process with exit code 1 and no message."""
 
         controller: Any = None
 

@@ -104,7 +104,7 @@ def tune(
         )
         for name, own in overrides.items()
     }
-    # A mistake in the data is answered before torch and ray are imported; most sweeps have one data set.
+    # A mistake in the data is reported before torch and Ray are imported; most sweeps have one data set.
     for config in {f"{one.train_path} {one.valid_path} {one.task}": one for one in configs.values()}.values():
         check_rows(config)
     ray_cluster.name_address(base.address)
@@ -272,7 +272,7 @@ def _run_all(configs: dict[str, FinetuneConfig], num_devices: int, folder: Path,
 
 
 def _stopped_text(folder: Path, names: Sequence[str]) -> str:
-    """Say what a sweep that was interrupted has saved, and how to resume it."""
+    """Describe what an interrupted sweep has saved, and how to resume it."""
     runs = [Run(folder / name) for name in names]
     complete = sum(run.is_complete for run in runs)
     saved = sum(not run.is_complete and any(run.resume.glob("step-*/place.json")) for run in runs)

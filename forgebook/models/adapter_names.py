@@ -23,7 +23,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def unserved_layers(names: Iterable[str], source: str, base: PreTrainedModel | None = None) -> str | None:
-    """Say which layers of an adapter the published weights of its base do not have; None if there is no such layer.
+    """Describe the layers of an adapter that the published weights of its base do not have; None if there are none.
 
     names: of the adapter's tensors, in a model or a file. source: the base's folder or hub id; without its weights
     nothing can be said. base: the model from there, if it is in memory; under ZeRO-3 no rank can make one by itself.

@@ -79,7 +79,7 @@ def choose_attention(kind: str, facts: AttentionFacts, is_required: bool = True)
 
 
 def _obstacle(kind: str, facts: AttentionFacts) -> str | None:
-    """Say what keeps a kernel from running; None if nothing does."""
+    """Return what keeps a kernel from running; None if nothing does."""
     if kind in facts.lacking:
         return "is not implemented for this architecture"
     if kind not in FLASH:

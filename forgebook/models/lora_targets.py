@@ -65,7 +65,7 @@ def layers_of_shape(shape: Shape) -> Layers:
 
 
 def unmatched_targets(lora_config: dict[str, Any], layers: Layers) -> list[str]:
-    """Say which names of target_modules, modules_to_save and layers_to_transform no layer has, and what to name."""
+    """List the names in target_modules, modules_to_save and layers_to_transform that no layer has, and what to name."""
     linears = {name.rsplit(".", 1)[-1] for name in layers.linears}
     listed = f"its linear layers are {', '.join(sorted(linears))}"
     problems = []
@@ -100,7 +100,7 @@ def left_out_of_all_linear(layers: Layers) -> list[str]:
 
 
 def _left_out(layers: Layers) -> list[str]:
-    """Say which weights all-linear leaves frozen in a mixture of experts."""
+    """List the weights that all-linear leaves frozen in a mixture of experts."""
 
     def short(names: Collection[str]) -> str:
         return ", ".join(dict.fromkeys(re.sub(r"^.*?\.\d+\.", "", name) for name in names))

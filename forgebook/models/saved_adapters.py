@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["attach_adapter", "check_adapter", "check_reach", "continue_lora"]
 
-# What says which layers an adapter is of: names that mean the same may differ.
+# The settings that select an adapter's layers: different names may mean the same.
 REACH = (
     "target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern",
     "modules_to_save",
@@ -147,9 +147,9 @@ def continue_lora(
 ):
     """Put a trained LoRA adapter on a model, to be trained further.
 
-    lora_config: what the config says of the adapter; rope_scaling: that of `model`.
+    lora_config: of the config, which the adapter must match; rope_scaling: that of `model`.
 
-    Raises ModelError if the adapter is another one than these say.
+    Raises ModelError if the adapter does not match them.
     """
     check_adapter(source, lora_config, rope_scaling)
     refuse_pickled(source)

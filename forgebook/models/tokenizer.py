@@ -55,7 +55,7 @@ def locate(model: str | HubRepo) -> str:
     Raises StorageError for a URI or path with nothing there, ModelError if the hub cannot be reached.
     """
     if not isinstance(model, str):
-        is_any = model.revision is None  # a mirror does not say which revision it holds
+        is_any = model.revision is None  # a mirror does not record which revision it holds
         return locate(model.repo_id) if is_any and hub_id_of(model_folder(model.repo_id)) else _fetch_repo(model)
     if model == "tiny":
         return str(TINY_MODEL)
@@ -166,7 +166,7 @@ class readable_model_errors:
 
 
 def _hub_problem(model_id: str, text: str) -> str:
-    """Say what to do where the hub does not give a model; empty if the text speaks of something else."""
+    """Return the fix for an error of the hub; empty if the text is another error."""
     if "gated repo" in text:
         return (
             f"{model_id!r} is gated: accept its license on https://huggingface.co/{model_id}, then run `hf auth login` "

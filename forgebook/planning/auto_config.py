@@ -205,7 +205,7 @@ def _padding_share(lengths: tuple[int, ...]) -> float:
 
 def _choose_machines(config: FinetuneConfig, shape: Shape, hardware: tuple[int, Gpu] | None) -> FinetuneConfig:
     if hardware is None:
-        config = take(config, "num_devices", 0, "no GPU: in this process, which starts at once")
+        config = take(config, "num_devices", 0, "no GPU: in this process, which starts immediately")
         is_chosen = is_open(config, "dtype")  # else there is nothing to measure
         return take(config, "dtype", *choose_cpu_dtype(shape.hidden, shape.intermediate)) if is_chosen else config
     count, gpu = hardware

@@ -3,8 +3,8 @@
 dtype, reason = choose_cpu_dtype(shape.hidden, shape.intermediate)
 
 Processors with instructions for bfloat16 (AMX, AVX-512 BF16) compute it a few times faster than float32, others
-slower, and no name of a processor tells. The measurement takes half a second and is saved in the cache folder, so
-that only the first plan of a machine imports torch.
+slower, and a processor's name does not tell which. The measurement takes half a second and is saved in the cache,
+so that only the first plan of a machine imports torch.
 """
 
 from __future__ import annotations

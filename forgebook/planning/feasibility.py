@@ -105,7 +105,7 @@ def longest_sequence(config: FinetuneConfig, data: Statistics | None) -> int:
 
 
 def _cut_lengths(context: int, truncation: Truncation, data: Statistics) -> list[int]:
-    """Cut the lengths of the examples, or leave examples out, as `truncation` says."""
+    """Cut the lengths of the examples, or leave examples out, according to `truncation`."""
     parts = (fit_length(length, context, truncation) for length in data.lengths)
     lengths = [part.stop - part.start for part in parts if part is not None]
     if not lengths:
@@ -116,7 +116,7 @@ def _cut_lengths(context: int, truncation: Truncation, data: Statistics) -> list
 def without_gaps(config: FinetuneConfig, shape: Shape, data: Statistics | None) -> ResolvedConfig:
     """Choose what the config leaves open, as the run will: context length, batch sizes, epochs.
 
-    If the data is not counted, num_epochs may be 1 for want of a better number: no figure of a plan depends on it.
+    If the data is not counted, num_epochs may be 1 as a placeholder: no figure of a plan depends on it.
     """
     sizes = _open_sizes(config.context_length, config.train_batch_size_per_device, shape.context, data)
     sized = config.resolve(**sizes)

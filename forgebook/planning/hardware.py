@@ -117,9 +117,9 @@ def gpu_named(name: str, memory: int) -> Gpu:
 
     A GPU that is not in the catalog, or a slice of one (MIG), has no peak and no price.
     """
-    words = re.split(r"[\s-]+", name.upper())
+    parts = re.split(r"[\s-]+", name.upper())
     for gpu in read_catalog().gpus.values():
-        if gpu.name.partition("-")[0].upper() in words and abs(gpu.memory - memory) < SAME_MEMORY * gpu.memory:
+        if gpu.name.partition("-")[0].upper() in parts and abs(gpu.memory - memory) < SAME_MEMORY * gpu.memory:
             return dataclasses.replace(gpu, memory=memory)
     return Gpu(name, memory, peak=None, price=None)
 
@@ -213,7 +213,7 @@ def reset_peak() -> None:
 class TensorMemory:
     """Measure the peak bytes of CPU tensors while a block runs: those that exist before it, and what it allocates.
 
-    Resident memory cannot tell them: with a small model most of it is libraries, their kernels, and freed memory that
+    Resident memory does not show them: with a small model most of it is libraries, their kernels, and freed memory that
     malloc has not returned. torch keeps no statistics of CPU tensors either, but its profiler sees every allocation.
 
     hidden: bytes of tensors that Python cannot see, such as the buckets of DDP. filled: how much of an allocation of a

@@ -1,4 +1,4 @@
-"""The throughput of earlier runs on this machine, for the expected time of the next: paces.jsonl in the cache folder.
+"""Throughputs of this machine's runs, for the next one's expected time: throughputs.jsonl in the cache folder.
 
 note = record_throughput(Throughput(...))              one line at the end of each complete run
 throughputs, note = read_throughputs()                 all lines; unreadable ones are left out, and noted
@@ -75,7 +75,7 @@ class TypicalThroughput:
 
 def history_file() -> Path:
     """Return the path of this machine's history."""
-    return cache_folder() / "paces.jsonl"
+    return cache_folder() / "throughputs.jsonl"
 
 
 def method_name(is_lora: bool, quantization: str | None) -> str:

@@ -6,8 +6,8 @@ Assumptions, and their sources:
 - Weights and gradients are in the run's dtype; AdamW keeps float32 masters of bfloat16 weights and two moments
   (forgebook/training/optimizers.py; DeepSpeed does the same on its partitions).
 - DDP's buckets are the gradients (gradient_as_bucket_view) and stay from step to step: torch's reducer.cpp.
-- ZeRO 1 shards the optimizer, 2 the gradients too, 3 the weights too (arXiv 1910.02054). What DeepSpeed holds beside
-  that was read from the code of 0.19 (stage_1_and_2.py, stage3.py) and is named where it is counted.
+- ZeRO 1 shards the optimizer, 2 the gradients too, 3 the weights too (arXiv 1910.02054). What DeepSpeed holds in
+  addition was read from the code of 0.19 (stage_1_and_2.py, stage3.py) and is named where it is counted.
 - Activations are counted tensor by tensor as autograd keeps them in transformers' decoders; with gradient
   checkpointing one input per layer and one layer in full. Attention kernels except `eager` keep no length^2 matrix.
 - The loss is computed in chunks of LOSS_CHUNK positions: the full logits never exist (forgebook/training/losses.py).
@@ -190,7 +190,7 @@ def memory_of(config: FinetuneConfig, shape: Shape, *, workers: int, length: int
     weights = 0 if sharding.offload_param else run.shard(whole, 3)
     gathered = 0
     if sharding.stage == 3 and (workers > 1 or sharding.offload_param):
-        # The parameters in use are gathered beside this worker's part, at least the largest table.
+        # The parameters in use are gathered in addition to this worker's part, at least the largest table.
         gathered = min(whole, max(shape.embedding_parameters, sharding.live) * width)
     # ZeRO-1 moves each gradient into a bucket as it comes and keeps its part of the sum, as ZeRO-2 does; but micro
     # batches before the last one leave it whole gradients.
@@ -280,7 +280,7 @@ def _step(run: _Run) -> int:
     table = 0 if run.config.is_lora else run.shard(run.shape.embedding_parameters, 3)
     norm = gradients + 8 * min(table, masters)
     # Gradients are flattened into a copy, which is then cast to float32. torch's AdamW allocates the root of the second
-    # moment, and on a CPU a quotient beside it; by then ZeRO-1 and 2 have freed what they copied.
+    # moment, and on a CPU a quotient as well; by then ZeRO-1 and 2 have freed what they copied.
     group = min(masters, sharding.step) if sharding.stage == 3 else masters
     copies = gradients + group * (4 + 2 * (run.width == 2))
     roots = (1 if run.on_gpu else 2) * (run.config.optimizer == "adamw")
@@ -296,7 +296,7 @@ def _base_bytes(shape: Shape, quantization: str | None, width: int) -> int:
 
 
 def _activations(run: _Run) -> tuple[int, int, int]:
-    """Count the bytes saved for the backward pass, what that pass allocates beside them, and one layer's of both."""
+    """Count the bytes saved for the backward pass, what that pass allocates in addition, and one layer's of both."""
     config, shape, width = run.config, run.shape, run.width
     layers = [run.tokens * _saved_per_token(run, kind) for kind in shape.kinds]
     layer, all_layers = (

@@ -61,7 +61,7 @@ class Plan:
     """What a run takes. Bytes, seconds, USD; tokens and FLOPs of the whole run; None where unknown.
 
     gpu, cpu: what it is planned for, if anything; capacity: bytes of memory that each worker can use there.
-    seconds: of optimizer steps alone; pace: the assumption behind them. positions: tokens including padding.
+    seconds: of optimizer steps alone; assumption: the speed behind them. positions: tokens including padding.
     changes: `key=value` of the config, the cheapest that make it fit; empty if it fits or nothing helps.
     """
 
@@ -71,7 +71,7 @@ class Plan:
     cpu: str | None
     context_length: int
     micro_batch: int
-    longest_row: int
+    longest_sequence: int
     parameters: int
     trainable_parameters: int
     memory: Memory
@@ -85,7 +85,7 @@ class Plan:
     flops_per_token: float
     flops: float | None
     mfu: float | None
-    pace: str
+    assumption: str
     seconds: float | None
     cost: float | None
     costs: tuple[GpuCost, ...]
@@ -199,7 +199,7 @@ def plan(
         cpu=device.name if isinstance(device, Cpu) else None,
         context_length=resolved.context_length,
         micro_batch=resolved.train_batch_size_per_device,
-        longest_row=longest,
+        longest_sequence=longest,
         parameters=shape.parameters,
         trainable_parameters=trained,
         memory=need,
@@ -213,7 +213,7 @@ def plan(
         flops_per_token=flops_of_token,
         flops=flops_of_token * work.positions if work else None,
         mfu=speed.mfu,
-        pace=speed.how,
+        assumption=speed.how,
         seconds=seconds,
         cost=seconds / 3600 * workers * gpu.price if seconds is not None and gpu is not None and gpu.price else None,
         costs=tuple(costs),
@@ -306,7 +306,7 @@ def _notes(
     config: ResolvedConfig, shape: Shape, requested: int, workers: int, gpu: Gpu | None, need: Memory,
     work: Work | None, data: Statistics | None,
 ) -> list[str]:  # fmt: skip
-    """List what a reader of the plan should know beside the figures."""
+    """List what a reader of the plan should know in addition to the figures."""
     notes = []
     if workers != max(1, requested):
         notes.append(f"num_devices is {requested} in the config; planned for {workers}")

@@ -45,7 +45,11 @@ def plan_rows(plan: Plan) -> list[list[str]]:
     share = plan.trainable_parameters / plan.parameters
     lines = [
         ["parameters", f"{plan.parameters:,}", f"{plan.trainable_parameters:,} trained ({share:.2%})"],
-        ["batch", f"{plan.micro_batch} x {plan.longest_row:,} tokens", f"per device; context {plan.context_length:,}"],
+        [
+            "batch",
+            f"{plan.micro_batch} x {plan.longest_sequence:,} tokens",
+            f"per device; context {plan.context_length:,}",
+        ],
     ]
     for name, size in need.terms.items():
         lines.append([name, format_bytes(size), "the largest" if name == need.largest else ""])
@@ -82,9 +86,9 @@ def plan_summary(plan: Plan) -> str:
     memory = f"{format_bytes(need.total)}{usable} per {_device(plan)}, most of it {need.largest}"
     if plan.seconds is not None:
         cost = f", {_dollars(plan.cost)}" if plan.cost is not None else ""
-        time = f"{format_duration(plan.seconds)} of steps{cost} {plan.pace}"
+        time = f"{format_duration(plan.seconds)} of steps{cost} {plan.assumption}"
     else:
-        time = f"time unknown: {plan.pace if plan.cpu else 'the config names no GPU of the catalog'}"
+        time = f"time unknown: {plan.assumption if plan.cpu else 'the config names no GPU of the catalog'}"
     return f"{memory}; {time}; disk {format_bytes(plan.disk_bytes)}"
 
 
@@ -133,7 +137,7 @@ def verdict(plan: Plan) -> str:
 
 
 def plan_as_json(plan: Plan) -> dict[str, Any]:
-    """Convert a plan to JSON values, with the totals of its memory beside the terms."""
+    """Convert a plan to JSON values, with the totals of its memory next to the terms."""
     values = dataclasses.asdict(plan)
     for name, memory in (("memory", plan.memory), ("changed_memory", plan.changed_memory)):
         if memory is not None:

@@ -1,7 +1,7 @@
-"""The plan of a run that is about to start, from its own data and hardware; at its end, what was measured beside it.
+"""The plan of a run that is about to start, from its data and hardware; at its end, planned and measured figures.
 
 plan, warning = plan_run(prepared)                      Plan, or None and why there is none
-warnings, vllm = check_settings(prepared)               what the config says and does not do; can vLLM serve it
+warnings, vllm = check_settings(prepared)               settings without their effect; can vLLM serve it
 warnings = check_plan(plan, run.folder, force=False)    ResourceError if the run cannot work, unless forced
 figures = compare_run(plan, run, result, steps)         for summary.json: throughput, planned and measured
 warning = record_run(plan, config, result, figures)     the throughput, for the next plan
@@ -74,7 +74,7 @@ CONVENTIONS = {
 def plan_run(prepared: Prepared) -> tuple[Plan | None, str]:
     """Plan a run from the exact lengths of its examples, for the hardware it will run on; and a warning, if any.
 
-    None where the model's shape is not known: the warning says so.
+    None where the model's shape is not known, which the warning reports.
     """
     config = prepared.config
     try:
@@ -104,7 +104,7 @@ def _work_of(prepared: Prepared) -> Work:
 
 
 def check_settings(prepared: Prepared) -> tuple[list[str], str | None]:
-    """List warnings about settings that do not do what they say, with this model and these data.
+    """List warnings about settings that do not have their effect with this model and this data.
 
     Returns them, and whether vLLM can serve the adapter ("yes" or "no: why"); None if the run trains none.
 
@@ -184,7 +184,7 @@ def check_plan(plan: Plan, folder: Path, *, force: bool) -> list[str]:
 
 
 def compare_run(plan: Plan | None, run: Run, result: dict[str, Any], steps: list[dict[str, Any]]) -> dict[str, Any]:
-    """Compute a run's throughput, and what was measured beside what was planned, for summary.json.
+    """Compute a run's throughput, and the measured and the planned figures, for summary.json.
 
     result: what train_loop returned. steps: the lines of metrics.jsonl of optimizer steps.
     """

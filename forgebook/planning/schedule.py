@@ -1,7 +1,7 @@
 """How many optimizer steps a run has, when it evaluates, and how long its learning rate warms up.
 
-Plain numbers in, plain numbers out: the plan, `--default` and the training loop all ask here, so that what is planned
-is what is run.
+Plain numbers in, plain numbers out: the plan, `--default` and the training loop all call these functions, so that
+what is planned is what is run.
 
     steps = steps_per_epoch(7473, 64)             117
     last = total_steps(3, steps)                  351

@@ -1,4 +1,4 @@
-"""What a config says and does not do, from the shape of its model alone: as launch would report it. Needs no torch.
+"""Settings of a config without effect, from the shape of its model alone, as the run would report them. No torch.
 
 warnings = check_written(config, shape, planned.steps)     ConfigError or ModelError where nothing would be trained
 """

@@ -1,4 +1,4 @@
-"""One clean stream for the person who waits: the plan, a progress bar with time left, evaluations, the summary.
+"""One clean stream for the person who is waiting: the plan, a progress bar with time left, evaluations, the summary.
 
 Meanwhile what Ray, DeepSpeed and torch print goes to `<run>/logs/driver.log` (workers have their own logs there), and
 its last lines are shown when something fails.
@@ -247,7 +247,7 @@ class _Start:
     time: float
     done: int
 
-    def pace(self, done: int, total: int, tokens: int, begun: float) -> str:
+    def text(self, done: int, total: int, tokens: int, begun: float) -> str:
         """Write the count, the rate and the time left."""
         seconds, now = max(time.monotonic() - self.time, 1e-9), done - self.done
         rate = f"{tokens / seconds:,.0f} tok/s" if tokens else f"{now / seconds:,.1f}/s"
@@ -261,16 +261,16 @@ class _CountBar:
     def __init__(self, console: Console, action: str):
         self._action, self._starts = action, dict[str, _Start]()
         self._tasks: dict[str, TaskID] = {}
-        columns = TextColumn("{task.description}"), BarColumn(bar_width=30), TextColumn("{task.fields[pace]}")
+        columns = TextColumn("{task.description}"), BarColumn(bar_width=30), TextColumn("{task.fields[count]}")
         self._progress = Progress(*columns, console=console, transient=True)
         self._progress.start()
 
     def show(self, name: str, done: int, total: int, tokens: int = 0, begun: float = 0.0) -> None:
         if name not in self._tasks:
             self._starts[name] = _Start(time.monotonic(), done)
-            self._tasks[name] = self._progress.add_task(f"{self._action} {name}", total=total, pace="")
-        pace = self._starts[name].pace(done, total, tokens, begun)
-        self._progress.update(self._tasks[name], completed=done + begun, total=total, pace=pace)
+            self._tasks[name] = self._progress.add_task(f"{self._action} {name}", total=total, count="")
+        count = self._starts[name].text(done, total, tokens, begun)
+        self._progress.update(self._tasks[name], completed=done + begun, total=total, count=count)
 
     def close(self) -> None:
         self._progress.stop()
@@ -287,7 +287,7 @@ class _CountLines:
         is_last = done == total and seconds > SHORT_WAIT_SECONDS and due < math.inf
         if is_last or seconds >= due:
             self._due[name] = math.inf if is_last else seconds + min(seconds, SECONDS_PER_LINE)
-            self._console.print(f"{self._action} {name}  {start.pace(done, total, tokens, begun)}")
+            self._console.print(f"{self._action} {name}  {start.text(done, total, tokens, begun)}")
 
     def close(self) -> None:
         pass

@@ -97,7 +97,7 @@ def print_plan(output: Console, plan: Plan | None, warnings: list[str]) -> None:
 
 
 def write_summary(run: Run, config: ResolvedConfig, plan: Plan | None, result: dict[str, Any], seconds: float) -> str:
-    """Write summary.json, planned beside measured figures, and the loss curve; save the throughput for later plans.
+    """Write summary.json, with planned and measured figures, and the loss curve; save the throughput for later plans.
 
     result: of the training loop. Returns a note if the throughput could not be saved, else "".
     """
@@ -176,7 +176,7 @@ def _stop_text(run: Run, check: dict[str, Any]) -> str:
 
 
 def stopped_text(run: Run) -> str:
-    """Say what a run that was interrupted has saved, and how to resume it."""
+    """Describe what an interrupted run has saved, and how to resume it."""
     if run.uri:
         return f"stopped; the same command resumes from the last complete state in {run.uri}"
     if not run.saved_step:

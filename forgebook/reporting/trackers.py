@@ -153,7 +153,7 @@ def _open_wandb(settings: dict[str, Any], run: Run, id_file: Path) -> _OpenTrack
 
 def _open_mlflow(settings: dict[str, Any], run: Run, id_file: Path) -> _OpenTracker:
     """Open MLflow: tracking_uri, experiment_name, create_experiment_if_not_exists, run_name, tags."""
-    # By itself MLflow waits minutes for a dead server; what is not sent is kept here and sent again.
+    # By default MLflow waits minutes for a dead server; what is not sent is stored here and sent again.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     from mlflow import MlflowClient

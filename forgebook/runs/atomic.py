@@ -22,7 +22,7 @@ __all__ = ["atomic_file", "atomic_folder", "delete_folder", "parse_object", "rea
 
 @contextlib.contextmanager
 def atomic_file(target: Path) -> Iterator[Path]:
-    """Yield a temporary name beside `target`, renamed to it once the block succeeds."""
+    """Yield a temporary name next to `target`, renamed to it once the block succeeds."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
@@ -37,7 +37,7 @@ def atomic_file(target: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `folder` to write into; it takes the name `folder` once the block succeeds.
+    """Yield an empty folder next to `folder` to write into; it takes the name `folder` once the block succeeds.
 
     What a killed process leaves behind starts with a dot and is deleted by the next call.
     """

@@ -1,4 +1,4 @@
-"""Local copies of remote files: s3://, gs://, https://; a local path stands for itself.
+"""Local copies of remote files: s3://, gs://, https://; a local path is used as it is.
 
 find_files(glob)            -> [uri]    the files that a path or a glob names
 file_version(uri)           -> str      what a remote file is now, by one request

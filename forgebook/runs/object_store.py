@@ -217,7 +217,7 @@ def read_manifest(uri: str) -> Manifest | None:
 
 
 def upload_folder(folder: Path, uri: str) -> None:
-    """Upload a folder. Its manifest says `complete: false` until all files are there in full length.
+    """Upload a folder. Its manifest has `complete: false` until all files are there in full length.
 
     Raises BucketBusyError if a file did not arrive whole.
     """
@@ -259,7 +259,7 @@ def download_folder(uri: str, folder: Path) -> bool:
         for name, (size, modified) in files.items():
             arrived = (temporary / name).stat().st_size
             if arrived != size:
-                raise StorageError(f"{uri}/{name} has {arrived} bytes, its manifest says {size}")
+                raise StorageError(f"{uri}/{name} has {arrived} bytes, its manifest has {size}")
             os.utime(temporary / name, ns=(modified, modified))
     return True
 
@@ -383,5 +383,5 @@ def _names_credentials() -> bool:
 
 
 def _brief(reason: str) -> str:
-    """Reduce an SDK's message to the part that says what happened."""
+    """Reduce an SDK's message to what happened."""
     return re.sub(r"\s*\(Request ID: .*?\)", "", reason.rpartition("AWS Error ")[2]).strip().rstrip(".")

@@ -49,7 +49,7 @@ class Model:
 def list_models(storage_path: str = "runs", on_damaged: Callable[[str], None] = lambda reason: None) -> list[Model]:
     """List the models under a storage path (a folder, s3:// or gs://), oldest first, unfinished runs included.
 
-    on_damaged: called for each run that is left out because a file of it is damaged, with the sentence that says so.
+    on_damaged: called for each run that is left out because a file of it is damaged, with a sentence about it.
     """
     if object_store.is_bucket(storage_path):
         runs = [run_at(storage_path, name) for name in object_store.list_folders(storage_path)]
@@ -94,7 +94,7 @@ def delete_model(
 
     on_kept: called with the names of files that stay because no run wrote them.
 
-    Raises StorageError, and deletes nothing, if another run beside it or under storage_path starts from it.
+    Raises StorageError, and deletes nothing, if another run in its folder or under storage_path starts from it.
     """
     model = get_model(name, storage_path)
     parent = model.storage_uri.rpartition("/")[0]

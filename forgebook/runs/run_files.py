@@ -25,7 +25,7 @@ MARKER = "forgebook-run.json"
 LOCK = ".lock"  # see `run_lock`
 PROGRAM = {"program": "forgebook", "format": 1}
 
-# A run that was started before there was a marker: one of these is beside a config with CONFIG_HEADER.
+# A run that was started before there was a marker: one of these is next to a config with CONFIG_HEADER.
 TRACES = ("data_report.json", "metrics.jsonl", "summary.json", "tokens/train.npz")
 
 # What this program writes; a pattern that ends with * also names what is deeper. Of a checkpoint's files transformers

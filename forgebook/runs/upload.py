@@ -7,8 +7,8 @@ upload_run(folder, uri, warn)        bring the bucket up to date, or fail
 Workers on machines that do not see the run folder upload it themselves: `forgebook.runs.worker_upload`.
 
 The bucket's folder looks like the local one. Checkpoints and training states are complete or absent there, too
-(a manifest, written last); an old one goes when what replaces it is complete. A slow or failing bucket never stops
-training: uploads are tried again until the run's end, and for some minutes after it.
+(a manifest, written last); an old one is deleted when what replaces it is complete. A slow or failing bucket never
+stops training: uploads are tried again until the run's end, and for some minutes after it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ __all__ = [
 
 CONFIG = "config.yaml"  # makes a folder a run's
 STATES, CHECKPOINTS = "resume", "checkpoints"
-# Beside these folders; tokens can be computed again.
+# In addition to these folders; tokens can be computed again.
 FILES = ("*", "tokens/reference-*.npy", "tokens/reference/*.npy")
 LOGS = ("logs/*.log",)
 RAY_LIST = "checkpoint_manager_snapshot.json"  # Ray Train's own, of what it was reported; deleted after the run

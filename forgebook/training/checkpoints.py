@@ -146,7 +146,7 @@ def vllm_verdict(model) -> str | None:
 
 @contextlib.contextmanager
 def write_errors(folder: Path) -> Iterator[None]:
-    """Raise CheckpointError if `folder` cannot be written; for a full disk each library has its own words."""
+    """Raise CheckpointError if `folder` cannot be written; for a full disk each library has its own message."""
     try:
         yield
     except ForgebookError:

@@ -1,6 +1,6 @@
 """The training loop, the same for every way to run it: one process or many, plain DDP or DeepSpeed ZeRO 1-3.
 
-`train_loop(config, run)` runs in each worker (forgebook.launch.ray_train starts them). It reads tokenized examples from
+`train_loop(config, run)` runs in each worker (forgebook.launch starts them). It reads tokenized examples from
 the run folder and writes metrics, checkpoints and its training state there. It resumes from the newest state that it
 finds: a restarted worker and a second `python main.py` are the same case.
 """

@@ -100,7 +100,7 @@ def check_isolation(wrapped: nn.Module, device: torch.device) -> None:
     """Raise ModelError if a packed example can see the one before it in this model, with its attention kernel.
 
     Measured on the model itself: the loss of an example must not change with the example before it. That detects
-    models that carry a state along (Mamba, linear attention) and kernels that ignore positions, whatever their names.
+    models that carry a state along (Mamba, linear attention) and kernels that ignore positions, by whatever name.
     Collective under ZeRO-3.
     """
     length = 8

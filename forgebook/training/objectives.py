@@ -1,4 +1,4 @@
-"""What a task minimizes: from a batch to the sum of its losses, and what is measured beside it.
+"""What a task minimizes: from a batch to the sum of its losses, and the metrics measured with it.
 
 task                   the mean of                 over
 causal_lm              -log p(token)               all tokens
@@ -60,7 +60,7 @@ class Objective:
 
     @property
     def metric_names(self) -> tuple[str, ...]:
-        """Return the names of what is measured beside the loss, the keys of `Measurement.sums`."""
+        """Return the names of the metrics besides the loss, the keys of `Measurement.sums`."""
         return METRICS if self.preference else ()
 
     def count_units(self, tokens: Tokens, examples: np.ndarray) -> int:
@@ -141,7 +141,7 @@ def evaluate(
     batch_size: int,
     classifier: ClassifierConfig | None,
 ) -> dict[str, float]:
-    """Measure the mean loss over the validation examples, and what the task measures beside it. Collective.
+    """Measure the mean loss over the validation examples, and the task's other metrics. Collective.
 
     sequences: the longest first, so that memory that does not suffice shows at once. batch_size: over all workers.
     """

@@ -62,7 +62,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def _planned_change(config: ResolvedConfig, workers: int, length: int) -> str:
-    """Say what the plan would change to need less memory."""
+    """Describe what the plan would change to need less memory."""
     on_gpu = torch.cuda.is_available()
     with contextlib.suppress(ModelError):  # a model of unknown shape
         shape = find_shape(config.model_id)

@@ -104,7 +104,7 @@ def reference_logps(
     if path.exists():
         return np.load(path)
     logps = torch.zeros(len(examples.tokens), device=accelerator.device)
-    # Examples of like length share a batch, the longest first: it shows at once whether memory suffices.
+    # Batches grouped by length, the longest first: if memory does not suffice, it fails at once.
     order = np.argsort(-examples.tokens.lengths, kind="stable")
     world, rank = accelerator.num_processes, accelerator.process_index
     wrapped.eval()

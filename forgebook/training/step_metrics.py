@@ -30,8 +30,8 @@ class Step:
     """One optimizer step over all workers.
 
     loss: the mean over the supervised tokens (or pairs) of the global batch. gradient: its norm before clipping.
-    tokens, supervised, padded: tokens without padding, in the loss, and with padding. task: what the task measures
-    beside its loss.
+    tokens, supervised, padded: tokens without padding, in the loss, and with padding. task: the task's
+    metrics besides its loss.
     """
 
     loss: float

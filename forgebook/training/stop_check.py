@@ -57,7 +57,7 @@ def check_stops(
     generation_config: of the run's config. is_compiled: whether the decoder runs through torch.compile.
 
     Returns, on every rank, what summary.json reports: `prompts`, `stopped`, `max_new_tokens` (twice the longest trained
-    answer and a few), `trained_answer_tokens`, and a `note` that says why nothing was checked. None for a task without
+    answer and a few), `trained_answer_tokens`, and a `note` on why nothing was checked. None for a task without
     answers. Raises nothing. Collective.
     """
     if task not in TASKS:
@@ -108,7 +108,7 @@ def _check(
 
 
 def _choose(train: Tokens, group: int, stops: set[int], has_text: bool) -> tuple[list[_Example], str | None]:
-    """Choose examples whose last answer is short and complete, from shorter to longer ones; or say why there is none.
+    """Choose examples whose last answer is short and complete, the shortest first, or return why there is none.
 
     group: of a pair, only the chosen answer counts. has_text: answers may end with a text instead of one of `stops`.
     """
@@ -136,7 +136,7 @@ def _last_answer(ids: np.ndarray, mask: np.ndarray, stops: set[int] | None) -> _
 
 @contextlib.contextmanager
 def _for_generation(worker: Worker, is_compiled: bool):
-    """Switch the model to evaluation for a block; a compiled decoder would be compiled anew for every length."""
+    """Switch the model to evaluation for a block; a compiled decoder would be recompiled for every length."""
     worker.wrapped.eval()
     try:
         with torch.no_grad(), torch.compiler.set_stance("force_eager") if is_compiled else contextlib.nullcontext():

@@ -113,7 +113,7 @@ def test_template_settings_are_checked(load_yaml):
     templates = dict.fromkeys(("system", "user", "assistant"), "{instruction}")
     both = {"prompt_format": templates, "chat_template_kwargs": {"a": 1}}
     message = refusal(load_yaml, yaml.safe_dump({"generation_config": both}))
-    assert "chat_template_kwargs: has no effect beside prompt_format" in message
+    assert "chat_template_kwargs: has no effect together with prompt_format" in message
     assert "chat_template_kwargs" in refusal(load_yaml, "generation_config: {chat_template_kwargs: {a b: 1}}")
 
 

@@ -39,7 +39,7 @@ def test_lines_that_cannot_be_read_are_left_out_with_a_note(cache):
         file.write(b'{"device": "A10G"}\n\xff\xfe\nnull\n[1]\n')
     record_throughput(dataclasses.replace(ONE, flops_per_second=-1.0))
     throughputs, note = read_throughputs()
-    assert throughputs == [ONE] and "paces.jsonl: 5 unreadable lines skipped" in note
+    assert throughputs == [ONE] and "throughputs.jsonl: 5 unreadable lines skipped" in note
 
 
 def test_a_file_that_cannot_be_written_costs_no_run(cache):

@@ -139,7 +139,9 @@ def test_past_runs_give_the_mfu_of_their_gpu(make_config):
         )
     ]
     planned = plan(config, shape, (2, a10g), count_data(config), throughputs=past)
-    assert planned.mfu == pytest.approx(0.1) and planned.pace == "at 10% MFU, based on 1 earlier run on this machine"
+    assert (
+        planned.mfu == pytest.approx(0.1) and planned.assumption == "at 10% MFU, based on 1 earlier run on this machine"
+    )
     costs = {one.gpu: one for one in planned.costs}
     assert costs["A10G"].seconds == planned.seconds == pytest.approx(planned.flops / (2 * 0.1 * a10g.peak))
     assert costs["T4"].seconds == pytest.approx(planned.flops / (2 * 0.4 * read_catalog().gpus["T4"].peak))

@@ -79,7 +79,7 @@ def test_planned_and_measured_figures_are_side_by_side(cache, make_config, capsy
     (pace,), _ = read_throughputs()
     assert pace.flops_per_second == pytest.approx(summary[padded] * planned["flops_per_token"])
     expected, _ = plan_run(prepare(config, open_run(config)))
-    assert expected.pace.endswith("based on 1 earlier run on this machine") and expected.cost is None
+    assert expected.assumption.endswith("based on 1 earlier run on this machine") and expected.cost is None
     assert expected.seconds == pytest.approx(expected.positions / summary[padded], rel=1e-3)
 
 

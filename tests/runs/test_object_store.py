@@ -168,7 +168,7 @@ def test_a_folder_is_there_whole_or_not_at_all(door, folder, tmp_path, monkeypat
 def test_a_file_that_is_not_what_was_uploaded_is_found(door, folder, tmp_path):
     object_store.upload_folder(folder, "s3://forgebook/short")
     object_store.write_file("s3://forgebook/short/a", b"longer")
-    with pytest.raises(StorageError, match="has 6 bytes, its manifest says 1"):
+    with pytest.raises(StorageError, match="has 6 bytes, its manifest has 1"):
         object_store.download_folder("s3://forgebook/short", tmp_path / "got")
     assert not (tmp_path / "got").exists()
 
