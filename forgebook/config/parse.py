@@ -31,7 +31,7 @@ from forgebook.config.schema import (
     ResolvedConfig,
     keys_without_effect,
 )
-from forgebook.config.yaml_source import Places, apply_override, parse_yaml, place_of, read_text
+from forgebook.config.yaml_source import Locations, apply_override, location_of, parse_yaml, read_text
 from forgebook.errors import ConfigError, near_miss, shown_value
 
 __all__ = ["CONFIG_HEADER", "SECRET_KEY", "config_differences", "dump_config", "load_config", "load_resolved"]
@@ -50,7 +50,7 @@ def load_config(path_or_url: str | Path, overrides: Sequence[str] = (), default:
         default: train a small LoRA adapter unless the config says otherwise; planning.auto_config chooses the rest.
     """
     source = str(path_or_url)
-    values, places = parse_yaml(read_text(source), source)
+    values, locations = parse_yaml(read_text(source), source)
     if not isinstance(values, dict):
         content = "is empty" if values is None else f"holds {shown_value(values)}"
         raise ConfigError(f"{source} {content}, must hold 'key: value' lines, at least model_id and train_path")
@@ -58,14 +58,14 @@ def load_config(path_or_url: str | Path, overrides: Sequence[str] = (), default:
     values = {key: value for key, value in values.items() if not str(key).startswith("x-")}
     notes, problems = translate_retired(values)
     for override in overrides:
-        more_notes, more_problems = apply_override(override, values, places)
+        more_notes, more_problems = apply_override(override, values, locations)
         notes += more_notes
         problems += more_problems
     for note in notes:
         warnings.warn(note, RetiredNameWarning, stacklevel=2)
-    values, unexpanded = expand_values(values, lambda key: _where([key], places, source))
+    values, unexpanded = expand_values(values, lambda key: _where([key], locations, source))
     problems += unexpanded
-    _divide_devices(values, places)
+    _divide_devices(values, locations)
     written = flatten(values)
 
     if default:
@@ -76,13 +76,13 @@ def load_config(path_or_url: str | Path, overrides: Sequence[str] = (), default:
     try:
         config = FinetuneConfig.model_validate(values)
     except ValidationError as error:
-        problems += _explain(error, values, places, source)
+        problems += _explain(error, values, locations, source)
     if problems or config is None:
         raise ConfigError("\n".join(problems))
 
     # A null that was filled in, such as an empty `learning_rate:`, was not chosen by the file.
     origins = {
-        key: "override" if isinstance(place_of(key, places), str) else "file"
+        key: "override" if isinstance(location_of(key, locations), str) else "file"
         for key, value in written.items()
         if value is not None or getattr(config, key, None) is None
     }
@@ -92,7 +92,7 @@ def load_config(path_or_url: str | Path, overrides: Sequence[str] = (), default:
         hardware_of(config.hardware)  # reject an unknown GPU now, not when the run is planned
     broken = broken_rules(config, open_keys(config) if default else ())
     if broken:
-        raise ConfigError("\n".join(f"{rule} ({_where(rule.keys, places, source)})" for rule in broken))
+        raise ConfigError("\n".join(f"{rule} ({_where(rule.keys, locations, source)})" for rule in broken))
     if not all(logger.rank_zero_only for logger in config.loggers):
         note = "metrics cover all workers and are sent once, by the process that started the run"
         warnings.warn(f"logger.rank_zero_only: false has no effect: {note}", stacklevel=2)
@@ -108,13 +108,13 @@ def load_resolved(path: str | Path) -> ResolvedConfig:
         raise ConfigError(f"{path} has no value of {missing}: it is damaged, or not the config of a run") from None
 
 
-def _divide_devices(values: dict[str, Any], places: Places) -> None:
+def _divide_devices(values: dict[str, Any], locations: Locations) -> None:
     """Read `num_devices: {min: 1, max: 2}` as two keys, in place."""
     devices = values.get("num_devices")
     if isinstance(devices, dict) and set(devices) == {"min", "max"}:
         values |= {"num_devices": devices["max"], "min_devices": devices["min"]}
-        if (place := place_of("num_devices", places)) is not None:
-            places["min_devices"] = place
+        if (location := location_of("num_devices", locations)) is not None:
+            locations["min_devices"] = location
 
 
 def dump_config(config: FinetuneConfig) -> str:
@@ -171,8 +171,8 @@ _NEEDS = {
 }
 
 
-def _explain(error: ValidationError, values: dict[str, Any], places: Places, source: str) -> list[str]:
-    """Turn pydantic's errors into one line per key, in the terms of the config and with its place in the file."""
+def _explain(error: ValidationError, values: dict[str, Any], locations: Locations, source: str) -> list[str]:
+    """Turn pydantic's errors into one line per key, in the terms of the config and with its location in the file."""
     problems: dict[tuple[str, str], list[str]] = {}  # several needs where each member of a union has its own
     for item in error.errors(include_url=False):
         location, kind = item["loc"], item["type"]
@@ -191,14 +191,14 @@ def _explain(error: ValidationError, values: dict[str, Any], places: Places, sou
         problems.setdefault((key, problem), []).append(need)
     lines = []
     for (key, problem), needs in problems.items():
-        lines.append(f"{problem}{' or '.join(dict.fromkeys(needs))} ({_where([key], places, source)})")
+        lines.append(f"{problem}{' or '.join(dict.fromkeys(needs))} ({_where([key], locations, source)})")
     return lines
 
 
-def _where(keys: Sequence[str], places: Places, source: str) -> str:
+def _where(keys: Sequence[str], locations: Locations, source: str) -> str:
     """Return where the first of these keys was set: `file:line`, or the override."""
-    place = next((place for key in keys if (place := place_of(key, places)) is not None), None)
-    return f"{source}:{place}" if isinstance(place, int) else place or source
+    location = next((location for key in keys if (location := location_of(key, locations)) is not None), None)
+    return f"{source}:{location}" if isinstance(location, int) else location or source
 
 
 def _as_written(location: tuple[int | str, ...], value: Any) -> tuple[str, Any]:

@@ -13,7 +13,7 @@ from forgebook.config.block_keys import prefixes
 from forgebook.config.legacy_keys import translate_retired
 from forgebook.errors import ConfigError
 
-__all__ = ["Places", "apply_override", "parse_yaml", "place_of", "read_text"]
+__all__ = ["Locations", "apply_override", "location_of", "parse_yaml", "read_text"]
 
 URL_TIMEOUT = 20  # seconds
 # A config is far smaller; a data file or an alias of aliases of aliases is not.
@@ -25,7 +25,7 @@ OTHER_BASE = re.compile(r"[-+]?(0[0-7_]+$|\d+:\d)")  # 010 and 1:30, which YAML 
 MERGE = "tag:yaml.org,2002:merge"
 
 # Where a dotted key was written: its line in the file, or the override.
-Places = dict[str, int | str]
+Locations = dict[str, int | str]
 
 
 class _Loader(yaml.SafeLoader):
@@ -86,7 +86,7 @@ def _download(url: str) -> str:
         raise ConfigError(f"cannot download {url}: {error}") from None
 
 
-def parse_yaml(text: str, source: str) -> tuple[Any, Places]:
+def parse_yaml(text: str, source: str) -> tuple[Any, Locations]:
     """Parse YAML and note the line of every key; warn of a key that is set twice."""
     try:
         loader = _Loader(text)
@@ -94,8 +94,8 @@ def parse_yaml(text: str, source: str) -> tuple[Any, Places]:
         if node is None:
             return None, {}
         _check_tree(node)
-        places: Places = dict(_key_lines(node, source))
-        return loader.construct_document(node), places
+        locations: Locations = dict(_key_lines(node, source))
+        return loader.construct_document(node), locations
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ConfigError(f"{source}:{line}: not valid YAML: {error.problem}") from None
@@ -146,7 +146,7 @@ def _key_lines(node: yaml.Node, source: str, prefix: str = "") -> Iterator[tuple
         yield from _key_lines(value, source, f"{dotted}.")
 
 
-def apply_override(override: str, values: dict[str, Any], places: Places) -> tuple[list[str], list[str]]:
+def apply_override(override: str, values: dict[str, Any], locations: Locations) -> tuple[list[str], list[str]]:
     """Set the value of `key=value` in place; return the notes and problems of `translate_retired`."""
     key, equals, text = override.partition("=")
     path = key.strip().split(".")
@@ -169,12 +169,12 @@ def apply_override(override: str, values: dict[str, Any], places: Places) -> tup
         block = block[part]
     block[written[-1]] = tree
     dotted = ".".join(written)
-    for replaced in [place for place in places if dotted in prefixes(place)]:
-        del places[replaced]
-    places[dotted] = f"override {override}"
+    for replaced in [location for location in locations if dotted in prefixes(location)]:
+        del locations[replaced]
+    locations[dotted] = f"override {override}"
     return notes, problems
 
 
-def place_of(key: str, places: Places) -> int | str | None:
+def location_of(key: str, locations: Locations) -> int | str | None:
     """Return where a dotted key, or the nearest block around it, was written."""
-    return next((places[prefix] for prefix in prefixes(key) if prefix in places), None)
+    return next((locations[prefix] for prefix in prefixes(key) if prefix in locations), None)

@@ -160,7 +160,7 @@ def validation_source(run: Run, valid_path: ValidPath | None) -> Any:
     if not isinstance(valid_path, HeldOut):
         return valid_path
     if not run.held_out.exists():
-        raise StorageError(f"{run.place} has no {run.held_out.name}, its validation examples: start the run first")
+        raise StorageError(f"{run.location} has no {run.held_out.name}, its validation examples: start the run first")
     return str(run.held_out)
 
 

@@ -142,11 +142,14 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormat 
     They are one or two: in some templates a turn that calls a tool ends with another token than an answer.
     """
     ids = []
+    # Read off the mask of training, not off the tokenizer's EOS: generation must stop where the answers that the model
+    # learned stopped, and several families end a turn with another token than their EOS.
     for messages, tools in ((PROBED_ANSWER, None), (PROBED_MESSAGES[:2], [PROBED_TOOL])):
         [encoded] = encode_many([(messages, tools)], tokenizer, prompt_format)
         if isinstance(encoded, DataError):  # no template, or one that rejects this conversation
             continue
         supervised = itertools.compress(encoded[0].input_ids, encoded[0].loss_mask)
+        # A template may supervise white space after the end (a newline): the last visible token is what ends it.
         visible = [token for token in supervised if tokenizer.decode([token]).strip()]
         ids += [token for token in visible[-1:] if token in end_ids(tokenizer)]
     text = prompt_format.assistant.partition("{instruction}")[2].strip() if prompt_format and not ids else ""
@@ -177,6 +180,7 @@ class _Tokens:
 
     def start(self, k: int) -> int:
         """Find the character where token k starts."""
+        # One look-up in Rust instead of a Python list of all offsets: only a few are needed.
         if self._starts is None and self._encoding is not None:
             span = self._encoding.token_to_chars(k)
             if span is not None:
@@ -248,6 +252,7 @@ def _tail_ids(tail: str, backend: Tokenizer) -> tuple[int, ...]:
 
 
 def _turn_by_turn(text: str, cuts: list[int], backend: Tokenizer) -> _Tokens:
+    """Tokenize what is before, between and after the cuts independently."""
     ids: list[int] = []
     starts: list[int] = []
     for begin, end in zip([0, *cuts], [*cuts, len(text)], strict=True):

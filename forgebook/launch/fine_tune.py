@@ -76,7 +76,7 @@ def fine_tune(config: FinetuneConfig) -> Run:
         if run.is_complete and not changes:
             if run.uri:  # its last upload may have failed
                 upload.upload_run(run.folder, run.uri, warner(output))
-            output.print(f"{run.place} is complete already (on_existing=overwrite runs it again)")
+            output.print(f"{run.location} is complete already (on_existing=overwrite runs it again)")
             print_summary(output, run)
             return run
     ineffective, vllm = preflight.check_settings(prepared)
@@ -89,7 +89,7 @@ def fine_tune(config: FinetuneConfig) -> Run:
             if is_overwritten and storage.has_run(run):
                 kept = storage.remove_run(run, keep=frozenset({run_files.LOCK}))
                 if kept:
-                    warner(output)(f"kept in {run.place}, because no run wrote it: {', '.join(kept)}")
+                    warner(output)(f"kept in {run.location}, because no run wrote it: {', '.join(kept)}")
             for text in changes:
                 output.print(f"  {escape(text)}")
             record_changes(run, changes)

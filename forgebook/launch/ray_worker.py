@@ -54,7 +54,7 @@ class Job:
     def storage(self) -> tuple[fs.FileSystem, str]:
         """Return the file system and the path at which the run is stored, as Ray takes them."""
         return (
-            object_store.open_bucket(self.run.place)
+            object_store.open_bucket(self.run.location)
             if self.through_bucket
             else (fs.LocalFileSystem(), str(self.run.folder))
         )

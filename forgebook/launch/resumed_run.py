@@ -25,12 +25,12 @@ def check_same(run: Run, prepared: Prepared) -> list[str]:
     """
     config = prepared.config
     steps = schedule.steps_per_epoch(prepared.report["train"]["sequences"], config.global_batch_size)
-    changes = resume_changes(load_config(run.config), config, run.saved_step, steps, run.place, run.is_complete)
+    changes = resume_changes(load_config(run.config), config, run.saved_step, steps, run.location, run.is_complete)
     report = atomic.read_json(run.data_report, ["train"])
     for name in ("train", "valid"):
         if name in report and report[name]["fingerprint"] != prepared.report[name]["fingerprint"]:
             raise StorageError(
-                f"{_changed_files(report[name], prepared.report[name])} is not what {run.place} was started with: "
+                f"{_changed_files(report[name], prepared.report[name])} is not what {run.location} was started with: "
                 "choose another run_name, or on_existing=overwrite"
             )
     if not run.is_complete or changes:

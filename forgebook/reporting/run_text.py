@@ -76,7 +76,7 @@ def print_run(output: Console, run: Run, prepared: Prepared, vllm: str | None) -
         f"  steps  {config.num_epochs} epoch{many} of {steps}{capped}, {config.global_batch_size} {unit} each, "
         f"learning rate {config.learning_rate:g} {config.lr_scheduler_type}"
     )
-    output.print(f"  where  {workers}, {sharding}; run folder {run.place}")
+    output.print(f"  where  {workers}, {sharding}; run folder {run.location}")
     if vllm is not None:
         output.print(f"  vLLM can serve the adapter: {escape(vllm)}")
     if config.is_lora and config.initial_base_model_ckpt_path and not config.initial_adapter_model_ckpt_path:
@@ -180,7 +180,9 @@ def stopped_text(run: Run) -> str:
     if run.uri:
         return f"stopped; the same command resumes from the last complete state in {run.uri}"
     if not run.saved_step:
-        return f"stopped before a state was saved in {run.place}; the same command starts the run again"
+        return f"stopped before a state was saved in {run.location}; the same command starts the run again"
     names = ", ".join(sorted(path.name for path in run.checkpoints.glob("[!.]*")))
     checkpoints = f" (checkpoints: {names})" if names else ""
-    return f"stopped; step {run.saved_step} is saved in {run.place}{checkpoints}, and the same command resumes after it"
+    return (
+        f"stopped; step {run.saved_step} is saved in {run.location}{checkpoints}, and the same command resumes after it"
+    )

@@ -121,7 +121,7 @@ def _model_of(run: Run) -> Model | None:
         return _record(run, yaml.safe_load(_text_of(run, run.config) or ""), summary, evaluation)
     except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise StorageError(
-            f"{run.place}/{run.config.name} is damaged: {first_line(error)}. Restore it from a copy; the run's "
+            f"{run.location}/{run.config.name} is damaged: {first_line(error)}. Restore it from a copy; the run's "
             "checkpoints can be used by their folders"
         ) from None
 

@@ -63,7 +63,7 @@ class Run:
         return self.folder.name
 
     @property
-    def place(self) -> str:
+    def location(self) -> str:
         return self.uri or display_path(self.folder)  # for a person to read
 
     @property
@@ -157,14 +157,16 @@ def open_run(config: FinetuneConfig) -> Run:
     exists = run.config.name in names
     # A run whose data was rejected leaves its data report, and nothing else.
     if not exists and set(names) - {run.data_report.name, MARKER, LOCK}:
-        raise StorageError(f"{run.place} exists and is not a run folder (no config.yaml): choose another run_name")
+        raise StorageError(f"{run.location} exists and is not a run folder (no config.yaml): choose another run_name")
     if exists and not has_run(run):
         raise StorageError(
-            f"{run.place} exists and is not a run folder (its config.yaml was not written by a run): choose another "
+            f"{run.location} exists and is not a run folder (its config.yaml was not written by a run): choose another "
             "run_name"
         )
     if exists and config.on_existing == "fail":
-        raise StorageError(f"the run {run.place} exists: choose another run_name, or on_existing=resume or overwrite")
+        raise StorageError(
+            f"the run {run.location} exists: choose another run_name, or on_existing=resume or overwrite"
+        )
     if run.uri and config.on_existing != "overwrite":
         upload.download_run(run.uri, run.folder)
     return run
@@ -270,7 +272,7 @@ def remove_run(run: Run, keep: frozenset[str] = frozenset()) -> list[str]:
     """
     run_lock.check_free(run.folder)
     if not has_run(run):
-        raise StorageError(f"{run.place} is not a run folder: nothing was deleted")
+        raise StorageError(f"{run.location} is not a run folder: nothing was deleted")
     users = delete_run_files(run.folder, keep)
     if run.uri:
         names = list(object_store.list_files(run.uri))

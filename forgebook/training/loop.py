@@ -65,6 +65,7 @@ def train_loop(config: ResolvedConfig, run: Run, report: Report = lambda metrics
     saved = training_state.latest_state(run.resume)
     start = saved[1] if saved else Position()
     progress = Progress(run, start.step, silent=not accelerator.is_main_process)
+    # A resumed run's clock includes the time of the processes before.
     started = time.perf_counter() - start.seconds
 
     # (2) Data: mapped into memory, tokenized before any worker started.
@@ -101,6 +102,7 @@ def train_loop(config: ResolvedConfig, run: Run, report: Report = lambda metrics
     if valid is not None:
         valid_set = with_reference(config, run, worker, ExampleSet(valid, pad_id, device), "validation", progress)
         valid_sequences = batches.single_sequences(valid, batches.group_size(config.task))
+        # Similar lengths share a batch, with little padding; memory that does not suffice shows in the first batch.
         valid_sequences.sort(key=lambda sequence: -int(valid.lengths[sequence].sum()))
         batch_size = config.eval_batch_size_per_device * accelerator.num_processes
         classifier = config.classifier_config
@@ -267,6 +269,7 @@ def _train_step(
         gradient = float(worker.deepspeed_engine.get_global_grad_norm() or 0.0)
     else:
         trained = [p for p in worker.model.parameters() if p.requires_grad]
+        # Without max_grad_norm, too: the norm is a metric, and a gradient of zero ends the run.
         gradient = float(torch.nn.utils.clip_grad_norm_(trained, max_grad_norm or math.inf))
         worker.optimizer.step()
         worker.optimizer.zero_grad()
@@ -288,21 +291,21 @@ def _forward_backward(
     worker: Worker, objective: Objective, train: ExampleSet, parts: list[list[batches.Sequence]], units: int
 ) -> tuple[Sums, float, float]:
     """Accumulate the gradients of this worker's micro batches; return its sums and the seconds of both passes."""
-    accelerator, engine = worker.accelerator, worker.deepspeed_engine
+    accelerator, deepspeed_engine = worker.accelerator, worker.deepspeed_engine
     # DDP and DeepSpeed average over workers, DeepSpeed over micro batches too. The loss is to be the mean over all
     # supervised tokens (or pairs) of the global batch, wherever they are: so undo their averages and divide once.
-    scale = accelerator.num_processes * (len(parts) if engine else 1) / units
+    scale = accelerator.num_processes * (len(parts) if deepspeed_engine else 1) / units
     sums: Sums = Counter()
     forward_seconds = backward_seconds = 0.0
     for index, part in enumerate(parts):
         batch = train.batch(part)
         is_last = index == len(parts) - 1
         # DDP sums gradients over the workers in the last micro batch alone; DeepSpeed decides that by itself.
-        with contextlib.nullcontext() if engine or is_last else accelerator.no_sync(worker.wrapped):
+        with contextlib.nullcontext() if deepspeed_engine or is_last else accelerator.no_sync(worker.wrapped):
             started = _now(accelerator)
             measurement = objective.measure(worker.wrapped, batch, train.reference_of(part))
             halfway = _now(accelerator)
-            if engine:
+            if deepspeed_engine:
                 accelerator.deepspeed_engine_wrapped.backward(measurement.loss * scale, sync_gradients=is_last)
             else:
                 (measurement.loss * scale).backward()

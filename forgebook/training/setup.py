@@ -152,8 +152,8 @@ def make_worker(config: ResolvedConfig, accelerator: Accelerator) -> Worker:
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         model.train()
         optimizer = optimizers.deepspeed_adamw(config.optimizer, groups, **hyperparameters)
-        engine, optimizer = accelerator.prepare(SupervisedLM(model), optimizer)
-        return Worker(accelerator, tokenizer, model, engine, optimizer, engine, parameters)
+        deepspeed_engine, optimizer = accelerator.prepare(SupervisedLM(model), optimizer)
+        return Worker(accelerator, tokenizer, model, deepspeed_engine, optimizer, deepspeed_engine, parameters)
     if config.quantization is None:  # quantized weights were loaded where they stay
         model.to(accelerator.device)
     model.train()

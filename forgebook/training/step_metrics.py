@@ -176,11 +176,11 @@ class StepMemory:
 
     def _filled_buckets(self) -> dict[int, int]:
         """Return the bytes of a bucket in which DeepSpeed reduces gradients, and how many of them it ever fills."""
-        engine = self._worker.deepspeed_engine
-        if engine is None:
+        deepspeed_engine = self._worker.deepspeed_engine
+        if deepspeed_engine is None:
             return {}
         trained = [p for p in self._worker.model.parameters() if p.requires_grad]
-        size = engine.zero_reduce_bucket_size() * trained[0].element_size()
+        size = deepspeed_engine.zero_reduce_bucket_size() * trained[0].element_size()
         return {size: min(size, sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in trained))}
 
     def step_peak(self) -> int:

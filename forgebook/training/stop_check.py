@@ -62,8 +62,8 @@ def check_stops(
     """
     if task not in TASKS:
         return None
-    engine = worker.deepspeed_engine
-    is_partitioned = engine is not None and engine.zero_optimization_stage() == 3
+    deepspeed_engine = worker.deepspeed_engine
+    is_partitioned = deepspeed_engine is not None and deepspeed_engine.zero_optimization_stage() == 3
     result: dict[str, Any] = {"prompts": 0, "stopped": 0, "max_new_tokens": 0, "trained_answer_tokens": 0, "note": None}
     if worker.accelerator.is_main_process or is_partitioned:
         limit = min(MOST_SECONDS, max(LEAST_SECONDS, TIME_SHARE * training_seconds))

@@ -36,7 +36,7 @@ def test_display_paths():
 
 
 def test_the_validation_examples_of_a_run(tmp_path):
-    run = types.SimpleNamespace(held_out=Path(tmp_path / "held_out.jsonl"), place="runs/a")
+    run = types.SimpleNamespace(held_out=Path(tmp_path / "held_out.jsonl"), location="runs/a")
     assert validation_source(run, "v.jsonl") == "v.jsonl" and validation_source(run, None) is None
     with pytest.raises(StorageError, match="start the run first"):
         validation_source(run, HeldOut(split=0.5))

@@ -16,7 +16,7 @@ def test_a_run_is_found_by_folder_and_by_name(make_run, monkeypatch, tmp_path):
     run = make_run("run")
     monkeypatch.chdir(tmp_path)
     assert storage.find_run("run") == storage.find_run(str(run.folder)) == run
-    assert run.place == "runs/run" and run.is_complete
+    assert run.location == "runs/run" and run.is_complete
     with pytest.raises(StorageError, match="no run 'other'"):
         storage.find_run("other")
     with pytest.raises(StorageError, match="runs are stored in a local folder, s3:// or gs://"):
