@@ -27,7 +27,8 @@ from forgebook.data.examples import read_examples
 from forgebook.data.masking import Encoded, encode
 from forgebook.data.row_formats import NAME_KEY
 from forgebook.data.special_tokens import special_ids
-from forgebook.data.token_store import Tokens, Truncation, fit_tokens
+from forgebook.data.token_store import Tokens
+from forgebook.data.truncation import Truncation, fit_tokens
 from forgebook.errors import DataError
 from forgebook.models.tokenizer import load_tokenizer, locate, tokenizer_of
 

@@ -11,7 +11,8 @@ import numpy as np
 
 from forgebook.data import batching, masking, special_tokens, tokenize
 from forgebook.data.row_formats import Example
-from forgebook.data.token_store import Tokens, Truncation, fit_tokens
+from forgebook.data.token_store import Tokens
+from forgebook.data.truncation import Truncation, fit_tokens
 from forgebook.errors import DataError
 from forgebook.inference.loading import LoadedModel
 from forgebook.training.losses import SupervisedLM

@@ -17,7 +17,7 @@ from forgebook.catalog import Gpu
 from forgebook.config.deepspeed_file import read_deepspeed_config
 from forgebook.config.rules import broken_rules
 from forgebook.data.batching import group_size
-from forgebook.data.token_store import fit_length
+from forgebook.data.truncation import fit_length
 from forgebook.errors import ConfigError
 from forgebook.planning import schedule
 from forgebook.planning.hardware import Cpu
@@ -27,7 +27,7 @@ from forgebook.planning.token_count import Statistics
 if TYPE_CHECKING:
     from forgebook.catalog import Shape
     from forgebook.config.schema import FinetuneConfig, ResolvedConfig
-    from forgebook.data.token_store import Truncation
+    from forgebook.data.truncation import Truncation
 
 __all__ = [
     "Work",

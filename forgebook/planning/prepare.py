@@ -16,7 +16,7 @@ import numpy as np
 
 from forgebook.config.blocks import labels_of
 from forgebook.config.data_block import HeldOut
-from forgebook.data import batching, split, token_store
+from forgebook.data import batching, split, token_store, truncation
 from forgebook.data import tokenize as data
 from forgebook.data.data_sources import Source, describe_source, find_sources
 from forgebook.data.examples import DatasetNotes, bad_rows_error, display_paths, no_examples_error, read_notes
@@ -90,8 +90,8 @@ def prepare(config: FinetuneConfig, run: Run, on_progress: Callable[[str, int, i
     report |= {"models": models} if (models := model_versions(resolved)) else {}
     for name, path in paths.items():
         whole = sets[name]
-        losses = token_store.truncation_losses(whole, resolved.context_length)
-        sets[name], cut = token_store.fit_context(
+        losses = truncation.truncation_losses(whole, resolved.context_length)
+        sets[name], cut = truncation.fit_context(
             whole, resolved.context_length, resolved.truncation, display_paths(path), batching.group_size(resolved.task)
         )
         report[name] = {
@@ -268,7 +268,7 @@ def _fill_gaps(config: FinetuneConfig, sets: dict[str, Tokens], run_name: str) -
         run_name=config.run_name or run_name,
     )
     group = batching.group_size(config.task)
-    fitted, _ = token_store.fit_context(
+    fitted, _ = truncation.fit_context(
         sets["train"], context, config.truncation, display_paths(config.train_path), group
     )
     sequences = batching.make_sequences(fitted, config.padding, context, group)

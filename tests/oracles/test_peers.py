@@ -16,7 +16,7 @@ import yaml
 from test_chat_templates import FAMILIES, plain, tokenizer_with
 
 from forgebook.config.lora_block import lora_problems
-from forgebook.data import batching, token_store
+from forgebook.data import batching, token_store, truncation
 from forgebook.data.examples import read_examples
 from forgebook.data.masking import encode_prompt
 from forgebook.data.template_facts import template_facts
@@ -183,7 +183,7 @@ def test_a_batch_has_the_targets_that_the_peer_expects(case, family):
 @pytest.mark.parametrize(("case", "family"), cases_of("cut"))
 def test_lengths_are_cut_and_packed_as_the_peer_expects(case, family):
     tokens = token_store.Tokens.from_examples([(ids, [True] * len(ids)) for ids in case["cut"]])
-    fitted = token_store.fit_tokens(tokens, case["to"], "right").tokens
+    fitted = truncation.fit_tokens(tokens, case["to"], "right").tokens
     packs = batching.pack(fitted.lengths, case["to"])
     examples = [fitted.example(k)[0].tolist() for k in range(len(fitted))]
     value = {"cut": examples, "packs": [[i for k in pack for i in examples[k]] for pack in packs]}
