@@ -1,20 +1,20 @@
-# One verb per chore, the same here and in CI. `make help` lists them.
+# One target per task, the same here and in CI. `make help` lists them.
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 PYTHON ?= python3
 BIN := .venv/bin
-# Notebook cells say `python`; they are to find this environment's.
+# Notebook cells call `python`, which must be this environment's.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 # DeepSpeed builds what it needs at first use; nothing is compiled at install.
 export DS_BUILD_OPS := 0
-# Threads that wait for each other asleep, not spinning: on a shared machine spinning costs far more.
+# Threads wait for each other without spinning: on a shared machine spinning costs far more.
 export OMP_WAIT_POLICY := passive
 
 # Two processes share the tests of two cores: much of their time is waiting for Ray and for other processes to start.
 PARALLEL := -n 2
 
 .PHONY: help quickstart test test-fast vllm test-engines models coverage coverage-floors check configs notebooks tiny-model clean
-help: ## list the verbs
+help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
 .venv/run: requirements.txt
@@ -72,7 +72,7 @@ NOTEBOOKS ?= $(wildcard *.ipynb cookbooks/*/*.ipynb end-to-end-examples/*/*.ipyn
 notebooks: .venv/dev ## run every notebook (or NOTEBOOKS=one), keep its outputs, write its README.md
 	python cookbooks/make_page.py $(NOTEBOOKS)
 
-tiny-model: .venv/run ## make the embedded model again, from nothing (about half an hour on 2 cores)
+tiny-model: .venv/run ## train the embedded model again, from scratch (about half an hour on 2 cores)
 	python data/make_tiny_corpus.py data/corpus/train.jsonl --rows 50000 --seed 1
 	python data/make_tiny_corpus.py data/corpus/valid.jsonl --rows 500 --seed 2
 	python tiny_model/make_tokenizer.py data/corpus/train.jsonl data/corpus/start

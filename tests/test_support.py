@@ -1,4 +1,4 @@
-"""What goes together: every method, task and sharding, and SUPPORT.md, which is written from them and the rules."""
+"""Supported combinations: every method, task and sharding, and SUPPORT.md, which is written from them and the rules."""
 
 import json
 import os
@@ -61,7 +61,7 @@ def test_every_sharding_ends_at_the_same_loss(results, method, task):
 def support_page() -> str:
     """Write SUPPORT.md: what trains, from the combinations that the tests run; what does not, from the rules."""
     lines = [
-        "# What goes together", "",
+        "# Supported combinations", "",
         "Every cell of this table is a test (`tests/test_support.py`): two steps are trained, saved, loaded with plain",
         "transformers and PEFT, and give the same loss again; or the config is rejected with the reason.",
         "",
@@ -72,7 +72,7 @@ def support_page() -> str:
         cells = [f"no ({NOTES[rule]})" if (rule := refusal(method, task, s)) else "yes" for s in SHARDINGS]
         lines.append(f"| {method} | {task} | {' | '.join(cells)} |")
     lines += [
-        "", "## What does not", "",
+        "", "## Unsupported combinations", "",
         "A config that breaks one of these rules is rejected when it is loaded, with its file and line. What `plan`",
         "advises and `--default` chooses breaks none. The table is written from `forgebook/config/rules.py`.",
         "",
@@ -80,9 +80,9 @@ def support_page() -> str:
     ]  # fmt: skip
     lines += [f"| {NOTES[rule]} | {rule.message} | {rule.fix} |" for rule in RULES]
     lines += [
-        "", "## What has no effect", "",
-        "These keys are read only in some tasks and modes. Where the file or an override sets one beside settings that",
-        "leave it unread, the run starts with a warning.",
+        "", "## Keys without effect", "",
+        "These keys are read only in some tasks and modes. Where the file or an override sets one and the other",
+        "settings leave it unread, the run starts with a warning.",
         "",
         "| has no effect | do instead |", "|---|---|",
     ]  # fmt: skip

@@ -18,7 +18,7 @@ from support_config import FREQUENCY, refusal
         ("max_num_checkpoints: 2\nnum_epochs: 5", {FREQUENCY: ("epochs", 3)}, "frequency"),
         ("max_num_checkpoints: 2", {FREQUENCY: None}, "without num_epochs, every epoch ends with one"),
         ("dataset_size_scaling_factor: 1e10", {}, "ignored: data sets no longer have a size limit"),
-        ("output_dir: /mnt/local_storage", {"storage_path": "runs"}, "storage_path says where runs go"),
+        ("output_dir: /mnt/local_storage", {"storage_path": "runs"}, "storage_path sets where runs are stored"),
         ("num_data_blocks: 20", {"num_data_blocks_per_device": 20}, "read as num_data_blocks_per_device: 20"),
         ("min_num_update_steps: 24", {"min_update_steps": 24}, "read as min_update_steps: 24"),
         ("model_tag: mine", {"custom_model_tag": "mine"}, "read as custom_model_tag"),

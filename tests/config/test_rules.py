@@ -1,4 +1,4 @@
-"""What does not go together: every rule is broken by an example, and nothing that the program advises breaks one."""
+"""Unsupported combinations: every rule is broken by an example, and nothing that the program advises breaks one."""
 
 import itertools
 import json

@@ -27,7 +27,7 @@ FAMILIES = {one["family"]: one for one in yaml.safe_load((FOLDER / "chat_templat
 TABLE = FOLDER / "chat_templates.md"
 INTRODUCTION = """# Chat templates of public families x shapes of examples
 
-Written by test_chat_templates.py, which also says what right means. `+` right; `+ key` right once the error's own fix
+Written by test_chat_templates.py, which also defines "right". `+` right; `+ key` right once the error's own fix
 is set; a letter: refused, for the reason below, which the test checks against the template.
 """
 
