@@ -19,7 +19,8 @@ def test_a_preference_is_the_likelier_answer_whatever_the_lengths():
     pairs = examples_of([{"prompt": "q", "chosen": "good", "rejected": "bad"}] * 3, "preference_tuning")
     tokens = [[2, 3]] * 3
     base = np.stack([[[-4.0, -3.0], [-2.0, -9.0], [-5.0, -1.0]], tokens], axis=2)
-    tuned = np.stack([[[-1.0, -3.0], [-2.0, -9.0], [-5.0, -1.0]], tokens], axis=2)
+    # The first chosen answer is likelier as a whole, though not per token.
+    tuned = np.stack([[[-5.0, -6.0], [-2.0, -9.0], [-5.0, -1.0]], tokens], axis=2)
     result = preference(Measured(pairs, base, tuned, left_out=2))
     [score] = result.scores
     assert score.before.value == pytest.approx(1 / 3) and score.after.value == pytest.approx(2 / 3)
@@ -38,4 +39,5 @@ def test_perplexity_is_over_tokens_not_examples():
     )
     # Of each example the mean per token is listed; the second one became less likely.
     assert result.comparison.base == ["2.0000 per token", "4.0000 per token"]
-    assert [mistake["kind"] for mistake in result.mistakes] == ["less likely than by the base"]
+    [mistake] = result.mistakes
+    assert (mistake["kind"], mistake["tuned"]) == ("less likely than by the base", "5.0000 per token")
