@@ -37,7 +37,7 @@ def rooms_below(measured: dict[str, float], floors: dict[str, float]) -> list[st
 
 
 def main() -> int:
-    """Print the rooms beside their floors; return 1 if one is below."""
+    """Print the rooms with their floors; return 1 if one is below."""
     import coverage
 
     with tempfile.TemporaryDirectory() as folder:
