@@ -54,10 +54,10 @@ def test_contributing_names_every_room_and_no_file_that_is_gone():
 
 
 def test_contributing_is_a_page_to_start_from():
-    """A tour of about 15 lines, a table of at most 25; the picture is of the code as it is."""
+    """A tour of about 15 lines, a table of at most 30; the picture is of the code as it is."""
     text = (REPOSITORY / "CONTRIBUTING.md").read_text()
     assert len(re.findall(r"^\d+\. ", text.partition("## To change")[0], re.MULTILINE)) <= 15
-    assert len(re.findall(r"^\| (?!to \|)", text, re.MULTILINE)) <= 25
+    assert len(re.findall(r"^\| (?!to \|)", text, re.MULTILINE)) <= 30
     spec = importlib.util.spec_from_file_location("rooms", REPOSITORY / "docs/rooms.py")
     rooms = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(rooms)
