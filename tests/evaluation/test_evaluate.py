@@ -1,6 +1,7 @@
 """Evaluations on real, tiny runs: figures that other code confirms, mistakes that can be read."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -253,3 +254,13 @@ def test_a_run_that_has_not_ended_is_refused(by_heart, tmp_path):
     (tmp_path / "config.yaml").write_text(by_heart.config.read_text())
     with pytest.raises(StorageError, match="has not finished"):
         evaluate(Run(tmp_path))
+
+
+def test_a_share_that_was_held_out_is_evaluated(learn, write_rows):
+    """The run's own copy of it: the files, their columns and the split are not needed again."""
+    rows = [{"q": f"{word} {k}", "a": word} for k in range(4) for word in QUESTIONS]
+    source = {"path": write_rows(rows, "qa.jsonl"), "columns": {"user": "q", "assistant": "a"}}
+    run = learn("share", [], train_path=source, valid_path={"split": 0.25}, num_epochs=1)
+    Path(source["path"]).unlink()
+    measured = evaluate(run, max_new_tokens=2)
+    assert measured.rows == 4 == len(run.held_out.read_text().splitlines())
