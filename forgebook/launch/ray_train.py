@@ -112,13 +112,8 @@ def _fit(job: Job, use_gpu: bool, per_worker: dict[str, float], output: Console)
     """
     from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
-    from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
-    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
     from forgebook.launch import ray_worker
-
-    # Workers read the run's tokens. Nobody has to free what they hold of a cluster that ends with this process.
-    unused = (DatasetsCallback,) if cluster.is_joined() else (DatasetsCallback, PlacementGroupCleanerCallback)
 
     class Trainer(TorchTrainer):
         """Ray Train that leaves Ctrl-C to Python: its own handler ends the process with exit code 1 and no message."""
@@ -127,10 +122,6 @@ def _fit(job: Job, use_gpu: bool, per_worker: dict[str, float], output: Console)
 
         def _register_sigint_handler(self, controller: Any) -> None:
             self.controller = controller
-
-        def _create_default_callbacks(self) -> list[Any]:
-            """Start no process that has nothing to do; each takes seconds to import Ray Data."""
-            return [one for one in super()._create_default_callbacks() if not isinstance(one, unused)]
 
     config, run = job.config, job.run
     file_system, path = job.storage()

@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 import pytest
-import ray
 from safetensors.torch import load_file
 
 from conftest import LORA, REPOSITORY, TINY_MODEL, losses_of, uneven_rows
@@ -134,9 +133,6 @@ def test_a_users_mistake_on_the_workers_is_reported_once_and_not_retried(ray_ses
         fine_tune(config)
     log = (Path(config.storage_path) / "run/logs/worker-0.log").read_text()
     assert log.count("worker 0: process") == 1
-    # Ray Train would start processes for data sets that there are none of, and to tidy up a cluster that ends.
-    actors = {actor["ActorClassName"] for actor in ray._private.state.actors().values()}
-    assert "TrainController" in actors and not actors & {"DatasetManager", "PlacementGroupCleaner"}
 
 
 @pytest.mark.slow
