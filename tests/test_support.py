@@ -61,10 +61,13 @@ def test_every_sharding_ends_at_the_same_loss(results, method, task):
 def support_page() -> str:
     """Write SUPPORT.md: what trains, from the combinations that the tests run; what does not, from the rules."""
     lines = [
-        "# Supported combinations", "",
-        "Every cell of this table is a test (`tests/test_support.py`): two steps are trained, saved, loaded with plain",
-        "transformers and PEFT, and give the same loss again; or the config is rejected with the reason.",
-        "",
+        "# Support matrix", "",
+        "Which method, task and sharding work together. Every cell is a test (`tests/test_support.py`): it trains two",
+        "steps, saves, loads the checkpoint with plain transformers and PEFT, and compares the loss; or the config is",
+        "rejected with the reason.", "",
+        "**The tests run on CPUs**, with the tiny model, in float32, in one process. No cell has been run on a GPU.",
+        "Not in the matrix: `zero_1`, `zero_3_hpz` and the offload files, bfloat16, packing, FlashAttention, Liger,",
+        "int8. Several workers and machines: [CLUSTERS.md](CLUSTERS.md).", "",
         f"| method | task | {' | '.join('no DeepSpeed (DDP)' if s == 'none' else s for s in SHARDINGS)} |",
         "|---|---|" + "---|" * len(SHARDINGS),
     ]  # fmt: skip
@@ -72,25 +75,25 @@ def support_page() -> str:
         cells = [f"no ({NOTES[rule]})" if (rule := refusal(method, task, s)) else "yes" for s in SHARDINGS]
         lines.append(f"| {method} | {task} | {' | '.join(cells)} |")
     lines += [
-        "", "## Unsupported combinations", "",
+        "", "## What does not work", "",
         "A config that breaks one of these rules is rejected when it is loaded, with its file and line. What `plan`",
-        "advises and `--default` chooses breaks none. The table is written from `forgebook/config/rules.py`.",
+        "proposes and `--default` chooses breaks none of them.",
         "",
         "| | does not work | do instead |", "|---|---|---|",
     ]  # fmt: skip
     lines += [f"| {NOTES[rule]} | {rule.message} | {rule.fix} |" for rule in RULES]
     lines += [
-        "", "## Keys without effect", "",
-        "These keys are read only in some tasks and modes. Where the file or an override sets one and the other",
-        "settings leave it unread, the run starts with a warning.",
+        "", "## What has no effect", "",
+        "These keys are read only in some tasks and modes. If the file or an override sets one where it is not read,",
+        "the run starts with a warning.",
         "",
         "| has no effect | do instead |", "|---|---|",
     ]  # fmt: skip
     lines += [f"| {rule.message} | {rule.fix} |" for rule in UNREAD]
     lines += [
         "", "## Models", "",
-        "Any decoder that transformers knows. [tests/oracles/families.md](tests/oracles/families.md) lists those",
-        "that are tested: loading, LoRA, full fine-tuning, the plan's counts, loss masks, vLLM.",
+        "Any decoder in transformers. [tests/oracles/families.md](tests/oracles/families.md) lists the families that",
+        "are tested: loading, LoRA, full fine-tuning, the plan's counts, loss masks, vLLM.",
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
 

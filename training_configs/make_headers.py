@@ -36,6 +36,18 @@ LENGTHS = FOLDER / "gsm8k_lengths.json"
 START, END = "# -- plan (`make configs` writes these lines)", "# -- end of plan"
 TABLE_START, TABLE_END = "<!-- table (`make configs` writes it) -->", "<!-- end of table -->"
 
+# The folders with a plan, as the tables' titles; models that came before those of 2024 stand last in theirs.
+SECTIONS = {
+    "real": "Current models",
+    "default": "Default mode (`--default`): a model and data, everything else chosen",
+    "custom": "Custom mode: LLMForge's configs and others",
+}
+OLDER = re.compile("Llama-2-|Mistral-7B/|Mixtral")
+TABLE_HEAD = [
+    "| config | method | hardware | context | epochs | memory per GPU | GSM8K takes | GSM8K costs | 1M tokens |",
+    "|---|---|---|---|---|---|---|---|---|",
+]
+
 AN_EXAMPLE = {"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "#### 4"}]}
 
 
@@ -65,6 +77,12 @@ class Facts:
     def seconds(self) -> float:
         """Return how long GSM8K takes."""
         return next(one.seconds for one in self.gsm8k.costs if one.gpu == self.gpu.name)
+
+    @property
+    def cost_per_million(self) -> float:
+        """Return USD per million tokens, at the length of `worst`."""
+        million = next(one.cost_per_million_tokens for one in self.worst.costs if one.gpu == self.gpu.name)
+        return million * self.gpus / self.worst.workers
 
     @property
     def cost(self) -> float:
@@ -141,15 +159,13 @@ def header(facts: Facts) -> list[str]:
         f"sequences as long as the context, {worst.context_length:,} tokens"
     )  # fmt: skip
     verdict = "" if worst.fits else "; IT DOES NOT FIT"
-    million = next(one.cost_per_million_tokens for one in worst.costs if one.gpu == facts.gpu.name)
-    million *= facts.gpus / worst.workers
     lines = [
         f"hardware  {facts.hardware}, ${facts.gpus * facts.gpu.price:,.2f} per hour",
         f"memory    {_gb(worst.memory.total)} per GPU of {_gb(worst.capacity)} usable, most of it "
         f"{worst.memory.largest}, at {length}{verdict}",
         f"          {_gb(worst.memory.host)} per worker on the host; {_gb(worst.disk_bytes)} on disk",
         f"GSM8K     {rows.steps:,} steps, {format_duration(facts.seconds)}, ${facts.cost:,.2f}; "
-        f"${million:,.2f} per million tokens at the length above",
+        f"${facts.cost_per_million:,.2f} per million tokens at the length above",
         f"          assumes {MFU:.0%} MFU; {read_catalog().priced}",
     ]
     if _offloads(facts.config):
@@ -183,17 +199,28 @@ def _gb(size: float) -> str:
 
 
 def table() -> list[str]:
-    """Format the table of all configs, as Markdown."""
-    lines = ["| config | method | hardware | context | per GPU | GSM8K | cost |", "|---|---|---|---|---|---|---|"]
-    for facts in map(facts_of, config_paths()):
-        name = facts.path.relative_to(FOLDER)
-        context = f"{facts.config.context_length:,}" if facts.config.context_length else "chosen"
-        lines.append(
-            f"| [{name}]({name}) | {'LoRA' if facts.config.is_lora else 'full'} | {facts.hardware} | {context} | "
-            f"{facts.worst.memory.total / 1e9:.0f} of {facts.worst.capacity / 1e9:.0f} GB | "
-            f"{format_duration(facts.seconds)} | ${facts.cost:,.2f} |"
-        )
+    """Format the tables of all configs, as Markdown: a table per folder, current models first."""
+    lines = []
+    for folder, title in SECTIONS.items():
+        lines += ["", f"### {title}", "", *TABLE_HEAD]
+        paths = [path for path in config_paths() if path.relative_to(FOLDER).parts[0] == folder]
+        for facts in map(facts_of, sorted(paths, key=lambda path: (bool(OLDER.search(str(path))), path))):
+            name = facts.path.relative_to(FOLDER)
+            context = f"{facts.config.context_length:,}" if facts.config.context_length else "chosen"
+            offloads = " \\*" * _offloads(facts.config)
+            title = name.relative_to(folder).with_suffix("")
+            lines.append(
+                f"| [{title}]({name}) | {_method(facts.config)} | {facts.hardware} | "
+                f"{context} | {facts.config.num_epochs} | "
+                f"{facts.worst.memory.total / 1e9:.0f} of {facts.worst.capacity / 1e9:.0f} GB | "
+                f"{format_duration(facts.seconds)}{offloads} | ${facts.cost:,.2f}{offloads} | "
+                f"${facts.cost_per_million:,.2f}{offloads} |"
+            )
     return lines
+
+
+def _method(config: FinetuneConfig) -> str:
+    return "full" if not config.is_lora else "QLoRA" if config.quantization else "LoRA"
 
 
 # Writing ----------------------------------------------------------------------------------------------

@@ -175,7 +175,9 @@ def _weight(message: Message, role: str, at: str) -> int | None:
 def _content(message: Message, at: str) -> str:
     if message.get("content") is None and message["role"] == "assistant" and message.get("tool_calls"):
         return ""
-    return read_text(message.get("content"), f"{at}.content")
+    if "content" not in message:
+        raise DataError(f"{at} has no content (its keys: {', '.join(map(str, message))}); expected a string")
+    return read_text(message["content"], f"{at}.content")
 
 
 def read_text(content: Any, field: str) -> str:

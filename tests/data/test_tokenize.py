@@ -34,7 +34,7 @@ GOOD = json.dumps(chat("q", "a"))
             r'messages\[0\]\.role is "bot"; expected system, user, assistant or tool',
         ),
         ('{"messages": [{"role": "user", "content": 3}]}', r"messages\[0\]\.content is 3; expected a string"),
-        ('{"messages": [{"role": "user"}]}', r"messages\[0\]\.content is null; expected a string"),
+        ('{"messages": [{"role": "user"}]}', r"messages\[0\] has no content \(its keys: role\)"),
         (
             '{"messages": [{"role": "user", "content": "x"}]}',
             r"no assistant turn, so nothing to train on: add the answer",
