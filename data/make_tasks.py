@@ -36,7 +36,7 @@ CURT = [
     ["It is not our fault.", "Somebody else may have read this.", "This may take a long time."],
 ]
 
-SUMMARY = "Summarise the message of the customer for the desk."
+SUMMARY = "Summarize the message of the customer for the desk."
 # Four kinds of writers: long and complete, without the order, without the name, short and complete.
 WRITERS = [
     ["The customer {name} writes to us about the order with the number {order}. It is about the {item}, and what the "
@@ -74,7 +74,7 @@ def notes(row: dict) -> dict:
 
 
 def summary(row: dict, rng: random.Random) -> dict:
-    """Summarise a message as one of the writers does."""
+    """Summarize a message as one of the writers does."""
     user, record = row["messages"][1], json.loads(row["messages"][2]["content"])
     text = rng.choice(rng.choice(WRITERS)).format(**record)
     return {"messages": [{"role": "system", "content": SUMMARY}, user, {"role": "assistant", "content": text}]}

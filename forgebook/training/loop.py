@@ -213,7 +213,9 @@ def train_loop(config: ResolvedConfig, run: Run, report: Report = lambda metrics
     result = {
         "best_checkpoint": f"checkpoints/{best}",
         "eval_loss": best_loss,
-        "perplexity": None if best_loss is None or objective.preference else objectives.perplexity(best_loss),
+        "perplexity": None
+        if best_loss is None or objective.preference or config.classifier_config
+        else objectives.perplexity(best_loss),
         "steps": step,
         "epochs": round(step / steps_per_epoch, 4),
         "stopped_early_of": last_step if step < last_step else None,

@@ -161,7 +161,7 @@ def evaluate(
     units = objective.count_units(valid.tokens, np.arange(len(valid.tokens)))
     totals = summed(accelerator, sums, ("loss", *objective.metric_names))
     means = {f"eval_{name}": total / units for name, total in totals.items()}
-    if objective.preference is None:  # the loss of a pair is no token's
+    if objective.preference is None and classifier is None:  # the loss of a pair or a label is not that of a text
         means["perplexity"] = perplexity(means["eval_loss"])
     if classifier:
         probabilities, truth = (np.array(column) for column in zip(*gather_object(predictions), strict=True))

@@ -80,6 +80,7 @@ def test_the_loss_is_that_of_a_hand_computation(classifier, method):
     evaluation = read_metrics(run.metrics)[-1]
     assert evaluation["eval_loss"] == pytest.approx(np.mean(losses), abs=1e-4)
     assert {"eval_accuracy", "eval_f1"} <= set(evaluation)
+    assert "perplexity" not in evaluation  # the loss of a label is not that of a text
     assert losses_of(run)[-1] < losses_of(run)[0]
 
 
