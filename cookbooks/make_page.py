@@ -43,25 +43,27 @@ def one_text(outputs: list) -> list:
     return joined
 
 
-def write_markdown(path: Path) -> None:
-    """Write README.md beside a notebook, figures in README_files/ with their texts."""
+def markdown_of(path: Path) -> tuple[str, dict[str, bytes]]:
+    """Return the README.md of a notebook, and the figures that belong to it by their paths beside it."""
     notebook = nbformat.read(path, as_version=4)
-    exporter = MarkdownExporter()
-    text, resources = exporter.from_notebook_node(
-        notebook, resources={"unique_key": path.stem, "output_files_dir": f"{path.stem}_files"}
-    )
+    names = {"unique_key": path.stem, "output_files_dir": f"{path.stem}_files"}
+    text, resources = MarkdownExporter().from_notebook_node(notebook, resources=names)
 
     def with_text(match: re.Match) -> str:
         output = notebook.cells[int(match[2])].outputs[int(match[3])]
-        return f"![{output.metadata.get('image/png', {}).get('alt') or 'figure'}]({match[1]})"
+        return f"![{output.metadata.get('image/png', {}).get('alt', 'figure')}]({match[1]})"
 
-    files = path.with_name(f"{path.stem}_files")
-    shutil.rmtree(files, ignore_errors=True)
-    for name, content in resources["outputs"].items():
+    return FIGURE.sub(with_text, text).strip() + "\n", resources["outputs"]
+
+
+def write_markdown(path: Path) -> None:
+    text, figures = markdown_of(path)
+    shutil.rmtree(path.with_name(f"{path.stem}_files"), ignore_errors=True)
+    for name, content in figures.items():
         target = path.parent / name
         target.parent.mkdir(exist_ok=True)
         target.write_bytes(content)
-    path.with_suffix(".md").write_text(FIGURE.sub(with_text, text), encoding="utf-8")
+    path.with_suffix(".md").write_text(text, encoding="utf-8")
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """Every notebook runs from top to bottom as it stands, and is committed clean."""
 
 import ast
+import importlib.util
 import json
 import os
 import re
@@ -100,11 +101,23 @@ def test_notebook_uses_public_names_only(path):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
-def test_readme_is_the_notebook(path):
-    """README.md is nbconvert's Markdown of the notebook: run `make notebooks` if it is not."""
-    from nbconvert import MarkdownExporter
+def test_readme_is_the_notebook(path, make_page):
+    """README.md is the notebook's Markdown, and README_files/ its figures: run `make notebooks` if they are not."""
+    text, figures = make_page.markdown_of(path)
+    assert text == path.with_suffix(".md").read_text()
+    assert {path.parent / name for name in figures} == set(path.with_name(f"{path.stem}_files").glob("*"))
 
-    resources = {"unique_key": path.stem, "output_files_dir": f"{path.stem}_files"}
-    body, _ = MarkdownExporter().from_filename(str(path), resources=resources)
-    body = body.replace("\r\n", "\n")  # a notebook's subprocess writes to a terminal
-    assert body.strip() == path.with_suffix(".md").read_text().strip()
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
+def test_every_figure_has_a_text(path):
+    """What is seen, for those who do not see it."""
+    for text in re.findall(r"!\[([^]]*)\]\(README_files", path.with_suffix(".md").read_text()):
+        assert len(text) > 20, text
+
+
+@pytest.fixture(scope="module")
+def make_page():
+    spec = importlib.util.spec_from_file_location("make_page", REPOSITORY / "cookbooks/make_page.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
