@@ -24,7 +24,6 @@ if TYPE_CHECKING:  # for editors and mypy ("as": they are exported); at run time
     from forgebook.evaluation.statistics import compare_shares as compare_shares
     from forgebook.evaluation.statistics import estimate as estimate
     from forgebook.evaluation.statistics import gsm8k_number as gsm8k_number
-    from forgebook.evaluation.tool_accuracy import TOOL_CALL_MISTAKES as TOOL_CALL_MISTAKES
     from forgebook.evaluation.tool_accuracy import find_tool_call_mistake as find_tool_call_mistake
     from forgebook.inference.loading import LoadedModel
     from forgebook.inference.vllm_command import vllm_command as vllm_command
@@ -43,7 +42,6 @@ if TYPE_CHECKING:  # for editors and mypy ("as": they are exported); at run time
 # The engine's own names: the module, and what the name is for.
 _ENGINE = {
     "DataError": ("errors", "raised for training data that cannot be used; its message names file:line"),
-    "TOOL_CALL_MISTAKES": ("evaluation.tool_accuracy", "the kinds of mistakes in tool calls"),
     "calls_of_message": ("data.tools", "the tool calls of a message"),
     "compare_shares": ("evaluation.statistics", "whether two models differ in right answers: McNemar's exact test"),
     "cost_per_million_tokens": ("planning.plan", "USD per million tokens, from USD per hour and tokens/s"),

@@ -14,6 +14,7 @@ import contextlib
 import fnmatch
 import glob
 import hashlib
+import http.client
 import os
 import re
 import shutil
@@ -142,6 +143,8 @@ def _cached(uri: str, version: str) -> Path:
 def _download(url: str, target: Path) -> None:
     with _opened(urllib.request.Request(url)) as response, open(target, "wb") as file:
         shutil.copyfileobj(response, file)
+        if response.length:  # of bytes that were announced; http.client takes an early end for the end
+            raise StorageError(f"{url} could not be read: the connection ended {response.length:,} bytes early")
 
 
 def _web_version(url: str) -> str:
@@ -164,5 +167,5 @@ def _opened(request: urllib.request.Request) -> Iterator[Any]:
     try:
         with urllib.request.urlopen(request, timeout=60) as response:
             yield response
-    except (urllib.error.URLError, OSError) as error:
+    except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
         raise StorageError(f"{request.full_url} could not be read: {getattr(error, 'reason', error)}") from None

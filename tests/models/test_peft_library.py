@@ -31,7 +31,7 @@ def test_a_process_imports_what_its_model_needs(tmp_path):
     command = [sys.executable, "-c", THREE_KINDS, str(TINY_MODEL), str(tmp_path)]
     printed = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
     imports = [line for line in printed.splitlines() if line.startswith("imports:")]
-    assert imports == ["imports:", "imports: Linear False", "imports: Linear4bit True"]
+    assert imports == ["imports:", "imports: _FusedLinear False", "imports: Linear4bit True"]
 
 
 def test_peft_looks_for_bitsandbytes_again_after_the_block(monkeypatch):

@@ -119,3 +119,35 @@ def test_words_are_spelled_right():
     command = [sys.executable, "-m", "codespell_lib", *pages]
     checked = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert checked.returncode == 0, checked.stdout
+
+
+# Words that readers of the field stumble over, and what to write instead.
+WORDING = {
+    r"\bcolour": "color",
+    r"\blearnt\b": "learned",
+    r"\btrained tokens\b": "supervised tokens, tokens in the loss",
+    r"\ball parameters\b": "full fine-tuning",
+    r"\buntouched model\b": "base model",
+    r"\b(goes|carries|go|carry) on (to|from|after|with|at)\b": "resumes, continues",
+    r"\bat the seam\b": "at the stage boundary",
+    r"\bdear(est)?\b": "expensive",
+    r"\bmends?\b": "fix",
+    r"\b(is|are|was|were) told\b": "see, get, print",
+    r"\bforetells?\b": "predicts",
+    r"\bupside down\b": "in reverse order",
+    r"\bas a tiny model likes\b": "because the model is tiny",
+    r"\bstands a learning rate\b": "needs a learning rate",
+    r"\d %": "95%, without a space",
+    r"\bbelongs into\b": "belongs in",
+    r"\bchange one line\b": "the exact commands",
+}
+
+
+WITH_OTHER_WORDS = {REPOSITORY / "CHANGELOG.md", REPOSITORY / "tests/oracles/chat_templates.yaml"}  # history; templates
+
+
+@pytest.mark.parametrize("path", sorted({*PAGES, *REPOSITORY.glob("[!.r]*/**/*.yaml")} - WITH_OTHER_WORDS), ids=name)
+def test_pages_use_the_words_of_the_field(path):
+    prose = re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL)
+    found = {f"{match[0]!r}: write {better}" for word, better in WORDING.items() for match in re.finditer(word, prose)}
+    assert not found, found

@@ -1,8 +1,9 @@
 """Local copies of remote files; a local path stands for itself."""
 
-import io
-import urllib.error
+import http.server
+import threading
 import urllib.request
+from typing import ClassVar
 
 import pytest
 
@@ -39,24 +40,57 @@ def test_what_cannot_be_read_is_a_readable_error(fetch, path, message):
         fetch(path)
 
 
-def test_a_web_file_is_downloaded_once_and_a_broken_download_leaves_nothing(monkeypatch):
-    answers = [urllib.error.URLError("no route"), io.BytesIO(b"text")]
+@pytest.fixture
+def web():
+    """An HTTP server that counts the downloads of a file, and breaks off the first of a file whose name says so."""
 
-    def urlopen(url, timeout):
-        answer = answers.pop(0)
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
+    class Handler(http.server.BaseHTTPRequestHandler):
+        downloads: ClassVar[list[str]] = []
+
+        def do_HEAD(self):
+            self.send_response(200)
+            self.send_header("ETag", '"1"')
+            self.send_header("Content-Length", "4")
+            self.end_headers()
+
+        def do_GET(self):
+            self.do_HEAD()
+            self.downloads.append(self.path)
+            self.wfile.write(b"te" if "broken" in self.path and len(self.downloads) == 1 else b"text")
+
+        def log_message(self, *words):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        Handler.address = f"http://127.0.0.1:{server.server_port}"
+        yield Handler
+        server.shutdown()
+
+
+def over_http(monkeypatch, web):
+    """Let https:// addresses of a host reach the server, which speaks HTTP."""
+    opened = urllib.request.urlopen
+
+    def urlopen(request, timeout):
+        url, method = request.full_url.replace("https://host", web.address), request.get_method()
+        return opened(urllib.request.Request(url, headers=request.headers, method=method), timeout=timeout)
 
     monkeypatch.setattr(urllib.request, "urlopen", urlopen)
-    with pytest.raises(StorageError, match=r"https://host/a\.jsonl could not be read: no route"):
-        fetch_file("https://host/a.jsonl")
+
+
+def test_a_web_file_is_downloaded_once_and_a_broken_download_leaves_nothing(monkeypatch, web):
+    over_http(monkeypatch, web)
+    with pytest.raises(StorageError, match=r"https://host/broken\.jsonl could not be read"):
+        fetch_file("https://host/broken.jsonl")
     assert not [path for path in cache_folder().rglob("*") if path.is_file()]
-    assert fetch_file("https://host/a.jsonl").read_text() == fetch_file("https://host/a.jsonl").read_text() == "text"
+    for _ in range(2):
+        assert fetch_file("https://host/broken.jsonl").read_text() == "text"
+    assert web.downloads == ["/broken.jsonl"] * 2
 
 
-def test_a_signed_address_is_stored_under_the_name_of_its_file(monkeypatch):
-    monkeypatch.setattr(urllib.request, "urlopen", lambda url, timeout: io.BytesIO(b"text"))
+def test_a_signed_address_is_stored_under_the_name_of_its_file(monkeypatch, web):
+    over_http(monkeypatch, web)
     assert fetch_file("https://host/signed.csv?signature=" + "s" * 2000).name == "signed.csv"
 
 
