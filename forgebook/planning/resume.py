@@ -105,7 +105,7 @@ def _refuse(before: ResolvedConfig, now: ResolvedConfig, keys: list[str], place:
     elif "num_devices" in keys and now.deepspeed is not None and max(1, before.num_devices) != max(1, now.num_devices):
         reasons["num_devices"] = "DeepSpeed's saved state is divided among the workers that saved it"
     if reasons:
-        texts = "; ".join(f"{key}: {reason}" for key, reason in reasons.items())
+        texts = "; ".join(f"{key}: {reason} (it was {_written(before, key)})" for key, reason in reasons.items())
         raise StorageError(
             f"{place} holds a run with another config ({', '.join(reasons)}): {texts}. Choose another run_name, or "
             "on_existing=overwrite"
@@ -116,4 +116,4 @@ def _written(config: ResolvedConfig, key: str) -> Any:
     value: Any = config
     for part in key.split("."):
         value = value.get(part) if isinstance(value, dict) else getattr(value, part, None)
-    return "none" if value is None else value
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else value

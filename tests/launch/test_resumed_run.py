@@ -8,6 +8,7 @@ from conftest import chat, fine_tune_until, losses_of, uneven_rows
 from forgebook.errors import StorageError
 from forgebook.launch.fine_tune import fine_tune
 from forgebook.runs import atomic
+from forgebook.runs.run import open_run
 
 
 def test_a_finished_run_goes_on_for_another_epoch(make_config, capsys):
@@ -31,6 +32,19 @@ def test_smaller_batches_of_the_same_step_give_the_same_losses(make_config):
         fine_tune_until(make_config(run_name="edited", **settings), 3)
     edited = make_config(run_name="edited", **settings, train_batch_size_per_device=4, gradient_accumulation_steps=2)
     assert losses_of(fine_tune(edited)) == pytest.approx(whole, rel=1e-5)
+
+
+def test_a_run_from_before_the_key_resumes_with_its_weight_decay(make_config):
+    settings = {"weight_decay": 0.1, "checkpoint_and_evaluation_frequency": {"unit": "steps", "frequency": 1}}
+    with pytest.raises(KeyboardInterrupt):
+        fine_tune_until(make_config(**settings, decay_norms_and_biases=True), 3)
+    path = open_run(make_config()).config
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if not line.startswith("decay_norms_and_biases")))
+    with pytest.raises(StorageError, match=r"decay_norms_and_biases: .* made with the other value \(it was true\)"):
+        fine_tune(make_config(**settings))
+    run = fine_tune(make_config(**settings, decay_norms_and_biases=True))
+    assert len(losses_of(run)) == 3 and run.saved_step == 3 and not run.changes.exists()
 
 
 def test_an_object_that_changed_before_a_resume_is_named(make_config, s3, write_rows):
