@@ -15,6 +15,7 @@ from forgebook.planning.prepare import Prepared
 from forgebook.planning.resume import resume_changes
 from forgebook.runs import atomic, object_store
 from forgebook.runs.run import Run
+from forgebook.training.training_state import Position, latest_state
 
 __all__ = ["check_same", "record_changes"]
 
@@ -27,7 +28,11 @@ def check_same(run: Run, prepared: Prepared) -> list[str]:
     config = prepared.config
     steps = schedule.steps_per_epoch(prepared.report["train"]["sequences"], config.global_batch_size)
     earlier = _as_it_ran(load_config(run.config))
-    changes = resume_changes(earlier, config, run.saved_step, steps, run.location, run.is_complete)
+    saved = latest_state(run.resume)
+    position = saved[1] if saved else Position()
+    step, names = position.step, {f"step-{position.step}", f"epoch-{position.step / steps:g}"}
+    has_checkpoint = not names.isdisjoint(position.losses)
+    changes = resume_changes(earlier, config, step, steps, run.location, run.is_complete, has_checkpoint)
     report = atomic.read_json(run.data_report, ["train"])
     for name in ("train", "valid"):
         if name in report and report[name]["fingerprint"] != prepared.report[name]["fingerprint"]:

@@ -52,11 +52,18 @@ _OTHERWISE = "losses before and after could not be compared"
 
 
 def resume_changes(
-    earlier: FinetuneConfig, now: ResolvedConfig, step: int, steps_per_epoch: int, place: str, is_complete: bool = False
+    earlier: FinetuneConfig,
+    now: ResolvedConfig,
+    step: int,
+    steps_per_epoch: int,
+    place: str,
+    is_complete: bool = False,
+    has_checkpoint: bool = False,
 ) -> list[str]:
     """List what the changed keys of a config mean for a run that is resumed after a step.
 
     earlier: the run's own config. place: of the run, for a person. is_complete: whether it has taken its last step.
+    has_checkpoint: whether it has evaluated and saved the model after this step, and not the training state alone.
 
     Raises StorageError for a change that cannot be resumed with, with the reason.
     """
@@ -72,10 +79,11 @@ def resume_changes(
             f"{place} is complete, so {', '.join(keys)} would change nothing of it: set more num_epochs or max_steps, "
             "choose another run_name, or on_existing=overwrite"
         )
-    if last[1] < step:
+    if last[1] < step or (last[0] != last[1] == step and not has_checkpoint):
+        also = ", whose model is not saved" if last[1] == step else ""
         raise StorageError(
             f"{place} has trained {step} steps, and {', '.join(k for k in keys if k in LENGTH_KEYS)} would end it at "
-            f"step {last[1]}: set more, or choose another run_name"
+            f"step {last[1]}{also}: set more, or choose another run_name"
         )
     texts = [f"{key}: {_written(before, key)} -> {_written(now, key)}" for key in keys]
     meaning = [f"resumes after step {step}"] if step else ["starts again: no step is saved"]

@@ -5,10 +5,11 @@ import json
 import pytest
 
 from conftest import chat, fine_tune_until, losses_of, uneven_rows
-from forgebook.errors import StorageError
+from forgebook.errors import StoppedError, StorageError
 from forgebook.launch.fine_tune import fine_tune
 from forgebook.runs import atomic
 from forgebook.runs.run import open_run
+from forgebook.training import distributed
 
 
 def test_a_finished_run_goes_on_for_another_epoch(make_config, capsys):
@@ -32,6 +33,20 @@ def test_smaller_batches_of_the_same_step_give_the_same_losses(make_config):
         fine_tune_until(make_config(run_name="edited", **settings), 3)
     edited = make_config(run_name="edited", **settings, train_batch_size_per_device=4, gradient_accumulation_steps=2)
     assert losses_of(fine_tune(edited)) == pytest.approx(whole, rel=1e-5)
+
+
+def test_a_run_ends_at_the_step_that_it_has_reached_if_there_is_a_checkpoint_of_it(make_config, monkeypatch):
+    """Between two checkpoints the training state alone is saved, by the clock: to end there would leave no model."""
+    stops = iter([False, True, False, True])
+    monkeypatch.setattr(distributed, "is_stop_requested", lambda folder: next(stops))
+    with pytest.raises(StoppedError):
+        fine_tune(make_config(num_epochs=2))
+    with pytest.raises(StorageError, match="max_steps would end it at step 2, whose model is not saved: set more"):
+        fine_tune(make_config(num_epochs=2, max_steps=2))
+    by_steps = {"num_epochs": 2, "checkpoint_and_evaluation_frequency": {"unit": "steps", "frequency": 2}}
+    with pytest.raises(StoppedError):
+        fine_tune(make_config(**by_steps))
+    assert atomic.read_json(fine_tune(make_config(**by_steps, max_steps=4)).summary)["steps"] == 4
 
 
 def test_a_run_from_before_the_key_resumes_with_its_weight_decay(make_config):
