@@ -77,7 +77,9 @@ class DataSource(StrictBlock):
         keys = set(columns)
         if not any(set(needed) <= keys <= {*needed, *also} for needed, also in _SHAPES):
             shapes = "; ".join(" and ".join(needed) for needed, _ in _SHAPES)
-            raise ValueError(f"got {', '.join(columns)}, must name the columns of one kind of example: {shapes}")
+            raise ValueError(
+                f"got {', '.join(columns) or 'none'}, must name the columns of one kind of example: {shapes}"
+            )
         return columns
 
     @model_validator(mode="after")

@@ -201,12 +201,16 @@ def _check_examples(
 
 
 def _refuse_bad_rows(task: str | None, paths: dict[str, Any], bad: dict[str, DatasetNotes], run: Run) -> NoReturn:
-    """Write the bad rows of the sets to the run's data report, and raise the error that names them."""
+    """Write the bad rows of the sets to the run's data report, and raise the error that names them.
+
+    A run that has started needs the report that it has, to resume: its bad rows have a file of their own.
+    """
+    path = run.rejected_rows if run.config.exists() else run.data_report
     report = {name: {"path": display_paths(paths[name]), **_reading_report(note)} for name, note in bad.items()}
     run.folder.mkdir(parents=True, exist_ok=True)
-    atomic.write_json(run.data_report, report)
+    atomic.write_json(path, report)
     errors = [str(bad_rows_error(paths[name], note, f"{name}_path", task or "")) for name, note in bad.items()]
-    where = f"All of them: {display_path(run.data_report)}. Fix them, or set on_bad_rows: drop"
+    where = f"All of them: {display_path(path)}. Fix them, or set on_bad_rows: drop"
     raise DataError("\n".join([*errors, where]))
 
 

@@ -1,14 +1,16 @@
 """A second start in a run's folder, with an edited config, with other data; in this process."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from conftest import chat, fine_tune_until, losses_of, uneven_rows
-from forgebook.errors import StoppedError, StorageError
+from forgebook.errors import DataError, StoppedError, StorageError
 from forgebook.launch.fine_tune import fine_tune
 from forgebook.runs import atomic
 from forgebook.runs.run import open_run
+from forgebook.runs.run_files import is_run_file
 from forgebook.training import distributed
 
 
@@ -47,6 +49,18 @@ def test_a_run_ends_at_the_step_that_it_has_reached_if_there_is_a_checkpoint_of_
     with pytest.raises(StoppedError):
         fine_tune(make_config(**by_steps))
     assert atomic.read_json(fine_tune(make_config(**by_steps, max_steps=4)).summary)["steps"] == 4
+
+
+@pytest.mark.parametrize("key", ["train_path", "valid_path"])
+def test_bad_rows_at_a_later_start_leave_the_run_as_it_is(make_config, key):
+    run, config = fine_tune(make_config(max_steps=1, num_warmup_steps=0)), make_config(max_steps=1, num_warmup_steps=0)
+    path = Path(getattr(config, key))
+    rows = path.read_text()
+    path.write_text(rows + '{"bad": 1}\n')
+    with pytest.raises(DataError, match=r"All of them: .*/rejected_rows\.json"):
+        fine_tune(config)
+    path.write_text(rows)
+    assert fine_tune(config).is_complete and is_run_file(run.rejected_rows.name)
 
 
 def test_a_run_from_before_the_key_resumes_with_its_weight_decay(make_config):
