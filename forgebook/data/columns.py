@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from forgebook.config.data_block import template_columns
+from forgebook.config.data_block import as_written, template_columns
 from forgebook.data.messages import brief
 from forgebook.errors import DataError, near_miss
 
@@ -54,7 +54,7 @@ class ColumnMapping:
         if columns is None and not system:
             return None
         pairs: Iterable[tuple[Any, str]] = labels.items() if isinstance(labels, Mapping) else enumerate(labels or ())
-        return cls(tuple((columns or {}).items()), system or None, tuple((_written(k), v) for k, v in pairs))
+        return cls(tuple((columns or {}).items()), system or None, tuple((as_written(k), v) for k, v in pairs))
 
 
 class MappedRow(dict):
@@ -161,17 +161,12 @@ def _text(value: Any, name: str) -> str:
     if value is None or isinstance(value, str):
         return value or ""
     if isinstance(value, int | float):
-        return _written(value)
+        return as_written(value)
     raise DataError(f"the column {name!r} is {brief(value)}; expected text (a dot leads into it: {name}.KEY)")
 
 
-def _written(value: Any) -> str:
-    """Write a value as YAML and JSON do."""
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
 def _label(value: Any, mapping: ColumnMapping) -> str:
-    labels, written = dict(mapping.labels), _written(value)
+    labels, written = dict(mapping.labels), as_written(value)
     if written in labels:
         return labels[written]
     if written in labels.values() and all(key.isdigit() for key in labels):  # a list of names, and their name
