@@ -97,7 +97,7 @@ def _sampling(parsed: Arguments) -> Sampling:
 
 
 def _refuse_rest(name: str, parsed: Arguments) -> None:
-    """Raise ConfigError if a command with one target got more parsed."""
+    """Raise ConfigError if a command with one target got more arguments."""
     if parsed.rest:
         raise ConfigError(f"{name} takes one RUN: {parsed.rest[0]!r} is one argument too many")
 

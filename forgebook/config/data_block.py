@@ -8,7 +8,7 @@ from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 from forgebook.config.blocks import Float, Int, StrictBlock
 from forgebook.errors import near_miss, shown_value
 
-__all__ = ["COLUMN_ROLES", "DataPath", "DataSource", "HeldOut", "ValidPath", "template_columns"]
+__all__ = ["COLUMN_ROLES", "DataPath", "DataSource", "HeldOut", "ValidPath", "as_written", "template_columns"]
 
 # What a column may hold. Each line is one kind of example; those in the second part may stand beside it.
 _SHAPES = (
@@ -19,6 +19,11 @@ _SHAPES = (
     (("chosen", "rejected"), ("user", "system", "tools")),
 )
 COLUMN_ROLES = ("system", "user", "assistant", "messages", "tools", "text", "label", "chosen", "rejected")
+
+
+def as_written(value: object) -> str:
+    """Write a value as YAML and JSON do."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def template_columns(template: str) -> list[str]:
@@ -77,8 +82,16 @@ class DataSource(StrictBlock):
         keys = set(columns)
         if not any(set(needed) <= keys <= {*needed, *also} for needed, also in _SHAPES):
             shapes = "; ".join(" and ".join(needed) for needed, _ in _SHAPES)
-            raise ValueError(f"got {', '.join(columns)}, must name the columns of one kind of example: {shapes}")
+            raise ValueError(
+                f"got {', '.join(columns) or 'none'}, must name the columns of one kind of example: {shapes}"
+            )
         return columns
+
+    @field_validator("labels")
+    @classmethod
+    def _by_text(cls, labels: list[str] | dict[str | int | bool, str] | None) -> list[str] | dict[str, str] | None:
+        # As text, because the config that a run stores has no other keys.
+        return {as_written(key): label for key, label in labels.items()} if isinstance(labels, dict) else labels
 
     @model_validator(mode="after")
     def _labels_have_a_column(self) -> Self:

@@ -181,7 +181,8 @@ def _explain(error: ValidationError, values: dict[str, Any], locations: Location
         if kind == "missing" and isinstance(location[-1], str):
             problem = f"missing key {'.'.join(map(str, [key, location[-1]])).removeprefix('.')!r}"
         elif kind in ("extra_forbidden", "invalid_key"):
-            problem = f"unknown key {key!r}{near_miss(location[-1], _known_keys(location))}"
+            known = [name for name in _known_keys(location) if name != location[-1]]  # of another block of the union
+            problem = f"unknown key {key!r}{near_miss(location[-1], known)}"
         elif kind == "value_error":
             problem = f"{key}: {item['ctx']['error']}".removeprefix(": ")
         else:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from forgebook.config.data_block import template_columns
+from forgebook.config.data_block import as_written, template_columns
 from forgebook.data.messages import brief
 from forgebook.errors import DataError, near_miss
 
@@ -54,11 +54,11 @@ class ColumnMapping:
         if columns is None and not system:
             return None
         pairs: Iterable[tuple[Any, str]] = labels.items() if isinstance(labels, Mapping) else enumerate(labels or ())
-        return cls(tuple((columns or {}).items()), system or None, tuple((_written(k), v) for k, v in pairs))
+        return cls(tuple((columns or {}).items()), system or None, tuple((as_written(k), v) for k, v in pairs))
 
 
 class MappedRow(dict):
-    """A row in the keys of a format. unused: the columns that no role reads."""
+    """A row in the keys of a format. unused: the columns that no role reads, and those that a role does not find."""
 
     unused: tuple[str, ...] = ()
 
@@ -81,7 +81,11 @@ def map_row(raw: Any, mapping: ColumnMapping) -> Any:
         row["system"] = mapping.system
     used = {name.split(".")[0] for _, template in mapping.columns for name in template_columns(template)}
     used |= {name for _, template in mapping.columns for name in template_columns(template)}
-    row.unused = tuple(key for key in raw if key not in used)
+    absent = [(role, name) for role, template in mapping.columns if role in OPTIONAL for name in _absent(raw, template)]
+    row.unused = (
+        *(key for key, value in raw.items() if key not in used and _has_value(value)),
+        *(f"columns.{role}: no column {name!r}" for role, name in absent),
+    )
     return row
 
 
@@ -106,18 +110,27 @@ def _value(raw: dict[str, Any], role: str, template: str) -> Any:
     """Return what a role's column or template holds; None for an optional one without a value."""
     if "{" not in template and "}" not in template:
         value = _column(raw, template)
-        if value in (None, "", [], {}):
+        if not _has_value(value):
             if role not in OPTIONAL:
                 _refuse_missing(raw, role, template)
             return None
         return value if role in (*CONVERSATIONS, "rejected", "user", "tools", "label") else _text(value, template)
-    text = ""
-    for literal, name, _, _ in string.Formatter().parse(template):
-        value = _column(raw, name) if name else ""
-        if value is None and role not in OPTIONAL:
-            _refuse_missing(raw, role, str(name))
-        text += literal + _text(value, str(name))
-    return text
+    parts = [(literal, name) for literal, name, _, _ in string.Formatter().parse(template)]
+    cells = {name: _column(raw, name) for _, name in parts if name}
+    # An empty cell is an empty part of the text; a text of empty cells alone is missing.
+    missing = _absent(raw, template) or ([] if any(map(_has_value, cells.values())) else list(cells))
+    if missing and role not in OPTIONAL:
+        _refuse_missing(raw, role, missing[0])
+    return None if missing else "".join(text + (_text(cells[name], name) if name else "") for text, name in parts)
+
+
+def _absent(raw: dict[str, Any], template: str) -> list[str]:
+    """List the columns of a template that a row does not have, not even empty."""
+    return [name for name in template_columns(template) if name not in raw and name.split(".")[0] not in raw]
+
+
+def _has_value(value: Any) -> bool:
+    return value not in (None, "", [], {})
 
 
 def _column(raw: dict[str, Any], name: str) -> Any:
@@ -148,17 +161,12 @@ def _text(value: Any, name: str) -> str:
     if value is None or isinstance(value, str):
         return value or ""
     if isinstance(value, int | float):
-        return _written(value)
+        return as_written(value)
     raise DataError(f"the column {name!r} is {brief(value)}; expected text (a dot leads into it: {name}.KEY)")
 
 
-def _written(value: Any) -> str:
-    """Write a value as YAML and JSON do."""
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
 def _label(value: Any, mapping: ColumnMapping) -> str:
-    labels, written = dict(mapping.labels), _written(value)
+    labels, written = dict(mapping.labels), as_written(value)
     if written in labels:
         return labels[written]
     if written in labels.values() and all(key.isdigit() for key in labels):  # a list of names, and their name

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from forgebook.data import tables
-from forgebook.data.columns import map_row
+from forgebook.data.columns import MappedRow, map_row
 from forgebook.data.compressed import plain_copy
 from forgebook.data.data_sources import Source, local_copy
 from forgebook.data.json_values import check_unique, check_value, parse_json, unique_keys
@@ -90,7 +90,8 @@ def _joined(counts: list[int], fewest: int) -> Iterator[tuple[int, int, int]]:
 def read_chunk(chunk: FileChunk) -> Iterator[tuple[str, Any]]:
     """Yield (file:line, row) of each row of a chunk; a DataError in the place of a row that cannot be read.
 
-    Where its source maps columns, a row is a `columns.MappedRow`.
+    Where its source maps columns, a row is a `columns.MappedRow`. Of CSV and typed columns, which give every row the
+    keys of all, empty cells are left out.
     """
     name = chunk.source.uri if chunk.source.uri.startswith(HUB) else chunk.source.uri.rstrip("/").rsplit("/", 1)[-1]
     for number, row in _rows(chunk):
@@ -100,6 +101,8 @@ def read_chunk(chunk: FileChunk) -> Iterator[tuple[str, Any]]:
                 row = map_row(row, chunk.source.mapping)
             except DataError as error:
                 row = error
+        if chunk.kind not in ("jsonl", "json") and isinstance(row, dict) and not isinstance(row, MappedRow):
+            row = {key: value for key, value in row.items() if value is not None}
         yield where, DataError(f"{where}: {row}") if isinstance(row, DataError) else row
 
 
@@ -266,4 +269,4 @@ def _csv_row(row: dict) -> Any:
         return DataError("not UTF-8 text: save the file as UTF-8")
     if None in row or None in row.values():
         return DataError("more or fewer cells than the header: quote cells that contain commas")
-    return {key: cell for key, cell in row.items() if cell != ""}
+    return {key: cell or None for key, cell in row.items()}

@@ -72,6 +72,11 @@ class Example:
     rejected: list[Message] | None = None
 
     @property
+    def line(self) -> int:
+        """The line of its file."""
+        return int(self.where.rsplit(":", 1)[1])
+
+    @property
     def conversation(self) -> list[Message]:
         """The messages. Raises DataError for plain text."""
         if self.messages is None:

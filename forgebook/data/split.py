@@ -1,7 +1,8 @@
 """The share of the training examples that is held out for validation.
 
     train, valid, counts = hold_out(tokens, 0.05, seed=0)      numbers of examples
-    write_examples(sources, lines, "instruction_tuning", (), run.held_out)
+    rows = rows_of(valid, source, sources)                     which rows of which sources these are
+    write_examples(rows, "instruction_tuning", (), run.held_out)
 
 An example's side depends on the seed, its first user message and the other examples, not on the order of files, the
 number of workers or how often the run was started.
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +25,20 @@ from forgebook.data.token_store import Tokens
 from forgebook.errors import DataError
 from forgebook.runs.atomic import atomic_file
 
-__all__ = ["group_of", "hold_out", "write_examples"]
+__all__ = ["Row", "group_of", "hold_out", "rows_of", "write_examples"]
+
+# The line of a file and the group of the example there: a JSON array may have all its examples in one line.
+Row = tuple[int, int]
 
 
-def group_of(example: Example) -> int | None:
+def group_of(example: Example) -> int:
     """Hash what examples that belong together share: the first user message, but for case and spaces.
 
-    None for plain text, which belongs with its own copies alone.
+    Plain text, and a conversation without a user message, belong with their own copies alone.
     """
-    for message in example.messages or ():
-        if message["role"] == "user":
-            text = " ".join(message["content"].lower().split())
-            return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
-    return None
+    asked = next((message["content"] for message in example.messages or () if message["role"] == "user"), None)
+    text = json.dumps(_as_row(example)) if asked is None else " ".join(asked.lower().split())
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 def hold_out(tokens: Tokens, share: float, seed: int, size: int = 1) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
@@ -83,20 +85,30 @@ def _mixed(numbers: np.ndarray, seed: int) -> np.ndarray:
     return mixed
 
 
-def write_examples(
-    sources: Sequence[Source], lines: Sequence[Collection[int]], task: str, labels: Sequence[str], path: Path
-) -> None:
+def rows_of(tokens: Tokens, source: np.ndarray, sources: Sequence[Source]) -> dict[Source, set[Row]]:
+    """List the rows of each source that examples were read from. source: [examples] the number of each one's source."""
+    rows: dict[Source, set[Row]] = {one: set() for one in sources}  # a source may be listed twice
+    for number, line, group in zip(source.tolist(), tokens.line.tolist(), tokens.group.tolist(), strict=True):
+        rows[sources[number]].add((line, group))
+    return rows
+
+
+def write_examples(rows: Mapping[Source, Collection[Row]], task: str, labels: Sequence[str], path: Path) -> None:
     """Write some rows of sources as JSON lines in the formats of messages, preference or text: a run's own copy.
 
-    lines: for each source, the numbers of the rows. Raises DataError or StorageError if a source cannot be read.
+    Raises DataError or StorageError if a source cannot be read.
     """
+    written = set[str]()
     with atomic_file(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        for source, numbers in zip(sources, lines, strict=True):
-            wanted = set(numbers)
+        for source, wanted in rows.items():
             for chunk in split_source(source) if wanted else ():
                 for parsed in parse_chunk(chunk, task, labels):
-                    if not isinstance(parsed, DataError) and int(parsed[0].where.rsplit(":", 1)[1]) in wanted:
-                        file.write(json.dumps(_as_row(parsed[0]), ensure_ascii=False) + "\n")
+                    if isinstance(parsed, DataError) or (parsed[0].line, group_of(parsed[0])) not in wanted:
+                        continue
+                    row = json.dumps(_as_row(parsed[0]), ensure_ascii=False)
+                    if row not in written:  # duplicates may share a line
+                        written.add(row)
+                        file.write(row + "\n")
 
 
 def _as_row(example: Example) -> dict[str, Any]:

@@ -122,14 +122,14 @@ def _class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]
 
 
 def _named(row: dict[str, Any], names: Mapping[str, list[str]]) -> dict[str, Any]:
-    """Put the names of labels in the place of their numbers, and leave out what has no value."""
+    """Put the names of labels in the place of their numbers, and leave out what has no value inside of the columns."""
     for key, labels in names.items():
         number = row.get(key)
         if number == NO_LABEL:
             row[key] = None
         elif isinstance(number, int) and 0 <= number < len(labels):
             row[key] = labels[number]
-    return without_nulls(row)
+    return {key: without_nulls(value) for key, value in row.items()}
 
 
 # The hub ----------------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ __all__ = ["EncodingOptions", "TokenizedSet", "encode_examples", "tokenize", "to
 # Part of the name of cached tokens. Raise it with every change of what a row becomes (readers, messages, row_formats,
 # tools, chat_template and what it imports, masking) or of how shards are written (token_store).
 # tests/data/test_tokenize.py pins the tokens of a small file, and fails where this was forgotten.
-CACHE_VERSION = 12
+CACHE_VERSION = 13
 # Examples per call of the tokenizer: enough for all its threads.
 TOKENIZER_BATCH = 512
 # Sources of more chunks than this (of about 2 MB) are worth a Ray cluster.
@@ -272,7 +272,7 @@ def _write_shard(number: int, chunk: FileChunk, *, tokenizer, options: EncodingO
 
 def _encoded(
     examples: Iterable[Example], tokenizer, options: EncodingOptions, notes: DatasetNotes
-) -> Iterator[tuple[Encoded, int, int | None]]:
+) -> Iterator[tuple[Encoded, int, int]]:
     """Yield (encoded, line of its file, group) of examples that can be trained; note the others."""
     examples = iter(examples)
     while batch := list(itertools.islice(examples, TOKENIZER_BATCH)):
@@ -280,9 +280,8 @@ def _encoded(
             if isinstance(encoded, DataError):
                 notes.problems.append(str(encoded))
                 continue
-            line = int(example.where.rsplit(":", 1)[1])
             group = split.group_of(example)
-            yield from ((one, line, group) for one in encoded)
+            yield from ((one, example.line, group) for one in encoded)
 
 
 def _with_threads(chunks: list[FileChunk], write: functools.partial) -> Iterator[DatasetNotes]:

@@ -123,8 +123,9 @@ def model_card(run: Run, repo_id: str, base: str) -> str:
 
 
 def _describe(data: dict[str, Any]) -> str:
-    """Count a set's examples; name it only if it is public."""
-    path = f" of {data['path']}" if data["path"].startswith(("hf://", "https://")) else ""
+    """Count a set's examples; name it only if all of it is public."""
+    paths = [path.partition("?")[0] for path in data["path"].split(", ")]  # what follows may be a signature
+    path = f" of {', '.join(paths)}" if all(one.startswith(("hf://", "https://")) for one in paths) else ""
     return f"{data['rows']:,}{path}, {data['supervised_tokens']:,} supervised tokens"
 
 

@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 from forgebook.config.parse import load_config
+from forgebook.config.schema import FinetuneConfig
 from forgebook.errors import StorageError
 from forgebook.models import versions
 from forgebook.planning import schedule
@@ -14,6 +15,7 @@ from forgebook.planning.prepare import Prepared
 from forgebook.planning.resume import resume_changes
 from forgebook.runs import atomic, object_store
 from forgebook.runs.run import Run
+from forgebook.training.training_state import Position, latest_state
 
 __all__ = ["check_same", "record_changes"]
 
@@ -25,7 +27,12 @@ def check_same(run: Run, prepared: Prepared) -> list[str]:
     """
     config = prepared.config
     steps = schedule.steps_per_epoch(prepared.report["train"]["sequences"], config.global_batch_size)
-    changes = resume_changes(load_config(run.config), config, run.saved_step, steps, run.location, run.is_complete)
+    earlier = _as_it_ran(load_config(run.config))
+    saved = latest_state(run.resume)
+    position = saved[1] if saved else Position()
+    step, names = position.step, {f"step-{position.step}", f"epoch-{position.step / steps:g}"}
+    has_checkpoint = not names.isdisjoint(position.losses)
+    changes = resume_changes(earlier, config, step, steps, run.location, run.is_complete, has_checkpoint)
     report = atomic.read_json(run.data_report, ["train"])
     for name in ("train", "valid"):
         if name in report and report[name]["fingerprint"] != prepared.report[name]["fingerprint"]:
@@ -36,6 +43,13 @@ def check_same(run: Run, prepared: Prepared) -> list[str]:
     if not run.is_complete or changes:
         versions.check_versions(report.get("models", {}), config)
     return changes
+
+
+def _as_it_ran(written: FinetuneConfig) -> FinetuneConfig:
+    """Fill in what a run of an earlier version did without a key for it: weight decay was of norms and biases, too."""
+    if written.weight_decay == 0 or written.is_lora or "decay_norms_and_biases" in written.explicit_keys:
+        return written
+    return written.resolve(decay_norms_and_biases=True)
 
 
 def record_changes(run: Run, changes: list[str]) -> None:

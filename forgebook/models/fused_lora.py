@@ -5,7 +5,7 @@
 y = x W' + b + s (x A') B'. PEFT writes (x A') B', s times it, and the sum, each as large as y, and in the backward pass
 two gradients of x and their sum. Here the second product is added into the first as it is computed, both ways; x A', of
 rank r, is computed again instead of kept. Parameters, their names and what is saved stay PEFT's. Dropout, DoRA, packed
-weights and ZeRO-3's shards keep PEFT's own forward pass.
+weights, ZeRO-3's shards and weights offloaded for inference keep PEFT's own forward pass.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ class _FusedLinear(LoraLinear):
             and not base.weight.requires_grad
             and not (base.bias is not None and base.bias.requires_grad)
             and all(weight.dtype == x.dtype for weight in weights)
+            and all(weight.device == x.device for weight in weights)  # offloaded ones arrive when the layers are called
             and not torch.is_autocast_enabled(x.device.type)
             and not hasattr(base.weight, "ds_id")  # ZeRO-3 gathers its shards when the layers themselves are called
         )

@@ -52,13 +52,13 @@ class Prepared:
     train: Tokens
     valid: Tokens | None
     report: dict[str, Any]
-    held_out: dict[Source, set[int]] | None = None
+    held_out: dict[Source, set[split.Row]] | None = None
 
     def write_held_out(self, path: Path) -> None:
         """Write the examples that are held out, so that whoever reads the run later has the same ones."""
         if self.held_out is not None:
             labels = labels_of(self.config.classifier_config)
-            split.write_examples(list(self.held_out), list(self.held_out.values()), self.config.task, labels, path)
+            split.write_examples(self.held_out, self.config.task, labels, path)
 
 
 def _no_progress(name: str, done: int, total: int) -> None:
@@ -150,7 +150,7 @@ def _bad_rows(config: FinetuneConfig) -> tuple[dict[str, Any], dict[str, Dataset
 
 def _tokenize(
     config: FinetuneConfig, paths: dict[str, Any], run: Run, on_progress: Callable[[str, int, int], None]
-) -> tuple[dict[str, Tokens], dict[str, DatasetNotes], dict[str, int], dict[Source, set[int]] | None]:
+) -> tuple[dict[str, Tokens], dict[str, DatasetNotes], dict[str, int], dict[Source, set[split.Row]] | None]:
     """Tokenize each set, or map its cached tokens, and hold out a share for validation where the config says so.
 
     Returns by set the tokens and the notes on reading; then the counts of the share held out, and its rows by source.
@@ -167,7 +167,7 @@ def _tokenize(
     sets: dict[str, Tokens] = {}
     notes: dict[str, DatasetNotes] = {}
     counts: dict[str, int] = {}
-    held_out: dict[Source, set[int]] | None = None
+    held_out: dict[Source, set[split.Row]] | None = None
     share = paths.get("valid")
     for name, path in paths.items():
         if isinstance(path, HeldOut):
@@ -179,7 +179,7 @@ def _tokenize(
                 sources, tokenizer, options, cache, share, config.seed, report_progress
             )
             sets["valid"], notes["valid"] = out.tokens, DatasetNotes(rows=len(out.tokens))
-            held_out = {source: set(out.tokens.line[out.source == k].tolist()) for k, source in enumerate(sources)}
+            held_out = split.rows_of(out.tokens, out.source, sources)
         else:
             sets[name], notes[name] = data.tokenize(sources, tokenizer, options, cache, config.seed, report_progress)
     if config.max_examples is not None:
@@ -201,12 +201,16 @@ def _check_examples(
 
 
 def _refuse_bad_rows(task: str | None, paths: dict[str, Any], bad: dict[str, DatasetNotes], run: Run) -> NoReturn:
-    """Write the bad rows of the sets to the run's data report, and raise the error that names them."""
+    """Write the bad rows of the sets to the run's data report, and raise the error that names them.
+
+    A run that has started needs the report that it has, to resume: its bad rows have a file of their own.
+    """
+    path = run.rejected_rows if run.config.exists() else run.data_report
     report = {name: {"path": display_paths(paths[name]), **_reading_report(note)} for name, note in bad.items()}
     run.folder.mkdir(parents=True, exist_ok=True)
-    atomic.write_json(run.data_report, report)
+    atomic.write_json(path, report)
     errors = [str(bad_rows_error(paths[name], note, f"{name}_path", task or "")) for name, note in bad.items()]
-    where = f"All of them: {display_path(run.data_report)}. Fix them, or set on_bad_rows: drop"
+    where = f"All of them: {display_path(path)}. Fix them, or set on_bad_rows: drop"
     raise DataError("\n".join([*errors, where]))
 
 

@@ -52,11 +52,18 @@ _OTHERWISE = "losses before and after could not be compared"
 
 
 def resume_changes(
-    earlier: FinetuneConfig, now: ResolvedConfig, step: int, steps_per_epoch: int, place: str, is_complete: bool = False
+    earlier: FinetuneConfig,
+    now: ResolvedConfig,
+    step: int,
+    steps_per_epoch: int,
+    place: str,
+    is_complete: bool = False,
+    has_checkpoint: bool = False,
 ) -> list[str]:
     """List what the changed keys of a config mean for a run that is resumed after a step.
 
     earlier: the run's own config. place: of the run, for a person. is_complete: whether it has taken its last step.
+    has_checkpoint: whether it has evaluated and saved the model after this step, and not the training state alone.
 
     Raises StorageError for a change that cannot be resumed with, with the reason.
     """
@@ -72,10 +79,11 @@ def resume_changes(
             f"{place} is complete, so {', '.join(keys)} would change nothing of it: set more num_epochs or max_steps, "
             "choose another run_name, or on_existing=overwrite"
         )
-    if last[1] < step:
+    if last[1] < step or (last[0] != last[1] == step and not has_checkpoint):
+        also = ", whose model is not saved" if last[1] == step else ""
         raise StorageError(
             f"{place} has trained {step} steps, and {', '.join(k for k in keys if k in LENGTH_KEYS)} would end it at "
-            f"step {last[1]}: set more, or choose another run_name"
+            f"step {last[1]}{also}: set more, or choose another run_name"
         )
     texts = [f"{key}: {_written(before, key)} -> {_written(now, key)}" for key in keys]
     meaning = [f"resumes after step {step}"] if step else ["starts again: no step is saved"]
@@ -105,7 +113,7 @@ def _refuse(before: ResolvedConfig, now: ResolvedConfig, keys: list[str], place:
     elif "num_devices" in keys and now.deepspeed is not None and max(1, before.num_devices) != max(1, now.num_devices):
         reasons["num_devices"] = "DeepSpeed's saved state is divided among the workers that saved it"
     if reasons:
-        texts = "; ".join(f"{key}: {reason}" for key, reason in reasons.items())
+        texts = "; ".join(f"{key}: {reason} (it was {_written(before, key)})" for key, reason in reasons.items())
         raise StorageError(
             f"{place} holds a run with another config ({', '.join(reasons)}): {texts}. Choose another run_name, or "
             "on_existing=overwrite"
@@ -116,4 +124,4 @@ def _written(config: ResolvedConfig, key: str) -> Any:
     value: Any = config
     for part in key.split("."):
         value = value.get(part) if isinstance(value, dict) else getattr(value, part, None)
-    return "none" if value is None else value
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else value

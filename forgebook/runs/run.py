@@ -75,6 +75,10 @@ class Run:
         return self.folder / "data_report.json"  # examples, tokens, what was cut
 
     @property
+    def rejected_rows(self) -> Path:
+        return self.folder / "rejected_rows.json"  # of a later start of the run, whose data was rejected
+
+    @property
     def held_out(self) -> Path:
         return self.folder / "held_out.jsonl"  # the validation examples, where they are a share of the training data
 

@@ -119,7 +119,6 @@ def undecayed_names(model: torch.nn.Module) -> set[str]:
 def set_rate(groups: Iterable[dict[str, Any]], learning_rate: float) -> None:
     """Set the learning rate of an optimizer's groups, each times its `rate_scale`."""
     for group in groups:
-        # A state that a version without scales saved, once loaded, has groups without one.
         group["lr"] = learning_rate * group.get("rate_scale", 1.0)
 
 

@@ -153,6 +153,7 @@ def load_state(
     with distributed.raised_everywhere():
         if distributed.is_main() and not is_elastic:  # an elastic run may lack files of workers that left
             checksums.check_files(state)
+    scales = [group.get("rate_scale", 1.0) for group in optimizer.param_groups]
     if deepspeed_engine is not None:
         # Not strict: frozen weights are not in the state, they are those of the base model.
         deepspeed_engine.load_checkpoint(str(state), tag="deepspeed", load_module_strict=False)
@@ -166,9 +167,12 @@ def load_state(
         if groups != len(optimizer.param_groups):
             raise CheckpointError(
                 f"{state} has {groups} groups of parameters and this version {len(optimizer.param_groups)}: an earlier "
-                "version decayed norms and biases, too, or had one learning rate for labels; choose another run_name"
+                "version, which had one learning rate for labels as well, saved it; choose another run_name"
             )
         optimizer.load_state_dict(saved["optimizer"])
+    # The state brings its own, of the learning rate that the config had then.
+    for group, scale in zip(optimizer.param_groups, scales, strict=True):
+        group["rate_scale"] = scale
     random_state = state / f"random-{distributed.rank()}.pt"
     if random_state.exists() or position.world_size == distributed.world_size():
         _set_random_state(torch.load(random_state, weights_only=True))

@@ -3,7 +3,7 @@
 import pytest
 
 from forgebook.config.data_block import DataSource, HeldOut, template_columns
-from forgebook.config.parse import dump_config, load_config
+from forgebook.config.parse import config_differences, dump_config, load_config
 from forgebook.errors import ConfigError
 
 
@@ -25,6 +25,14 @@ def test_every_form_is_read_and_written_back(write_yaml, tmp_path):
     assert again.train_path == config.train_path and again.valid_path == config.valid_path
     mix = load_config(write_yaml("model_id: tiny\ntrain_path: [a, {path: b, system: s}]\nvalid_path: {path: c}"))
     assert mix.train_path[1] == DataSource(path="b", system="s") and mix.valid_path.path == "c"
+
+
+def test_labels_of_numbers_and_switches_are_written_back(write_yaml, tmp_path):
+    source = "{path: a, columns: {text: t, label: l}, labels: {true: x, 0: y}}"
+    config = load_config(write_yaml(f"model_id: tiny\ntrain_path: [{source}]\nvalid_path: {source}\n"))
+    (tmp_path / "again.yaml").write_text(dump_config(config))
+    assert config_differences(config, load_config(tmp_path / "again.yaml")) == []
+    assert config.valid_path.labels == {"true": "x", "0": "y"}
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Columns of any name become the keys of a format, or an error that names the column."""
 
+import json
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -31,6 +33,27 @@ def test_user_and_assistant():
 def test_templates_keep_braces_of_cells_and_escaped_ones():
     row = mapped(GSM, {"user": "{answer} {{x}}: {id}\n\n{question}", "assistant": "answer", "system": "none"})
     assert texts(row)[0] == ("user", "4 {so} {x}: 7\n\n2 + 2?") and "system" not in row
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet", "jsonl"])
+def test_an_empty_cell_is_an_empty_part_of_a_template(tmp_path, kind):
+    path, rows = tmp_path / f"a.{kind}", [{"q": "?", "more": None, "a": "!"}, {"q": None, "more": None, "a": "!"}]
+    if kind == "csv":
+        path.write_text("q,more,a\n?,,!\n,,!\n")
+    elif kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows, pa.schema(dict.fromkeys(("q", "more", "a"), pa.string()))), path)
+    else:
+        path.write_text("\n".join(map(json.dumps, rows)))
+    source = DataSource(path=str(path), columns={"user": "{q}|{more}", "assistant": "a", "system": "About {more}"})
+    [example] = read_examples(source, on_bad_rows="drop")
+    assert [one["content"] for one in example.conversation] == ["?|", "!"]
+    with pytest.raises(DataError, match=r"the column 'q', which columns\.user reads, is empty"):
+        read_examples(source)
+
+
+def test_an_optional_column_that_is_not_there_is_reported():
+    row = mapped(GSM, {"user": "question", "assistant": "answer", "system": "sytem"})
+    assert "system" not in row and row.unused == ("id", "columns.system: no column 'sytem'")
 
 
 def test_a_dot_leads_into_a_column():
@@ -98,7 +121,7 @@ def test_a_class_label_of_the_hub_gives_its_names(tmp_path):
         source = DataSource(path=str(tmp_path / path), columns=columns)
         read = read_examples(source, "classification", 2, ("ham", "spam"), "drop")
         assert [one.messages[-1]["content"] for one in read] == ["ham", "spam"]
-        with pytest.raises(DataError, match=r"1 of 3 rows[\s\S]*:3: no column 'label'"):
+        with pytest.raises(DataError, match=r"1 of 3 rows[\s\S]*:3: the column 'label', .* is empty"):
             read_examples(source, "classification", None, ("ham", "spam"))
     source = DataSource(path=str(tmp_path / "plain.parquet"), columns=columns, labels=["ham", "spam"])
     assert read_examples(source, "classification", None, ("ham", "spam"))[0].messages[-1]["content"] == "ham"

@@ -78,9 +78,42 @@ def test_a_large_group_stays_in_training():
 
 
 def test_text_belongs_with_its_copies_alone():
-    assert split.group_of(Example("f:1", text="x")) is None
+    one, other, copy = (split.group_of(Example("f:1", text=text)) for text in ("x", "X", "x"))
+    assert one == copy != other
     same = [split.group_of(Example("f:1", messages=chat(text, "a")["messages"])) for text in ("A  b", "a b\n")]
     assert same[0] == same[1] is not None
+
+
+def write_rows_of(path, lines, task, target):
+    """Write the examples of some lines of a file as a run's own copy."""
+    every = read_examples(path, task, on_bad_rows="drop")
+    rows = {(one.line, split.group_of(one)) for one in every if one.line in lines}
+    split.write_examples({find_sources(path)[0]: rows}, task, (), target)
+
+
+def written_of(paths, tokenizer, folder, task="instruction_tuning"):
+    """Hold out a share, and return its texts and those of the copy that is written of it."""
+    sources = find_sources(paths)
+    _, out, _, _ = splits(paths, tokenizer, folder, share=0.3, task=task)
+    split.write_examples(split.rows_of(out.tokens, out.source, sources), task, (), folder / "written.jsonl")
+    options = EncodingOptions(task=task)
+    encoded = encode_examples(read_examples(str(folder / "written.jsonl"), task), tokenizer, options)
+    return sorted(texts(out.tokens, tokenizer)), sorted(tokenizer.decode(one.input_ids) for [one] in encoded)
+
+
+@pytest.mark.parametrize("task", ["instruction_tuning", "causal_lm"])
+def test_of_a_json_array_in_one_line_no_training_example_is_written(tokenizer, tmp_path, task):
+    chats = [row | {"id": k} for k, row in enumerate([*rows(5, copies=2), chat("last", "a")])]
+    every = [{"text": f"text {k // 2}"} for k in range(20)] if task == "causal_lm" else chats
+    (tmp_path / "array.json").write_text(json.dumps(every))
+    held_out, written = written_of(str(tmp_path / "array.json"), tokenizer, tmp_path, task)
+    assert written == held_out and 2 <= len(held_out) <= 3
+
+
+def test_a_file_that_is_listed_twice_is_written_once(write_rows, tokenizer, tmp_path):
+    path = write_rows(rows(10))
+    held_out, written = written_of([path, path], tokenizer, tmp_path)
+    assert written == held_out and len(held_out) == 6
 
 
 def test_written_examples_have_the_same_tokens(write_rows, tokenizer, tmp_path):
@@ -93,14 +126,14 @@ def test_written_examples_have_the_same_tokens(write_rows, tokenizer, tmp_path):
         {"bad": 1},
     ]
     path = write_rows(many)
-    split.write_examples(find_sources(path), [{1, 2, 3}], "instruction_tuning", (), tmp_path / "out.jsonl")
+    write_rows_of(path, {1, 2, 3}, "instruction_tuning", tmp_path / "out.jsonl")
     encoded = [
         encode_examples(read_examples(source, on_bad_rows="drop"), tokenizer, EncodingOptions())
         for source in (path, str(tmp_path / "out.jsonl"))
     ]
     assert encoded[0] == encoded[1] and len(encoded[0]) == 3
     pairs = write_rows([{"prompt": "q", "chosen": "a", "rejected": "b"}], "p.jsonl")
-    split.write_examples(find_sources(pairs), [{1}], "preference_tuning", (), tmp_path / "pairs.jsonl")
+    write_rows_of(pairs, {1}, "preference_tuning", tmp_path / "pairs.jsonl")
     [pair] = read_examples(str(tmp_path / "pairs.jsonl"), "preference_tuning")
     assert pair.messages[-1]["content"] == "a" and pair.rejected[-1]["content"] == "b"
     assert json.loads((tmp_path / "pairs.jsonl").read_text()).keys() == {"chosen", "rejected"}

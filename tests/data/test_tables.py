@@ -26,7 +26,7 @@ def test_arrow_batches(tmp_path, is_stream):
     write_arrow(tmp_path / "a", batches, is_stream)
     assert tables.split_arrow("a", tmp_path / "a") == [2, 2, 2]
     assert list(tables.read_arrow(tmp_path / "a", 1, 3, 3)) == [
-        (3, {"l": "yes", "t": "a"}), (4, {}), (5, {"l": 7, "t": "a"}), (6, {}),
+        (3, {"l": "yes", "t": "a"}), (4, {"l": None, "t": None}), (5, {"l": 7, "t": "a"}), (6, {"l": None, "t": None}),
     ]  # fmt: skip
 
 

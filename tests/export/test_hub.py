@@ -15,6 +15,7 @@ import yaml
 from conftest import LORA, REPOSITORY, TINY_MODEL
 from forgebook.config.parse import dump_config
 from forgebook.errors import ConfigError
+from forgebook.export import hub as hub_export
 from forgebook.export.hub import model_card, push_to_hub
 from forgebook.models.adapters import add_lora
 from forgebook.models.load import load_model
@@ -108,6 +109,18 @@ def push(run, *words, token=TOKEN):
     settings = {"HF_ENDPOINT": Hub.url, "HF_HUB_OFFLINE": "0", "HF_TOKEN": token, "HF_HUB_DISABLE_TELEMETRY": "1"}
     command = [sys.executable, str(REPOSITORY / "main.py"), "push", str(run.folder), *words]
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | settings)
+
+
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [
+        ("hf://a/b:train, https://c.org/d.jsonl?token=secret", "24 of hf://a/b:train, https://c.org/d.jsonl, 9"),
+        ("hf://a/b:train, /home/me/tickets.jsonl", "24, 9"),
+    ],
+)
+def test_a_card_names_what_is_public_alone(path, text):
+    described = hub_export._describe({"path": path, "rows": 24, "supervised_tokens": 9})
+    assert described == f"{text} supervised tokens"
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import copy
 from collections import Counter
 
+import accelerate
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -86,6 +87,10 @@ def zero_3(model):
     model.base_model.model.outer.base_layer.weight.ds_id = 2
 
 
+def offload(model):
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+
+
 REASONS = {
     "dropout in training": ({"lora_dropout": 0.5}, lambda model: model.train()),
     "DoRA": ({"use_dora": True}, lambda model: None),
@@ -94,6 +99,7 @@ REASONS = {
     "switched off": ({}, lambda model: model.disable_adapter_layers()),
     "merged": ({}, lambda model: model.merge_adapter()),
     "shards of ZeRO-3": ({}, zero_3),
+    "weights offloaded for inference": ({}, offload),
     "weights that train": ({}, lambda model: model.base_model.model.requires_grad_(True)),
 }
 

@@ -55,6 +55,7 @@ def test_what_may_change_is_explained(values, meaning):
         ({"weight_decay": 0.1}, "weight_decay: the saved state of the optimizer"),
         ({"max_grad_norm": 2}, "max_grad_norm: losses before and after could not be compared"),
         ({"num_epochs": 1}, "has trained 15 steps, and num_epochs would end it at step 10"),
+        ({"max_steps": 15}, "has trained 15 steps, and max_steps would end it at step 15, whose model is not saved"),
     ],
 )
 def test_what_may_not_says_why(values, reason):

@@ -10,7 +10,7 @@ import torch
 from forgebook.errors import CheckpointError, TrainingError
 from forgebook.runs.run import Run
 from forgebook.training import training_state
-from forgebook.training.optimizers import AdamW
+from forgebook.training.optimizers import AdamW, set_rate
 from forgebook.training.training_state import Position, latest_state, load_state, save_state
 from support_ranks import run_two_ranks
 
@@ -55,6 +55,19 @@ def test_weights_optimizer_random_numbers_and_position_come_back(model, tmp_path
     torch.rand(3)
     train(model, fresh)
     assert all(torch.equal(p, value) for p, value in zip(model.parameters(), values, strict=True))
+
+
+def test_rates_of_groups_are_those_of_the_config_and_not_of_the_state(model, tmp_path):
+    """The rate of labels is absolute: beside another learning rate it is another multiple."""
+
+    def optimizer_with(scale: float) -> AdamW:
+        return AdamW([{"params": [p], "rate_scale": k * scale} for k, p in enumerate(model[1].parameters(), 1)], lr=0.1)
+
+    save_state(Run(tmp_path), Position(1), model, optimizer_with(2.0))
+    fresh = optimizer_with(1.0)
+    load_state(*latest_state(tmp_path / "resume"), model, fresh)
+    set_rate(fresh.param_groups, 0.5)
+    assert [group["lr"] for group in fresh.param_groups] == [0.5, 1.0]
 
 
 def test_only_the_newest_complete_state_is_kept(model, tmp_path):
