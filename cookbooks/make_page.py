@@ -35,7 +35,7 @@ def one_text(outputs: list) -> list:
     joined: list = []
     for output in outputs:
         if output.output_type == "stream":
-            output.text = TERMINAL_CODE.sub("", output.text)
+            output.text = TERMINAL_CODE.sub("", output.text).replace("\r\n", "\n")  # a subprocess has a terminal
             if joined and joined[-1].output_type == "stream" and joined[-1].name == output.name:
                 joined[-1].text += output.text
                 continue
@@ -53,7 +53,7 @@ def markdown_of(path: Path) -> tuple[str, dict[str, bytes]]:
         output = notebook.cells[int(match[2])].outputs[int(match[3])]
         return f"![{output.metadata.get('image/png', {}).get('alt', 'figure')}]({match[1]})"
 
-    return FIGURE.sub(with_text, text).strip() + "\n", resources["outputs"]
+    return FIGURE.sub(with_text, text).replace("\r\n", "\n").strip() + "\n", resources["outputs"]
 
 
 def write_markdown(path: Path) -> None:

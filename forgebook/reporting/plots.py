@@ -7,6 +7,7 @@ plot_bars({"base": 0.02, "tuned": 0.94}, "accuracy")            one figure per n
 
 from __future__ import annotations
 
+import base64
 import functools
 import io
 import itertools
@@ -50,11 +51,15 @@ def _figure_class() -> type[Figure]:
     from matplotlib.figure import Figure
 
     class DisplayedFigure(Figure):
-        # Its label says in words what is seen, for those who do not see it.
-        def _repr_png_(self) -> tuple[bytes, dict[str, str]]:
+        # By itself, because %matplotlib has a way of its own to draw a figure as PNG, without its text.
+        def _ipython_display_(self) -> None:
+            from IPython.display import publish_display_data
+
             png = io.BytesIO()
             self.savefig(png, format="png")
-            return png.getvalue(), {"alt": str(self.get_label())}
+            text = str(self.get_label())  # says in words what is seen, for those who do not see it
+            data = {"image/png": base64.b64encode(png.getvalue()).decode(), "text/plain": f"<{text}>"}
+            publish_display_data(data, {"image/png": {"alt": text}})
 
     return DisplayedFigure
 

@@ -38,7 +38,7 @@ def test_links_lead_somewhere(page):
 def test_files_named_in_code_exist(page):
     made_by_a_command = ("runs/", "data/corpus/")
     folders = "forgebook|helpers|tests|training_configs|deepspeed_configs|data|tiny_model"
-    for path in re.findall(rf"`?\b(?<!-)(?<!//)((?:{folders})/[\w./+-]+\.\w+)", page.read_text()):
+    for path in re.findall(rf"`?\b(?<!-)(?<!//)((?:{folders})/[\w./+-]+\.\w+)(?![\w/-])", page.read_text()):
         exists = (REPOSITORY / path).exists() or (page.name == "CONTRIBUTING.md" and (ENGINE / path).exists())
         assert path.startswith(made_by_a_command) or exists, f"{name(page)} names {path}"
 
