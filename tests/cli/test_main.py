@@ -153,7 +153,8 @@ def test_a_killed_command_continues_to_the_same_losses(here, sharding, lora):
         "num_epochs=2", "train_batch_size_per_device=2", "learning_rate=1e-3", "checkpoint_and_evaluation_frequency="
         "{unit: steps, frequency: 10}",
     ]  # fmt: skip
-    assert main([*command[2:], "run_name=undisturbed"]) == 0
+    undisturbed = subprocess.run([*command, "run_name=undisturbed"], capture_output=True, text=True, cwd=here)
+    assert undisturbed.returncode == 0, undisturbed.stderr
     metrics = here / "runs/disturbed/metrics.jsonl"
     first = subprocess.Popen([*command, "run_name=disturbed"], stdout=subprocess.DEVNULL, cwd=here)
     while first.poll() is None and not (metrics.exists() and len(metrics.read_text().splitlines()) > 15):
