@@ -7,16 +7,17 @@ tokens, all in the loss, rank 8, no gradient checkpointing. Steps of both altern
 counts, without the first. Memory: the most that tensors held at a time during a step beyond what stays between steps.
 """
 
-import gc
 import json
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
+from benchmarks.tensors import step_peak
 from forgebook.models.expert_adapters import use_low_rank_products
 from forgebook.training.losses import SupervisedLM
 
@@ -47,19 +48,6 @@ def step(wrapped: SupervisedLM) -> float:
     return time.perf_counter() - began
 
 
-def peak(wrapped: SupervisedLM) -> int:
-    """Return the bytes that a step holds at most beyond those it begins with."""
-    gc.collect()
-    with torch.profiler.profile(profile_memory=True) as profile:
-        step(wrapped)
-    held = most = 0
-    for event in sorted(profile.profiler.kineto_results.events(), key=lambda one: one.start_ns()):
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            most = max(most, held)
-    return most
-
-
 def main() -> None:
     """Measure both."""
     models = {"peft": make(ours=False), "ours": make(ours=True)}
@@ -68,7 +56,7 @@ def main() -> None:
         for name, model in models.items():
             seconds[name].append(step(model))
     results = {
-        name: {"seconds": round(statistics.median(seconds[name][1:]), 4), "peak_bytes": peak(model)}
+        name: {"seconds": round(statistics.median(seconds[name][1:]), 4), "peak_bytes": step_peak(partial(step, model))}
         for name, model in models.items()
     }
     results["experts_bytes"] = sum(p.numel() * 4 for p in models["ours"].parameters() if p.dim() == 3)

@@ -7,11 +7,11 @@ in one process; processor time, median of 9, without the first. Memory: the most
 step beyond what stays between steps.
 """
 
-import gc
 import json
 import platform
 import statistics
 import time
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,6 +19,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from benchmarks.tensors import step_peak
 from forgebook.models.fused_lora import use_fused_products
 from forgebook.training.losses import SupervisedLM
 
@@ -49,19 +50,6 @@ def step(wrapped: SupervisedLM, size: tuple[int, int]) -> float:
     return time.process_time() - began
 
 
-def peak(wrapped: SupervisedLM, size: tuple[int, int]) -> int:
-    """Return the bytes that a step holds at most beyond those it begins with."""
-    gc.collect()
-    with torch.profiler.profile(profile_memory=True) as profile:
-        step(wrapped, size)
-    held = most = 0
-    for event in sorted(profile.profiler.kineto_results.events(), key=lambda one: one.start_ns()):
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            most = max(most, held)
-    return most
-
-
 def main() -> None:
     """Measure both on each shape."""
     torch.set_num_threads(1)
@@ -76,7 +64,9 @@ def main() -> None:
         results[name] = {
             "milliseconds": {kind: round(1000 * value, 1) for kind, value in medians.items()},
             "ratio": round(medians["peft"] / medians["fused"], 3),
-            "peak_megabytes": {kind: round(peak(model, size) / 1e6, 1) for kind, model in models.items()},
+            "peak_megabytes": {
+                kind: round(step_peak(partial(step, model, size)) / 1e6, 1) for kind, model in models.items()
+            },
         }
     results["environment"] = {"machine": platform.machine(), **{n: version(n) for n in ("torch", "peft")}}
     Path(__file__).with_name("results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

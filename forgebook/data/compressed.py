@@ -1,4 +1,4 @@
-"""Compressed files -> plain copies in the cache: gzip, bzip2, xz and Zstandard, told by their first bytes."""
+"""Compressed files -> plain copies in the cache: gzip, bzip2, xz and Zstandard, detected from their first bytes."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ def _files(path: str) -> list[str]:
         if not path.endswith("/") and "." in path.rsplit("/", 1)[-1]:
             return [path]
         folder = path.rstrip("/")
-        names = [name for name in object_store.list_files(folder) if "/" not in name]
+        names = list(object_store.list_files(folder))
         return _shards(path, folder, names) if names else [path]
     folder_path = Path(path).expanduser()
     if not folder_path.is_dir():
@@ -117,7 +117,7 @@ def _files(path: str) -> list[str]:
     if (folder_path / "state.json").exists():
         state = atomic.read_json(folder_path / "state.json", ["_data_files"])
         return [str(folder_path / file["filename"]) for file in state["_data_files"]]
-    names = sorted(one.name for one in folder_path.iterdir() if one.is_file())
+    names = [one.relative_to(folder_path).as_posix() for one in folder_path.rglob("*") if one.is_file()]
     return _shards(path, path.rstrip("/"), names)
 
 
@@ -126,7 +126,17 @@ def _saved_splits(folder: Path) -> list[str]:
 
 
 def _shards(path: str, folder: str, names: list[str]) -> list[str]:
-    """List the data files of a folder; raise StorageError if there are none, or if some are of other splits."""
+    """List the data files of a folder.
+
+    names: relative to it. Raises StorageError if there are none, and if some may not be meant: those in folders of it,
+    and those of several splits.
+    """
+    deeper = sorted(name for name in names if "/" in name and _is_data(name))
+    if deeper:
+        raise StorageError(
+            f"{path} holds data files in folders of its own ({', '.join(deeper[:3])}): name one folder, or all files "
+            f"with {folder}/**/*{Path(deeper[0]).suffix}"
+        )
     shards = [name for name in sorted(names) if _is_data(name)]
     if not shards:
         raise StorageError(f"{path} is a folder without data files ({', '.join(KINDS)}, also compressed): name a file")
@@ -140,6 +150,8 @@ def _shards(path: str, folder: str, names: list[str]) -> list[str]:
 
 
 def _is_data(name: str) -> bool:
-    written = name.lower()
+    """Report whether a file of a folder may hold rows; name: relative to it. Hidden files and folders do not."""
+    *_, written = parts = name.lower().split("/")
     plain = next((written.removesuffix(suffix) for suffix in SUFFIXES if written.endswith(suffix)), written)
-    return plain.endswith(KINDS) and name not in NO_SHARDS and not name.startswith((".", "_"))
+    is_hidden = any(part.startswith((".", "_")) for part in parts)
+    return plain.endswith(KINDS) and written not in NO_SHARDS and not is_hidden

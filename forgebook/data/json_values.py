@@ -62,7 +62,7 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def check_unique(names: Iterable[str], kind: str) -> None:
-    """Raise DataError for a name that stands twice, as only one of both values would be read."""
+    """Raise DataError for a name that occurs twice: only one of its values would be read."""
     repeated = [name for name, count in collections.Counter(names).items() if count > 1]
     if repeated:
         raise DataError(f"the {kind} {repeated[0]!r} is repeated")

@@ -53,7 +53,7 @@ def _as_it_ran(written: FinetuneConfig) -> FinetuneConfig:
 
 
 def record_changes(run: Run, changes: list[str]) -> None:
-    """Add edits of the config to the run's list of them, and let a complete run go on."""
+    """Add edits of the config to the run's list of them, and reopen a complete run."""
     if changes:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         with open(run.changes, "a") as file:

@@ -1,4 +1,4 @@
-"""Packages that a library imports wherever they are installed, only to compare objects with their classes.
+"""Packages that a library imports if they are installed, only to compare objects with their classes.
 
     with without_unused("bitsandbytes"):
         ...                                 no object can be of a class that this process has not imported

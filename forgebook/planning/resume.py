@@ -19,7 +19,7 @@ __all__ = ["resume_changes"]
 RATE_KEYS = ("learning_rate", "lr_scheduler_type", "num_warmup_steps", "min_lr_ratio", "lr_decay_ratio")
 LENGTH_KEYS = ("num_epochs", "max_steps")
 BATCH_KEYS = ("train_batch_size_per_device", "gradient_accumulation_steps", "num_devices")
-# Of these the next start may have others without a word on the weights.
+# These change neither the weights nor the losses.
 FREE_KEYS = ("checkpoint_and_evaluation_frequency", "save_state_minutes", "min_update_steps", "early_stopping")
 # Why another key may not change, by the first part of its name; the rest of them change the loss itself.
 _WEIGHTS = "the saved state is of other weights"
@@ -73,8 +73,8 @@ def resume_changes(
     before = earlier.resolved()
     _refuse(before, now, keys, place)
     last = [schedule.total_steps(one.num_epochs, steps_per_epoch, one.max_steps) for one in (before, now)]
-    goes_on = any(key.split(".")[0] in (*LENGTH_KEYS, "early_stopping") for key in keys)
-    if is_complete and (last[1] <= step or not goes_on):
+    is_longer = any(key.split(".")[0] in (*LENGTH_KEYS, "early_stopping") for key in keys)
+    if is_complete and (last[1] <= step or not is_longer):
         raise StorageError(
             f"{place} is complete, so {', '.join(keys)} would change nothing of it: set more num_epochs or max_steps, "
             "choose another run_name, or on_existing=overwrite"

@@ -140,10 +140,9 @@ def print_summary(output: Console, run: Run) -> None:
         f"[bold]done[/bold]  {loss}{summary['steps']} steps, {summary['trained_tokens']:,} tokens in "
         f"{summary['training_seconds']:.0f} s, {summary['trained_tokens_throughput']:,.0f} tokens/s (excluding padding)"
     )
-    if summary.get("stopped_early_of"):
+    if planned_steps := summary.get("steps_without_early_stopping"):
         output.print(
-            f"  stopped early after step {summary['steps']} of {summary['stopped_early_of']}: the evaluation loss had "
-            "stopped falling"
+            f"  stopped early after step {summary['steps']} of {planned_steps}: the evaluation loss had stopped falling"
         )
     if "planned" in summary:
         output.print(f"  {compare_with_plan(summary['planned'], summary['measured'])}")

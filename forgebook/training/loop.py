@@ -218,7 +218,7 @@ def train_loop(config: ResolvedConfig, run: Run, report: Report = lambda metrics
         else objectives.perplexity(best_loss),
         "steps": step,
         "epochs": round(step / steps_per_epoch, 4),
-        "stopped_early_of": last_step if step < last_step else None,
+        "steps_without_early_stopping": last_step if step < last_step else None,
         "trained_tokens": trained_tokens,
         "training_seconds": seconds,
         "parameters": parameters,

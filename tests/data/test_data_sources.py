@@ -31,6 +31,16 @@ def test_a_folder_of_shards(tmp_path):
     assert names == ["a-0.jsonl", "b-1.jsonl"] and len(answers(f"{tmp_path}/data/")) == 8
 
 
+@pytest.mark.parametrize("at_the_top", [[], ["a.jsonl"]], ids=["below alone", "at the top, too"])
+def test_data_files_in_folders_of_a_folder_are_not_left_out_in_silence(tmp_path, at_the_top):
+    for name in (*at_the_top, "more/b.jsonl", ".cache/c.jsonl", "more/notes.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}\n")
+    with pytest.raises(StorageError, match=r"data files in folders of its own \(more/b\.jsonl\).*/\*\*/\*\.jsonl"):
+        find_sources(str(tmp_path))
+    assert [source.uri.rsplit("/", 1)[1] for source in find_sources(f"{tmp_path}/more")] == ["b.jsonl"]
+
+
 @pytest.mark.parametrize("others", [("test.jsonl",), ("x-validation-00000.parquet",)])
 def test_a_folder_of_several_splits_is_refused(tmp_path, others):
     """Its test examples would be trained."""

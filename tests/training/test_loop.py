@@ -154,7 +154,7 @@ def test_early_stopping_ends_the_run_and_keeps_the_best(make_config, capsys):
     config = make_config(num_epochs=5, early_stopping={"patience": 1, "min_delta": 100}, num_checkpoints_to_keep=2)
     run = fine_tune(config)
     summary = read_json(run.summary)
-    assert (summary["steps"], summary["stopped_early_of"], summary["epochs"]) == (6, 15, 2)
+    assert (summary["steps"], summary["steps_without_early_stopping"], summary["epochs"]) == (6, 15, 2)
     losses = {row["checkpoint_dir_name"]: row["eval_loss"] for row in read_metrics(run.metrics) if "eval_loss" in row}
     assert list(losses) == ["epoch-1", "epoch-2"]
     assert summary["best_checkpoint"] == f"checkpoints/{min(losses, key=losses.get)}"
