@@ -7,6 +7,7 @@ Its processes and its folder are gone when this command ends, however the proces
 """
 
 import os
+import random
 import secrets
 import shutil
 import signal
@@ -15,15 +16,24 @@ import subprocess
 import sys
 import tempfile
 import time
+from http.client import HTTPException
 from pathlib import Path
+from urllib.request import Request, urlopen
 
-START_SECONDS = 300
+# A head whose port another process took meanwhile never accepts a job: another is started, on other ports.
+STARTS, START_SECONDS = 3, 120
+# Below the ports that systems give to outgoing connections (from 32768), above those of Ray's workers (to 19999).
+PORTS = range(20000, 32000)
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    while True:
+        with socket.socket() as probe:
+            try:
+                probe.bind(("", random.choice(PORTS)))
+                return probe.getsockname()[1]
+            except OSError:  # in use
+                continue
 
 
 def start_head(folder: Path, port: int) -> subprocess.Popen:
@@ -37,18 +47,18 @@ def start_head(folder: Path, port: int) -> subprocess.Popen:
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
 
 
-def wait_for_jobs(head: subprocess.Popen, address: str, log: Path) -> None:
-    """Return once a job that does nothing is accepted: the dashboard answers a little earlier than that."""
-    from ray.job_submission import JobSubmissionClient
-
+def wait_for_jobs(head: subprocess.Popen, address: str, token: str) -> str:
+    """Return "" once a job that does nothing is accepted (other requests are answered earlier), or the last error."""
+    headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
+    job = Request(f"{address}/api/jobs/", b'{"entrypoint": "true"}', headers)
     end = time.monotonic() + START_SECONDS
     while True:
         try:
-            JobSubmissionClient(address).submit_job(entrypoint="true")
-            return
-        except Exception as error:
+            urlopen(job, timeout=10).close()
+            return ""
+        except (OSError, HTTPException) as error:
             if head.poll() is not None or time.monotonic() > end:
-                raise SystemExit(f"the head did not start: {error}\n{log.read_text()[-2000:]}") from None
+                return str(error)
             time.sleep(1)
 
 
@@ -80,27 +90,44 @@ def end_head(head: subprocess.Popen, folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def main() -> None:
+def log_ends(folder: Path) -> str:
+    """Return the last lines of what the head and its dashboard logged."""
+    logs = [folder / "head.log", *sorted(folder.glob("session_latest/logs/dashboard*.log"))]
+    return "\n".join(f"{path.name}:\n{path.read_text(errors='replace')[-1500:]}" for path in logs)
+
+
+def serve(port: int) -> str:
+    """Start a head, print its settings, stay until standard input closes; return why it did not start, or ""."""
     # Near the root: the path of a socket may have 107 characters, and Ray's are long.
-    folder, port = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp")), free_port()
+    folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
     token = folder / "token"
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32))
-    address = f"http://127.0.0.1:{port}"
-    os.environ.pop("RAY_ADDRESS", None)
-    os.environ.pop("RAY_AUTH_TOKEN", None)
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a notebook interrupts its cells' processes; this one stays
+    address = f"http://127.0.0.1:{port}"
     head = start_head(folder, port)
     try:
-        wait_for_jobs(head, address, folder / "head.log")
+        if error := wait_for_jobs(head, address, token.read_text()):
+            return f"{error}\n{log_ends(folder)}"
         print(f"RAY_API_SERVER_ADDRESS={address}")
         print("RAY_AUTH_MODE=token")
         print(f"RAY_AUTH_TOKEN_PATH={token}", flush=True)
         sys.stdin.read()
+        return ""
     finally:
         end_head(head, folder)
+
+
+def main() -> None:
+    os.environ.pop("RAY_ADDRESS", None)
+    os.environ.pop("RAY_AUTH_TOKEN", None)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a notebook interrupts its cells' processes; this one stays
+    for _ in range(STARTS):
+        if not (error := serve(free_port())):
+            return
+        print(f"the head did not start: {error}", file=sys.stderr)
+    sys.exit(1)
 
 
 if __name__ == "__main__":

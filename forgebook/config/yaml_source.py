@@ -18,6 +18,7 @@ __all__ = ["Locations", "apply_override", "location_of", "parse_yaml", "read_tex
 URL_TIMEOUT = 20  # seconds
 # A config is far smaller; a data file or an alias of aliases of aliases is not.
 LARGEST_TEXT, MOST_VALUES, DEEPEST = 2**20, 20_000, 40
+TOO_DEEP = f"nested more than {DEEPEST} levels deep"
 
 NO_TEXT = re.compile(r"[\0\ud800-\udfff]")  # YAML can write these as escapes; no path or file can hold them
 NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
@@ -31,6 +32,8 @@ Locations = dict[str, int | str]
 class _Loader(yaml.SafeLoader):
     """Leave dates as text: `run_name: 2024-06-01` is a name. Report a value that is not of its tag with its line."""
 
+    depth = 0
+
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             value = super().construct_object(node, deep)
@@ -41,6 +44,15 @@ class _Loader(yaml.SafeLoader):
             problem = f"{node.value} is {value} in YAML, in base 8 or 60: write it in base 10, or quote a text"
             raise ConstructorError(None, None, problem, node.start_mark)
         return value
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Count levels while they are read: deep ones would end in Python's recursion limit, wherever that stands."""
+        self.depth += 1
+        if self.depth > DEEPEST + 1:
+            raise ConstructorError(None, None, TOO_DEEP, self.peek_event().start_mark)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -102,8 +114,6 @@ def parse_yaml(text: str, source: str) -> tuple[Any, Locations]:
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise ConfigError(f"{source}:{line}: not valid YAML: U+{error.character:04X} is not allowed in it") from None
-    except RecursionError:
-        raise ConfigError(f"{source}: not a config: nested more than {DEEPEST} levels deep") from None
 
 
 def _check_tree(node: yaml.Node, above: tuple[yaml.Node, ...] = ()) -> int:
@@ -112,7 +122,7 @@ def _check_tree(node: yaml.Node, above: tuple[yaml.Node, ...] = ()) -> int:
     if any(node is parent for parent in above):
         problem = "an anchor holds an alias of itself"
     elif len(above) > DEEPEST:
-        problem = f"nested more than {DEEPEST} levels deep"
+        problem = TOO_DEEP  # by aliases of aliases
     elif isinstance(node, yaml.ScalarNode):
         problem = "a text holds a zero byte or half of a character" if NO_TEXT.search(node.value) else ""
     else:

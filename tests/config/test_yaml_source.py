@@ -20,7 +20,8 @@ from support_config import LORA_BLOCK, MINIMAL, refusal
         ("a: 1\n---\nb: 1\n", "not valid YAML"),
         ("model_id: &m {a: *m}\n", "tiny.yaml:1: not valid YAML: an anchor holds an alias of itself"),
         ("model_id: &m [*m]\n", "an anchor holds an alias of itself"),
-        ("a: " + "[" * 500 + "]" * 500, "tiny.yaml: not a config: nested more than 40 levels"),
+        ("a: " + "[" * 500 + "]" * 500, "tiny.yaml:1: not valid YAML: nested more than 40 levels"),
+        ("a: &a " + "[" * 30 + "]" * 30 + "\nb: " + "[" * 30 + "*a" + "]" * 30, "nested more than 40 levels"),
         ("a: " + "{b: " * 60 + "1" + "}" * 60, "tiny.yaml:1: not valid YAML: nested more than 40 levels"),
         (
             "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1]\n"
