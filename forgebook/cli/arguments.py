@@ -25,6 +25,7 @@ __all__ = ["Arguments", "flags_of", "load_noting_retired", "make_parser", "parse
 class Arguments:
     """What a command was called with.
 
+    target: empty where none was given to a command that needs none.
     rest: the arguments after the target that are none of its options. options: by name, read. flags: argparse's.
     """
 
@@ -63,7 +64,11 @@ def parse_arguments(name: str, arguments: Sequence[str], *, extra: Sequence[str]
     plain = [argument for argument in others if command.takes_config_keys or "=" not in argument]
     unknown = [argument.partition("=")[0] for argument in others if argument not in plain]
     if not plain or "=" in plain[0]:
-        raise ConfigError(f"{name or 'main.py'} needs a {command.target}")
+        if command.needs_target or plain:
+            raise ConfigError(f"{name or 'main.py'} needs a {command.target}")
+        plain = [""]
+    elif not command.target:
+        raise ConfigError(f"{name} takes no argument, got {plain[0]!r}")
     if unknown:
         choices = ", ".join(f"{key}=" for key in own) or "none"
         raise ConfigError(f"{name}: unknown option {unknown[0]}{near_miss(unknown[0], own)} (options: {choices})")
@@ -98,7 +103,7 @@ def make_parser(command: Command) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="main.py",
         usage=" ".join(f"python main.py {command.name} {command.usage}".split()),
-        description=textwrap.fill(command.summary, 100) + f"\n{command.target}",
+        description=f"{textwrap.fill(command.summary, 100)}\n{command.target}".rstrip(),
         epilog="key=value options:\n" + "\n".join(rows) if rows else None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -1,4 +1,4 @@
-"""The commands that take a CONFIG: fine-tune, plan, preview, tune, submit; and the state of a submitted job.
+"""The commands that take a CONFIG: fine-tune, plan, preview, tune, submit; the state of a submitted job; the schema.
 
 Each takes its arguments and returns an exit code; each imports what it needs when it is called.
 """
@@ -30,6 +30,7 @@ __all__ = [
     "fine_tune_command",
     "plan_command",
     "preview_command",
+    "schema_command",
     "status_command",
     "stop_command",
     "submit_command",
@@ -201,6 +202,15 @@ def preview_command(arguments: list[str]) -> int:
         print_example(example, output)
     if ignored := ignored_keys(config):
         output.print(f"ignored keys: {ignored}", style="yellow", markup=False)
+    return 0
+
+
+def schema_command(arguments: list[str]) -> int:
+    """Print the JSON schema of a config."""
+    parse_arguments("schema", arguments)
+    from forgebook.config.json_schema import config_schema
+
+    print(json.dumps(config_schema(), indent=2))
     return 0
 
 

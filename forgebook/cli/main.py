@@ -23,6 +23,7 @@ before and during a run
   python main.py tune CONFIG 'KEY=[A,B]' [samples=N]    a sweep: which values give the lowest evaluation loss
   python main.py submit CONFIG [address=URL]            the same run as a job on a Ray cluster (CLUSTERS.md)
   python main.py status JOB  ·  stop JOB                a submitted job
+  python main.py schema                                 the JSON schema of a config, for editors (CONFIG.md)
 
 after a run
   python main.py evaluate RUN [data=FILE] [metric=...]  better than the base model? by how much, and how surely
@@ -35,7 +36,7 @@ after a run
   python main.py export MODEL OUT.gguf [type=q8_0]      full weights as a GGUF file (ollama=true: and a Modelfile)
 
 RUN is a run's folder or s3:// URI, or its name under runs/. `python main.py COMMAND --help` lists a command's options;
-forgebook/config/schema.py describes the keys of a config.
+CONFIG.md describes the keys of a config.
 
 examples:
   python main.py training_configs/tiny/quickstart.yaml
@@ -50,6 +51,7 @@ RUNNERS: dict[str, Callable[[list[str]], int]] = {
     "plan": config_commands.plan_command,
     "preview": config_commands.preview_command,
     "tune": config_commands.tune_command,
+    "schema": config_commands.schema_command,
     "submit": config_commands.submit_command,
     "status": config_commands.status_command,
     "stop": config_commands.stop_command,

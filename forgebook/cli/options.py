@@ -96,7 +96,7 @@ class Flag:
 
 @dataclass(frozen=True)
 class Command:
-    """One command of main.py. target: what its first argument is.
+    """One command of main.py. target: what its first argument is; needs_target: whether it has to be there.
 
     takes_config_keys: `key=value` arguments that are none of its options are overrides of CONFIG.
     """
@@ -108,6 +108,7 @@ class Command:
     options: tuple[Option, ...] = ()
     flags: tuple[Flag, ...] = ()
     takes_config_keys: bool = False
+    needs_target: bool = True
 
 
 DEFAULT = Flag(("--default",), "choose everything that CONFIG leaves out, and print the reasons")
@@ -290,6 +291,13 @@ _TABLE = (
             Option("type", "f32, f16, bf16, q8_0 (the default), ...", default="q8_0"),
             Option("ollama", "true: also OUT.Modelfile, with the prompt template and the stop tokens", switch, "false"),
         ),
+    ),
+    Command(
+        "schema",
+        "",
+        "The keys of a config as a JSON schema, by which an editor completes and checks a YAML (CONFIG.md).",
+        "",
+        needs_target=False,
     ),
 )
 COMMANDS = {command.name: command for command in _TABLE}

@@ -15,11 +15,12 @@ from pydantic import (
     Discriminator,
     Field,
     Tag,
+    WithJsonSchema,
     field_validator,
     model_validator,
 )
 
-from forgebook.config.lora_block import lora_problems
+from forgebook.config.lora_block import lora_problems, lora_schema
 from forgebook.errors import near_miss, shown_value
 
 __all__ = [
@@ -132,14 +133,21 @@ def _known_to_transformers(block: dict[str, Any]) -> dict[str, Any]:
     return block
 
 
+def _rope_schema() -> dict[str, Any]:
+    properties: dict[str, Any] = {key: {} for key in sorted(_ROPE_KEYS)}
+    properties |= {key: {"enum": list(_ROPE_TYPES)} for key in ("rope_type", "type")}
+    properties["factor"] = {"type": "number", "minimum": 1}
+    return {"type": "object", "properties": properties, "additionalProperties": False}
+
+
 Int = Annotated[int, BeforeValidator(_whole_number), Field(gt=-HIGHEST, lt=HIGHEST)]
 Float = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 Fraction = Annotated[Float, Field(ge=0, lt=1)]
 Positive = Annotated[Int, Field(gt=0)]
 Examples = Annotated[Int, Field(gt=0, le=65_536)]  # of one batch, or batches of one step
 Block = Annotated[dict[str, Any], BeforeValidator(_numbers_inside)]
-LoraBlock = Annotated[Block, AfterValidator(_known_to_peft)]
-RopeBlock = Annotated[Block, AfterValidator(_known_to_transformers)]
+LoraBlock = Annotated[Block, AfterValidator(_known_to_peft), WithJsonSchema(lora_schema())]
+RopeBlock = Annotated[Block, AfterValidator(_known_to_transformers), WithJsonSchema(_rope_schema())]
 Switch = Annotated[bool | dict[str, Any], BeforeValidator(_switch_or_block)]
 Resources = dict[str, Annotated[int | float, BeforeValidator(_amount)]]
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["RetiredNameWarning", "current_deepspeed_file", "translate_retired"]
+__all__ = ["RetiredNameWarning", "current_deepspeed_file", "retired_keys", "translate_retired"]
 
 
 class RetiredNameWarning(UserWarning):
@@ -39,6 +39,13 @@ _IGNORED = {
     "forward_checkpoint_config": "every fine-tuned model is listed; name it with custom_model_tag",
     "output_dir": "it was scratch space on one machine; storage_path sets where runs are stored",
 }
+
+
+def retired_keys() -> dict[str, str]:
+    """List the retired keys of the top level, each with what it is read as or why it is ignored."""
+    renamed = {old: f"read as {new}" for old, (new, _) in _RENAMED.items()}
+    ignored = {old: f"ignored: {reason}" for old, reason in _IGNORED.items()}
+    return renamed | ignored | {"max_num_checkpoints": f"read as {_FREQUENCY} where num_epochs is set"}
 
 
 def current_deepspeed_file(name: str) -> str:

@@ -64,6 +64,34 @@ def test_contributing_is_a_page_to_start_from():
     assert (REPOSITORY / "docs/rooms.svg").read_text() == rooms.draw(), "run `python docs/rooms.py`"
 
 
+def written_pages():
+    spec = importlib.util.spec_from_file_location("pages", REPOSITORY / "docs/pages.py")
+    pages = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pages)
+    return pages.PAGES
+
+
+@pytest.mark.parametrize("page", ["CONFIG.md", "AGENTS.md", "llms.txt"])
+def test_a_page_that_is_written_from_the_code_is_up_to_date(page):
+    assert (REPOSITORY / page).read_text() == written_pages()[page](), "run `python docs/pages.py`"
+
+
+def test_the_list_of_pages_leads_to_every_page_and_to_none_that_is_gone():
+    text = (REPOSITORY / "llms.txt").read_text()
+    targets = re.findall(r"\]\(([^)]+)\)", text)
+    assert all((REPOSITORY / target).is_file() for target in targets) and text.startswith("# Forgebook\n\n> ")
+    guides = [name(page) for page in PAGES if {"cookbooks", "end-to-end-examples"} & set(page.parts)]
+    assert len(guides) > 10 and set(guides) <= set(targets)
+
+
+def test_the_page_of_keys_has_every_key_under_its_section():
+    from forgebook.config.schema import FinetuneConfig
+
+    text = (REPOSITORY / "CONFIG.md").read_text()
+    keys = re.findall(r"^\| `(\w+)` \|", text.partition("## Blocks\n")[0], re.MULTILINE)
+    assert keys == list(FinetuneConfig.model_fields)
+
+
 def test_every_failure_has_its_test():
     """Each row of FAILURES.md has the number of a test that pytest collects and does not skip on every machine."""
     text = (REPOSITORY / "FAILURES.md").read_text()
