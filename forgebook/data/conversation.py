@@ -72,7 +72,7 @@ class Conversation:
             if facts.calls is None:
                 messages, tools = tools_as_text(messages, tools), None
             else:
-                messages = facts.calls.write(messages)
+                messages, tools = facts.calls.write(messages), facts.write_tools(tools)
         messages = [_with_reasoning(message, facts.reasoning_key) for message in messages]
         hidden = functools.partial(hide, tokenizer=tokenizer)
         self.messages: list[Message] = [map_texts(message, hidden) for message in messages]

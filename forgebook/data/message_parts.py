@@ -45,12 +45,18 @@ def missing_tool(tools: list[dict], text: str) -> str | None:
     for k, tool in enumerate(tools):
         function = tool.get("function", tool)
         parts = [("name", function["name"]), *(_lines("description", function.get("description")))]
-        properties = (function.get("parameters") or {}).get("properties") or {}
-        parts += [(f"parameters.{name}", name) for name in properties]
+        parts += [(f"parameters.{name}", name) for name in _parameters(function.get("parameters") or {})]
         for path, part in parts:
             if not any(spelled in text for spelled in _spellings(part)):
                 return f"tools[{k}].function.{path}"
     return None
+
+
+def _parameters(schema: dict[str, Any]) -> list[str]:
+    """List the names of a tool's parameters; some sets (xLAM) write them without a schema around them."""
+    if "properties" in schema or ("type" in schema and not isinstance(schema["type"], dict)):
+        return list(schema.get("properties") or {})
+    return [name for name, about in schema.items() if isinstance(about, dict) and name[0] != "$"]
 
 
 def _parts(message: Message) -> Iterator[tuple[str, Any]]:

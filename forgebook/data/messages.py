@@ -39,11 +39,22 @@ ROLE_OF = {
 }  # fmt: skip
 CALL_ROLES = ("function_call", "tool_call")  # a call as a turn of its own: LLaMA-Factory, ms-swift
 ARGUMENT_KEYS = ("arguments", "parameters", "args", "input")  # OpenAI, Llama 3, LangChain, Anthropic
+SCHEMA_KEYS = ("parameters", "input_schema", "inputSchema")  # of a tool: OpenAI, Anthropic, MCP
 CALL_KEYS = {"function", "name", "id", "type", "index"}
 TEXT_TYPES = ("text", "input_text", "output_text")  # the latter two: OpenAI's responses
 MESSAGE_KEYS = {"role", "content", "name", "tool_calls", "tool_call_id", "weight", "reasoning_content"}
 # Whether a turn is in the loss: OpenAI's name, then those of other tools (axolotl, ms-swift, Unsloth).
 MARKS = ("weight", "train", "training", "train_on_turn", "trainable", "loss", "loss_mask")
+# Names under which others write what a turn says, and what to write instead. Another turn would be trained without it.
+SAID_ELSEWHERE = {
+    "tool_call": "write the call under tool_calls",
+    "function_calls": "write the calls under tool_calls, as JSON",
+    "recipient": "write a call under tool_calls",
+    "channel": "write an analysis as reasoning_content of the turn that follows it, a call under tool_calls",
+    "tools": "write the list beside the messages",
+    "functions": "write the list beside the messages, under tools",
+}
+SAYS_NOTHING = {"channel": ("final",), "recipient": ("all", "user", "assistant")}
 SWITCHES = {"true": 1, "false": 0, "1": 1, "0": 0}
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")  # of data and of templates
 LONGEST_SHOWN = 60
@@ -117,6 +128,9 @@ def _message(raw: Any, at: str, ignored: set[str]) -> Message:
             raise DataError(f"{at}.{key} is {brief(message[key])}; expected a string")
     if (weight := _weight(message, role, at)) is not None:
         message["weight"] = weight
+    for key, fix in SAID_ELSEWHERE.items():
+        if (value := message.get(key)) and value not in SAYS_NOTHING.get(key, ()):
+            raise DataError(f"{at}.{key} is {brief(value)}, which is not read there: {fix}")
     empty: tuple = (None, [])  # what Parquet puts where other rows have a value
     unread = (key for key in message if key not in MESSAGE_KEYS and message[key] not in empty)
     ignored |= {f"{at.split('[')[0]}[].{key}" for key in unread}
@@ -269,9 +283,23 @@ def _tools(value: Any, key: str) -> list[dict]:
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             expected = '{"type": "function", "function": {"name": ...}}'
             raise DataError(f"{key}[{k}] is {brief(raw)}; expected {expected}")
+        function = _with_parameters(function, f"{key}[{k}]")
         # As sets hold them that went through Arrow: a template would print the keys of other tools.
         tools.append({"type": "function", "function": without_nulls(function, kept=("default", "const"))})
     return tools
+
+
+def _with_parameters(function: dict, at: str) -> dict:
+    """Give a tool's schema OpenAI's name, which templates read, and parse it where it is JSON text."""
+    name = next((key for key in SCHEMA_KEYS if function.get(key)), None)
+    if name is None:
+        return function
+    schema = function[name]
+    schema = parse_field(schema, f"{at}.{name}") if isinstance(schema, str) else schema
+    properties = schema.get("properties") if isinstance(schema, dict) else schema
+    if not isinstance(properties, dict | None):
+        raise DataError(f"{at}.{name} is {brief(function[name])}; expected a JSON schema with properties")
+    return {"parameters" if key == name else key: schema if key == name else value for key, value in function.items()}
 
 
 def parse_field(text: Any, field: str) -> Any:

@@ -23,6 +23,9 @@ MEMORY = 1 << 30  # bytes, beyond what the process has
 CHARACTERS = 1 << 26
 
 
+WATCH_SECONDS = 0.1  # from one look at other threads to the next
+LONG = 0.1  # of SECONDS: a rendering that is watched for its memory, too
+
 # Of each thread that renders, by Python's number of it: the clock of its processor time, and when it began.
 _rendering: dict[int, tuple[int, float]] = {}
 
@@ -34,7 +37,8 @@ class _TimeUp(Exception):
 def within_limits(render: Callable[[], str], name: str) -> str:
     """Call `render`, which renders one conversation with the template of tokenizer `name`, within limits.
 
-    Outside the main thread, to which the limit on memory would not be its own, it has a limit of time and length alone.
+    Outside the main thread, what the process takes in the meantime is compared with the limit on memory, ten times a
+    second: a limit of the whole process would end other threads' work. One operation is then not interrupted.
 
     Raises ModelError if the template takes too long or too much memory.
     """
@@ -86,21 +90,43 @@ def _start_watching() -> None:
 
 
 def _watch() -> None:
-    """Interrupt threads that render for too long. Python delivers the exception between two of their instructions."""
+    """Interrupt threads that render for too long, or in which the process takes too much memory.
+
+    Python delivers the exception between two of their instructions.
+    """
+    before = _pages()[1]  # of memory, at the last look
+    first_seen: dict[tuple[int, float], int] = {}  # the memory before each rendering that is going on
     while True:
-        time.sleep(SECONDS / 5)
-        for thread, (clock, begun) in list(_rendering.items()):
+        time.sleep(WATCH_SECONDS)
+        now, rendering = _pages()[1], list(_rendering.items())
+        first_seen = {one: first_seen.get(one, before) for _, one in rendering}
+        for thread, one in rendering:
             with contextlib.suppress(OSError):  # it has ended, or another system numbers its clocks differently
-                if time.clock_gettime(clock) - begun > SECONDS:
+                seconds = time.clock_gettime(one[0]) - one[1]
+                grown = (now - first_seen[one]) * resource.getpagesize()
+                # What others take while this one renders for milliseconds is not its own.
+                is_large = seconds > LONG * SECONDS and grown > MEMORY
+                if is_large or seconds > SECONDS:
                     _rendering.pop(thread, None)
-                    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(_TimeUp))
+                    reason = ctypes.py_object(MemoryError if is_large else _TimeUp)
+                    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), reason)
+        before = now
+
+
+def _pages() -> tuple[int, int]:
+    """Read the pages of this process's address space, and those in memory; zeros where there is no /proc."""
+    try:
+        with open("/proc/self/statm", "rb", buffering=0) as file:
+            size, resident = file.read(64).split()[:2]
+    except OSError:
+        return 0, 0
+    return int(size), int(resident)
 
 
 def _address_space(soft: int) -> int:
     """Compute the limit on this process's address space, in bytes; the present one where there is no /proc."""
-    try:
-        with open("/proc/self/statm", "rb", buffering=0) as file:
-            used = int(file.read(32).split()[0]) * resource.getpagesize()
-    except OSError:
+    pages = _pages()[0]
+    if not pages:
         return soft
-    return used + MEMORY if soft == resource.RLIM_INFINITY else min(soft, used + MEMORY)
+    limit = pages * resource.getpagesize() + MEMORY
+    return limit if soft == resource.RLIM_INFINITY else min(soft, limit)

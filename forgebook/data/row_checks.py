@@ -5,7 +5,10 @@ from __future__ import annotations
 from forgebook.data.messages import Message, brief, with_whole_thought
 from forgebook.errors import DataError
 
-__all__ = ["check_conversation", "check_label", "check_pair"]
+__all__ = ["check_conversation", "check_label", "check_media", "check_pair"]
+
+# What stands for a picture in a text, and the keys of a row that hold it (LLaMA-Factory, ms-swift, TRL).
+MEDIA = {f"<{kind}>": (kind, f"{kind}s", f"{kind}_path", f"{kind}_paths") for kind in ("image", "video", "audio")}
 
 
 def check_conversation(messages: list[Message], needs_answer: bool) -> None:
@@ -58,3 +61,10 @@ def check_label(messages: list[Message], labels: list[str]) -> None:
             f"messages[{len(messages) - 1}] is {brief(answer['content'])}; the last answer must be one of "
             f"classifier_config.label_tokens ({', '.join(labels)})"
         )
+
+
+def check_media(row: dict, messages: list[Message]) -> None:
+    """Raise DataError for a row with images, videos or sound that its messages mention."""
+    for mark, keys in MEDIA.items():
+        if (key := next((key for key in keys if row.get(key)), None)) and any(mark in m["content"] for m in messages):
+            raise DataError(f"{key}: the messages mention {mark}, and only text is trained: remove the row")

@@ -36,7 +36,7 @@ from forgebook.data.messages import (
     without_filled_arguments,
 )
 from forgebook.data.readers import FileChunk, read_chunk
-from forgebook.data.row_checks import check_conversation, check_label, check_pair
+from forgebook.data.row_checks import check_conversation, check_label, check_media, check_pair
 from forgebook.errors import DataError
 
 __all__ = ["NAME_KEY", "Example", "RowNotes", "UnknownFormatError", "parse_chunk", "parse_row"]
@@ -124,6 +124,7 @@ def parse_row(raw: Any, where: str, task: str, labels: Iterable[str] = ()) -> tu
         example, notes = _detect(raw, where, task)
         for messages in (example.messages, example.rejected):
             if messages is not None:
+                check_media(raw, messages)
                 check_conversation(messages, needs_answer=task != "causal_lm")
         if example.messages is not None and example.rejected is not None:
             check_pair(example.messages, example.rejected)
@@ -150,6 +151,11 @@ def _detect(raw: Any, where: str, task: str) -> tuple[Example, RowNotes]:
     has_pair = raw.get("chosen") is not None and raw.get("rejected") is not None
     if task == "preference_tuning":
         if not has_pair:
+            if str(raw.get("label")).lower() in ("true", "false"):
+                raise DataError(
+                    "label marks one answer as good or bad, and preference_tuning compares two: put both answers to a "
+                    "prompt into one row, as chosen and rejected"
+                )
             raise _unknown(f"no 'chosen' and 'rejected' (its keys: {_names(raw)}), which preference_tuning needs", raw)
         used, pair = _pair(raw, ignored)
         tools = read_tools(raw)

@@ -3,6 +3,7 @@
 facts = template_facts(tokenizer, source, lists_tools)
 facts.calls.write(messages)     calls in the form that the template reads; facts.calls is None if it reads none
 facts.reasoning_key             the key under which it reads reasoning, if any
+facts.reads_schemas             whether it fails on a tool without a schema of parameters, which OpenAI's form allows
 facts.closing                   what it prints after a text's last answer that does not belong to the answer
 """
 
@@ -105,6 +106,13 @@ class TemplateFacts:
     calls: CallForm | None
     reasoning_key: str | None
     closing: str
+    reads_schemas: bool = False
+
+    def write_tools(self, tools: list[dict] | None) -> list[dict] | None:
+        """Write a list of tools in the form that the template reads."""
+        if not self.reads_schemas:
+            return tools
+        return [tool | {"function": tool["function"] | _schema_of(tool["function"])} for tool in tools or []]
 
 
 @functools.lru_cache(maxsize=64)
@@ -112,7 +120,8 @@ def template_facts(tokenizer: PreTrainedTokenizerBase, source: str, lists_tools:
     """Probe a tokenizer's template, of this source, for conversations that list tools or do not."""
     tools = [PROBED_TOOL] if lists_tools else None
     calls = _call_form(tokenizer, tools) if READS_TOOLS.search(source) else None
-    return TemplateFacts(calls, _reasoning_key(tokenizer, source, tools, calls), _closing(tokenizer))
+    reads_schemas = bool(tools) and _reads_schemas(tokenizer)
+    return TemplateFacts(calls, _reasoning_key(tokenizer, source, tools, calls), _closing(tokenizer), reads_schemas)
 
 
 def apply_template(
@@ -166,6 +175,19 @@ def _shows_calls(text: str, form: CallForm, tools: list[dict] | None) -> bool:
         and str(PROBED_ARGUMENTS) not in text
         and all(missing_part(m, text) is None for m in form.write(PROBED_MESSAGES))
     )
+
+
+def _schema_of(function: dict[str, Any]) -> dict[str, Any]:
+    """Return a function's schema under its key, with what templates read of one that takes no arguments."""
+    return {"parameters": {"type": "object", "properties": {}} | (function.get("parameters") or {})}
+
+
+def _reads_schemas(tokenizer) -> bool:
+    """Return whether the template shows a tool without parameters only if it has an empty schema."""
+    function = {"name": "probed_tool", "description": "probed description"}
+    bare, filled = ({"type": "function", "function": one} for one in (function, function | _schema_of({})))
+    shown, shown_filled = (_rendered(tokenizer, PROBED_MESSAGES[:1], [tool]) for tool in (bare, filled))
+    return bool(shown_filled) and not shown
 
 
 def _reasoning_key(tokenizer, source: str, tools: list[dict] | None, calls: CallForm | None) -> str | None:

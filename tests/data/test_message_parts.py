@@ -73,3 +73,17 @@ def test_tools_are_names_descriptions_and_parameters():
     assert missing_tool(tools, "Read it. Twice. (place)") == "tools[0].function.name"
     assert missing_tool(tools, "read (place)") == "tools[0].function.description"
     assert missing_tool(tools, "read: Read it. Twice.") == "tools[0].function.parameters.place"
+
+
+@pytest.mark.parametrize("parameters", [{"place": {"type": "str"}}, {"type": {"description": "a kind", "type": "str"}}])
+def test_parameters_without_a_schema_around_them_are_looked_for_too(parameters):
+    """As xLAM's sets write them: a template that reads properties shows none."""
+    tool = {"function": {"name": "read", "parameters": parameters}}
+    [name] = parameters
+    assert missing_tool([tool], "read") == f"tools[0].function.parameters.{name}"
+    assert missing_tool([tool], json.dumps(tool)) is None
+
+
+@pytest.mark.parametrize("schema", [{"type": "object"}, {"type": "object", "additionalProperties": {"type": "string"}}])
+def test_a_schema_without_properties_has_no_parameters(schema):
+    assert missing_tool([{"function": {"name": "read", "parameters": schema}}], "read") is None

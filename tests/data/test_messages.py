@@ -179,3 +179,42 @@ def test_keys_without_a_value_are_no_part_of_a_schema():
     }
     kept = {"properties": {"city": {"type": ["string", "null"], "default": None, "enum": ["Rome", None]}}}
     assert read_tools({"tools": [{"name": "find", "parameters": kept}]})[0]["function"]["parameters"] == kept
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+@pytest.mark.parametrize("key", ["parameters", "input_schema", "inputSchema"])
+def test_the_schema_of_a_tool_has_the_name_that_templates_read(key, as_text):
+    schema = {"type": "object", "properties": {"place": {"type": "string"}}}
+    tool = {"name": "read", key: json.dumps(schema) if as_text else schema, "strict": True}
+    [read_tool] = read_tools({"tools": [tool]}) or []
+    assert list(read_tool["function"].items()) == [("name", "read"), ("parameters", schema), ("strict", True)]
+
+
+@pytest.mark.parametrize("schema", ["{", ["place"], {"properties": ["place"]}, 3])
+def test_a_schema_of_another_form_is_named(schema):
+    with pytest.raises(DataError, match=r"tools\[0\]\.parameters"):
+        read_tools({"tools": [{"name": "read", "parameters": schema}]})
+
+
+@pytest.mark.parametrize(
+    ("message", "fix"),
+    [
+        (A | {"function_calls": "read(place='Oslo')"}, "tool_calls"),
+        (A | {"tool_call": {"name": "read"}}, "tool_calls"),
+        (A | {"channel": "analysis"}, "reasoning_content"),
+        (A | {"channel": "commentary"}, "tool_calls"),
+        (A | {"recipient": "functions.read"}, "tool_calls"),
+        ({"role": "system", "content": "s", "functions": "[]"}, "beside the messages"),
+        ({"role": "system", "content": "s", "tools": [{"name": "read"}]}, "beside the messages"),
+    ],
+)
+def test_what_a_turn_says_elsewhere_is_not_left_out(message, fix):
+    """As OLMo's sets, harmony's channels and DeepSeek's messages have it: the turn without it is another one."""
+    with pytest.raises(DataError, match=rf"messages\[0\]\.\w+ is .*, which is not read there: .*{fix}"):
+        read(message)
+
+
+def test_keys_of_the_same_names_that_say_nothing():
+    final = {"channel": "final", "recipient": "all", "functions": None, "function_calls": "", "tools": []}
+    [answer], ignored = read(A | final)
+    assert answer == A and ignored == {"messages[].channel", "messages[].recipient", "messages[].function_calls"}

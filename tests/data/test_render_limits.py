@@ -4,6 +4,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import psutil
 import pytest
 
 from conftest import TINY_MODEL
@@ -18,6 +19,7 @@ DOUBLING = (
 )
 REPEATED = "{{ ('ab' * 9999999999)|length }}"
 PADDED = "{{ 'ab'|center(9999999999) }}"
+GROWING = "{% for a in range(99999) %}{% for b in range(99999) %}{{ '%020000d' % 1 }}{% endfor %}{% endfor %}"
 LONG = "{% for a in range(99999) %}{{ '%02000d' % 1 }}{% endfor %}"
 
 
@@ -53,17 +55,33 @@ def test_errors_of_a_template_pass_and_other_threads_render_too():
     assert texts == ["text"] == [within_limits(lambda: "text", "name")]
 
 
-def test_a_template_without_end_is_stopped_in_other_threads_too(monkeypatch):
-    monkeypatch.setattr(render_limits, "SECONDS", 0.2)
+@pytest.mark.parametrize(
+    ("template", "seconds", "reason"),
+    [(LOOP, 0.2, "may loop without end"), (GROWING, 5.0, "memory"), (DOUBLING, 5.0, "memory")],
+    ids=["loop", "growing", "doubling"],
+)
+def test_a_template_without_end_is_stopped_in_other_threads_too(template, seconds, reason, monkeypatch):
+    """A thread has no limit on memory of its own: what the process holds is bounded all the same."""
+    monkeypatch.setattr(render_limits, "SECONDS", seconds)
+    monkeypatch.setattr(render_limits, "MEMORY", 1 << 28)
     tokenizer = load_tokenizer(str(TINY_MODEL))
-    tokenizer.chat_template = LOOP
+    tokenizer.chat_template = template
+    most, ended = [psutil.Process().memory_info().rss], threading.Event()
+
+    def measure():
+        while not ended.wait(0.02):
+            most.append(psutil.Process().memory_info().rss)
 
     def render():
         return chat_template.render([{"role": "user", "content": "hi"}], tokenizer)
 
-    with ThreadPoolExecutor(1) as pool:
-        render_limits._start_watching.cache_clear()  # the watch of an earlier test looks once a second
-        with pytest.raises(ModelError, match="may loop without end"):
-            pool.submit(render).result(timeout=60)
+    with ThreadPoolExecutor(2) as pool:
+        pool.submit(measure)
+        try:
+            with pytest.raises(ModelError, match=reason):
+                pool.submit(render).result(timeout=60)
+        finally:
+            ended.set()
         tokenizer.chat_template = "{{ messages[0].content }}"
         assert pool.submit(render).result(timeout=60) == "hi"
+    assert max(most) - most[0] < 4 << 30

@@ -3,7 +3,7 @@
 import pytest
 
 from conftest import chat
-from forgebook.data.row_checks import check_conversation, check_label, check_pair
+from forgebook.data.row_checks import check_conversation, check_label, check_media, check_pair
 from forgebook.errors import DataError
 
 GOOD, OTHER = chat("q", "a")["messages"], chat("q", "b")["messages"]
@@ -32,3 +32,13 @@ def test_good_ones_pass():
 def test_others_are_named(check, message):
     with pytest.raises(DataError, match=message):
         check()
+
+
+@pytest.mark.parametrize(
+    ("key", "text"), [("images", "<image>What is it?"), ("video", "Look: <video>"), ("audio_path", "<audio>\nSay it.")]
+)
+def test_pictures_that_the_messages_mention_are_not_left_out(key, text):
+    with pytest.raises(DataError, match=rf"{key}: the messages mention <\w+>, and only text is trained"):
+        check_media({key: ["a.png"]}, chat(text, "a")["messages"])
+    check_media({key: []}, chat(text, "a")["messages"])
+    check_media({key: ["a.png"]}, GOOD)

@@ -1,6 +1,7 @@
 """What probes see of a template: the form of its calls, its key of reasoning, and what it prints after an answer."""
 
 import copy
+import json
 
 import pytest
 
@@ -192,3 +193,28 @@ def test_a_list_of_tools_as_text_that_a_template_leaves_out_is_named(with_templa
     )
     with pytest.raises(DataError, match=r"^tools: .* system message"):
         encode(AGENT, no_system, tools=TOOLS)
+
+
+READS_SCHEMAS = OBJECTS.replace(
+    "{{ tools | tojson }}",
+    "{% for t in tools %}{{ t.function.description }}{{ t.function.name }}("
+    "{% for p in t.function.parameters.properties %}{{ p }}{% endfor %})"
+    "{% endfor %}",
+)
+
+
+@pytest.mark.parametrize(
+    ("schema", "shown"),
+    [
+        ({}, "read()"),
+        ({"parameters": {}}, "read()"),
+        ({"parameters": {"type": "object"}}, "read()"),
+        ({"parameters": {"properties": {"place": {}}}}, "read(place)"),
+    ],
+)
+def test_a_tool_without_arguments_needs_no_schema(with_template, tokenizer, schema, shown):
+    """OpenAI's form allows it; templates that read `parameters.properties` would fail on the whole example."""
+    tools = [{"type": "function", "function": {"name": "read", **schema}}]
+    reading, printing = with_template(READS_SCHEMAS), with_template(OBJECTS)
+    assert shown in reading.decode(encode(AGENT, reading, tools=tools).input_ids)
+    assert json.dumps(tools) in printing.decode(encode(AGENT, printing, tools=tools).input_ids)

@@ -2,7 +2,13 @@
 
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
 
+import psutil
 import pytest
 
 from conftest import REPOSITORY
@@ -137,6 +143,46 @@ def test_a_sweep_finds_the_better_rate(ray_session, tmp_path, monkeypatch, capfd
     printed = capfd.readouterr().out
     assert complete.stat().st_mtime_ns == before
     assert "best checkpoint" in printed and "0.004" in printed and "tune.png" in printed
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_sweep_with_all_its_processes_and_the_same_command_resumes(request, tmp_path, monkeypatch):
+    """As a terminal sends it: to Ray's processes and the trials, too."""
+    words = [
+        "learning_rate=[5.0e-3,4.0e-3]", "num_devices=0", "deepspeed=none", "max_steps=30", "num_epochs=1",
+        "checkpoint_and_evaluation_frequency={unit: steps, frequency: 3}", f"storage_path={tmp_path}",
+    ]  # fmt: skip
+    command, environment = [sys.executable, "main.py", "tune", QUICKSTART, *words], {"RAY_ADDRESS": "local"}
+    folder = tmp_path / "quickstart-tune"
+    with open(tmp_path / "printed.txt", "w+") as file:
+        process = subprocess.Popen(
+            command, cwd=REPOSITORY, env=os.environ | environment, stdout=file, stderr=file, start_new_session=True
+        )
+        try:
+            while process.poll() is None and not list(folder.glob("learning_rate=*/resume/step-*/place.json")):
+                time.sleep(0.1)
+            started = psutil.Process(process.pid).children(recursive=True)
+            os.killpg(process.pid, signal.SIGINT)
+            process.wait(timeout=60)
+        finally:
+            process.kill()
+        file.seek(0)
+        printed = file.read()
+    assert process.returncode == 130, printed
+    assert "stopped; 0 of 2 trials are complete in " in printed and "Traceback" not in printed
+    assert "the same command resumes those and runs the others" in printed
+    assert len(started) > 3 and not psutil.wait_procs(started, timeout=20)[1]  # Ray's and the trials'
+
+    request.getfixturevalue("ray_session")
+    monkeypatch.chdir(REPOSITORY)
+    assert main(command[2:]) == 0
+    events = [
+        json.loads(line)
+        for path in folder.glob("learning_rate=*/logs/progress.jsonl")
+        for line in path.read_text().splitlines()
+    ]
+    assert any(event.get("start", 0) >= 3 for event in events)
+    assert any(Run(path).is_complete for path in folder.glob("learning_rate=*"))
 
 
 @pytest.mark.slow
