@@ -7,7 +7,7 @@ import atexit
 import sys
 from collections.abc import Callable, Sequence
 
-from forgebook.cli import config_commands, model_commands, run_commands
+from forgebook.cli import config_commands, doctor_command, model_commands, run_commands
 from forgebook.cli.mistakes import refuse_typo
 from forgebook.errors import ForgebookError
 
@@ -23,6 +23,7 @@ before and during a run
   python main.py tune CONFIG 'KEY=[A,B]' [samples=N]    a sweep: which values give the lowest evaluation loss
   python main.py submit CONFIG [address=URL]            the same run as a job on a Ray cluster (CLUSTERS.md)
   python main.py status JOB  ·  stop JOB                a submitted job
+  python main.py doctor [CONFIG]                        what this machine has; why does it not learn? the next step
   python main.py schema                                 the JSON schema of a config, for editors (CONFIG.md)
 
 after a run
@@ -51,6 +52,7 @@ RUNNERS: dict[str, Callable[[list[str]], int]] = {
     "plan": config_commands.plan_command,
     "preview": config_commands.preview_command,
     "tune": config_commands.tune_command,
+    "doctor": doctor_command.doctor_command,
     "schema": config_commands.schema_command,
     "submit": config_commands.submit_command,
     "status": config_commands.status_command,

@@ -293,6 +293,17 @@ _TABLE = (
         ),
     ),
     Command(
+        "doctor",
+        "[CONFIG] [--json] [--default] [key=value ...]",
+        "Check this machine: versions, devices, attention kernels, disk, buckets, Ray. With CONFIG, also its template, "
+        "end of turn and first example, and the next of six steps that find out why a run does not learn. Exit code: "
+        "1 if something needs a fix.",
+        A_CONFIG,
+        flags=(DEFAULT, JSON),
+        takes_config_keys=True,
+        needs_target=False,
+    ),
+    Command(
         "schema",
         "",
         "The keys of a config as a JSON schema, by which an editor completes and checks a YAML (CONFIG.md).",

@@ -5,7 +5,8 @@ from typing import Annotated, Self
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
-from forgebook.config.blocks import Float, Int, StrictBlock
+from forgebook.config.blocks import StrictBlock
+from forgebook.config.values import Float, Int
 from forgebook.errors import near_miss, shown_value
 
 __all__ = ["COLUMN_ROLES", "DataPath", "DataSource", "HeldOut", "ValidPath", "as_written", "template_columns"]

@@ -6,7 +6,6 @@
 `parse` reads files into these classes; `blocks` holds the nested ones. Nothing here reads a file or needs a GPU stack.
 """
 
-import re
 from functools import cache
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -18,26 +17,29 @@ from forgebook.config.blocks import (
     ClassifierConfig,
     DeepSpeed,
     EarlyStopping,
-    Examples,
-    Float,
-    Fraction,
     GenerationConfig,
-    Int,
     LigerKernel,
     Logger,
     Loggers,
-    LoraBlock,
     Mark,
-    Positive,
     PreferenceTuningConfig,
-    Resources,
-    RopeBlock,
     StrictBlock,
-    Switch,
     VisionLanguageConfig,
     WeightsPath,
 )
 from forgebook.config.data_block import DataPath, ValidPath
+from forgebook.config.values import (
+    Examples,
+    Float,
+    Fraction,
+    Int,
+    LoraBlock,
+    Positive,
+    Resources,
+    RopeBlock,
+    RunName,
+    Switch,
+)
 
 __all__ = [
     "DEFAULT_LORA",
@@ -172,6 +174,8 @@ class FinetuneConfig(StrictBlock):
     """Fused Triton kernels."""
     torch_compile: Switch = False
     """Compile the decoder, at its first step and for every new shape; a block holds arguments of torch.compile."""
+    profile: Annotated[bool, Mark.NO_EFFECT] = False
+    """Profile steps 5 to 8: a trace for ui.perfetto.dev in the run folder, and a table of where the time goes."""
 
     # -- machines
     hardware: Annotated[str | None, Mark.AUTO, Mark.NO_EFFECT] = None
@@ -204,7 +208,7 @@ class FinetuneConfig(StrictBlock):
     """Keep this many checkpoints, those with the lowest evaluation loss."""
     save_state_minutes: Annotated[Float, Field(ge=0)] = 15
     """Save the state for resuming at least this often between checkpoints; 0: only with them."""
-    run_name: Annotated[str | None, Mark.NO_EFFECT] = None
+    run_name: Annotated[RunName | None, Mark.NO_EFFECT] = None
     """Folder of the run under `storage_path`. None: the name of the config file without its extension."""
     force: Annotated[bool, Mark.NO_EFFECT] = False
     """Start even if the plan says that the run does not fit."""
@@ -253,15 +257,6 @@ class FinetuneConfig(StrictBlock):
         if value.lower() == "none":
             return None
         return {"config_path": value if value.endswith(".json") else f"deepspeed_configs/{value}.json"}
-
-    @field_validator("run_name")
-    @classmethod
-    def _fit_for_a_folder(cls, name: str | None) -> str | None:
-        if name is not None and not (re.fullmatch(r"[^/\\.][^/\\]*", name) and name.isprintable()):
-            raise ValueError(
-                f"got {name!r}, must be a folder name: not empty, no slash, no line break, no dot at its start"
-            )
-        return name
 
     @model_validator(mode="before")
     @classmethod
@@ -374,7 +369,7 @@ class ResolvedConfig(FinetuneConfig):
     learning_rate: Annotated[Rate, Mark.AUTO]
     num_epochs: Annotated[Positive, Mark.AUTO]
     checkpoint_and_evaluation_frequency: Annotated[CheckpointFrequency, Mark.AUTO]
-    run_name: Annotated[str, Mark.NO_EFFECT]
+    run_name: Annotated[RunName, Mark.NO_EFFECT]
 
     @property
     def global_batch_size(self) -> int:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from forgebook.errors import ResourceError
 
-__all__ = ["AttentionFacts", "attention_facts", "choose_attention", "lacking_kernels"]
+__all__ = ["AttentionFacts", "attention_facts", "attention_obstacles", "choose_attention", "lacking_kernels"]
 
 # Flash attention: the package that holds it, and the oldest compute capability that it is compiled for.
 FLASH = {"flash_attention_2": ("flash-attn", (8, 0)), "flash_attention_3": ("flash-attn-3", (9, 0))}
@@ -76,6 +76,11 @@ def choose_attention(kind: str, facts: AttentionFacts, is_required: bool = True)
     if obstacle is not None:
         raise ResourceError(f"attention: {kind} {obstacle}; set attention: auto for the fastest that runs here")
     return NAMES.get(kind, kind)
+
+
+def attention_obstacles(facts: AttentionFacts) -> dict[str, str | None]:
+    """Map each kernel to what keeps it from running; None if nothing does."""
+    return {kind: _obstacle(kind, facts) for kind in (*FLASH, "sdpa", "flex", "eager")}
 
 
 def _obstacle(kind: str, facts: AttentionFacts) -> str | None:

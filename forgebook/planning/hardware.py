@@ -217,7 +217,8 @@ class TensorMemory:
     malloc has not returned. torch keeps no statistics of CPU tensors either, but its profiler sees every allocation.
 
     hidden: bytes of tensors that Python cannot see, such as the buckets of DDP. filled: how much of an allocation of a
-    size is ever written (bytes); pages that are not take no memory. peak: 0 where it was not measured.
+    size is ever written (bytes); pages that are not take no memory. peak: 0 where it was not measured, because another
+    profiler was running.
     """
 
     def __init__(self, hidden: int = 0, filled: Mapping[int, int] | None = None):
@@ -227,14 +228,14 @@ class TensorMemory:
         self._profile: Any = None
 
     def __enter__(self) -> Self:
+        from torch.autograd import profiler
         from torch.profiler import ProfilerActivity, profile
 
+        if profiler._is_profiler_enabled:  # a second one in it crashes the process
+            return self
         self._before += _bytes_of_tensors()
         self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
-        try:
-            self._profile.__enter__()
-        except RuntimeError:  # another profiler is running
-            self._profile = None
+        self._profile.__enter__()
         return self
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:

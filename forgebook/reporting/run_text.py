@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from forgebook.planning.plan import Plan
     from forgebook.runs.run import Run
 
-__all__ = ["print_choices", "print_plan", "print_run", "print_summary", "stopped_text", "write_summary"]
+__all__ = ["print_choices", "print_plan", "print_run", "print_summary", "profile_rows", "stopped_text", "write_summary"]
 
 SUMMARY_KEYS = (
     "best_checkpoint",
@@ -153,10 +153,28 @@ def print_summary(output: Console, run: Run) -> None:
         output.print(
             f"  [yellow]vLLM cannot serve the adapter: {reason}; merge it first (python main.py merge)[/yellow]"
         )
+    if profile := summary.get("profile"):
+        rows = profile_rows(profile)
+        output.print(make_table(f"Where the time of {profile['steps']} steps goes", ["", "per step", "share"], rows))
+        output.print(f"  trace            {display_path(run.folder / profile['trace'])} (open it in ui.perfetto.dev)")
     best = display_path(run.folder / summary["best_checkpoint"])
     output.print(f"  best checkpoint  {best}  loss curve  {display_path(run.loss_curve)}")
     if run.uri:
         output.print(f"  stored in        {run.uri}")
+
+
+def profile_rows(profile: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Lay a profile out as lines of a table: what, milliseconds per step, share of the time of a step."""
+
+    def line(name: str, seconds: float) -> tuple[str, str, str]:
+        return name, f"{1000 * seconds / profile['steps']:,.1f} ms", f"{seconds / profile['seconds']:.0%}"
+
+    phases = [line(name, seconds) for name, seconds in profile["phases"].items()]
+    operators = [
+        line(f"  {name} ({facts['calls'] // profile['steps']} calls)", facts["seconds"])
+        for name, facts in profile["operators"].items()
+    ]
+    return [*phases, (f"largest operators, on the {profile['operators_on'].upper()}", "", ""), *operators]
 
 
 def _stop_text(run: Run, check: dict[str, Any]) -> str:

@@ -41,7 +41,7 @@ _RUN = f"""
     {MARKER} config.yaml data_report.json rejected_rows.json held_out.jsonl changes.jsonl plan.json
     metrics.jsonl summary.json loss.png adapter_start.safetensors evaluation.json evaluation/*.json evaluation/*.jsonl
     tokens/*.npz tokens/reference* tokens/shards/* logs/*.log logs/*.jsonl logs/*.id
-    tensorboard/events.out.tfevents.* checkpoint_manager_snapshot.json
+    profile/trace.json.gz tensorboard/events.out.tfevents.* checkpoint_manager_snapshot.json
     checkpoints/.writing-* checkpoints/.removing-* checkpoints/.test-save/* resume/*
     {LOCK} .mark .stop .validate_storage_marker .uploading/* .workers/* .tokens/*
 """

@@ -34,6 +34,7 @@ from forgebook.training import checkpoints, distributed, objectives, optimizers,
 from forgebook.training.losses import check_isolation
 from forgebook.training.objectives import Objective, Sums
 from forgebook.training.out_of_memory import explain_out_of_memory
+from forgebook.training.profiler import StepProfiler, phase
 from forgebook.training.reference import ExampleSet, with_reference
 from forgebook.training.setup import Worker, base_overrides, make_accelerator, make_worker, prompt_format_text
 from forgebook.training.step_metrics import EpochSums, Step, StepMemory, check_step
@@ -140,6 +141,7 @@ def train_loop(config: ResolvedConfig, run: Run, report: Report = lambda metrics
     devices = max(1, config.num_devices)
     accumulation = math.ceil(config.gradient_accumulation_steps * devices / accelerator.num_processes)
     sums, epoch_order, memory = EpochSums(**start.epoch_sums), None, StepMemory(worker)
+    profiler = StepProfiler(run, config.profile and accelerator.is_main_process)
     saved_at, reported_at = time.perf_counter(), -math.inf  # the first step is reported at once
     is_enough = _is_enough(config.early_stopping, losses)
     while step < last_step and not is_enough:
@@ -151,6 +153,7 @@ def train_loop(config: ResolvedConfig, run: Run, report: Report = lambda metrics
         longest = partial(_longest, train, epoch_order[index], is_packed=train_set.packed)
         with (
             explain(f"in step {step + 1}", longest),
+            profiler.measured(step + 1 - start.step),
             memory.measured(train.lengths, epoch_order[index : index + last_step - step]),
         ):
             measured = _train_step(
@@ -232,6 +235,7 @@ def train_loop(config: ResolvedConfig, run: Run, report: Report = lambda metrics
         "step_memory_bytes_per_worker": distributed.gathered(memory.step_peak()),
         "vllm_serves": checkpoints.vllm_verdict(worker.model),
         "stop_check": None,
+        "profile": distributed.gathered(profiler.finish())[0],
     }
     if start.step < last_step:  # else an earlier process has taken the last step, and may have failed in this check
         generation, is_compiled = config.generation_config, bool(config.torch_compile)
@@ -272,9 +276,11 @@ def _train_step(
     else:
         trained = [p for p in worker.model.parameters() if p.requires_grad]
         # Without max_grad_norm, too: the norm is a metric, and a gradient of zero ends the run.
-        gradient = float(torch.nn.utils.clip_grad_norm_(trained, max_grad_norm or math.inf))
-        worker.optimizer.step()
-        worker.optimizer.zero_grad()
+        with phase("gradient norm"):
+            gradient = float(torch.nn.utils.clip_grad_norm_(trained, max_grad_norm or math.inf))
+        with phase("optimizer"):
+            worker.optimizer.step()
+            worker.optimizer.zero_grad()
     totals = objectives.summed(accelerator, sums, ("loss", "padded", *objective.metric_names))
     return Step(
         loss=totals.pop("loss") / units,
@@ -300,18 +306,22 @@ def _forward_backward(
     sums: Sums = Counter()
     forward_seconds = backward_seconds = 0.0
     for index, part in enumerate(parts):
-        batch = train.batch(part)
+        with phase("batch"):
+            batch = train.batch(part)
         is_last = index == len(parts) - 1
         # DDP sums gradients over the workers in the last micro batch alone; DeepSpeed decides that by itself.
         with contextlib.nullcontext() if deepspeed_engine or is_last else accelerator.no_sync(worker.wrapped):
             started = _now(accelerator)
-            measurement = objective.measure(worker.wrapped, batch, train.reference_of(part))
-            halfway = _now(accelerator)
-            if deepspeed_engine:
-                accelerator.deepspeed_engine_wrapped.backward(measurement.loss * scale, sync_gradients=is_last)
-            else:
-                (measurement.loss * scale).backward()
-            ended = _now(accelerator)
+            with phase("forward"):
+                measurement = objective.measure(worker.wrapped, batch, train.reference_of(part))
+                halfway = _now(accelerator)
+            # DeepSpeed's optimizer runs within the last backward.
+            with phase("backward, optimizer" if deepspeed_engine else "backward"):
+                if deepspeed_engine:
+                    accelerator.deepspeed_engine_wrapped.backward(measurement.loss * scale, sync_gradients=is_last)
+                else:
+                    (measurement.loss * scale).backward()
+                ended = _now(accelerator)
         forward_seconds += halfway - started
         backward_seconds += ended - halfway
         sums.update({"loss": float(measurement.loss.detach()), "padded": batch["input_ids"].numel()})
