@@ -195,7 +195,7 @@ def page_line(page: Path) -> str:
 def llms_page() -> str:
     """Write llms.txt."""
     first = re.sub(r"\*\*", "", paragraphs_of(REPOSITORY / "README.md")[0])
-    start = ["README.md", "CONFIG.md", "SUPPORT.md", "CLUSTERS.md", "FAILURES.md"]
+    start = ["README.md", "CONFIG.md", "DATA.md", "SUPPORT.md", "CLUSTERS.md", "FAILURES.md"]
     start += ["training_configs/README.md", "deepspeed_configs/README.md", "tiny_model/README.md"]
     develop = ["AGENTS.md", "CONTRIBUTING.md", "SECURITY.md"]
     lines = ["# Forgebook", "", f"> {first}", "", "## Guide and reference", ""]

@@ -182,6 +182,16 @@ _TABLE = (
         ),
         takes_config_keys=True,
     ),
+    Command(
+        "curate",
+        "CONFIG out=FILE.jsonl [key=value ...]",
+        "Write the training examples that are worth training on to a new file, with a report as JSON and as a page: "
+        "duplicates, overlap with the validation examples, empty, truncated and refusing answers, personal data. "
+        "curation.KEY=VALUE sets what is dropped (forgebook/config/curation_blocks.py). Nothing is changed in place.",
+        A_CONFIG,
+        (Option("out", "the file to write, as JSON lines", expand_path),),
+        takes_config_keys=True,
+    ),
     Command("status", "JOB [address=http://HEAD:8265]", "The state of a job.", A_JOB, (ADDRESS,)),
     Command(
         "stop", "JOB [address=http://HEAD:8265]", "Stop a job; its checkpoints and state remain.", A_JOB, (ADDRESS,)

@@ -27,6 +27,7 @@ from forgebook.config.blocks import (
     VisionLanguageConfig,
     WeightsPath,
 )
+from forgebook.config.curation_blocks import CurationConfig, SynthesisConfig
 from forgebook.config.data_block import DataPath, ValidPath
 from forgebook.config.values import (
     Examples,
@@ -230,6 +231,12 @@ class FinetuneConfig(StrictBlock):
     vision_language_config: VisionLanguageConfig | None = None
     """Images in the examples; sets the task to `vision_language`, which is not supported yet."""
 
+    # -- other commands
+    curation: Annotated[CurationConfig | None, Mark.NO_EFFECT] = None
+    """What `curate` drops."""
+    synthesis: Annotated[SynthesisConfig | None, Mark.NO_EFFECT] = None
+    """What `synthesize` writes."""
+
     _origins: dict[str, str] = PrivateAttr(default_factory=dict)  # dotted key -> file, override, auto, auto: reason
     _is_default: bool = PrivateAttr(default=False)  # --default: planning.auto_config chooses the rest
     _source: str | None = PrivateAttr(default=None)  # the path or URL that was loaded
@@ -370,11 +377,6 @@ class ResolvedConfig(FinetuneConfig):
     num_epochs: Annotated[Positive, Mark.AUTO]
     checkpoint_and_evaluation_frequency: Annotated[CheckpointFrequency, Mark.AUTO]
     run_name: Annotated[RunName, Mark.NO_EFFECT]
-
-    @property
-    def global_batch_size(self) -> int:
-        """Count the examples per optimizer step, over all devices."""
-        return self.train_batch_size_per_device * max(1, self.num_devices) * self.gradient_accumulation_steps
 
 
 _Config = TypeVar("_Config", bound=FinetuneConfig)

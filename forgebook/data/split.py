@@ -25,7 +25,7 @@ from forgebook.data.token_store import Tokens
 from forgebook.errors import DataError
 from forgebook.runs.atomic import atomic_file
 
-__all__ = ["Row", "group_of", "hold_out", "rows_of", "write_examples"]
+__all__ = ["Row", "as_row", "group_of", "hold_out", "rows_of", "write_examples"]
 
 # The line of a file and the group of the example there: a JSON array may have all its examples in one line.
 Row = tuple[int, int]
@@ -37,7 +37,7 @@ def group_of(example: Example) -> int:
     Plain text, and a conversation without a user message, belong with their own copies alone.
     """
     asked = next((message["content"] for message in example.messages or () if message["role"] == "user"), None)
-    text = json.dumps(_as_row(example)) if asked is None else " ".join(asked.lower().split())
+    text = json.dumps(as_row(example)) if asked is None else " ".join(asked.lower().split())
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
@@ -105,13 +105,14 @@ def write_examples(rows: Mapping[Source, Collection[Row]], task: str, labels: Se
                 for parsed in parse_chunk(chunk, task, labels):
                     if isinstance(parsed, DataError) or (parsed[0].line, group_of(parsed[0])) not in wanted:
                         continue
-                    row = json.dumps(_as_row(parsed[0]), ensure_ascii=False)
+                    row = json.dumps(as_row(parsed[0]), ensure_ascii=False)
                     if row not in written:  # duplicates may share a line
                         written.add(row)
                         file.write(row + "\n")
 
 
-def _as_row(example: Example) -> dict[str, Any]:
+def as_row(example: Example) -> dict[str, Any]:
+    """Write an example as a row in the format of messages, preference or text."""
     if example.messages is None:
         return {"text": example.text}
     tools = {"tools": example.tools} if example.tools else {}

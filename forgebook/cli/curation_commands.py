@@ -1,0 +1,54 @@
+"""The commands that make better data before training: curate and synthesize.
+
+Each takes its arguments and returns an exit code; each imports what it needs when it is called.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from forgebook.cli.arguments import Arguments, load_noting_retired, parse_arguments
+from forgebook.errors import ConfigError
+
+if TYPE_CHECKING:
+    from forgebook.config.schema import FinetuneConfig
+
+__all__ = ["curate_command"]
+
+
+def curate_command(arguments: list[str]) -> int:
+    """Write a filtered data set, and a report of what was found."""
+    parsed = parse_arguments("curate", arguments)
+    config, out = _load(parsed), _out("curate", parsed)
+    from forgebook.curation.curate import curate, dropped_path, report_paths
+    from forgebook.curation.report import as_json, as_page, table_rows
+    from forgebook.reporting.console import make_console, make_table, progress_bar
+    from forgebook.runs.atomic import atomic_file, write_json
+
+    output = make_console()
+    with progress_bar(output, "curating") as show:
+        curation = curate(config, out, on_progress=show)
+    json_path, page_path = report_paths(out)
+    write_json(json_path, as_json(curation))
+    with atomic_file(page_path) as temporary:
+        temporary.write_text(as_page(curation), encoding="utf-8")
+    columns = ["reason", "examples", "share", "", "meaning"]
+    output.print(make_table(f"Curation of {curation.sources}", columns, table_rows(curation)))
+    for remark in curation.remarks:
+        output.print(f"note: {remark}", markup=False)
+    output.print(f"{curation.written:,} of {curation.read:,} examples written to {out}", markup=False)
+    output.print(f"left out, with the reasons: {dropped_path(out)}; report: {page_path}, {json_path}", markup=False)
+    return 0
+
+
+def _load(parsed: Arguments) -> FinetuneConfig:
+    return load_noting_retired(parsed.target, parsed.rest, default=False)
+
+
+def _out(name: str, parsed: Arguments):
+    """Return the path of the file to write."""
+    from pathlib import Path
+
+    if "out" not in parsed.options:
+        raise ConfigError(f"{name} needs a file to write: out=FILE.jsonl")
+    return Path(parsed.options["out"])
