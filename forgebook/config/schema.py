@@ -168,9 +168,10 @@ class FinetuneConfig(StrictBlock):
     gradient_checkpointing: Annotated[bool, Mark.AUTO, Mark.NO_EFFECT] = True
     """Recompute activations in the backward pass: about a third slower, far less memory."""
     attention: Annotated[
-        Literal["auto", "flash_attention_2", "flash_attention_3", "sdpa", "flex", "eager"], Mark.AUTO
+        Literal["auto", "flash_attention_2", "flash_attention_3", "varlen", "sdpa", "flex", "eager"], Mark.AUTO
     ] = "auto"
-    """Attention kernel. auto: the fastest that the device has."""
+    """Attention kernel. auto: the fastest that the device has. varlen: torch's own for examples of different lengths in
+    one line; with it and with flash attention a batch has no padding."""
     liger_kernel: LigerKernel = LigerKernel()
     """Fused Triton kernels."""
     torch_compile: Switch = False

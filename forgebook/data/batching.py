@@ -15,18 +15,17 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, insort
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from forgebook.data.token_store import Tokens
 
 if TYPE_CHECKING:
-    import torch
-
     from forgebook.data.masking import Encoded
 
 __all__ = [
+    "Batch",
     "Sequence",
     "collate",
     "epoch_batches",
@@ -42,6 +41,8 @@ __all__ = [
 
 # Numbers of the examples that share one line of a batch: one, or several when packed.
 Sequence = np.ndarray
+# The arguments of a model's forward pass, by name: tensors, and of `segments` a tensor and a number.
+Batch = dict[str, Any]
 
 # Sequences are sorted by length within windows of this many optimizer steps: little padding, still shuffled.
 SORTING_WINDOW = 50
@@ -171,18 +172,29 @@ def _sequence_lengths(tokens: Tokens, sequences: list[Sequence]) -> np.ndarray:
 
 
 def collate(
-    tokens: Tokens, sequences: list[Sequence], pad_id: int, pad_to: int | None = None, *, packed: bool = False
-) -> dict[str, torch.Tensor]:
+    tokens: Tokens,
+    sequences: list[Sequence],
+    pad_id: int,
+    pad_to: int | None = None,
+    *,
+    packed: bool = False,
+    one_line: bool = False,
+) -> Batch:
     """Stack sequences into tensors, padded on the right.
 
     Returns input_ids [sequences, length] and labels [sequences, length], where labels[:, t] is the token that
-    position t predicts, or -100. Tokens after an example's last one in the loss are left out: they can change no
-    loss. No attention mask is needed: under causal attention no token attends to the padding on its right.
+    position t predicts, or -100; supervised [positions], the indexes of those that predict one, counted through all
+    lines; and counts [sequences], how many each has. They are counted here, as a GPU that counted them would make the
+    host wait. Tokens after an example's last one in the loss are left out: they can change no loss. No attention mask
+    is needed: under causal attention no token attends to the padding on its right.
 
     Examples of a sequence, a preference pair, are lines of their own unless packed.
 
     packed: also return position_ids [sequences, length], from 0 in each example; from them attention keeps the
             examples of one sequence apart. The padding counts as an example of its own.
+    one_line: return all sequences in a single line, without padding between them, for kernels that keep examples apart
+              by their lengths: position_ids, and segments: where each example begins and the last one ends, int32
+              [examples + 1], and the tokens of the longest. counts are still those of each sequence.
     pad_to: pad to this many tokens rather than to the longest sequence, rounded up (`padding: max_length`).
     """
     import torch
@@ -192,6 +204,10 @@ def collate(
     lines = [_line(tokens, sequence) for sequence in sequences]
     # An empty part (more workers than examples in the last step) still takes part in collectives: one dead token.
     lines = lines or [(np.full(1, pad_id), np.full(1, -100), np.zeros(1, np.int64))]
+    counts = np.array([(targets != -100).sum() for _, targets, _ in lines], np.int64)
+    if one_line:
+        ids, targets, places = (np.concatenate(column) for column in zip(*lines, strict=True))
+        lines = [(ids, targets, places)]
     longest = max(len(ids) for ids, _, _ in lines)
     width = pad_to or _round_up(longest)
     input_ids = np.full((len(lines), width), pad_id, np.int64)
@@ -201,12 +217,18 @@ def collate(
         input_ids[k, : len(ids)] = ids
         labels[k, : len(ids)] = targets
         positions[k] = np.concatenate([places, np.arange(width - len(ids))])
-    batch = {"input_ids": input_ids, "labels": labels} | ({"position_ids": positions} if packed else {})
-    return {name: torch.from_numpy(array) for name, array in batch.items()}
+    arrays = {"input_ids": input_ids, "labels": labels, "supervised": np.flatnonzero(labels != -100), "counts": counts}
+    if packed or one_line:
+        arrays["position_ids"] = positions
+    batch: Batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    if one_line:
+        starts = np.append(np.flatnonzero(positions == 0), width).astype(np.int32)
+        batch["segments"] = torch.from_numpy(starts), int(np.diff(starts).max())
+    return batch
 
 
-def make_batch(encoded: Iterable[Encoded], pad_id: int) -> dict[str, torch.Tensor]:
-    """Stack encoded examples, one per line: input_ids and labels [examples, length], as `collate`."""
+def make_batch(encoded: Iterable[Encoded], pad_id: int) -> Batch:
+    """Stack encoded examples, one per line: its tensors as `collate` makes them."""
     tokens = Tokens.from_examples((one.input_ids, one.loss_mask) for one in encoded)
     return collate(tokens, list(np.arange(len(tokens))[:, None]), pad_id)
 

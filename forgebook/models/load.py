@@ -10,11 +10,13 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from forgebook.catalog import hub_id_of
 from forgebook.errors import ModelError
-from forgebook.models import cpu_bfloat16
+from forgebook.models import attention as attention_kernels
+from forgebook.models import cpu_bfloat16, varlen_attention
 from forgebook.models.attention import attention_facts, choose_attention, lacking_kernels
 from forgebook.models.saved_adapters import continue_lora
 from forgebook.models.tokenizer import locate, readable_model_errors, refuse_pickled
@@ -34,6 +36,7 @@ __all__ = [
     "load_skeleton",
     "load_start",
     "model_class",
+    "padding_note",
     "parameter_counts",
     "start_labels",
 ]
@@ -134,6 +137,7 @@ def load_model(
 
     if dtype == "bfloat16" and not torch.cuda.is_available() and cpu_bfloat16.is_needed():
         cpu_bfloat16.use_float32_products()
+    varlen_attention.register()
     refuse_pickled(source)
     check_files(source)
     with readable_model_errors(source, "model"), _bars_in_terminals_only():
@@ -141,15 +145,16 @@ def load_model(
         if rope_scaling is not None:
             text_config = model_config.get_text_config()
             text_config.rope_parameters = {**(text_config.rope_parameters or {}), **rope_scaling}
+        facts = attention_facts(dtype, on_gpu, model_class(model_config), model_config)
+        if device_map is not None:
+            facts = replace(facts, not_varlen="it is used for inference")
         model = auto_class(model_config).from_pretrained(
             source,
             config=model_config,
             trust_remote_code=False,
             use_safetensors=True,
             dtype=getattr(torch, dtype),
-            attn_implementation=choose_attention(
-                attention, attention_facts(dtype, on_gpu, model_class(model_config)), attention_is_required
-            ),
+            attn_implementation=choose_attention(attention, facts, attention_is_required),
             **{"device_map": device_map, **_whole_experts(model_config), **_quantized(quantization, dtype)},
         )
     if hub_id := hub_id_of(source):  # others have no such mirror: an adapter names its base as the hub does
@@ -210,6 +215,12 @@ def _quantized(kind: str | None, dtype: str) -> dict[str, Any]:
         settings = BitsAndBytesConfig(load_in_8bit=True)
     device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
     return {"quantization_config": settings, "device_map": {"": device}}
+
+
+def padding_note(model: Any, attention: str, dtype: str) -> str | None:
+    """Return why a loaded model computes padding along on this GPU, which is slower; None if it does not."""
+    facts = attention_facts(dtype, None, model_class(model.config), model.config)
+    return attention_kernels.padding_note(attention, facts)
 
 
 def load_skeleton(source: str) -> PreTrainedModel:

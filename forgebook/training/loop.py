@@ -7,23 +7,21 @@ finds: a restarted worker and a second `python main.py` are the same case.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
-from collections import Counter
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 
 from forgebook.config.blocks import EarlyStopping
 from forgebook.config.schema import ResolvedConfig
 from forgebook.data import batching as batches
 from forgebook.data import token_store as tokens
 from forgebook.errors import StoppedError
+from forgebook.models import load
 from forgebook.models.versions import check_versions
 from forgebook.planning import hardware, schedule
 from forgebook.planning.plan import running_figures
@@ -32,12 +30,13 @@ from forgebook.runs.metrics import Progress
 from forgebook.runs.run import Run
 from forgebook.training import checkpoints, distributed, objectives, optimizers, training_state
 from forgebook.training.losses import check_isolation
-from forgebook.training.objectives import Objective, Sums
+from forgebook.training.objectives import Objective
 from forgebook.training.out_of_memory import explain_out_of_memory
 from forgebook.training.profiler import StepProfiler, phase
 from forgebook.training.reference import ExampleSet, with_reference
-from forgebook.training.setup import Worker, base_overrides, make_accelerator, make_worker, prompt_format_text
-from forgebook.training.step_metrics import EpochSums, Step, StepMemory, check_step
+from forgebook.training.setup import base_overrides, make_accelerator, make_worker, prompt_format_text
+from forgebook.training.step import Ahead, Counts, MicroBatch, QueuedStep, queue_step, read_steps
+from forgebook.training.step_metrics import EpochSums, StepMemory, check_step
 from forgebook.training.stop_check import check_stops
 from forgebook.training.training_state import Position
 
@@ -47,6 +46,11 @@ __all__ = ["train_loop"]
 Report = Callable[[dict[str, Any], str | None], None]
 # Between the steps reported when nothing is evaluated: Ray takes reports every two seconds, and workers wait for it.
 REPORT_SECONDS = 10.0
+# Between two looks at what the device has computed, for which the host waits; a CPU has always computed it.
+READ_SECONDS = {"cuda": 1.0}
+MOST_UNREAD = 50  # steps
+# The sequences of each micro batch of one worker in one step.
+Parts = list[list[batches.Sequence]]
 
 
 def train_loop(config: ResolvedConfig, run: Run, report: Report = lambda metrics, checkpoint: None) -> dict[str, Any]:
@@ -92,16 +96,24 @@ def train_loop(config: ResolvedConfig, run: Run, report: Report = lambda metrics
         config.lr_scheduler_type, config.learning_rate, config.num_warmup_steps, last_step, config.min_lr_ratio,
         config.lr_decay_ratio,
     )  # fmt: skip
-    if config.padding == "packed":
-        check_isolation(worker.wrapped, accelerator.device)
+    # One line holds a whole batch, without padding, where the attention kernel keeps examples apart by their lengths.
+    takes_segments = worker.takes_segments
+    if note := load.padding_note(worker.model, config.attention, config.dtype):
+        progress.stage(note)
+    if config.padding == "packed" or takes_segments:
+        check_isolation(worker.wrapped, accelerator.device, takes_segments)
     objective = Objective(config.preference_tuning_config)
     pad_id, device = worker.tokenizer.pad_token_id, accelerator.device
     pad_to = config.context_length if config.padding == "max_length" else None
-    train_set = ExampleSet(train, pad_id, device, pad_to, packed=config.padding == "packed")
+    train_set = ExampleSet(
+        train, pad_id, device, pad_to, packed=config.padding == "packed", one_line=takes_segments and pad_to is None
+    )
     train_set = with_reference(config, run, worker, train_set, "training", progress)
     evaluate = None
     if valid is not None:
-        valid_set = with_reference(config, run, worker, ExampleSet(valid, pad_id, device), "validation", progress)
+        valid_set = with_reference(
+            config, run, worker, ExampleSet(valid, pad_id, device, one_line=takes_segments), "validation", progress
+        )
         valid_sequences = batches.single_sequences(valid, batches.group_size(config.task))
         # Similar lengths share a batch, with little padding; memory that does not suffice shows in the first batch.
         valid_sequences.sort(key=lambda sequence: -int(valid.lengths[sequence].sum()))
@@ -140,43 +152,69 @@ def train_loop(config: ResolvedConfig, run: Run, report: Report = lambda metrics
     # Fewer workers than num_devices (min_devices) take more micro batches each: a step has the same examples.
     devices = max(1, config.num_devices)
     accumulation = math.ceil(config.gradient_accumulation_steps * devices / accelerator.num_processes)
-    sums, epoch_order, memory = EpochSums(**start.epoch_sums), None, StepMemory(worker)
+
+    @lru_cache(maxsize=1)
+    def steps_of(epoch: int) -> list[list[batches.Sequence]]:
+        return batches.epoch_batches(train, sequences, config.global_batch_size, config.seed, epoch)
+
+    def examples_of(number: int) -> list[batches.Sequence]:
+        return steps_of(number // steps_per_epoch)[number % steps_per_epoch]
+
+    def parts_of(number: int) -> Parts:
+        parts = batches.split_batch(examples_of(number), train, accelerator.num_processes, accumulation)
+        return parts[accelerator.process_index]
+
+    ahead = Ahead(_micro_batches(train_set, parts_of, range(step, last_step)))
+    sums, memory = EpochSums(**start.epoch_sums), StepMemory(worker)
     profiler = StepProfiler(run, config.profile and accelerator.is_main_process)
     saved_at, reported_at = time.perf_counter(), -math.inf  # the first step is reported at once
     is_enough = _is_enough(config.early_stopping, losses)
+    queued: list[QueuedStep] = []  # steps whose figures are not read yet
+    steps_per_read, pace = 1, math.inf  # pace: seconds of a step
     while step < last_step and not is_enough:
         epoch, index = divmod(step, steps_per_epoch)
-        if index == 0 or epoch_order is None:
-            epoch_order = batches.epoch_batches(train, sequences, config.global_batch_size, config.seed, epoch)
-        if index == 0:
-            sums = EpochSums()
-        longest = partial(_longest, train, epoch_order[index], is_packed=train_set.packed)
-        with (
-            explain(f"in step {step + 1}", longest),
-            profiler.measured(step + 1 - start.step),
-            memory.measured(train.lengths, epoch_order[index : index + last_step - step]),
-        ):
-            measured = _train_step(
-                worker, objective, train_set, epoch_order[index], rates[step], accumulation, config.max_grad_norm
-            )
+        batch, longest = examples_of(step), partial(_longest, train, examples_of(step), is_packed=train_set.packed)
+        upcoming = steps_of(epoch)[index : index + last_step - step]
+        counts = _counts(objective, train, batch)
+        with explain(f"in step {step + 1}", longest), profiler.measured(step + 1 - start.step):
+            with memory.measured(train.lengths, upcoming):
+                queued.append(
+                    queue_step(worker, objective, ahead, counts, rates[step], accumulation, config.max_grad_norm)
+                )
+            ahead.prepare()  # the next step's first batch, before the host waits for this step
         step += 1
-        check_step(measured, step, is_first=step == start.step + 1)
-        sums.add(measured)
-        trained_tokens += measured.tokens
+        name = checkpoint_names.get(step)
+        if len(queued) < steps_per_read and name is None and step < last_step:
+            continue
 
-        # (6) Report.
-        averages, seconds = sums.metrics(), time.perf_counter() - started
-        speed = averages["trained_tokens_throughput"]
-        latest: dict[str, Any] = {
-            "step": step, "total_trained_steps": step, "epoch": epoch + 1, "num_iterations": steps_per_epoch,
-            "learning_rate": rates[step - 1], **measured.metrics(), **averages, "trained_tokens": trained_tokens,
-            "time_total_s": seconds,
-            **running_figures(gpu, accelerator.num_processes, flops_per_token, speed, seconds),
-        }  # fmt: skip
-        progress.step(**latest)
+        # (6) Read what the device has computed, together with rank 0's clocks and whether to stop: all ranks decide
+        # alike. Report every step.
+        now = time.perf_counter()
+        own = [now - saved_at, min(now - reported_at, 1e9), pace, float(distributed.is_stop_requested(run.folder))]
+        read, (since_state, since_report, pace, is_stopping) = read_steps(
+            accelerator, queued, objective.metric_names, own
+        )
+        steps_per_read, pace = _steps_per_read(device, pace), sum(one.seconds for one in read) / len(read)
+        first, seconds = step - len(queued), time.perf_counter() - started - sum(one.seconds for one in read)
+        queued = []
+        for number, measured in enumerate(read, first + 1):
+            check_step(measured, number, is_first=number == start.step + 1)
+            epoch, index = divmod(number - 1, steps_per_epoch)
+            if index == 0:
+                sums = EpochSums()
+            sums.add(measured)
+            trained_tokens += measured.tokens
+            averages, seconds = sums.metrics(), seconds + measured.seconds
+            speed = averages["trained_tokens_throughput"]
+            latest: dict[str, Any] = {
+                "step": number, "total_trained_steps": number, "epoch": epoch + 1, "num_iterations": steps_per_epoch,
+                "learning_rate": rates[number - 1], **measured.metrics(), **averages, "trained_tokens": trained_tokens,
+                "time_total_s": seconds,
+                **running_figures(gpu, accelerator.num_processes, flops_per_token, speed, seconds),
+            }  # fmt: skip
+            progress.step(**latest)
 
         # (7) Evaluate, then save. Between evaluations only the training state is saved, by the clock.
-        name = checkpoint_names.get(step)
         evaluation: dict[str, Any] = evaluate() if name is not None and evaluate else {}
         if not any(rates[:step]):
             # A warm-up starts at a learning rate of 0: after its first step this is still the base, and no result.
@@ -196,8 +234,6 @@ def train_loop(config: ResolvedConfig, run: Run, report: Report = lambda metrics
             progress.evaluation(step=step, epoch=epoch + 1, **evaluation)
             latest |= evaluation
             is_enough = _is_enough(config.early_stopping, losses)
-        now = time.perf_counter()
-        since_state, since_report, is_stopping = _agreed(accelerator, now - saved_at, now - reported_at, run)
         is_due = config.save_state_minutes and since_state > 60 * config.save_state_minutes
         if name is not None or is_due or is_stopping:
             position = Position(step, trained_tokens, time.perf_counter() - started, losses, sums.state())
@@ -250,83 +286,26 @@ def _is_enough(early_stopping: EarlyStopping | None, losses: dict[str, float | N
     return schedule.stops_early(losses.values(), early_stopping.patience, early_stopping.min_delta)
 
 
-# One step ---------------------------------------------------------------------------------------------
+# The steps ----------------------------------------------------------------------------------------------
 
 
-def _train_step(
-    worker: Worker,
-    objective: Objective,
-    train: ExampleSet,
-    sequences: list[batches.Sequence],
-    learning_rate: float,
-    accumulation: int,
-    max_grad_norm: float | None,
-) -> Step:
-    """Run forward, backward and the optimizer over the sequences of one global batch. Collective."""
-    accelerator, started = worker.accelerator, time.perf_counter()
-    optimizers.set_rate(worker.optimizer.param_groups, learning_rate)
+def _micro_batches(train: ExampleSet, parts_of: Callable[[int], Parts], steps: range) -> Iterator[MicroBatch]:
+    """Make the micro batches of some steps, each when it is asked for."""
+    for number in steps:
+        for part in parts_of(number):
+            with phase("batch"):
+                batch = train.batch(part)
+            yield batch, train.reference_of(part)
+
+
+def _counts(objective: Objective, train: tokens.Tokens, sequences: list[batches.Sequence]) -> Counts:
+    """Count what the sequences of one global batch hold."""
     examples = np.concatenate(sequences)
-    units = objective.count_units(train.tokens, examples)
-    parts = batches.split_batch(sequences, train.tokens, accelerator.num_processes, accumulation)
-    sums, forward_seconds, backward_seconds = _forward_backward(
-        worker, objective, train, parts[accelerator.process_index], units
+    return Counts(
+        objective.count_units(train, examples),
+        int(train.lengths[examples].sum()),
+        int(train.supervised[examples].sum()),
     )
-    if worker.deepspeed_engine:  # its optimizer ran within the last backward
-        gradient = float(worker.deepspeed_engine.get_global_grad_norm() or 0.0)
-    else:
-        trained = [p for p in worker.model.parameters() if p.requires_grad]
-        # Without max_grad_norm, too: the norm is a metric, and a gradient of zero ends the run.
-        with phase("gradient norm"):
-            gradient = float(torch.nn.utils.clip_grad_norm_(trained, max_grad_norm or math.inf))
-        with phase("optimizer"):
-            worker.optimizer.step()
-            worker.optimizer.zero_grad()
-    totals = objectives.summed(accelerator, sums, ("loss", "padded", *objective.metric_names))
-    return Step(
-        loss=totals.pop("loss") / units,
-        gradient=gradient,
-        forward_seconds=forward_seconds,
-        backward_seconds=backward_seconds,
-        seconds=time.perf_counter() - started,
-        tokens=int(train.tokens.lengths[examples].sum()),
-        supervised=int(train.tokens.supervised[examples].sum()),
-        padded=int(totals.pop("padded")),
-        task={name: value / units for name, value in totals.items()},
-    )
-
-
-def _forward_backward(
-    worker: Worker, objective: Objective, train: ExampleSet, parts: list[list[batches.Sequence]], units: int
-) -> tuple[Sums, float, float]:
-    """Accumulate the gradients of this worker's micro batches; return its sums and the seconds of both passes."""
-    accelerator, deepspeed_engine = worker.accelerator, worker.deepspeed_engine
-    # DDP and DeepSpeed average over workers, DeepSpeed over micro batches too. The loss is to be the mean over all
-    # supervised tokens (or pairs) of the global batch, wherever they are: so undo their averages and divide once.
-    scale = accelerator.num_processes * (len(parts) if deepspeed_engine else 1) / units
-    sums: Sums = Counter()
-    forward_seconds = backward_seconds = 0.0
-    for index, part in enumerate(parts):
-        with phase("batch"):
-            batch = train.batch(part)
-        is_last = index == len(parts) - 1
-        # DDP sums gradients over the workers in the last micro batch alone; DeepSpeed decides that by itself.
-        with contextlib.nullcontext() if deepspeed_engine or is_last else accelerator.no_sync(worker.wrapped):
-            started = _now(accelerator)
-            with phase("forward"):
-                measurement = objective.measure(worker.wrapped, batch, train.reference_of(part))
-                halfway = _now(accelerator)
-            # DeepSpeed's optimizer runs within the last backward.
-            with phase("backward, optimizer" if deepspeed_engine else "backward"):
-                if deepspeed_engine:
-                    accelerator.deepspeed_engine_wrapped.backward(measurement.loss * scale, sync_gradients=is_last)
-                else:
-                    (measurement.loss * scale).backward()
-                ended = _now(accelerator)
-        forward_seconds += halfway - started
-        backward_seconds += ended - halfway
-        sums.update({"loss": float(measurement.loss.detach()), "padded": batch["input_ids"].numel()})
-        sums.update({name: float(value) for name, value in measurement.sums.items()})
-    return sums, forward_seconds, backward_seconds
 
 
 def _longest(train: tokens.Tokens, sequences: list[batches.Sequence], is_packed: bool) -> int:
@@ -334,18 +313,6 @@ def _longest(train: tokens.Tokens, sequences: list[batches.Sequence], is_packed:
     return max(int(train.lengths[one].sum() if is_packed else train.lengths[one].max()) for one in sequences)
 
 
-def _now(accelerator: Accelerator) -> float:
-    """Read the clock once the device has finished its queue."""
-    if accelerator.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def _agreed(accelerator: Accelerator, since_state: float, since_report: float, run: Run) -> tuple[float, float, bool]:
-    """Return rank 0's clocks (seconds) and whether to stop, so that all ranks decide alike. Collective."""
-    own = [0.0, 0.0, 0.0]
-    if accelerator.is_main_process:
-        own = [since_state, since_report, float(distributed.is_stop_requested(run.folder))]
-    if accelerator.num_processes > 1:
-        own = accelerator.reduce(torch.tensor(own, device=accelerator.device), "sum").tolist()
-    return own[0], own[1], bool(own[2])
+def _steps_per_read(device: torch.device, seconds: float) -> int:
+    """Return how many steps to queue before their figures are read; seconds: of one step."""
+    return max(1, min(MOST_UNREAD, int(READ_SECONDS.get(device.type, 0.0) / seconds)))

@@ -13,7 +13,7 @@ The caller divides by the number of supervised tokens of the whole global batch.
 from __future__ import annotations
 
 import sys
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from forgebook.errors import ModelError
 from forgebook.models.families import decoder_of
+from forgebook.models.varlen_attention import VARLEN
 from forgebook.planning.memory import LOSS_CHUNK
 
 __all__ = [
@@ -33,6 +34,8 @@ __all__ = [
 ]
 
 IGNORED = -100
+# Devices that have computed a value when the host gets it: looking at one costs nothing, two passes over logits do.
+NEVER_WAITS = ("cpu",)
 
 
 class SupervisedLM(nn.Module):
@@ -56,34 +59,53 @@ class SupervisedLM(nn.Module):
         input_ids: torch.Tensor,
         labels: torch.Tensor,
         position_ids: torch.Tensor | None = None,
+        supervised: torch.Tensor | None = None,
+        counts: torch.Tensor | None = None,
+        segments: tuple[torch.Tensor, int] | None = None,
         output: Literal["sum", "examples", "logits"] = "sum",
     ) -> torch.Tensor:
         """Return the loss summed over supervised positions, a float32 scalar.
 
         input_ids: [batch, length]; labels: [batch, length], labels[:, t] is predicted by position t, -100 = none.
         position_ids: [batch, length], of packed examples: each position 0 begins an example that sees no other.
-        output: "examples" returns [batch] log-probabilities, summed over each example's supervised positions;
+        supervised: [positions], where labels.flatten() is not -100; None looks for them, which waits for the device.
+        counts: [examples], how many of them each example has; None: each line is an example.
+        segments: of examples in one line, where each begins and the last ends, and the tokens of the longest; only for
+                  a kernel that takes them (models/attention.py: SEGMENTED).
+        output: "examples" returns [examples] log-probabilities, summed over each one's supervised positions;
                 "logits" returns [supervised positions, vocabulary] float32, for the few positions of a classifier.
         """
         decoder, head = self._parts
-        if position_ids is None:
-            outputs = decoder(input_ids=input_ids, use_cache=False)
-        else:
-            if "flash" in self.config._attn_implementation:
-                # Its variable-length kernel takes one long sequence and finds the examples from their positions.
-                input_ids, labels, position_ids = (t.reshape(1, -1) for t in (input_ids, labels, position_ids))
-            outputs = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False)
-        hidden, supervised = outputs.last_hidden_state, labels != IGNORED
-        values = head(hidden[supervised], labels[supervised], output=output)
+        if supervised is None:
+            supervised = (labels.flatten() != IGNORED).nonzero()[:, 0]
+        targets = labels.flatten().index_select(0, supervised)
+        inputs: dict[str, Any] = {"input_ids": input_ids, "use_cache": False}
+        if position_ids is not None:
+            inputs["position_ids"] = position_ids
+        if segments is not None:
+            starts, longest = segments
+            inputs |= {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts}
+            inputs |= {"max_length_q": longest, "max_length_k": longest}
+            if self.config._attn_implementation == VARLEN:
+                # Without a mask, transformers would look for packed examples and wait for the device; it takes one of
+                # four dimensions as it is, and the kernel does not read it.
+                inputs["attention_mask"] = labels.new_zeros(1, 1, 1, 1, dtype=torch.bool)
+        outputs = decoder(**inputs)
+        hidden = outputs.last_hidden_state.flatten(0, 1)
+        values = head(hidden.index_select(0, supervised), targets, output=output)
         if output == "sum" and self.training and getattr(outputs, "router_logits", None):
             # The caller divides by the number of supervised tokens, and with it the weight of each micro batch.
-            values = values + supervised.sum() * self._balance_loss(outputs.router_logits)
+            values = values + len(supervised) * self._balance_loss(outputs.router_logits)
         if output != "examples":
             return values
         # `hidden.sum() * 0` keeps the graph connected when no position is supervised: under DDP and ZeRO every rank
         # must reach the backward pass with every parameter.
-        sums = torch.zeros(len(labels), device=values.device) + hidden.float().sum() * 0
-        return sums.index_add(0, supervised.nonzero()[:, 0], values)
+        if counts is None:
+            counts = (labels != IGNORED).sum(1)
+        sums = torch.zeros(len(counts), device=values.device) + hidden.float().sum() * 0
+        numbers = torch.arange(len(counts), device=values.device)
+        owners = numbers.repeat_interleave(counts, output_size=len(supervised))
+        return sums.index_add(0, owners, values)
 
     def _balance_loss(self, router_logits: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """Compute the loss of unevenly used experts as the model's class does; 0 if it defines none."""
@@ -96,29 +118,33 @@ class SupervisedLM(nn.Module):
 
 
 @torch.no_grad()
-def check_isolation(wrapped: nn.Module, device: torch.device) -> None:
+def check_isolation(wrapped: nn.Module, device: torch.device, takes_segments: bool = False) -> None:
     """Raise ModelError if a packed example can see the one before it in this model, with its attention kernel.
 
     Measured on the model itself: the loss of an example must not change with the example before it. That detects
     models that carry a state along (Mamba, linear attention) and kernels that ignore positions, by whatever name.
-    Collective under ZeRO-3.
+    Collective under ZeRO-3. takes_segments: whether the kernel keeps
+    examples apart by their lengths.
     """
     length = 8
     ids = torch.arange(5, 5 + length, device=device)
     positions = torch.arange(length, device=device).repeat(2)[None]
+    inputs: dict[str, Any] = {"position_ids": positions}
+    if takes_segments:
+        inputs["segments"] = torch.arange(0, 2 * length + 1, length, dtype=torch.int32, device=device), length
     labels = torch.cat([torch.full((length,), IGNORED, device=device), ids])[None]
     pairs = (torch.cat([other, ids])[None] for other in (ids, ids.flip(0)))
     was_training = wrapped.training
     wrapped.eval()  # dropout and embedding noise would differ between the two calls
     try:
-        losses = [float(wrapped(input_ids=pair, labels=labels, position_ids=positions)) for pair in pairs]
+        losses = [float(wrapped(input_ids=pair, labels=labels, **inputs)) for pair in pairs]
     except TypeError:  # a model whose forward pass takes no positions cannot tell packed examples apart
         losses = [0.0, 1.0]
     wrapped.train(was_training)
     if abs(losses[0] - losses[1]) > 1e-6 * abs(losses[0]):
         raise ModelError(
             "padding: packed would let examples see each other in this model with this attention kernel: "
-            "set padding: longest, or attention: sdpa"
+            + ("set attention: sdpa" if takes_segments else "set padding: longest, or attention: sdpa")
         )
 
 
@@ -196,6 +222,16 @@ def fused_linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, label
     return _FusedLinearCrossEntropy.apply(hidden, weight, labels)
 
 
+def _label_losses(logits: torch.Tensor, probabilities: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Return -log p(label) of each position: from the softmax or, where that underflows, from the logits."""
+    p_label = probabilities.gather(1, target)
+    if p_label.device.type in NEVER_WAITS and not (p_label == 0).any():
+        return -p_label.log()
+    # The softmax of the largest logit is 1 / sum(exp(logit - largest)).
+    log_sum = logits.amax(1, keepdim=True).float() - probabilities.amax(1, keepdim=True).log()
+    return torch.where(p_label == 0, log_sum - logits.gather(1, target), -p_label.log())
+
+
 class _FusedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, labels):
@@ -214,16 +250,12 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
             z, p = logits[: len(inputs)], probabilities[: len(inputs)]
             torch.mm(inputs, weight.T, out=z)
             torch.softmax(p.copy_(z), dim=-1, out=p)
-            p_label = p.gather(1, target)
-            loss = -p_label.log()
-            if (p_label == 0).any():  # underflow of the softmax: compute the loss from the logits
-                loss = z.float().logsumexp(1, keepdim=True) - z.gather(1, target).float()
-            total += loss.sum()
+            total += _label_losses(z, p, target).sum()
             if not (wants_hidden or wants_weight):
                 continue
             # The gradient of cross-entropy in the logits is softmax - one-hot(label). In the weights' dtype it
             # overwrites the logits, which are not needed any more.
-            p.scatter_add_(1, target, torch.full_like(p_label, -1.0))
+            p.scatter_add_(1, target, p.new_full(target.shape, -1.0))
             z.copy_(p)
             if grad_hidden is not None:
                 torch.mm(z, weight, out=grad_hidden[part])

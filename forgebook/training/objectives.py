@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
@@ -33,10 +31,7 @@ if TYPE_CHECKING:
     from forgebook.training.reference import ExampleSet
     from forgebook.training.setup import Worker
 
-__all__ = ["Measurement", "Objective", "evaluate", "perplexity", "summed"]
-
-# What a worker sums over its micro batches: the loss, tokens with padding, and what the task measures.
-Sums = Counter[str]
+__all__ = ["Measurement", "Objective", "evaluate", "perplexity"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +45,12 @@ class Measurement:
     loss: torch.Tensor
     sums: dict[str, torch.Tensor]
     predictions: list[tuple[list[float], int]]
+
+    def figures(self, names: Sequence[str]) -> torch.Tensor:
+        """Return the loss and the named sums, float64, on the device: reading them would make the host wait."""
+        loss = self.loss.detach()
+        nothing = torch.zeros_like(loss)  # a rank without examples in a batch measures no sums
+        return torch.stack([loss, *(self.sums.get(name, nothing) for name in names)]).double()
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Objective:
     def measure(
         self,
         wrapped: nn.Module,
-        batch: dict[str, torch.Tensor],
+        batch: batching.Batch,
         reference: torch.Tensor | None = None,
         label_ids: list[int] | None = None,
     ) -> Measurement:
@@ -88,7 +89,7 @@ class Objective:
         return Measurement(wrapped(**batch), {}, [])
 
 
-def _measure_labels(wrapped: nn.Module, batch: dict[str, torch.Tensor], label_ids: list[int]) -> Measurement:
+def _measure_labels(wrapped: nn.Module, batch: batching.Batch, label_ids: list[int]) -> Measurement:
     targets = batch["labels"][batch["labels"] != IGNORED]
     logits = wrapped(**batch, output="logits")
     # Over the whole vocabulary, as in training; the probabilities compare the labels alone.
@@ -101,14 +102,14 @@ def _measure_labels(wrapped: nn.Module, batch: dict[str, torch.Tensor], label_id
 def _measure_pairs(
     preference: PreferenceTuningConfig,
     wrapped: nn.Module,
-    batch: dict[str, torch.Tensor],
+    batch: batching.Batch,
     reference: torch.Tensor | None,
 ) -> Measurement:
     """Measure pairs: chosen answers are the even examples of the batch, rejected the odd."""
     logps = wrapped(**batch, output="examples")
     if len(logps) < 2:  # no pair for this worker in the epoch's last step: it still takes part in collectives
         return Measurement(logps.sum() * 0, {}, [])
-    counts = (batch["labels"] != IGNORED).sum(1)
+    counts = batch["counts"]
     pairs = PairLogps(
         logps[0::2], logps[1::2], counts[0::2], counts[1::2],
         None if reference is None else reference[0::2], None if reference is None else reference[1::2],
@@ -123,13 +124,6 @@ def _measure_pairs(
 
 
 # Over all workers ---------------------------------------------------------------------------------------
-
-
-def summed(accelerator: Accelerator, sums: Sums, names: Sequence[str]) -> dict[str, float]:
-    """Add named sums over the ranks; a rank without examples in a batch lacks names, which count as 0. Collective."""
-    own = torch.tensor([sums.get(name, 0.0) for name in names], dtype=torch.float64)
-    total = accelerator.reduce(own.to(accelerator.device), "sum")
-    return dict(zip(names, total.tolist(), strict=True))
 
 
 @torch.no_grad()
@@ -147,20 +141,20 @@ def evaluate(
     """
     accelerator, started = worker.accelerator, time.perf_counter()
     label_ids = classification.label_ids(worker.tokenizer, classifier.label_tokens) if classifier else None
-    sums: Sums = Counter()
+    names = objective.metric_names
+    sums = torch.zeros(1 + len(names), dtype=torch.float64, device=accelerator.device)
     predictions: list[tuple[list[float], int]] = []
     worker.wrapped.eval()
     for start in range(0, len(sequences), batch_size):
         batch = sequences[start : start + batch_size]
         [part] = batching.split_batch(batch, valid.tokens, accelerator.num_processes, 1)[accelerator.process_index]
         measurement = objective.measure(worker.wrapped, valid.batch(part), valid.reference_of(part), label_ids)
-        sums.update({"loss": float(measurement.loss)})
-        sums.update({name: float(value) for name, value in measurement.sums.items()})
+        sums += measurement.figures(names)
         predictions += measurement.predictions
     worker.wrapped.train()
     units = objective.count_units(valid.tokens, np.arange(len(valid.tokens)))
-    totals = summed(accelerator, sums, ("loss", *objective.metric_names))
-    means = {f"eval_{name}": total / units for name, total in totals.items()}
+    totals = accelerator.reduce(sums, "sum").tolist()
+    means = {f"eval_{name}": total / units for name, total in zip(("loss", *names), totals, strict=True)}
     if objective.preference is None and classifier is None:  # the loss of a pair or a label is not that of a text
         means["perplexity"] = perplexity(means["eval_loss"])
     if classifier:

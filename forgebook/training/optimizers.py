@@ -35,6 +35,8 @@ class AdamW:
         self.trained = [p for group in groups for p in group["params"]]
         # A float32 parameter is its own master copy: adapters, and full fine-tuning in float32.
         self.masters = [p if p.dtype == torch.float32 else p.detach().float() for p in self.trained]
+        own_copies = [pair for pair in zip(self.trained, self.masters, strict=True) if pair[0] is not pair[1]]
+        self._rounded, self._copies = [p for p, _ in own_copies], [master for _, master in own_copies]
         rest = iter(self.masters)
         own = [{**group, "params": [next(rest) for _ in group["params"]]} for group in groups]
         self.inner = torch.optim.AdamW(own, fused=True, **kwargs) if bits == 32 else _in_8_bits(own, **kwargs)
@@ -47,11 +49,16 @@ class AdamW:
     @torch.no_grad()
     def step(self) -> None:
         """Update the parameters from their gradients."""
-        for p, master in self._copies():
-            master.grad = p.grad.float() if p.grad is not None else None
+        # All tensors in one call: an adapter has hundreds of small ones, each a kernel to launch.
+        pairs = [(p.grad, master) for p, master in zip(self._rounded, self._copies, strict=True) if p.grad is not None]
+        for _, master in pairs:
+            master.grad = torch.empty_like(master)
+        if pairs:
+            torch._foreach_copy_([master.grad for _, master in pairs], [grad for grad, _ in pairs])
         self.inner.step()
-        for p, master in self._copies():
-            p.copy_(master)
+        if pairs:
+            torch._foreach_copy_(self._rounded, self._copies)
+        for _, master in pairs:
             master.grad = None
 
     def zero_grad(self) -> None:
@@ -70,9 +77,6 @@ class AdamW:
         for master, saved in zip(self.masters, state.pop("masters"), strict=True):
             master.copy_(saved)
         self.inner.load_state_dict(state)
-
-    def _copies(self) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
-        return [(p, master) for p, master in zip(self.trained, self.masters, strict=True) if p is not master]
 
 
 def rate_groups(

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function, supported_activities
 
@@ -61,6 +62,8 @@ class StepProfiler:
         """
         if self._profile is None:
             return self._facts
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # the steps have been queued, not computed
         seconds = time.perf_counter() - self._began
         self._profile.__exit__(None, None, None)
         path = self._run.folder / "profile" / "trace.json.gz"

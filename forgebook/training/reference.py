@@ -48,8 +48,8 @@ FAILED = "failed.txt"
 class ExampleSet:
     """Examples to train on or to evaluate, as batches on one device.
 
-    pad_to, packed: as `data.batching.collate` takes them. reference: [examples] log-probabilities of the reference
-    model, for losses that compare with one.
+    pad_to, packed, one_line: as `data.batching.collate` takes them. reference: [examples] log-probabilities of the
+    reference model, for losses that compare with one.
     """
 
     tokens: Tokens
@@ -57,18 +57,29 @@ class ExampleSet:
     device: torch.device
     pad_to: int | None = None
     packed: bool = False
+    one_line: bool = False
     reference: np.ndarray | StagedReference | None = None
 
-    def batch(self, part: list[batching.Sequence]) -> dict[str, torch.Tensor]:
+    def batch(self, part: list[batching.Sequence]) -> batching.Batch:
         """Return the tensors of some sequences."""
-        tensors = batching.collate(self.tokens, part, self.pad_id, self.pad_to, packed=self.packed)
-        return {name: tensor.to(self.device) for name, tensor in tensors.items()}
+        batch = batching.collate(
+            self.tokens, part, self.pad_id, self.pad_to, packed=self.packed, one_line=self.one_line
+        )
+        segments = batch.pop("segments", None)
+        sent: batching.Batch = {name: self._sent(tensor) for name, tensor in batch.items()}
+        return sent if segments is None else {**sent, "segments": (self._sent(segments[0]), segments[1])}
 
     def reference_of(self, part: list[batching.Sequence]) -> torch.Tensor | None:
         """Return the reference's log-probabilities for the examples of a batch, in its order."""
         if self.reference is None or not part:
             return None
-        return torch.from_numpy(self.reference[np.concatenate(part)]).to(self.device)
+        return self._sent(torch.from_numpy(self.reference[np.concatenate(part)]))
+
+    def _sent(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Copy to the device; the host does not wait for a copy out of pinned memory."""
+        if self.device.type != "cuda":
+            return tensor.to(self.device)
+        return tensor.pin_memory().to(self.device, non_blocking=True)
 
 
 def with_reference(

@@ -34,6 +34,7 @@ from forgebook.config.schema import ResolvedConfig
 from forgebook.data import masking
 from forgebook.errors import TrainingError
 from forgebook.models import adapters, load, saved_adapters
+from forgebook.models.attention import SEGMENTED
 from forgebook.models.families import freeze_towers
 from forgebook.models.tokenizer import label_pieces, locate, tokenizer_of
 from forgebook.training import classification, distributed, kernels, optimizers
@@ -68,6 +69,11 @@ class Worker:
     optimizer: Any
     deepspeed_engine: Any
     parameters: tuple[int, int]
+
+    @property
+    def takes_segments(self) -> bool:
+        """Return whether the attention kernel keeps examples apart by their lengths, so that they can share a line."""
+        return self.model.config.get_text_config()._attn_implementation in SEGMENTED
 
 
 def make_accelerator(config: ResolvedConfig) -> Accelerator:

@@ -57,6 +57,7 @@ def test_collate_predicts_the_next_token_and_stops_at_the_last_trained_one():
     assert batch["input_ids"][:, :4].tolist() == [[7, 8, 9, 0], [5, 0, 0, 0]]
     assert batch["labels"][:, :4].tolist() == [[-100, 9, 10, -100], [6, -100, -100, -100]]
     assert not batch["input_ids"][:, 3:].any() and (batch["labels"][:, 3:] == -100).all()
+    assert batch["supervised"].tolist() == [1, 2, batching.WIDTH_STEP]  # of all lines together
 
 
 def test_collate_of_no_examples_is_one_dead_token():

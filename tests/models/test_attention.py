@@ -5,7 +5,7 @@ import transformers
 
 from conftest import TINY_MODEL
 from forgebook.errors import ModelError, ResourceError
-from forgebook.models.attention import AttentionFacts, attention_facts, choose_attention, lacking_kernels
+from forgebook.models.attention import AttentionFacts, attention_facts, choose_attention, lacking_kernels, padding_note
 from forgebook.models.load import check_attention, load_model, model_class
 
 INSTALLED = frozenset({"flash_attention_2", "flash_attention_3"})
@@ -15,16 +15,18 @@ INSTALLED = frozenset({"flash_attention_2", "flash_attention_3"})
     ("facts", "kernel"),
     [
         (AttentionFacts("bfloat16", (8, 0), INSTALLED), "flash_attention_2"),
-        (AttentionFacts("float16", (9, 0), INSTALLED), "flash_attention_2"),
-        (AttentionFacts("bfloat16", (8, 0)), "sdpa"),  # not installed
+        (AttentionFacts("float16", (9, 0), INSTALLED), "flash_attention_3"),
+        (AttentionFacts("float16", (9, 0), frozenset({"flash_attention_2"})), "flash_attention_2"),
+        (AttentionFacts("bfloat16", (8, 0)), "varlen"),  # not installed
+        (AttentionFacts("bfloat16", (8, 0), not_varlen="its attention logits are capped"), "sdpa"),
         (AttentionFacts("float32", (8, 0), INSTALLED), "sdpa"),
         (AttentionFacts("bfloat16", (7, 5), INSTALLED), "sdpa"),  # a T4
         (AttentionFacts("bfloat16", None, INSTALLED), "sdpa"),  # on the CPU
-        (AttentionFacts("bfloat16", (9, 0), INSTALLED, frozenset({"flash_attention_2"})), "sdpa"),
-        (AttentionFacts("bfloat16", (9, 0), INSTALLED, frozenset({"flash_attention_2", "sdpa"})), "eager"),
+        (AttentionFacts("bfloat16", (9, 0), INSTALLED, frozenset(INSTALLED)), "varlen"),
+        (AttentionFacts("bfloat16", (9, 0), INSTALLED, INSTALLED | {"sdpa"}, "it has none"), "eager"),
     ],
 )
-def test_auto_takes_flash_attention_only_where_it_runs(facts, kernel):
+def test_auto_takes_the_fastest_that_runs(facts, kernel):
     assert choose_attention("auto", facts) == kernel
 
 
@@ -44,6 +46,9 @@ def test_auto_takes_flash_attention_only_where_it_runs(facts, kernel):
         ),
         ("flash_attention_2", AttentionFacts("float32", (8, 0), INSTALLED), "bfloat16 or float16, dtype is float32"),
         ("flash_attention_2", AttentionFacts("bfloat16", (8, 0)), "needs the package flash-attn "),
+        ("varlen", AttentionFacts("bfloat16", (7, 5)), "capability 8.0 or newer, this one has 7.5"),
+        ("varlen", AttentionFacts("float32", (9, 0)), "bfloat16 or float16, dtype is float32"),
+        ("varlen", AttentionFacts("bfloat16", (9, 0), not_varlen="it has sinks"), "cannot compute this model: it has"),
     ],
 )
 def test_a_kernel_that_cannot_run_is_refused_with_the_fix(kind, facts, message):
@@ -56,6 +61,17 @@ def test_a_kernel_that_cannot_run_is_refused_with_the_fix(kind, facts, message):
 )
 def test_a_kernel_that_runs_is_taken_as_named(kind, kernel):
     assert choose_attention(kind, AttentionFacts("bfloat16", (9, 0), INSTALLED)) == kernel
+
+
+def test_a_gpu_that_computes_padding_along_says_why():
+    assert padding_note("auto", AttentionFacts("bfloat16", (9, 0))) is None
+    assert padding_note("sdpa", AttentionFacts("bfloat16", (7, 0))) is None  # as the config says
+    assert padding_note("auto", AttentionFacts("float32", None)) is None
+    assert padding_note("auto", AttentionFacts("float16", (7, 0))) == (
+        "attention: sdpa, with padding: varlen needs a GPU of compute capability 8.0 or newer, this one has 7.0"
+    )
+    capped = AttentionFacts("bfloat16", (9, 0), not_varlen="its attention logits are capped")
+    assert padding_note("auto", capped).endswith("varlen cannot compute this model: its attention logits are capped")
 
 
 def test_a_model_that_stays_on_the_cpu_has_no_gpu_among_its_facts(monkeypatch):

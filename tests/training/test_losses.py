@@ -7,6 +7,7 @@ from torch.nn import functional
 from conftest import TINY_MODEL
 from forgebook.models.load import load_model
 from forgebook.planning.memory import LOSS_CHUNK
+from forgebook.training import losses
 from forgebook.training.losses import IGNORED, SupervisedLM, chunked_cross_entropy, fused_linear_cross_entropy
 from support_families import save_family
 
@@ -40,7 +41,9 @@ def test_fused_loss_in_bfloat16_stays_within_a_thousandth_of_float32():
     assert fused_linear_cross_entropy(hidden, weight, labels).item() / 1000 == pytest.approx(exact, abs=1e-3)
 
 
-def test_a_label_of_vanishing_probability_has_a_finite_loss():
+@pytest.mark.parametrize("never_waits", [("cpu",), ()], ids=["cpu", "as on a gpu"])
+def test_a_label_of_vanishing_probability_has_a_finite_loss(never_waits, monkeypatch):
+    monkeypatch.setattr(losses, "NEVER_WAITS", never_waits)
     hidden, weight, labels = example(8, torch.float32, spread=200.0)
     loss = fused_linear_cross_entropy(hidden, weight, labels)
     assert loss.item() == pytest.approx(plain_loss(hidden, weight, labels).item(), rel=1e-5)

@@ -134,3 +134,13 @@ def test_both_answers_of_a_pair_are_dropped_together(preferences):
     assert [prepared.train.where(k) for k in range(0, len(prepared.train), 2)] == [
         prepared.train.where(k) for k in range(1, len(prepared.train), 2)
     ]
+
+
+def test_pairs_that_share_a_line_have_the_same_losses(preferences):
+    rows = [
+        read_metrics(fine_tune(preferences(run_name=kind, loss="ipo", attention=kind)).metrics)
+        for kind in ("sdpa", "varlen")
+    ]
+    for one, other in zip(*rows, strict=True):
+        for key in one.keys() & {"train_loss_batch", "eval_loss", "reward_margin", "grad_norm"}:
+            assert one[key] == pytest.approx(other[key], abs=1e-5, rel=1e-4)
