@@ -128,9 +128,9 @@ def _message(raw: Any, at: str, ignored: set[str]) -> Message:
             raise DataError(f"{at}.{key} is {brief(message[key])}; expected a string")
     if (weight := _weight(message, role, at)) is not None:
         message["weight"] = weight
-    for key, fix in SAID_ELSEWHERE.items():
-        if (value := message.get(key)) and value not in SAYS_NOTHING.get(key, ()):
-            raise DataError(f"{at}.{key} is {brief(value)}, which is not read there: {fix}")
+    for key in SAID_ELSEWHERE.keys() & message.keys():
+        if (value := message[key]) and value not in SAYS_NOTHING.get(key, ()):
+            raise DataError(f"{at}.{key} is {brief(value)}, which is not read there: {SAID_ELSEWHERE[key]}")
     empty: tuple = (None, [])  # what Parquet puts where other rows have a value
     unread = (key for key in message if key not in MESSAGE_KEYS and message[key] not in empty)
     ignored |= {f"{at.split('[')[0]}[].{key}" for key in unread}
