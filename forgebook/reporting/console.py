@@ -30,6 +30,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from forgebook.reporting import divergence
 from forgebook.runs import metrics
 
 __all__ = [
@@ -102,8 +103,19 @@ def show_progress(log: Path, console: Console) -> Iterator[None]:
     """Show what a run appends to its progress file while the block runs."""
     view = _Bar(console) if console.is_terminal else _Lines(console)
     start = log.stat().st_size if log.exists() else 0
+    losses, warned = list[float](), False
+
+    def show(event: dict[str, Any]) -> None:
+        nonlocal warned
+        view.show(event)
+        if event["kind"] == "step" and not warned:
+            losses.append(event["train_loss_batch"])
+            if warning := divergence.risen(losses):
+                warned = True
+                warner(console)(f"step {event['step']}: {warning}")
+
     try:
-        with metrics.watch_lines(log, start, POLL_SECONDS, view.show):
+        with metrics.watch_lines(log, start, POLL_SECONDS, show):
             yield
     finally:
         view.close()

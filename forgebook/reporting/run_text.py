@@ -16,6 +16,7 @@ from forgebook.planning.auto_config import choices_of
 from forgebook.planning.plan_report import choice_rows, compare_with_plan, plan_summary
 from forgebook.planning.prepare import Prepared, report_rows
 from forgebook.reporting.console import make_table
+from forgebook.reporting.divergence import all_warnings
 from forgebook.reporting.plots import plot_losses
 from forgebook.runs.atomic import read_json, write_json
 from forgebook.runs.metrics import read_metrics
@@ -117,6 +118,7 @@ def write_summary(run: Run, config: ResolvedConfig, plan: Plan | None, result: d
             **result,
             "total_seconds": round(seconds, 1),
             **figures,
+            "warnings": all_warnings(records),
             "versions": versions,
         },
     )
@@ -146,7 +148,10 @@ def print_summary(output: Console, run: Run) -> None:
         )
     if "planned" in summary:
         output.print(f"  {compare_with_plan(summary['planned'], summary['measured'])}")
-    if summary.get("stop_check"):
+    warnings = summary.get("warnings", [])
+    for text in warnings:
+        output.print(f"  [yellow]{escape(text)}[/yellow]")
+    if summary.get("stop_check") and not warnings:  # what a run that got worse answers needs no advice of its own
         output.print(f"  {_stop_text(run, summary['stop_check'])}")
     if str(summary.get("vllm_serves")).startswith("no: "):
         reason = escape(summary["vllm_serves"].removeprefix("no: "))

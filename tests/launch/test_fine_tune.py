@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import LORA, losses_of, uneven_rows
+from conftest import LORA, REPOSITORY, losses_of, uneven_rows
 from forgebook.errors import (
     CheckpointError,
     ConfigError,
@@ -154,6 +154,19 @@ def test_mistakes_leave_no_run_folder(make_config, values, error):
 
 
 # What the config leaves open --------------------------------------------------------------------------
+
+
+def test_a_run_that_diverges_says_so_while_it_trains_and_at_its_end(make_config, capsys):
+    rows = {
+        f"{name}_path": str(REPOSITORY / f"data/quickstart/{stem}.jsonl")
+        for name, stem in (("train", "train"), ("valid", "test"))
+    }
+    settings = {"num_epochs": 6, "num_warmup_steps": 0, "max_examples": 24, "lora_config": LORA, "eval_first": True}
+    run = fine_tune(make_config(learning_rate=1e4, **rows, **settings))
+    printed = capsys.readouterr().out
+    rise, worse = read_json(run.summary)["warnings"]
+    assert "the training loss has risen from " in rise and "no evaluation was better than the one before" in worse
+    assert printed.count("the training loss has risen from ") == 2 and printed.count("stop it and lower") == 1
 
 
 def test_gaps_are_filled_from_the_data_and_recorded(make_config):

@@ -64,6 +64,18 @@ def test_on_a_gpu_utilisation_and_money_are_shown(tmp_path, monkeypatch, termina
     assert "tok/s  MFU 43%  $12.50 so far" in follow(tmp_path, terminal, steps=5)
 
 
+def test_a_loss_that_rises_is_a_warning_once(tmp_path):
+    screen = io.StringIO()
+    with consoles.show_progress(tmp_path / "logs/progress.jsonl", Console(file=screen, width=120, soft_wrap=True)):
+        progress = Progress(Run(tmp_path))
+        progress.stage("training", steps=40, start=0, parameters=100, trainable_parameters=25)
+        for step in range(1, 41):
+            progress.step(step=step, **STEP | {"train_loss_batch": 1.0 if step <= 10 else 3.0})
+    [warning] = [line for line in screen.getvalue().splitlines() if "risen" in line]
+    assert warning.startswith("step 15: the training loss has risen from 1.0000 (first 5) to 2.0000 (latest 10):")
+    assert warning.endswith("stop it and lower learning_rate")
+
+
 @pytest.fixture
 def clock(monkeypatch):
     """A clock that a test sets."""

@@ -76,6 +76,25 @@ def test_a_summary_is_written_and_printed(make_config, output, monkeypatch):
     assert "3 steps, 1,234 tokens in 2 s, 513 tokens/s (excluding padding)" in text
 
 
+def test_a_run_that_got_worse_says_so_instead_of_how_its_answers_end(make_config, output, monkeypatch):
+    run, prepared = prepared_run(make_config())
+    run.folder.mkdir(parents=True, exist_ok=True)
+    losses = [2.0] * 5 + [5.0] * 10
+    records = [{"step": k, "train_loss_batch": loss, "train_time_per_step": 0.1} for k, loss in enumerate(losses, 1)]
+    run.metrics.write_text("".join(json.dumps(record) + "\n" for record in records))
+    monkeypatch.setattr("forgebook.planning.preflight.compare_run", lambda *_: {})
+    result = {
+        "best_checkpoint": "checkpoints/epoch-1", "eval_loss": 5.0, "perplexity": 148.4, "steps": 15,
+        "trained_tokens": 1, "training_seconds": 1.0, "trained_tokens_throughput": 1.0,
+        "stop_check": {"note": None, "prompts": 3, "stopped": 0, "max_new_tokens": 9, "trained_answer_tokens": 5},
+    }  # fmt: skip
+    write_summary(run, prepared.config, None, result, 2.0)
+    print_summary(output, run)
+    text = printed(output)
+    assert "  the training loss has risen from 2.0000 (first 5) to 5.0000 (latest 10): the run has diverged" in text
+    assert "answers to training prompts" not in text
+
+
 def test_a_stopped_run_says_what_is_saved_and_how_to_resume(tmp_path):
     run = Run(tmp_path / "runs/run")
     assert "before a state was saved" in stopped_text(run) and "starts the run again" in stopped_text(run)
