@@ -1,6 +1,7 @@
 """What fine_tune refuses, the run folder it writes or resumes, and what it fills in; the workers: test_ray_train.py."""
 
 import contextlib
+import json
 import os
 import re
 import subprocess
@@ -156,13 +157,12 @@ def test_mistakes_leave_no_run_folder(make_config, values, error):
 # What the config leaves open --------------------------------------------------------------------------
 
 
-def test_a_run_that_diverges_says_so_while_it_trains_and_at_its_end(make_config, capsys):
-    rows = {
-        f"{name}_path": str(REPOSITORY / f"data/quickstart/{stem}.jsonl")
-        for name, stem in (("train", "train"), ("valid", "test"))
-    }
-    settings = {"num_epochs": 6, "num_warmup_steps": 0, "max_examples": 24, "lora_config": LORA, "eval_first": True}
-    run = fine_tune(make_config(learning_rate=1e4, **rows, **settings))
+def test_a_run_that_diverges_says_so_while_it_trains_and_at_its_end(make_config, write_rows, capsys):
+    lines = (REPOSITORY / "data/quickstart/train.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines[:30]]
+    paths = {"train_path": write_rows(rows[:24], "24.jsonl"), "valid_path": write_rows(rows[24:], "6.jsonl")}
+    settings = {"num_epochs": 6, "num_warmup_steps": 0, "lora_config": LORA, "eval_first": True}
+    run = fine_tune(make_config(learning_rate=1e4, **paths, **settings))
     printed = capsys.readouterr().out
     rise, worse = read_json(run.summary)["warnings"]
     assert "the training loss has risen from " in rise and "no evaluation was better than the one before" in worse
