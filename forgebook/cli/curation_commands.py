@@ -5,6 +5,7 @@ Each takes its arguments and returns an exit code; each imports what it needs wh
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 from forgebook.cli.arguments import Arguments, load_noting_retired, parse_arguments
@@ -12,6 +13,7 @@ from forgebook.errors import ConfigError
 
 if TYPE_CHECKING:
     from forgebook.config.schema import FinetuneConfig
+    from forgebook.curation.curate import Judge, OnProgress
 
 __all__ = ["curate_command"]
 
@@ -19,21 +21,25 @@ __all__ = ["curate_command"]
 def curate_command(arguments: list[str]) -> int:
     """Write a filtered data set, and a report of what was found."""
     parsed = parse_arguments("curate", arguments)
-    config, out = _load(parsed), _out("curate", parsed)
+    shorthand = {"judge": "curation.critic.model", "base_url": "curation.critic.base_url"}
+    more = [f"{key}={json.dumps(parsed.options[name])}" for name, key in shorthand.items() if name in parsed.options]
+    config, out = load_noting_retired(parsed.target, [*parsed.rest, *more], False), _out("curate", parsed)
     from forgebook.curation.curate import curate, dropped_path, report_paths
-    from forgebook.curation.report import as_json, as_page, table_rows
+    from forgebook.curation.report import as_json, as_page, figure_rows, table_rows
     from forgebook.reporting.console import make_console, make_table, progress_bar
     from forgebook.runs.atomic import atomic_file, write_json
 
     output = make_console()
     with progress_bar(output, "curating") as show:
-        curation = curate(config, out, on_progress=show)
+        curation = curate(config, out, _judges(config, show), show)
     json_path, page_path = report_paths(out)
     write_json(json_path, as_json(curation))
     with atomic_file(page_path) as temporary:
         temporary.write_text(as_page(curation), encoding="utf-8")
     columns = ["reason", "examples", "share", "", "meaning"]
     output.print(make_table(f"Curation of {curation.sources}", columns, table_rows(curation)))
+    for name, report in curation.judges.items():
+        output.print(make_table(name.replace("_", " ").capitalize(), ["", ""], figure_rows(report)))
     for remark in curation.remarks:
         output.print(f"note: {remark}", markup=False)
     output.print(f"{curation.written:,} of {curation.read:,} examples written to {out}", markup=False)
@@ -41,8 +47,16 @@ def curate_command(arguments: list[str]) -> int:
     return 0
 
 
-def _load(parsed: Arguments) -> FinetuneConfig:
-    return load_noting_retired(parsed.target, parsed.rest, default=False)
+def _judges(config: FinetuneConfig, on_progress: OnProgress) -> dict[str, Judge]:
+    """Make what looks at the examples that are left."""
+    judges = {}
+    if config.curation is not None and config.curation.critic is not None:
+        from forgebook.config.blocks import labels_of
+        from forgebook.curation.critic import make_critic
+
+        labels = labels_of(config.classifier_config)
+        judges["critic"] = make_critic(config.curation.critic, config.task or "instruction_tuning", labels, on_progress)
+    return judges
 
 
 def _out(name: str, parsed: Arguments):

@@ -11,7 +11,7 @@ from forgebook.curation.checks import Finding, mask_personal_data
 from forgebook.curation.curate import Curation
 from forgebook.data.row_formats import Example
 
-__all__ = ["as_json", "as_page", "table_rows"]
+__all__ = ["as_json", "as_page", "figure_rows", "table_rows"]
 
 LONGEST_TEXT = 1_200  # characters of a message on the page
 
@@ -37,6 +37,11 @@ def table_rows(curation: Curation) -> list[list[str]]:
         done = "dropped" if reason == "unusable" or reason in curation.drop else "reported"
         rows.append([reason, f"{count:,}", f"{count / _rows(curation):.1%}", done, REASONS[reason]])
     return rows
+
+
+def figure_rows(report: dict[str, Any]) -> list[list[str]]:
+    """Write a row for each figure of a judge."""
+    return [[key.replace("_", " "), _figure(value)] for key, value in report.items() if key not in ("shown", "lists")]
 
 
 def as_json(curation: Curation) -> dict[str, Any]:
@@ -150,11 +155,8 @@ def _messages(example: Example) -> str:
 
 def _judge_section(curation: Curation, name: str, report: dict[str, Any]) -> str:
     """Show the figures of a judge, and the examples that it names, such as those of the lowest loss."""
-    figures = {key: value for key, value in report.items() if key not in ("shown", "lists")}
-    lines = "".join(
-        f"<tr><td>{html.escape(key.replace('_', ' '))}</td><td>{html.escape(_figure(value))}</td></tr>"
-        for key, value in figures.items()
-    )
+    rows = figure_rows(report)
+    lines = "".join(f"<tr><td>{html.escape(key)}</td><td>{html.escape(value)}</td></tr>" for key, value in rows)
     lists = ""
     for title, entries in report.get("lists", {}).items():
         cards = "".join(
@@ -169,4 +171,10 @@ def _judge_section(curation: Curation, name: str, report: dict[str, Any]) -> str
 def _figure(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
+    if isinstance(value, list):
+        return (
+            ", ".join(map(_figure, value))
+            if not any(isinstance(one, list) for one in value)
+            else "\n".join(" / ".join(map(_figure, one)) for one in value)
+        )
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
