@@ -30,7 +30,7 @@ __all__ = [
 ]  # fmt: skip
 
 SHOWN_PROBLEMS = 20
-COUNTERS = ("formats", "ignored", "labels", "unknown")
+COUNTERS = ("formats", "ignored", "labels", "unknown", "special")
 
 
 @dataclass
@@ -38,6 +38,7 @@ class DatasetNotes:
     """What was seen while a set was read, for the data report.
 
     rows: of its files, bad ones included. unknown: rows of no known format, by their file and keys as JSON.
+    special: examples by the special tokens that stand in their texts.
     unread: sources of which only the first rows were read.
     """
 
@@ -47,6 +48,7 @@ class DatasetNotes:
     ignored: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     labels: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     unknown: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    special: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     problems: list[str] = dataclasses.field(default_factory=list)
     empty_answers: int = 0
     unread: int = 0

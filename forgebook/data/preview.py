@@ -26,7 +26,7 @@ from forgebook.data.data_sources import find_sources
 from forgebook.data.examples import read_examples
 from forgebook.data.masking import Encoded, encode
 from forgebook.data.row_formats import NAME_KEY
-from forgebook.data.special_tokens import special_ids
+from forgebook.data.special_tokens import special_ids, special_texts
 from forgebook.data.token_store import Tokens
 from forgebook.data.truncation import Truncation, fit_tokens
 from forgebook.errors import DataError
@@ -57,7 +57,7 @@ class PreviewedExample:
     """One encoded example.
 
     pieces: its text as of `pieces_of`.
-    note:   what truncation does to it; empty if nothing.
+    note:   what truncation does to it, and whether its texts hold special tokens; empty if neither.
     """
 
     where: str
@@ -88,8 +88,11 @@ def preview_examples(config: FinetuneConfig, count: int = 3) -> list[PreviewedEx
             raise encoded
         fitted = _fit(encoded, config.context_length, config.truncation, batching.group_size(config.task))
         answers = itertools.repeat("") if example.rejected is None else (", chosen", ", rejected")
+        special = special_texts([example.messages, example.rejected, example.text], tokenizer)
+        characters = "special tokens in its texts are characters" if special else ""
         for (one, note), answer in zip(fitted, answers, strict=False):
-            previewed.append(PreviewedExample(example.where + answer, one, pieces_of(one, tokenizer), note))
+            notes = "; ".join(filter(None, (note, characters)))
+            previewed.append(PreviewedExample(example.where + answer, one, pieces_of(one, tokenizer), notes))
     return previewed
 
 
@@ -198,7 +201,7 @@ def print_example(example: PreviewedExample, console: Console) -> None:
     supervised = sum(example.encoded.loss_mask[1:])
     note = f"; {example.note}" if example.note else ""
     title = f"{example.where}: {len(example.encoded.input_ids)} tokens, {supervised} in the loss{note}"
-    console.rule(title, align="left", style="dim")
+    console.rule(Text(title), align="left", style="dim")
     console.print(text)
 
 

@@ -156,6 +156,9 @@ def _detect(raw: Any, where: str, task: str) -> tuple[Example, RowNotes]:
                     "label marks one answer as good or bad, and preference_tuning compares two: put both answers to a "
                     "prompt into one row, as chosen and rejected"
                 )
+            if half := next((key for key in ("chosen", "rejected") if raw.get(key) is not None), None):
+                other = "rejected" if half == "chosen" else "chosen"
+                raise DataError(f"{half} without {other}: remove the row, or add the other answer")
             raise _unknown(f"no 'chosen' and 'rejected' (its keys: {_names(raw)}), which preference_tuning needs", raw)
         used, pair = _pair(raw, ignored)
         tools = read_tools(raw)
@@ -186,8 +189,20 @@ def _detect(raw: Any, where: str, task: str) -> tuple[Example, RowNotes]:
 
 def _unknown(message: str, raw: dict) -> DataError:
     """Make the error of a row of no known format; a mapping is suggested where several columns could be mapped."""
+    talk = next((key for key, value in raw.items() if key not in TEXT_OR_JSON_KEYS and _is_conversation(value)), None)
+    if talk is not None:
+        return DataError(f"{message}; {talk!r} holds one: rename it, or map it with columns: {{messages: {talk}}}")
     keys = tuple(key for key, value in raw.items() if value not in (None, "", [], {}))
     return UnknownFormatError(message, keys) if len(keys) > 1 else DataError(message)
+
+
+def _is_conversation(value: Any) -> bool:
+    """Return whether a column of any name holds messages."""
+    return isinstance(value, list) and bool(value) and all(isinstance(one, dict) and _speaker(one) for one in value)
+
+
+def _speaker(message: dict) -> bool:
+    return isinstance(message.get("role", message.get("from")), str) and bool(message.keys() & {"content", "value"})
 
 
 def _with_openai_pair(raw: dict, ignored: set[str]) -> dict:

@@ -31,6 +31,7 @@ __all__ = [
     "map_texts",
     "restore",
     "special_ids",
+    "special_texts",
     "to_literal_form",
 ]
 
@@ -63,6 +64,18 @@ def hide(text: str, tokenizer) -> str:
         raise DataError("a message contains a character of the private planes (U+F0000 and above): remove it")
     numbers, pattern = _special_tokens(tokenizer)
     return pattern.sub(lambda match: chr(_IN_MESSAGE + numbers[match[0]]), text)
+
+
+def special_texts(value: Any, tokenizer) -> set[str]:
+    """Name the special tokens that stand in the texts of a value, where they are characters as any other."""
+    pattern, found = _special_tokens(tokenizer)[1], set[str]()
+
+    def look(text: str) -> str:
+        found.update(pattern.findall(text))
+        return text
+
+    map_texts(value, look)
+    return found
 
 
 def leading_token(text: str, tokenizer) -> str:

@@ -37,6 +37,7 @@ from forgebook.data.examples import DatasetNotes, noted_examples
 from forgebook.data.masking import Encoded
 from forgebook.data.readers import FileChunk
 from forgebook.data.row_formats import NAME_KEY, Example
+from forgebook.data.special_tokens import special_texts
 from forgebook.data.token_store import Tokens
 from forgebook.errors import DataError
 from forgebook.runs import atomic
@@ -49,7 +50,7 @@ __all__ = ["EncodingOptions", "TokenizedSet", "encode_examples", "tokenize", "to
 # Part of the name of cached tokens. Raise it with every change of what a row becomes (readers, messages, row_formats,
 # tools, chat_template and what it imports, masking) or of how shards are written (token_store).
 # tests/data/test_tokenize.py pins the tokens of a small file, and fails where this was forgotten.
-CACHE_VERSION = 14
+CACHE_VERSION = 15
 # Examples per call of the tokenizer: enough for all its threads.
 TOKENIZER_BATCH = 512
 # Sources of more chunks than this (of about 2 MB) are worth a Ray cluster.
@@ -280,6 +281,7 @@ def _encoded(
             if isinstance(encoded, DataError):
                 notes.problems.append(str(encoded))
                 continue
+            notes.special.update(special_texts([example.messages, example.rejected, example.text], tokenizer))
             group = split.group_of(example)
             yield from ((one, example.line, group) for one in encoded)
 

@@ -224,6 +224,7 @@ def _reading_report(notes: DatasetNotes) -> dict[str, Any]:
         "ignored_columns": dict(notes.ignored),
     }
     report |= {"empty_answers": notes.empty_answers} if notes.empty_answers else {}
+    report |= {"special_tokens_in_texts": dict(notes.special)} if notes.special else {}
     report |= {"rows_per_label": dict(notes.labels)} if notes.labels else {}
     return report | ({"problems": notes.problems} if notes.problems else {})
 
@@ -316,6 +317,8 @@ def report_rows(report: dict[str, Any]) -> list[list[str]]:
     ]
     if any(s["ignored_columns"] for s in sets):
         lines.append(line("ignored keys", _ignored))
+    if any("special_tokens_in_texts" in s for s in sets):
+        lines.append(line("special tokens in texts", _special))
     if any("empty_answers" in s for s in sets):
         lines.append(line("empty answers", lambda s: f"{s.get('empty_answers', 0):,} examples teach to answer nothing"))
     if any("rows_per_label" in s for s in sets):
@@ -333,6 +336,12 @@ def report_rows(report: dict[str, Any]) -> list[list[str]]:
 
 def _ignored(report: dict[str, Any]) -> str:
     return ", ".join(f"{key} ({count:,})" for key, count in sorted(report["ignored_columns"].items()))
+
+
+def _special(report: dict[str, Any]) -> str:
+    counts = sorted(report.get("special_tokens_in_texts", {}).items())
+    listed = ", ".join(f"{token} ({count:,})" for token, count in counts)
+    return listed and f"{listed}: characters, not tokens, which only the template writes"
 
 
 def _labels(report: dict[str, Any]) -> list[tuple[str, int]]:

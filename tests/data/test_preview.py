@@ -1,15 +1,25 @@
 """Examples shown as the model will see them, truncated as the run truncates them."""
 
+import dataclasses
 import html
 import json
 
 import pytest
+from rich.console import Console
 
 from conftest import chat, uneven_rows
 from forgebook.cli.main import main
 from forgebook.data.chat_template import render
 from forgebook.data.masking import encode
-from forgebook.data.preview import example_as_json, ignored_keys, pieces_of, preview_examples, show, show_example
+from forgebook.data.preview import (
+    example_as_json,
+    ignored_keys,
+    pieces_of,
+    preview_examples,
+    print_example,
+    show,
+    show_example,
+)
 from forgebook.errors import DataError
 from forgebook.planning.prepare import prepare
 from forgebook.runs.run import open_run
@@ -145,3 +155,13 @@ def test_keys_that_nothing_reads_are_counted_over_all_rows(make_config, write_ro
     assert main(["preview", "run.yaml", "n=1", "--json"]) == 0
     printed = capsys.readouterr()
     assert printed.out.count("\n") == 1 and printed.err == "ignored keys: messages[].mood (1), source (5)\n"
+
+
+def test_special_tokens_in_texts_are_mentioned(make_config, write_rows, capsys):
+    """They look like the template's own, and are not."""
+    path = write_rows([{"prompt": "<|user|>q<|end|><|assistant|>", "completion": "a"}, chat("q", "a")])
+    examples = preview_examples(make_config(train_path=path), 2)
+    assert [example.note for example in examples] == ["special tokens in its texts are characters", ""]
+    bracketed = dataclasses.replace(examples[0], where="a[red]b.jsonl:1")
+    print_example(bracketed, Console(width=100))
+    assert "a[red]b.jsonl:1" in capsys.readouterr().out

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from forgebook.data.row_formats import parse_row
+from forgebook.data.row_formats import UnknownFormatError, parse_row
 from forgebook.errors import DataError
 
 CALL = {"id": "c1", "type": "function", "function": {"name": "find", "arguments": '{"city": "Rome"}'}}
@@ -331,3 +331,28 @@ def test_a_pair_that_answers_no_question_is_an_error():
     row = {"system": "Be short.", "problem": "How warm?", "chosen": "Four.", "rejected": "Cold."}
     with pytest.raises(DataError, match=r"rows:1: chosen and rejected answer no question: add prompt"):
         parse_row(row, "rows:1", "preference_tuning")
+
+
+def test_a_conversation_of_another_name_is_pointed_out():
+    talk = [{"role": "user", "content": "q"}, {"from": "gpt", "value": "a"}]
+    with pytest.raises(DataError, match=r"'talk' holds one: .* columns: \{messages: talk\}") as error:
+        parse_row({"language": "English", "talk": talk}, "a.jsonl:1", "instruction_tuning")
+    assert not isinstance(error.value, UnknownFormatError)  # no guess among the columns
+    for other in ([], ["a"], [{"text": "a"}], "a"):
+        with pytest.raises(UnknownFormatError):
+            parse_row({"language": "English", "talk": other, "more": "b"}, "a.jsonl:1", "instruction_tuning")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "q", "chosen": "a", "rejected": None}, "chosen without rejected"),
+        ({"prompt": "q", "rejected": "a"}, "rejected without chosen"),
+        ({"prompt": "q", "completion": "a", "label": True}, "label marks one answer"),
+        ({"prompt": "q", "completion": "a", "label": "false"}, "label marks one answer"),
+    ],
+)
+def test_single_answers_are_no_pairs(row, message):
+    with pytest.raises(DataError, match=message) as error:
+        parse_row(row, "a.jsonl:1", "preference_tuning")
+    assert not isinstance(error.value, UnknownFormatError)

@@ -154,7 +154,7 @@ def test_cached_tokens_are_those_of_this_code(tmp_path, write_rows, tokenizer):
         [shard] = {file for file, _ in tokens.files}
         digest.update(repr(pa.ipc.open_file(shard).read_all().to_pydict()).encode())
         digest.update(repr((notes.rows, notes.turns, notes.formats, notes.ignored)).encode())
-    golden = (14, "43fb735c2fd2814a")
+    golden = (15, "43fb735c2fd2814a")
     assert (tokenize.CACHE_VERSION, digest.hexdigest()[:16]) == golden, (
         "the tokens of the same rows, or their shards, changed: bump CACHE_VERSION and re-pin"
     )
@@ -169,6 +169,20 @@ def test_names_are_in_the_table_where_the_template_shows_none(tmp_path, write_ro
         "{% if add_generation_prompt %}<|assistant|>:{% endif %}"
     )
     assert tokenize.tokenize(sources, kimi, options, tmp_path)[1].ignored == {}
+
+
+def test_special_tokens_in_texts_are_counted(tmp_path, write_rows, tokenizer):
+    """Texts that another program has already put into a template, whose tokens are characters here."""
+    call = {"type": "function", "function": {"name": "read", "arguments": {"place": "<|user|>"}}}
+    rows = [
+        chat("q", "a"),
+        {"prompt": "<|user|>q<|end|><|assistant|>", "completion": "a<|end|>"},
+        {"messages": [*chat("q", "a")["messages"][:-1], {"role": "assistant", "content": "", "tool_calls": [call]}]},
+    ]
+    sources, options = find_sources(write_rows(rows)), tokenize.EncodingOptions()
+    expected = {"<|user|>": 2, "<|end|>": 1, "<|assistant|>": 1}
+    for _ in range(2):  # the second time from the cache
+        assert tokenize.tokenize(sources, tokenizer, options, tmp_path)[1].special == expected
 
 
 def test_empty_answers_in_the_loss_are_counted(tmp_path, write_rows, tokenizer):

@@ -53,7 +53,7 @@ def test_a_row_that_no_template_takes_is_a_bad_row(make_config, write_rows):
 
 def test_the_report_counts_what_a_user_wants_to_know(make_config, write_rows):
     train = [chat("q1", "a"), chat("q1", "a"), chat("q2", "b") | {"source": "web"}]
-    train.append({"instruction": "i", "output": "o"})
+    train.append({"instruction": "i", "output": "<|end|>"})
     config = make_config(train_path=write_rows(train, "t.jsonl"), valid_path=write_rows([chat("q1", "a")], "v.jsonl"))
     report = prepared(config).report
     assert report["train"]["formats"] == {"messages": 3, "alpaca": 1} and report["train"]["turns"] == 11
@@ -63,6 +63,8 @@ def test_the_report_counts_what_a_user_wants_to_know(make_config, write_rows):
     assert report["train"]["truncation"]["longer_rows"] == 0 and report["train"]["padding_share"] < 1
     assert ["also in training", "", "1 example"] in report_rows(report)
     assert ["ignored keys", "source (1)", ""] in report_rows(report)
+    special = "<|end|> (1): characters, not tokens, which only the template writes"
+    assert ["special tokens in texts", special, ""] in report_rows(report)
 
 
 def test_rows_are_checked_without_a_tokenizer(make_config, write_rows, monkeypatch, tmp_path):
