@@ -32,7 +32,7 @@ after a run
   python main.py generate RUN -p TEXT | data=FILE       answers, to the terminal or out=FILE
   python main.py chat RUN                               a conversation in the terminal
   python main.py merge RUN OUT [checkpoint=NAME]        the adapter merged into its base, for transformers
-  python main.py serve RUN ... [port=8000]              an OpenAI-compatible endpoint
+  python main.py serve RUN ... [--ui] [port=8000]       an OpenAI-compatible endpoint; --ui: with a chat page
   python main.py models [show RUN | delete RUN]         the fine-tuned models, here or in a bucket
   python main.py push RUN OWNER/NAME [private=true]     the best checkpoint to the Hugging Face hub, with a card
   python main.py export MODEL OUT.gguf [type=q8_0]      full weights as a GGUF file (ollama=true: and a Modelfile)

@@ -266,8 +266,9 @@ _TABLE = (
     ),
     Command(
         "serve",
-        "RUN [RUN ...] [port=8000] [host=127.0.0.1] [key_file=FILE] [engine=auto] [dtype=float32]",
-        "Serve one or more runs at an OpenAI-compatible endpoint; a request's model is a run's name.",
+        "RUN [RUN ...] [--ui] [port=8000] [host=127.0.0.1] [key_file=FILE] [engine=auto] [dtype=float32]",
+        "Serve one or more runs at an OpenAI-compatible endpoint; a request's model is a run's name. --ui: with the "
+        "base model, and a page that shows the answers of both side by side.",
         A_RUN,
         (
             Option("port", "0 takes a free one; default 8000", at_least(0, 65535), "8000"),
@@ -277,6 +278,7 @@ _TABLE = (
             Option("engine", "transformers, vllm, or auto: vLLM where it is installed and can", default="auto"),
             Option("dtype", "default: the run's own", one_of("float32", "bfloat16", "float16")),
         ),
+        (Flag(("--ui",), "also serve the base model, and a chat page at the address without /v1"),),
     ),
     Command(
         "models",

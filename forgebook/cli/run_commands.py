@@ -201,7 +201,7 @@ def serve_command(arguments: list[str]) -> int:
     from forgebook.inference.server import clean_key, serve
 
     key = clean_key(key) or os.environ.get("FORGEBOOK_API_KEY")
-    serve([parsed.target, *parsed.rest], key=key, **parsed.get("port", "host", "engine", "dtype"))
+    serve([parsed.target, *parsed.rest], key=key, ui=parsed.flags.ui, **parsed.get("port", "host", "engine", "dtype"))
     return 0
 
 

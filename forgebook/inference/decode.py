@@ -34,11 +34,17 @@ FREE_SHARE = 1 / 8
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt to continue. add_token is called with each new token; it returns whether the answer has ended."""
+    """A prompt to continue. add_token is called with each new token; it returns whether the answer has ended.
+
+    add_chances: called before it, if not None, with the token's log-probability and those of the `top` most likely
+    tokens, by their ids; of the model's own distribution, before temperature and limits.
+    """
 
     input_ids: list[int]
     sampling: TokenSampling
     add_token: Callable[[int], bool]
+    add_chances: Callable[[float, dict[int, float]], None] | None = None
+    top: int = 0
 
 
 @dataclass
@@ -172,5 +178,9 @@ def _add_tokens(rows: list[_Row], logits: torch.Tensor) -> None:
             [row.processors(torch.tensor([row.ids], device=scores.device), scores[None]) for row, scores in each]
         )
     sampler = Sampler([row.request.sampling for row in rows], [row.generator for row in rows], logits.device)
-    for row, token in zip(rows, sampler(None, logits).argmax(-1).tolist(), strict=True):
+    for row, token, scores in zip(rows, sampler(None, logits).argmax(-1).tolist(), logits, strict=True):
         row.ids.append(token)
+        if row.request.add_chances is not None:
+            chances = scores.float().log_softmax(-1)
+            values, ids = chances.topk(min(row.request.top, len(chances)))
+            row.request.add_chances(float(chances[token]), dict(zip(ids.tolist(), values.tolist(), strict=True)))

@@ -17,12 +17,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from forgebook.config.blocks import GenerationConfig
 from forgebook.inference import loading
 from forgebook.inference.decode import Request, decode
 from forgebook.inference.sampling import StopStrings, TokenSampling
 from forgebook.models import adapters, families
 
-__all__ = ["Engine", "GenerationRequest", "Job", "QueueFull", "ServedModel"]
+__all__ = ["Engine", "GenerationRequest", "Job", "QueueFull", "ServedModel", "TokenChance"]
 
 # Requests that may wait; more are rejected, so that memory and waiting time are bounded.
 MAX_WAITING = 256
@@ -52,7 +53,8 @@ class GenerationRequest:
     """A prompt for one of the engine's models, already encoded.
 
     stop: texts that end the answer, in addition to the model's own. keep_special: leave special tokens in the text;
-    some models mark tool calls with them.
+    some models mark tool calls with them. top_chances: note each token's log-probability, and those of so many of the
+    most likely ones; None notes nothing.
     """
 
     model: str
@@ -61,6 +63,16 @@ class GenerationRequest:
     sampling: TokenSampling = field(default_factory=TokenSampling)
     stop: tuple[str, ...] = ()
     keep_special: bool = False
+    top_chances: int | None = None
+
+
+@dataclass(frozen=True)
+class TokenChance:
+    """A token of an answer: its text, its log-probability, and the most likely tokens there with theirs."""
+
+    text: str
+    logprob: float
+    top: tuple[tuple[str, float], ...]
 
 
 class Job:
@@ -77,14 +89,31 @@ class Job:
         self.ids: list[int] = []
         self.text = ""
         self.finish: str | None = None
+        self.chances: list[TokenChance] = []  # of `ids`, if the request asks for them
         self.is_cancelled = False
         self._sent = 0  # characters of the text that on_text was called with
         # Tokens: where the window that is decoded begins, and the part of it that is in the text already.
         self._window = self._read = 0
+        self._next_chances: tuple[float, dict[int, float]] | None = None
 
     def cancel(self) -> None:
         """End the answer at its next token."""
         self.is_cancelled = True
+
+    def add_chances(self, logprob: float, top: dict[int, float]) -> None:
+        """Take the log-probabilities of the next token."""
+        self._next_chances = logprob, top
+
+    def _note_chances(self, token: int) -> None:
+        if self._next_chances is not None:
+            logprob, top = self._next_chances
+            named = tuple((self._token_text(one), value) for one, value in top.items())
+            self.chances.append(TokenChance(self._token_text(token), logprob, named))
+
+    def _token_text(self, token: int) -> str:
+        """Decode a token after the last one: alone it may lose the space before it."""
+        before = self.ids[-1:]
+        return self._tokenizer.decode([*before, token])[len(self._tokenizer.decode(before)) :]
 
     def add_token(self, token: int) -> bool:
         """Add a token to the answer; return whether the answer has ended."""
@@ -95,6 +124,7 @@ class Job:
         elif token in self._stop_ids:
             self.end("stop")
         else:
+            self._note_chances(token)
             self.ids.append(token)
             self.text += self._new_text()
             stop = self._stops.find(self.text)
@@ -137,8 +167,16 @@ class Job:
 class Engine:
     """Loaded models and the thread that generates with them."""
 
-    def __init__(self, folders: dict[str, Path], *, dtype: str | None = None, batch_size: int = 8):
-        self.models = _load_all(folders, dtype)
+    def __init__(
+        self,
+        folders: dict[str, Path],
+        *,
+        dtype: str | None = None,
+        batch_size: int = 8,
+        defaults: GenerationConfig | None = None,
+    ):
+        """Load the models. defaults: how models are prompted that belong to no run."""
+        self.models = _load_all(folders, dtype, defaults)
         self._batch_size = batch_size
         self._waiting: deque[Job] = deque()
         self._changed = threading.Condition()
@@ -211,7 +249,16 @@ class Engine:
 
 def _generate(served: ServedModel, jobs: list[Job]) -> None:
     """Answer a batch of requests for one model."""
-    requests = [Request(job.request.input_ids, job.request.sampling, job.add_token) for job in jobs]
+    requests = [
+        Request(
+            job.request.input_ids,
+            job.request.sampling,
+            job.add_token,
+            job.add_chances if job.request.top_chances is not None else None,
+            job.request.top_chances or 0,
+        )
+        for job in jobs
+    ]
     with served.loaded.active() as model:
         for _ in decode(model, requests, len(requests)):
             pass
@@ -220,18 +267,18 @@ def _generate(served: ServedModel, jobs: list[Job]) -> None:
 # Loading ----------------------------------------------------------------------------------------------
 
 
-def _load_all(folders: dict[str, Path], dtype: str | None) -> dict[str, ServedModel]:
-    """Load every checkpoint; plain adapters over one base with equal settings share it."""
+def _load_all(folders: dict[str, Path], dtype: str | None, defaults: GenerationConfig | None) -> dict[str, ServedModel]:
+    """Load every checkpoint; plain adapters over one base with equal settings share it, also with the base itself."""
     together: dict[tuple, list[str]] = {}
     for name, folder in folders.items():
         settings = adapters.read_lora_config(folder) or {}
-        # A full model, and an adapter that holds full layers or rows of the vocabulary, shares no weights.
-        own = not settings or settings.get("modules_to_save") or settings.get("trainable_token_indices")
+        # An adapter that holds full layers or rows of the vocabulary shares no weights.
+        own = settings.get("modules_to_save") or settings.get("trainable_token_indices")
         key = (json.dumps(loading.base_of(folder), sort_keys=True), name if own else None)
         together.setdefault(key, []).append(name)
     served = {}
     for names in together.values():
-        models = loading.load_together([folders[name] for name in names], dtype)
+        models = loading.load_together([folders[name] for name in names], dtype, defaults)
         for name, loaded in zip(names, models, strict=True):
             base, overrides = loading.base_of(folders[name])
             context = families.context_limit(base, overrides.get("rope_scaling")) or loaded.tokenizer.model_max_length

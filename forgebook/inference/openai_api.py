@@ -1,6 +1,6 @@
 """OpenAI's chat completions: request bodies checked and encoded as in training, answers in OpenAI's format.
 
-A parameter that would change the answer and is not supported (n above 1, log-probabilities, penalties, JSON schemas)
+A parameter that would change the answer and is not supported (n above 1, penalties, JSON schemas)
 is rejected rather than ignored; one that changes nothing (user, metadata) is accepted.
 """
 
@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from forgebook.data import masking
@@ -21,9 +21,9 @@ from forgebook.errors import DataError, shown_value
 from forgebook.inference.sampling import LEAST, StopStrings, TokenSampling, prompt_seed
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
-    from forgebook.inference.engine import GenerationRequest, Job, ServedModel
+    from forgebook.inference.engine import GenerationRequest, Job, ServedModel, TokenChance
 
 __all__ = [
     "ApiError",
@@ -96,13 +96,13 @@ class ChatRequest(BaseModel):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     stop: Annotated[list[StopString], Field(max_length=16), BeforeValidator(_as_list)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
     # Accepted with their default values only.
     n: Annotated[int, Field(ge=1, le=1)] | None = None
     presence_penalty: Zero = None
     frequency_penalty: Zero = None
-    logprobs: Literal[False] | None = None
-    top_logprobs: Zero = None
     logit_bias: Annotated[dict, Field(max_length=0)] | None = None
     response_format: dict[Literal["type"], Literal["text"]] | None = None
 
@@ -114,6 +114,12 @@ class ChatRequest(BaseModel):
     parallel_tool_calls: Any = None
     prompt_cache_key: Any = None
     safety_identifier: Any = None
+
+    @model_validator(mode="after")
+    def _top_of_logprobs(self) -> Self:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise PydanticCustomError("top_logprobs", "top_logprobs needs logprobs: true")
+        return self
 
     @property
     def offered_tools(self) -> list[Any] | None:
@@ -138,7 +144,8 @@ def read_request(body: bytes) -> ChatRequest:
         param = str(first["loc"][0]) if first["loc"] else None
         if first["type"] == "extra_forbidden":
             raise ApiError(400, f"unrecognized request argument: {param}", param, "unknown_parameter") from None
-        raise ApiError(400, f"{'.'.join(map(str, first['loc']))}: {first['msg']}", param, "invalid_value") from None
+        place = "".join(f"{part}: " for part in [".".join(map(str, first["loc"]))] if part)
+        raise ApiError(400, place + first["msg"], param, "invalid_value") from None
 
 
 def engine_request(request: ChatRequest, models: Mapping[str, ServedModel]) -> GenerationRequest:
@@ -179,6 +186,7 @@ def engine_request(request: ChatRequest, models: Mapping[str, ServedModel]) -> G
         sampling=_token_sampling(request, loaded.generation_config),
         stop=tuple(request.stop or ()),
         keep_special=request.offered_tools is not None,
+        top_chances=(request.top_logprobs or 0) if request.logprobs else None,
     )
 
 
@@ -237,7 +245,8 @@ def completion_object(request: ChatRequest, job: Job) -> dict[str, Any]:
     message: dict[str, Any] = {"role": "assistant", "content": text or (None if calls else ""), "refusal": None}
     if calls:
         message["tool_calls"] = calls
-    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": _reason(job, calls)}
+    logprobs = _logprobs(job.chances) if request.logprobs else None
+    choice = {"index": 0, "message": message, "logprobs": logprobs, "finish_reason": _reason(job, calls)}
     return {
         "id": _new_id("chatcmpl"),
         "object": "chat.completion",
@@ -262,22 +271,24 @@ class ChunkWriter:
             "created": int(time.time()),
             "model": request.model,
         }
-        self._text, self._sent = "", 0
+        self._text, self._sent, self._sent_chances = "", 0, 0
 
     def first(self) -> dict[str, Any]:
         """Return the chunk that opens the answer."""
         return self._chunk({"role": "assistant", "content": ""})
 
-    def add(self, piece: str) -> list[dict[str, Any]]:
-        """Return the chunks for a new piece of text."""
+    def add(self, piece: str, chances: Sequence[TokenChance] = ()) -> list[dict[str, Any]]:
+        """Return the chunks for a new piece of text. chances: of all tokens so far."""
         self._text += piece
         end = _settled_without_calls(self._text) if self._request.offered_tools else len(self._text)
-        return self._content(self._text[:end])
+        return self._content(self._text[:end], chances)
 
     def last(self, job: Job) -> list[dict[str, Any]]:
         """Return the chunks that close the answer: text held back, calls, finish reason, usage."""
         text, calls = _split_calls(self._request, job.text)
-        chunks = self._content(text)
+        chunks = self._content(text, job.chances)
+        if len(job.chances) > self._sent_chances:  # tokens that added no text
+            chunks.append(self._chunk({}, logprobs=self._new_logprobs(job.chances)))
         if calls:
             deltas = [{"index": k, **call} for k, call in enumerate(calls)]
             chunks.append(self._chunk({"tool_calls": deltas}))
@@ -286,13 +297,32 @@ class ChunkWriter:
             chunks.append({**self._common, "choices": [], "usage": _usage(job)})
         return chunks
 
-    def _content(self, text: str) -> list[dict[str, Any]]:
+    def _content(self, text: str, chances: Sequence[TokenChance]) -> list[dict[str, Any]]:
         """Return a chunk with what is new in the answer's text, if anything."""
         new, self._sent = text[self._sent :], max(self._sent, len(text))
-        return [self._chunk({"content": new})] if new else []
+        return [self._chunk({"content": new}, logprobs=self._new_logprobs(chances))] if new else []
 
-    def _chunk(self, delta: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
-        return {**self._common, "choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}]}
+    def _new_logprobs(self, chances: Sequence[TokenChance]) -> dict[str, Any] | None:
+        if not self._request.logprobs:
+            return None
+        new, self._sent_chances = list(chances[self._sent_chances :]), len(chances)
+        return _logprobs(new)
+
+    def _chunk(
+        self, delta: dict[str, Any], reason: str | None = None, logprobs: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        choice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+        return {**self._common, "choices": [choice]}
+
+
+def _logprobs(chances: Sequence[TokenChance]) -> dict[str, Any]:
+    """Write log-probabilities as OpenAI does; those of a token with part of a character have no bytes."""
+
+    def entry(text: str, logprob: float) -> dict[str, Any]:
+        return {"token": text, "logprob": logprob, "bytes": None if "\ufffd" in text else list(text.encode())}
+
+    tokens = [entry(one.text, one.logprob) | {"top_logprobs": [entry(*top) for top in one.top]} for one in chances]
+    return {"content": tokens, "refusal": None}
 
 
 def _split_calls(request: ChatRequest, text: str) -> tuple[str, list[dict[str, Any]]]:

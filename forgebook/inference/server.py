@@ -1,4 +1,4 @@
-"""An OpenAI-compatible endpoint for one or more runs: POST /v1/chat/completions, GET /v1/models, GET /health.
+"""An OpenAI-compatible endpoint for one or more runs: POST /v1/chat/completions, GET /v1/models, GET /health; a page.
 
     python main.py serve quickstart        then any OpenAI client with base_url http://127.0.0.1:8000/v1
 
@@ -31,7 +31,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from forgebook.errors import ConfigError, StorageError
-from forgebook.inference import openai_api
+from forgebook.inference import chat_page, openai_api
 from forgebook.inference.connections import BODY_SECONDS, http_settings
 from forgebook.inference.openai_api import ApiError
 from forgebook.inference.vllm_command import obstacle_for_vllm, vllm_command
@@ -39,9 +39,10 @@ from forgebook.models.vllm_support import choose_engine, runs_eagerly
 from forgebook.runs import run
 
 if TYPE_CHECKING:
+    from forgebook.config.blocks import GenerationConfig
     from forgebook.inference.engine import Engine, GenerationRequest, Job
 
-__all__ = ["clean_key", "is_loopback", "make_app", "name_models", "serve"]
+__all__ = ["clean_key", "is_loopback", "make_app", "name_models", "serve", "with_bases"]
 
 LOCAL_NAMES = ["127.0.0.1", "localhost", "::1", "[::1]"]
 MAX_BODY = 16 * 2**20
@@ -59,11 +60,13 @@ def serve(
     key: str | None = None,
     engine: str = "auto",
     dtype: str | None = None,
+    ui: bool = False,
 ) -> None:
     """Serve runs until Ctrl-C or SIGTERM.
 
     names: runs or checkpoint folders. port: 0 takes a free one. key: what clients send as `Authorization: Bearer`.
     engine: transformers, vllm, or auto: vLLM where it is installed and can load all of them. dtype: None is the run's.
+    ui: also serve the base models, and a page at / that compares answers; not with vLLM.
 
     Raises ConfigError for an address that other machines can reach without a key, StorageError for a port in use.
     """
@@ -74,7 +77,9 @@ def serve(
             "key_file=FILE, or leave host out"
         )
     folders = name_models(names)
-    if choose_engine(engine, lambda: obstacle_for_vllm(folders)) == "vllm":
+    if ui and engine == "vllm":
+        raise ConfigError("serve: --ui is a page of this endpoint, not of vLLM's: leave engine=vllm out")
+    if not ui and choose_engine(engine, lambda: obstacle_for_vllm(folders)) == "vllm":
         command = vllm_command(folders, host=host, port=port, dtype=dtype)
         if runs_eagerly():
             command.append("--enforce-eager")
@@ -84,11 +89,16 @@ def serve(
     with _listening(host, port) as listener:
         from forgebook.inference.engine import Engine
 
-        running = Engine(folders, dtype=dtype).start()
-        address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}/v1"
+        defaults = None
+        if ui:
+            folders, defaults = with_bases(folders)
+        running = Engine(folders, dtype=dtype, defaults=defaults).start()
+        address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
         listener.listen()  # so that whoever reads the next line can connect
-        print(f"serving {', '.join(folders)} at {address} (Ctrl-C ends it)", flush=True)
-        app = make_app(running, key=key, only_local=is_loopback(host))
+        print(f"serving {', '.join(folders)} at {address}/v1 (Ctrl-C ends it)", flush=True)
+        if ui:
+            print(f"the chat page is at {address}", flush=True)
+        app = make_app(running, key=key, only_local=is_loopback(host), ui=ui)
         server = uvicorn.Server(http_settings(app))
         # uvicorn shuts down on SIGTERM and then raises the signal again, for the handler that was there before.
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -135,6 +145,30 @@ def name_models(names: Sequence[str]) -> dict[str, Path]:
     return folders
 
 
+def with_bases(folders: dict[str, Path]) -> tuple[dict[str, Path], GenerationConfig | None]:
+    """Add the models from which runs started, as `base`, or `base of NAME` where there are several.
+
+    Returns the folders and how the first run is prompted: a base that has no chat template is prompted alike.
+    """
+    from forgebook.inference.loading import base_of, run_config
+    from forgebook.models.tokenizer import locate
+
+    configs = {name: run_config(folder) for name, folder in folders.items()}
+    bases: dict[Path, str] = {}
+    for name, folder in folders.items():
+        config, base = configs[name], base_of(folder)[0]
+        if base == str(folder) and config is not None:  # full fine-tuning
+            base = locate(config.initial_base_model_ckpt_path or config.model_id)
+        if Path(base) not in map(Path, folders.values()):
+            bases.setdefault(Path(base), name)
+    names = {base: "base" if len(bases) == 1 else f"base of {name}" for base, name in bases.items()}
+    taken = [name for name in names.values() if name in folders]
+    if taken:
+        raise ConfigError(f"serve: --ui serves the base model as {taken[0]!r}, which a run is called: rename the run")
+    first = next((config for config in configs.values() if config is not None), None)
+    return folders | {name: base for base, name in names.items()}, first.generation_config if first else None
+
+
 @contextlib.contextmanager
 def _listening(host: str, port: int):
     """Bind the port before a model is loaded; yield the socket."""
@@ -151,8 +185,8 @@ def _listening(host: str, port: int):
 # HTTP -------------------------------------------------------------------------------------------------
 
 
-def make_app(engine: Engine, *, key: str | None = None, only_local: bool = True) -> Starlette:
-    """Make the web application for a running engine.
+def make_app(engine: Engine, *, key: str | None = None, only_local: bool = True, ui: bool = False) -> Starlette:
+    """Make the web application for a running engine. ui: with the chat page at /.
 
     only_local: answer only requests addressed to this machine by a local name, so that no web page reaches the
     endpoint through a host name that resolves to this machine (DNS rebinding).
@@ -196,6 +230,7 @@ def make_app(engine: Engine, *, key: str | None = None, only_local: bool = True)
             Route("/v1/models", list_models),
             Route("/v1/models/{name:path}", one_model),
             Route("/health", health),
+            *([Route("/", chat_page.respond)] if ui else []),
         ],
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=LOCAL_NAMES)] * only_local,
         exception_handlers={ApiError: _api_error, HTTPException: _http_error, Exception: _unexpected_error},
@@ -244,7 +279,7 @@ async def _events(body: openai_api.ChatRequest, answer: _Answer) -> AsyncIterato
     writer = openai_api.ChunkWriter(body)
     yield _event(writer.first())
     async for piece in answer.pieces():
-        for chunk in writer.add(piece):
+        for chunk in writer.add(piece, answer.job.chances):
             yield _event(chunk)
     if answer.job.finish in ("stop", "length"):
         for chunk in writer.last(answer.job):

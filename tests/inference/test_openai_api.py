@@ -94,7 +94,9 @@ WRONG = {
     "n 2": {**GOOD, "n": 2},
     "stop a number": {**GOOD, "stop": 7},
     "seed": {**GOOD, "seed": 2**70},
-    "logprobs": {**GOOD, "logprobs": True},
+    "logprobs a number": {**GOOD, "logprobs": 5},
+    "top_logprobs alone": {**GOOD, "top_logprobs": 2},
+    "top_logprobs 21": {**GOOD, "logprobs": True, "top_logprobs": 21},
     "json_object": {**GOOD, "response_format": {"type": "json_object"}},
     "unknown": {**GOOD, "best_of": 3},
     "tools a text": {**GOOD, "tools": "weather"},
@@ -198,7 +200,9 @@ def test_sampling_comes_from_the_request_then_from_the_models_generation_config(
 
 def finished(text: str, finish: str = "stop"):
     """An answer that has ended, as the engine leaves it."""
-    return SimpleNamespace(text=text, finish=finish, ids=[1, 2, 3], request=SimpleNamespace(input_ids=[1] * 5))
+    return SimpleNamespace(
+        chances=[], text=text, finish=finish, ids=[1, 2, 3], request=SimpleNamespace(chances=[], input_ids=[1] * 5)
+    )
 
 
 def request(**values):

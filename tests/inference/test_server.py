@@ -46,9 +46,9 @@ def running(folders, **settings):
     """Serve in this process; yield (address, engine)."""
     import uvicorn
 
-    key = settings.pop("key", None)
+    key, ui = settings.pop("key", None), settings.pop("ui", False)
     engine = Engine(folders, dtype="float32", **settings).start()
-    server = uvicorn.Server(http_settings(make_app(engine, key=key), port=0, timeout_graceful_shutdown=1))
+    server = uvicorn.Server(http_settings(make_app(engine, key=key, ui=ui), port=0, timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
