@@ -32,6 +32,8 @@ def models_command(arguments: list[str]) -> int:
     if action not in ("show", "delete"):
         if rest and (suggestion := near_miss(action, ("show", "delete"))):
             raise ConfigError(f"models: {action!r} is not a command{suggestion}")
+        if not rest and action.startswith("storage_path="):
+            raise ConfigError(f"models takes a storage path alone: write models {action.partition('=')[2]}")
         if rest:
             got = " ".join(flags.arguments)
             raise ConfigError(f"models takes a storage path, or show RUN, or delete RUN; got {got}")
@@ -45,12 +47,20 @@ def models_command(arguments: list[str]) -> int:
         _print_model(model, flags.json)
         return 0
     state = "" if model.is_complete else ", which is not complete and may still be running"
-    if not flags.yes and input(f"delete {model.storage_uri}{state}? [y/N] ").strip().lower() not in ("y", "yes"):
+    if not flags.yes and not _agrees(f"delete {model.storage_uri}{state}? [y/N] "):
         print("nothing was deleted")
         return 0
     delete_model(rest[0], on_kept=lambda names: print(f"kept, because no run wrote it: {', '.join(names)}"))
     print(f"deleted {model.storage_uri}")
     return 0
+
+
+def _agrees(question: str) -> bool:
+    """Ask on the terminal. Raises ConfigError where nobody can answer."""
+    try:
+        return input(question).strip().lower() in ("y", "yes")
+    except (EOFError, RuntimeError):  # standard input is at its end, or closed
+        raise ConfigError("models delete asks first, and there is no standard input: add --yes") from None
 
 
 def _print_model(model: Model, as_object: bool) -> None:

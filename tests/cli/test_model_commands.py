@@ -1,5 +1,6 @@
 """models, push and export: what they print, and what they hand to the engine."""
 
+import io
 import json
 import shutil
 
@@ -37,9 +38,17 @@ def test_a_model_is_deleted_only_after_a_yes(run, capsys, monkeypatch):
     assert main(["models", "delete", "a", "--yes"]) == 0 and not run.folder.exists() and len(prompts) == 1
 
 
+@pytest.mark.parametrize("stdin", [io.StringIO(""), None], ids=["at its end", "closed"])
+def test_a_deletion_that_nobody_can_confirm_is_refused(run, capsys, monkeypatch, stdin):
+    monkeypatch.setattr("sys.stdin", stdin)
+    assert main(["models", "delete", "a"]) == 2 and run.config.exists()
+    assert "add --yes" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["models", "storage_path=runs"], "write models runs"),
         (["models", "runs", "more"], "models takes a storage path, or show RUN, or delete RUN; got runs more"),
         (["models", "show"], "models show needs a RUN"),
         (["push", "a"], "push needs a repository after the RUN: OWNER/NAME"),
