@@ -15,15 +15,14 @@ if TYPE_CHECKING:
     from forgebook.config.schema import FinetuneConfig
     from forgebook.curation.curate import Judge, OnProgress
 
-__all__ = ["curate_command"]
+__all__ = ["curate_command", "synthesize_command"]
 
 
 def curate_command(arguments: list[str]) -> int:
     """Write a filtered data set, and a report of what was found."""
     parsed = parse_arguments("curate", arguments)
-    shorthand = {"judge": "curation.critic.model", "base_url": "curation.critic.base_url"}
-    more = [f"{key}={json.dumps(parsed.options[name])}" for name, key in shorthand.items() if name in parsed.options]
-    config, out = load_noting_retired(parsed.target, [*parsed.rest, *more], False), _out("curate", parsed)
+    shorthand = {"judge": "critic.model", "base_url": "critic.base_url"}
+    config, out = _load(parsed, "curation", shorthand), _out("curate", parsed)
     from forgebook.curation.curate import curate, dropped_path, report_paths
     from forgebook.curation.report import as_json, as_page, figure_rows, table_rows
     from forgebook.reporting.console import make_console, make_table, progress_bar
@@ -45,6 +44,33 @@ def curate_command(arguments: list[str]) -> int:
     output.print(f"{curation.written:,} of {curation.read:,} examples written to {out}", markup=False)
     output.print(f"left out, with the reasons: {dropped_path(out)}; report: {page_path}, {json_path}", markup=False)
     return 0
+
+
+def synthesize_command(arguments: list[str]) -> int:
+    """Write new examples that a teacher makes."""
+    parsed = parse_arguments("synthesize", arguments)
+    shorthand = {"teacher": "teacher.model", "base_url": "teacher.base_url", "count": "count"}
+    config, out = _load(parsed, "synthesis", shorthand), _out("synthesize", parsed)
+    from forgebook.curation.report import figure_rows
+    from forgebook.curation.synthesize import rejected_path, synthesize
+    from forgebook.reporting.console import make_console, make_table, progress_bar
+
+    output = make_console()
+    with progress_bar(output, "synthesizing") as show:
+        synthesis = synthesize(config, out, show)
+    output.print(make_table(f"Synthesis with {synthesis.usage['model']}", ["", ""], figure_rows(synthesis.as_json())))
+    if synthesis.accepted < synthesis.wanted:
+        output.print(f"note: {synthesis.accepted} of {synthesis.wanted} examples: the requests were used up")
+    output.print(f"rejected, with the reasons: {rejected_path(out)}", markup=False)
+    return 0
+
+
+def _load(parsed: Arguments, block: str, shorthand: dict[str, str]) -> FinetuneConfig:
+    """Load the config. shorthand: options that stand for keys of a block."""
+    more = [
+        f"{block}.{key}={json.dumps(parsed.options[name])}" for name, key in shorthand.items() if name in parsed.options
+    ]
+    return load_noting_retired(parsed.target, [*parsed.rest, *more], default=False)
 
 
 def _judges(config: FinetuneConfig, on_progress: OnProgress) -> dict[str, Judge]:

@@ -21,6 +21,7 @@ before and during a run
   python main.py plan CONFIG [hardware=8xA100-80G]      memory, time and cost; trains nothing
   python main.py preview CONFIG [n=3]                   examples as the model will see them, the loss highlighted
   python main.py curate CONFIG out=FILE.jsonl           duplicates, leaks, broken answers: a filtered file, a report
+  python main.py synthesize CONFIG out=FILE.jsonl       new examples from a teacher, checked, none of them a repetition
   python main.py tune CONFIG 'KEY=[A,B]' [samples=N]    a sweep: which values give the lowest evaluation loss
   python main.py submit CONFIG [address=URL]            the same run as a job on a Ray cluster (CLUSTERS.md)
   python main.py status JOB  ·  stop JOB                a submitted job
@@ -56,6 +57,7 @@ RUNNERS: dict[str, Callable[[list[str]], int]] = {
     "doctor": doctor_command.doctor_command,
     "schema": config_commands.schema_command,
     "curate": curation_commands.curate_command,
+    "synthesize": curation_commands.synthesize_command,
     "submit": config_commands.submit_command,
     "status": config_commands.status_command,
     "stop": config_commands.stop_command,

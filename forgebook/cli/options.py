@@ -196,6 +196,22 @@ _TABLE = (
         ),
         takes_config_keys=True,
     ),
+    Command(
+        "synthesize",
+        "CONFIG out=FILE.jsonl [teacher=MODEL] [base_url=URL] [count=N] [key=value ...]",
+        "Write new training examples with a teacher behind an OpenAI-compatible URL: like the seeds of the config, or "
+        "new answers to their questions; checked by a JSON schema, the right final answer or a function of yours; none "
+        "that repeats a seed or a validation example. The block synthesis of the config sets how (DATA.md). The same "
+        "command resumes.",
+        A_CONFIG,
+        (
+            Option("out", "the file to write, as JSON lines", expand_path),
+            Option("teacher", "the model that writes, as synthesis.teacher.model"),
+            Option("base_url", "URL of its OpenAI-compatible endpoint, as synthesis.teacher.base_url"),
+            Option("count", "examples to accept, as synthesis.count", at_least(1)),
+        ),
+        takes_config_keys=True,
+    ),
     Command("status", "JOB [address=http://HEAD:8265]", "The state of a job.", A_JOB, (ADDRESS,)),
     Command(
         "stop", "JOB [address=http://HEAD:8265]", "Stop a job; its checkpoints and state remain.", A_JOB, (ADDRESS,)

@@ -23,12 +23,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from datasketch import MinHash
+from datasketch import MinHash, MinHashLSH
 
 from forgebook.data.row_formats import Example
 from forgebook.data.split import as_row, group_of
 
-__all__ = ["Duplicate", "DuplicateIndex", "compared_text"]
+__all__ = ["Duplicate", "DuplicateIndex", "SeenExamples", "compared_text"]
 
 PERMUTATIONS = 128
 LEAST_RECALL = 0.99  # of pairs that are exactly as similar as required
@@ -188,6 +188,53 @@ class DuplicateIndex:
                 similarity = _jaccard(self._pairs[one], self._pairs[other])
                 if similarity >= self._similarity:
                     yield one, other, similarity
+
+
+class SeenExamples:
+    """Examples that a new one may not repeat: for the few that are made one by one.
+
+    Repeated is the question of another example, or `similarity` of its word pairs with the same numbers.
+    """
+
+    def __init__(self, similarity: float = 0.8):
+        self._similarity = similarity
+        rows = rows_per_band(similarity)
+        self._index = MinHashLSH(num_perm=PERMUTATIONS, params=(PERMUTATIONS // rows, rows))
+        self._empty = MinHash(num_perm=PERMUTATIONS, hashfunc=int)
+        self._where: list[str] = []
+        self._pairs: list[np.ndarray] = []
+        self._numbers = array("Q")
+        self._asked: dict[int, str] = {}
+
+    def add(self, example: Example) -> None:
+        """Add an example."""
+        pairs, numbers = _words_of(example)
+        self._asked.setdefault(group_of(example), example.where)
+        self._index.insert(len(self._where), self._signed(pairs))
+        self._where.append(example.where)
+        self._pairs.append(pairs)
+        self._numbers.append(numbers)
+
+    def find(self, example: Example) -> str | None:
+        """Return the file:line of an example that this one repeats; None if it is new."""
+        if (where := self._asked.get(group_of(example))) is not None:
+            return where
+        pairs, numbers = _words_of(example)
+        for number in sorted(self._index.query(self._signed(pairs))):
+            if self._numbers[number] == numbers and _jaccard(self._pairs[number], pairs) >= self._similarity:
+                return self._where[number]
+        return None
+
+    def _signed(self, pairs: np.ndarray) -> MinHash:
+        signature = self._empty.copy()
+        signature.update_batch(pairs.tolist())
+        return signature
+
+
+def _words_of(example: Example) -> tuple[np.ndarray, int]:
+    """Return the word pairs of an example, and a hash of its numbers."""
+    text = compared_text(example)
+    return _word_pairs(_WORD.findall(text.lower())), _hash(" ".join(_NUMBER.findall(text)))
 
 
 def rows_per_band(similarity: float, permutations: int = PERMUTATIONS) -> int:
