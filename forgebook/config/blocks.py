@@ -6,7 +6,7 @@ Nothing here reads a file or needs a GPU stack.
 from enum import Enum
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 from forgebook.config.values import Float, Positive, Resources
 from forgebook.errors import near_miss, shown_value
@@ -15,6 +15,7 @@ __all__ = [
     "CheckpointFrequency",
     "ClassifierConfig",
     "DeepSpeed",
+    "DeepSpeedFile",
     "EarlyStopping",
     "GenerationConfig",
     "HubRepo",
@@ -118,6 +119,15 @@ class DeepSpeed(StrictBlock):
     """JSON file, searched for in the working directory, next to the config file, then in this repository."""
 
 
+def _deepspeed_file(value: Any) -> Any:
+    """Read `zero_2` as the block of its file, and `none` as null."""
+    if not isinstance(value, str):
+        return value
+    if value.lower() == "none":
+        return None
+    return {"config_path": value if value.endswith(".json") else f"deepspeed_configs/{value}.json"}
+
+
 class CheckpointFrequency(StrictBlock):
     """When to evaluate, then save a checkpoint."""
 
@@ -125,6 +135,9 @@ class CheckpointFrequency(StrictBlock):
     """What is counted; a step is one optimizer step."""
     frequency: Positive
     """Every how many of them."""
+
+
+DeepSpeedFile = Annotated[DeepSpeed | None, BeforeValidator(_deepspeed_file)]
 
 
 class EarlyStopping(StrictBlock):

@@ -122,6 +122,18 @@ RULES: tuple[Rule, ...] = (
         "optimizer: adamw_8bit does not work with an offloaded optimizer, which is DeepSpeed's own AdamW on the CPU",
         "set optimizer: adamw, or use a DeepSpeed file without offload_optimizer",
     ),
+    Rule(
+        ("optimizer", "deepspeed"),
+        lambda config, zero: config.optimizer == "muon" and config.deepspeed is not None,
+        "optimizer: muon does not work with DeepSpeed, which cuts the matrices that it needs whole",
+        "set deepspeed: none, or optimizer: adamw",
+    ),
+    Rule(
+        ("optimizer", "lora_config"),
+        lambda config, zero: config.optimizer == "muon" and config.is_lora,
+        "optimizer: muon is for full fine-tuning: an adapter's matrices are factors of the one that it updates",
+        "remove lora_config, or set optimizer: adamw",
+    ),
     # Options of the run
     Rule(
         ("early_stopping", "valid_path"),

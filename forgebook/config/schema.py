@@ -16,6 +16,7 @@ from forgebook.config.blocks import (
     CheckpointFrequency,
     ClassifierConfig,
     DeepSpeed,
+    DeepSpeedFile,
     EarlyStopping,
     GenerationConfig,
     LigerKernel,
@@ -143,8 +144,9 @@ class FinetuneConfig(StrictBlock):
     """Added to AdamW's denominator."""
     max_grad_norm: Annotated[Float, Field(ge=0)] = 1.0
     """Clip gradients to this norm; 0: no clipping."""
-    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
-    """adamw_8bit: both moments in 8 bits, through bitsandbytes; tensors of fewer than 4,096 elements keep 32."""
+    optimizer: Literal["adamw", "adamw_8bit", "muon"] = "adamw"
+    """adamw_8bit: both moments in 8 bits, through bitsandbytes; tensors of fewer than 4,096 elements keep 32. muon: the
+    matrices of linear layers by Muon with updates of AdamW's size, embeddings, output layer and vectors by AdamW."""
     neftune_noise_alpha: Rate | None = None
     """Add noise to the embeddings in training, uniform in +-alpha / sqrt(length * width) of the padded batch
     (NEFTune, arXiv 2310.05914). None: no noise."""
@@ -162,7 +164,7 @@ class FinetuneConfig(StrictBlock):
     # -- memory and speed
     dtype: Annotated[Literal["bfloat16", "float32"], Mark.AUTO] = "bfloat16"
     """Number format of the forward and backward pass."""
-    deepspeed: Annotated[DeepSpeed | None, Mark.AUTO] = DeepSpeed()
+    deepspeed: Annotated[DeepSpeedFile | None, Mark.AUTO] = DeepSpeed()
     """How devices share the model; `zero_2` is short for its file in deepspeed_configs/.
     None: every device holds the whole model (DDP)."""
     gradient_checkpointing: Annotated[bool, Mark.AUTO, Mark.NO_EFFECT] = True
@@ -256,15 +258,6 @@ class FinetuneConfig(StrictBlock):
         if value is not None and most is not None and value > most:
             raise ValueError(f"got {value}, num_devices is only {most}")
         return value
-
-    @field_validator("deepspeed", mode="before")
-    @classmethod
-    def _read_shorthand(cls, value: Any) -> Any:
-        if not isinstance(value, str):
-            return value
-        if value.lower() == "none":
-            return None
-        return {"config_path": value if value.endswith(".json") else f"deepspeed_configs/{value}.json"}
 
     @model_validator(mode="before")
     @classmethod

@@ -218,11 +218,14 @@ def memory_of(config: FinetuneConfig, shape: Shape, *, workers: int, length: int
 
 
 def _optimizer_bytes(run: _Run) -> int:
-    """Count the bytes of the optimizer's state: two moments, and float32 masters of bfloat16 weights."""
-    moments = 2 if run.config.optimizer == "adamw_8bit" else 8
+    """Count the bytes of the optimizer's state: two moments, or Muon's one, and float32 masters of bfloat16 weights."""
+    # Muon's matrices are all but the embeddings, and vectors that do not count.
+    tables = run.shape.embedding_parameters * (1 if run.shape.tied else 2)
+    matrices = max(0.0, 1 - tables / run.shape.parameters)
+    moments = {"adamw": 8.0, "adamw_8bit": 2.0, "muon": 8 - 4 * matrices}[run.config.optimizer]
     # DeepSpeed clones masters out of float32 weights, too (ZeRO-3 would not, but compares a device with its name).
     has_masters = run.width == 2 or run.sharding.stage > 0
-    return run.shard(run.trained * (moments + 4 * has_masters), 1)
+    return run.shard(int(run.trained * (moments + 4 * has_masters)), 1)
 
 
 def _buffers(run: _Run) -> int:

@@ -1,4 +1,4 @@
-"""AdamW for bfloat16 weights, and the learning rate of every step."""
+"""AdamW and Muon for bfloat16 weights, and the learning rate of every step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["AdamW", "deepspeed_adamw", "learning_rates", "rate_groups", "set_rate", "undecayed_names"]
+__all__ = ["AdamW", "deepspeed_adamw", "learning_rates", "matrix_names", "rate_groups", "set_rate", "undecayed_names"]
 
 # The names of norms and biases, as transformers' Trainer knows them; LayerNorm is known by its class as well.
 _NORM_OR_BIAS = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
@@ -23,7 +23,7 @@ class AdamW:
     rate of 1e-5 nearly every one is. DeepSpeed's optimizers do the same for ZeRO runs; this one serves plain DDP, so
     that a run trains alike with both.
 
-    params: parameters, or groups of them, as torch takes them.
+    params: parameters, or groups of them, as torch takes them; one with `muon: true` is updated by Muon.
     bits: 32, or 8 for moments that bitsandbytes stores in 8 bits.
     """
 
@@ -39,7 +39,11 @@ class AdamW:
         self._rounded, self._copies = [p for p, _ in own_copies], [master for _, master in own_copies]
         rest = iter(self.masters)
         own = [{**group, "params": [next(rest) for _ in group["params"]]} for group in groups]
-        self.inner = torch.optim.AdamW(own, fused=True, **kwargs) if bits == 32 else _in_8_bits(own, **kwargs)
+        self.inner: Any
+        if any(group.get("muon") for group in own):
+            self.inner = _MuonAndAdamW(own, **kwargs)
+        else:
+            self.inner = torch.optim.AdamW(own, fused=True, **kwargs) if bits == 32 else _in_8_bits(own, **kwargs)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -79,26 +83,75 @@ class AdamW:
         self.inner.load_state_dict(state)
 
 
+class _MuonAndAdamW:
+    """Muon for the groups that are marked, AdamW for the others, as one optimizer.
+
+    Muon's updates are scaled to the size of AdamW's (Moonlight, arXiv 2502.16982), so that one learning rate and one
+    weight decay serve both.
+    """
+
+    def __init__(self, groups: Sequence[dict[str, Any]], *, lr: float, weight_decay: float, **adamw: Any):
+        matrices = [group for group in groups if group.get("muon")]
+        rest = [group for group in groups if not group.get("muon")]
+        settings = {"lr": lr, "weight_decay": weight_decay}
+        self._parts: list[torch.optim.Optimizer] = [
+            torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **settings),
+            *([torch.optim.AdamW(rest, fused=True, **settings, **adamw)] if rest else []),
+        ]
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [group for part in self._parts for group in part.param_groups]
+
+    def step(self) -> None:
+        for part in self._parts:
+            part.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"parts": [part.state_dict() for part in self._parts]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for part, saved in zip(self._parts, state["parts"], strict=True):
+            part.load_state_dict(saved)
+
+
+def matrix_names(model: torch.nn.Module) -> set[str]:
+    """Name the weights of a model's linear layers, without its output layer: the matrices that Muon updates."""
+    embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
+    others = {id(module.weight) for module in embeddings if module is not None}
+    return {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and id(module.weight) not in others
+    }
+
+
 def rate_groups(
     parameters: Iterable[tuple[str, torch.nn.Parameter]],
     label_scale: float = 1.0,
     loraplus_ratio: float | None = None,
     undecayed: Collection[str] = (),
+    muon: Collection[str] = (),
 ) -> list[dict[str, Any]]:
     """Group the trainable parameters by what multiplies their learning rate, and by whether their weights decay.
 
     parameters: by name, as of `named_parameters`. label_scale: of the embeddings of new tokens in an adapter.
-    loraplus_ratio: of the B matrices of an adapter. undecayed: names of parameters whose weights do not decay. Each
-    group has its `rate_scale`, which `set_rate` applies.
+    loraplus_ratio: of the B matrices of an adapter. undecayed: names of parameters whose weights do not decay; muon: of
+    those that Muon updates. Each group has its `rate_scale`, which `set_rate` applies.
     """
-    groups: dict[tuple[float, bool], list[torch.nn.Parameter]] = {(1.0, True): []}
+    groups: dict[tuple[float, bool, bool], list[torch.nn.Parameter]] = {(1.0, True, False): []}
     for name, p in parameters:
         if p.requires_grad:
             scale = label_scale if "trainable_tokens_delta" in name else _loraplus_scale(name, loraplus_ratio)
-            groups.setdefault((scale, name not in undecayed), []).append(p)
+            groups.setdefault((scale, name not in undecayed, name in muon), []).append(p)
     return [
-        {"params": params, "rate_scale": scale, **({} if decays else {"weight_decay": 0.0})}
-        for (scale, decays), params in groups.items()
+        {
+            "params": params,
+            "rate_scale": scale,
+            **({} if decays else {"weight_decay": 0.0}),
+            **({"muon": True} if is_muon else {}),
+        }
+        for (scale, decays, is_muon), params in groups.items()
         if params
     ]
 

@@ -148,7 +148,8 @@ def make_worker(config: ResolvedConfig, accelerator: Accelerator) -> Worker:
     # One group where nothing decays, as runs of earlier versions saved it.
     is_uniform = config.weight_decay == 0 or config.decay_norms_and_biases
     undecayed = set() if is_uniform else optimizers.undecayed_names(model)
-    groups = optimizers.rate_groups(model.named_parameters(), label_scale, config.loraplus_lr_ratio, undecayed)
+    muon = optimizers.matrix_names(model) if config.optimizer == "muon" else set()
+    groups = optimizers.rate_groups(model.named_parameters(), label_scale, config.loraplus_lr_ratio, undecayed, muon)
     hyperparameters = {
         "lr": config.learning_rate,
         "betas": config.adam_betas,

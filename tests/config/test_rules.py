@@ -38,6 +38,8 @@ BROKEN = [
     ({"classifier_config": LABELS, "lora_config": LORA, "deepspeed": "zero_3"}, ["single rows of the embedding"]),
     ({"lora_config": PISSA, "deepspeed": "zero_3_offload_optim+param"}, ["pissa does not work with ZeRO-3"]),
     ({"optimizer": "adamw_8bit", "deepspeed": "zero_3_offload_optim"}, ["adamw_8bit does not work with an offloaded"]),
+    ({"optimizer": "muon", "deepspeed": "zero_2"}, ["muon does not work with DeepSpeed"]),
+    ({"optimizer": "muon", "lora_config": LORA, "deepspeed": "none"}, ["muon is for full fine-tuning"]),
     ({"quantization": "nf4", "deepspeed": "zero_3"}, ["needs lora_config", "bitsandbytes' packed weights"]),
     ({"early_stopping": {"patience": 1}}, ["early_stopping compares evaluation losses and needs valid_path"]),
     ({"loraplus_lr_ratio": 16}, ["loraplus_lr_ratio is of the matrices of an adapter and needs lora_config"]),
@@ -54,6 +56,7 @@ WORKS = [
     {"lora_config": LORA | {"use_dora": True}, "deepspeed": "zero_3"},
     {"min_devices": 1, "num_devices": 2, "deepspeed": "none"},
     {"optimizer": "adamw_8bit", "deepspeed": "zero_3"},
+    {"optimizer": "muon", "deepspeed": "none"},
 ]
 
 

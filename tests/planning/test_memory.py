@@ -44,6 +44,13 @@ def test_full_training_holds_sixteen_bytes_per_parameter():
     assert need.optimizer == 12 * shape.parameters and need.largest == "optimizer"
 
 
+def test_muon_holds_one_moment_of_a_matrix():
+    shape = shape_of(LLAMA_8B)
+    adamw, muon = (memory_of(big(optimizer=kind), shape, workers=1, length=512) for kind in ("adamw", "muon"))
+    matrices = shape.parameters - 2 * shape.embedding_parameters  # Llama 3's output layer is a table of its own
+    assert adamw.optimizer - muon.optimizer == pytest.approx(4 * matrices, rel=1e-6)
+
+
 @pytest.mark.parametrize(
     ("stage", "micro_batches", "bytes_each"),
     [("zero_1", 1, 2 + 14 / 8), ("zero_1", 2, 4 + 12 / 8), ("zero_2", 2, 2 + 14 / 8)],

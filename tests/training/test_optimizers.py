@@ -4,8 +4,18 @@ import copy
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from forgebook.training.optimizers import AdamW, learning_rates, rate_groups, set_rate, undecayed_names
+from conftest import TINY_MODEL, losses_of
+from forgebook.launch.fine_tune import fine_tune
+from forgebook.training.optimizers import (
+    AdamW,
+    learning_rates,
+    matrix_names,
+    rate_groups,
+    set_rate,
+    undecayed_names,
+)
 
 
 def train(parameters, optimizer, steps):
@@ -125,3 +135,60 @@ def test_lora_plus_has_the_rates_of_peft(settings):
     set_rate(ours, 1e-3)
     rates = [{id(p): g["lr"] for g in groups for p in g["params"]} for groups in (ours, theirs.param_groups)]
     assert rates[0] == rates[1] and set(rates[0].values()) == {1e-3, 1.6e-2}
+
+
+def test_muon_updates_matrices_and_adamw_the_rest():
+    torch.manual_seed(0)
+    starts = torch.randn(12, 8), torch.randn(8)
+    ours, theirs = ([torch.nn.Parameter(one.clone()) for one in starts] for _ in range(2))
+    settings = {"lr": 1e-2, "weight_decay": 0.1}
+    train(ours, AdamW([{"params": ours[:1], "muon": True}, {"params": ours[1:]}], **settings), 4)
+    train(theirs[:1], torch.optim.Muon(theirs[:1], adjust_lr_fn="match_rms_adamw", **settings), 4)
+    torch.testing.assert_close(ours[0], theirs[0])
+    alone = torch.nn.Parameter(starts[1].clone())
+    optimizer = torch.optim.AdamW([alone], **settings)
+    for step in range(4):  # the random numbers of `train`, of which the matrix takes the first
+        torch.manual_seed(step)
+        torch.randn(12, 8)
+        alone.grad = torch.randn(8)
+        optimizer.step()
+    torch.testing.assert_close(ours[1], alone)
+
+
+def test_muon_resumes_with_the_same_updates():
+    torch.manual_seed(0)
+    start = torch.randn(6, 4).bfloat16()
+    whole, resumed = ([torch.nn.Parameter(start.clone()), torch.nn.Parameter(torch.ones(4))] for _ in range(2))
+
+    def make(params):
+        groups = [{"params": params[:1], "muon": True, "rate_scale": 1.0}, {"params": params[1:]}]
+        return AdamW(groups, lr=1e-2, weight_decay=0.0)
+
+    first = make(whole)
+    set_rate(first.param_groups, 5e-3)
+    train(whole, first, 3)
+    second = make(resumed)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for p, o in zip(resumed, whole, strict=True):
+        p.data.copy_(o.data)
+    assert {group["lr"] for group in second.param_groups} == {5e-3}
+    for params, optimizer in ((whole, first), (resumed, second)):
+        train(params, optimizer, 3)
+    assert torch.equal(whole[0], resumed[0]) and torch.equal(whole[1], resumed[1])
+
+
+def test_the_matrices_of_a_model_are_its_linear_layers_without_the_head():
+    model = AutoModelForCausalLM.from_pretrained(TINY_MODEL)
+    names = matrix_names(model)
+    layers = model.config.num_hidden_layers
+    assert len(names) == 7 * layers and not any("embed" in name or "lm_head" in name for name in names)
+    groups = rate_groups(model.named_parameters(), undecayed=undecayed_names(model), muon=names)
+    by_muon = [p for group in groups if group.get("muon") for p in group["params"]]
+    assert len(by_muon) == len(names) and all(p.ndim == 2 for p in by_muon)
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+
+
+def test_a_run_trains_with_muon(make_config):
+    run = fine_tune(make_config(optimizer="muon", num_epochs=3, train_batch_size_per_device=4))
+    losses = losses_of(run)
+    assert losses[-1] < 0.7 * losses[0]
