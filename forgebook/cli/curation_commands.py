@@ -30,7 +30,7 @@ def curate_command(arguments: list[str]) -> int:
 
     output = make_console()
     with progress_bar(output, "curating") as show:
-        curation = curate(config, out, _judges(config, show), show)
+        curation = curate(config, out, _judges(config, parsed.options.get("run"), show), show)
     json_path, page_path = report_paths(out)
     write_json(json_path, as_json(curation))
     with atomic_file(page_path) as temporary:
@@ -73,9 +73,14 @@ def _load(parsed: Arguments, block: str, shorthand: dict[str, str]) -> FinetuneC
     return load_noting_retired(parsed.target, [*parsed.rest, *more], default=False)
 
 
-def _judges(config: FinetuneConfig, on_progress: OnProgress) -> dict[str, Judge]:
+def _judges(config: FinetuneConfig, run: str | None, on_progress: OnProgress) -> dict[str, Judge]:
     """Make what looks at the examples that are left."""
     judges = {}
+    if run is not None:
+        from forgebook.curation.label_noise import make_loss_judge
+        from forgebook.inference.loading import find_model
+
+        judges["label_noise"] = make_loss_judge(find_model(run), config, on_progress)
     if config.curation is not None and config.curation.critic is not None:
         from forgebook.config.blocks import labels_of
         from forgebook.curation.critic import make_critic

@@ -184,13 +184,14 @@ _TABLE = (
     ),
     Command(
         "curate",
-        "CONFIG out=FILE.jsonl [judge=MODEL] [base_url=URL] [key=value ...]",
+        "CONFIG out=FILE.jsonl [run=RUN] [judge=MODEL] [base_url=URL] [key=value ...]",
         "Write the training examples that are worth training on to a new file, with a report as JSON and as a page: "
         "duplicates, overlap with the validation examples, empty, truncated and refusing answers, personal data. "
         "curation.KEY=VALUE sets what is dropped (forgebook/config/curation_blocks.py). Nothing is changed in place.",
         A_CONFIG,
         (
             Option("out", "the file to write, as JSON lines", expand_path),
+            Option("run", "a run or model: examples that it finds unlikely are reported as high_loss", expand_path),
             Option("judge", "the model that scores the answers, as curation.critic.model"),
             Option("base_url", "URL of its OpenAI-compatible endpoint, as curation.critic.base_url"),
         ),
