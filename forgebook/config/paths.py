@@ -24,7 +24,9 @@ PATH_KEYS = frozenset(
 TEXT_BLOCKS = ("classifier_config", "generation_config")
 TEXT_KEYS = frozenset(("columns", "labels", "system"))  # the same, of blocks inside others
 LONGEST_NAME, LONGEST_PATH = 255, 4096  # bytes, of Linux
+SCHEMES = ("https://", "s3://", "gs://", "hf://")
 
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _BRACED = re.compile(r"\$\{([^}]*)\}?")
 _BARE = re.compile(r"(?<![^/])\$([A-Za-z_]\w*)")  # at the start of a path or of one of its folders
 _VARIABLE = re.compile(r"([A-Za-z_]\w*)(?::-(.*))?", re.DOTALL)
@@ -58,13 +60,19 @@ def expand_values(values: dict[str, Any], where: Callable[[str], str]) -> tuple[
 
 
 def expand_path(text: str) -> str:
-    """Expand `${NAME}`, `$NAME` and `~` in a path or URI; raise ConfigError if one has no value or it is too long."""
+    """Expand `${NAME}`, `$NAME` and `~` in a path or URI; raise ConfigError for what cannot be a path.
+
+    That is one with a variable without a value, an address that nothing reads or writes, and one that is too long.
+    """
     path = _expand_variables(_BARE.sub(r"${\1}", text))
     if re.match(r"~[\w.-]*(/|$)", path):
         path = os.path.expanduser(path)
         if path.startswith("~"):
             raise ConfigError(f"{text!r} starts with the home folder of a user who does not exist: write it out")
-    if "://" not in path:
+    scheme = _SCHEME.match(path)
+    if scheme and scheme[0] not in SCHEMES:  # a folder of that name would be made
+        raise ConfigError(f"{text!r}: {scheme[0]} is not supported: use {', '.join(SCHEMES)} or a path on this machine")
+    if scheme is None:
         longest = max(len(os.fsencode(name)) for name in path.split("/"))
         if longest > LONGEST_NAME or len(os.fsencode(path)) > LONGEST_PATH:
             most = f"{LONGEST_NAME} bytes for a name, {LONGEST_PATH} in all"

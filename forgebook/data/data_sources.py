@@ -29,6 +29,8 @@ KINDS = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".arrow", ".ndjson")
 NO_SHARDS = ("dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json", "config.json")
 _SPLITS = re.compile(r"(?<![a-z])(train|valid(?:ation)?|dev|test|eval)(?![a-z])")
 
+_HUB_ID = re.compile(r"[\w-]+/[\w-]+")
+
 
 @dataclass(frozen=True)
 class Source:
@@ -59,6 +61,8 @@ def find_sources(paths: str | DataSource | Sequence[str | DataSource]) -> list[S
             continue
         if about.revision is not None:
             raise StorageError(f"{about.path}: revision is for data sets of the hub (hf://): remove it")
+        if _HUB_ID.fullmatch(about.path) and not Path(about.path).parent.exists():
+            raise StorageError(f"there is no file {about.path}; a data set of the hub is {HUB}{about.path}:train")
         for uri in _files(about.path):
             version = download.file_version(uri) if object_store.is_remote(uri) else None
             sources.append(Source(uri, about.weight, mapping, version))

@@ -136,6 +136,8 @@ def _kind(path: Path, uri: str) -> str:
         return "json"
     if path.name.lower().endswith((".csv", ".tsv")):
         return "csv"
+    if start.lower().startswith((b"<!doctype html", b"<html")):
+        raise DataError(f"{uri}: a web page, not a file of data: use the address of the file itself (raw, or resolve)")
     if start.startswith(b"version https://git-lfs"):
         raise DataError(f"{uri}: a pointer of Git LFS and not the file itself: run git lfs pull")
     if re.match(rb"\{\s*\n\s*\"", start):

@@ -284,9 +284,15 @@ def _each(transfer: Callable[[str], None], names: Iterable[str]) -> None:
 
 
 def open_bucket(uri: str) -> tuple[Any, str]:
-    """Open the file system of an s3:// or gs:// URI; return it and the path in it, which begins with the bucket."""
-    scheme, path = uri.split("://", 1)
+    """Open the file system of an s3:// or gs:// URI; return it and the path in it, which begins with the bucket.
+
+    Raises StorageError for a URI without a bucket.
+    """
+    scheme, _, path = uri.partition(":")
+    path = path.removeprefix("//")
     bucket = path.split("/", 1)[0]
+    if not bucket:
+        raise StorageError(f"{scheme}:// without a bucket: expected {scheme}://BUCKET/PATH")
     return _file_system(scheme, bucket, _settings()), path.rstrip("/")
 
 

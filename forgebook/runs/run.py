@@ -135,7 +135,7 @@ class Run:
 
 def run_at(storage_path: str, name: str) -> Run:
     """Return the run of that name under a storage path; one in a bucket has a local folder below the cache."""
-    if not is_remote(storage_path):
+    if "://" not in storage_path:
         return Run(Path(storage_path).expanduser().resolve() / name)
     if not object_store.is_bucket(storage_path):
         raise StorageError(f"storage_path {storage_path}: runs are stored in a local folder, s3:// or gs://")

@@ -83,3 +83,12 @@ def test_paths_of_commands():
     assert expand_path("~/a") == "/home/me/a" and expand_path("a$x/$FT_DATA") == "a$x//data"
     with pytest.raises(ConfigError, match="needs the environment variable UNSET"):
         expand_path("${UNSET}")
+
+
+@pytest.mark.parametrize("key", ["train_path", "valid_path", "storage_path", "model_id", "deepspeed"])
+@pytest.mark.parametrize(
+    "address", ["file:///data", "http://host/a.jsonl", "hdfs://x/y", "abfss://c@a.net/x", "S3://b/x"]
+)
+def test_an_address_of_another_scheme_is_no_folder(load_yaml, key, address):
+    scheme = address.partition("//")[0] + "//"
+    assert f"{scheme} is not supported: use https://, s3://" in refusal(load_yaml, "", f"{key}={address}")

@@ -106,3 +106,23 @@ def test_a_copy_that_is_current_costs_one_head(s3, door, write_rows):
     calls = []
     door.answers = lambda method, path: calls.append(method)
     assert len(answers("s3://forgebook/heads/rows.jsonl")) == 4 and calls == ["HEAD"]
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("tatsu-lab/alpaca", "a data set of the hub is hf://tatsu-lab/alpaca:train"),
+        ("s3://", "s3:// without a bucket"),
+        ("gs:///rows/", "gs:// without a bucket"),
+    ],
+)
+def test_an_address_that_nothing_reads_has_its_fix(path, message):
+    with pytest.raises(StorageError, match=message):
+        find_sources(path)
+
+
+def test_a_file_without_suffix_in_a_folder_is_read(tmp_path, monkeypatch, write_rows):
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows/train").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    assert [source.uri for source in find_sources("rows/train")] == ["rows/train"]

@@ -260,9 +260,11 @@ def test_text_in_parquet_that_is_not_utf8_is_reported_with_its_row(tmp_path):
             b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 9\n",
             "a pointer of Git LFS .*: run git lfs",
         ),
+        (b"<!DOCTYPE html>\n<html>", "a web page, not a file of data"),
+        (b"\n<HTML lang=en>", "a web page, not a file of data"),
         (json.dumps(ROWS[0], indent=2).encode(), "a JSON object over several lines; expected one object per line"),
     ],
-    ids="utf-16 lfs indented".split(),
+    ids="utf-16 lfs html html-tag indented".split(),
 )
 def test_a_file_of_another_form_is_named_as_what_it_is(tmp_path, content, message):
     (tmp_path / "rows.jsonl").write_bytes(content)

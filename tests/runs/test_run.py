@@ -21,6 +21,8 @@ def test_a_run_is_found_by_folder_and_by_name(make_run, monkeypatch, tmp_path):
         storage.find_run("other")
     with pytest.raises(StorageError, match="runs are stored in a local folder, s3:// or gs://"):
         storage.find_run("https://host/runs/run")
+    with pytest.raises(StorageError, match="runs are stored in a local folder, s3:// or gs://"):
+        storage.run_at("hf://owner/name", "run")  # a folder of that name is not meant
 
 
 def test_a_checkpoint_is_the_best_one_the_named_one_or_a_model_folder(make_run, monkeypatch, tmp_path):
