@@ -1,0 +1,197 @@
+"""What curate finds, at what speed, and what it is worth: python benchmarks/curate/run.py [--part NAME ...]
+
+speed     near duplicates among 1,000,000 made-up examples of 40 words, a tenth of which repeat an earlier one with one
+          word changed: seconds and peak memory of DuplicateIndex, in a process of its own; and beside it datasketch's
+          own index (MinHashLSH) with the same bands, for fewer examples, because its memory grows with them.
+planted   data/summaries with 600 rows as they are and 30 of each fault planted (tests/support_planted.py): precision
+          and recall of every check, and of the loss of a model trained on that data for two epochs.
+accuracy  the tiny model trained on the planted set, and on what curate leaves of it with the highest losses dropped;
+          exact matches on data/summaries/test.jsonl. The same number of optimizer steps for both.
+
+Each part writes its figures into benchmarks/curate/results.json, with the environment.
+"""
+
+import argparse
+import collections
+import json
+import os
+import platform
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
+RESULTS = Path(__file__).with_name("results.json")
+sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
+EACH, ROWS = 30, 600
+
+
+def made_up(count: int):
+    """Yield examples of 40 words, one in ten a repetition with one word changed."""
+    from forgebook.data.row_formats import Example
+
+    rng = random.Random(0)
+    words = ["".join(chr(97 + int(digit)) for digit in str(k)) for k in range(20_000)]
+    texts: list[tuple[str, str]] = []
+    for number in range(count):
+        if number % 10 == 9:
+            question, answer = texts[rng.randrange(len(texts))]
+            changed = answer.split()
+            changed[rng.randrange(len(changed))] = "changed"
+            answer = " ".join(changed)
+        else:
+            question, answer = " ".join(rng.choices(words, k=12)), " ".join(rng.choices(words, k=28))
+            if len(texts) < 20_000:
+                texts.append((question, answer))
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        yield Example(f"a.jsonl:{number}", messages=messages)
+
+
+def measure_index(count: int) -> dict:
+    """Find the duplicates of made-up examples with this project's index."""
+    from forgebook.curation.duplicates import DuplicateIndex
+
+    index = DuplicateIndex(0.8)
+    wall, cpu = time.time(), time.process_time()
+    for example in made_up(count):
+        index.add(example)
+    found = collections.Counter(one.kind for one in index.find())
+    return _figures(count, wall, cpu) | {"found": sum(found.values()), "planted": count // 10}
+
+
+def measure_datasketch(count: int) -> dict:
+    """Find them with datasketch's MinHashLSH, with the same signatures and bands."""
+    from datasketch import MinHash, MinHashLSH
+
+    from forgebook.curation import duplicates
+
+    rows = duplicates.rows_per_band(0.8)
+    index = MinHashLSH(num_perm=128, params=(128 // rows, rows))
+    empty = MinHash(num_perm=128, hashfunc=int)
+    wall, cpu, found = time.time(), time.process_time(), 0
+    for number, example in enumerate(made_up(count)):
+        signature = empty.copy()
+        signature.update_batch(duplicates._word_pairs(duplicates.compared_text(example).split()).tolist())
+        found += bool(index.query(signature))
+        index.insert(number, signature)
+    return _figures(count, wall, cpu) | {"with_a_candidate": found, "planted": count // 10}
+
+
+def _figures(count: int, wall: float, cpu: float) -> dict:
+    return {
+        "examples": count,
+        "seconds": round(time.time() - wall, 1),
+        "cpu_seconds": round(time.process_time() - cpu, 1),
+        "peak_gigabytes": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),
+        "load_average": round(os.getloadavg()[0], 1),
+    }
+
+
+def write_planted(folder: Path) -> dict[str, set[int]]:
+    from support_planted import plant
+
+    rows, faults = plant(ROWS, EACH, seed=1)
+    (folder / "planted.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return faults
+
+
+def settings(folder: Path, train: str, name: str, epochs: int, *more: str) -> list[str]:
+    return [
+        str(REPOSITORY / "training_configs/tiny/quickstart.yaml"), f"train_path={folder / train}",
+        f"valid_path={REPOSITORY / 'data/summaries/test.jsonl'}", f"storage_path={folder / 'runs'}",
+        f"run_name={name}", "num_devices=0", "deepspeed=none", f"num_epochs={epochs}", "train_batch_size_per_device=16",
+        "context_length=1024", "truncation=drop", *more,
+    ]  # fmt: skip
+
+
+def command(*arguments: str) -> None:
+    subprocess.run([sys.executable, "main.py", *arguments], cwd=REPOSITORY, check=True, stdout=subprocess.DEVNULL)
+
+
+def measure_planted(folder: Path) -> dict:
+    """Precision and recall of each reason, on the planted set."""
+    from forgebook.config.parse import load_config
+    from forgebook.curation.curate import curate
+    from forgebook.curation.label_noise import make_loss_judge
+    from forgebook.inference.loading import find_model
+    from support_planted import score
+
+    faults = write_planted(folder)
+    command(*settings(folder, "planted.jsonl", "planted", 2))
+    plain, *rest = settings(folder, "planted.jsonl", "x", 2, "curation.max_characters=2000", "curation.drop=[]")
+    config = load_config(plain, rest)
+    judge = make_loss_judge(find_model(str(folder / "runs/planted")), config)
+    curation = curate(config, folder / "all.jsonl", {"label_noise": judge})
+    found = {reason: {one.number for one in group} for reason, group in curation.by_reason().items()}
+    table = {}
+    for fault, planted in faults.items():
+        reason = "high_loss" if fault == "wrong" else fault
+        # A high loss is right for any answer that does not fit its question.
+        wrong = planted | (faults["refusal"] | faults["mixed_languages"] | faults["truncated"] | faults["empty_answer"])
+        precision, _ = score(found.get(reason, set()), wrong if fault == "wrong" else planted)
+        _, recall = score(found.get(reason, set()), planted)
+        table[reason] = {"planted": len(planted), "precision": round(precision, 3), "recall": round(recall, 3)}
+    return {"rows": curation.read, "reasons": table}
+
+
+def measure_accuracy(folder: Path) -> dict:
+    """Exact matches after training on the planted set, and on what curate leaves of it."""
+    write_planted(folder)
+    if not (folder / "runs/planted").exists():
+        command(*settings(folder, "planted.jsonl", "planted", 2))
+    drop = (
+        "curation.drop=[empty_answer,too_long,truncated,refusal,exact_duplicate,near_duplicate,validation_overlap,"
+        "mixed_languages,high_loss]"
+    )
+    out = f"out={folder / 'clean.jsonl'}"
+    more = ("curation.max_characters=2000", drop, f"run={folder / 'runs/planted'}", out)
+    command("curate", *settings(folder, "planted.jsonl", "x", 2, *more))
+    steps = {}
+    for name, file in (("before", "planted.jsonl"), ("after", "clean.jsonl")):
+        command(*settings(folder, file, name, 6, "max_steps=180"))
+        command("evaluate", str(folder / "runs" / name), "metric=exact_match")
+        evaluation = json.loads((folder / "runs" / name / "evaluation.json").read_text())
+        count = len((folder / file).read_text().splitlines())
+        steps[name] = {
+            "examples": count,
+            "exact_match": evaluation["exact_match_after"],
+            "interval": evaluation["exact_match_after_95"],
+        }
+    return steps
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", nargs="+", default=["speed", "planted", "accuracy"])
+    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)  # of a process of its own: NAME COUNT
+    arguments = parser.parse_args()
+    if arguments.measure:
+        name, count = arguments.measure
+        print(json.dumps((measure_index if name == "index" else measure_datasketch)(int(count))))
+        return
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    with tempfile.TemporaryDirectory() as folder:
+        for part in arguments.part:
+            if part == "speed":
+                results["speed"] = {
+                    f"{name}, {count:,}": json.loads(
+                        subprocess.check_output([sys.executable, __file__, "--measure", name, str(count)], text=True)
+                    )
+                    for name, count in (("index", 100_000), ("datasketch", 100_000), ("index", 1_000_000))
+                }
+            else:
+                results[part] = (measure_planted if part == "planted" else measure_accuracy)(Path(folder))
+            results["environment"] = {
+                "machine": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version(),
+                **{name: version(name) for name in ("datasketch", "numpy", "torch", "transformers")},
+            }  # fmt: skip
+            RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
