@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from conftest import TINY_MODEL
 from forgebook.config.curation_blocks import EndpointConfig
 from forgebook.curation import endpoint as module
 from forgebook.curation.endpoint import Endpoint, Request
@@ -156,3 +157,35 @@ def test_no_key_is_sent_where_there_is_none_and_openai_needs_one(monkeypatch):
     assert requests[0]["key"] is None
     with pytest.raises(ConfigError, match="set THE_KEY"):
         Endpoint(EndpointConfig(model="m", api_key_env="THE_KEY"))
+
+
+def test_the_projects_own_endpoint_answers_and_counts_tokens():
+    """`serve` takes every parameter of a request, and replies are those of the engine asked by another client."""
+    import openai
+    import uvicorn
+
+    from forgebook.inference.connections import http_settings
+    from forgebook.inference.engine import Engine
+    from forgebook.inference.server import make_app
+
+    engine = Engine({"tiny": str(TINY_MODEL)}, dtype="float32").start()
+    server = uvicorn.Server(http_settings(make_app(engine, key=None), port=0))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.01)
+        url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/v1"
+        one = made(url, model="tiny", max_tokens=8)
+        asked = [Request(({"role": "user", "content": f"Where is the {what}?"},), 0.0, 8) for what in ("lamp", "key")]
+        found = answers(one, asked)
+        with openai.OpenAI(base_url=url, api_key="none") as client:
+            for number, request in enumerate(asked):
+                messages = list(request.messages)
+                reply = client.chat.completions.create(model="tiny", messages=messages, temperature=0, max_tokens=8)
+                assert found[number] == reply.choices[0].message.content != ""
+        assert one.usage.asked == 2 and one.usage.input_tokens > 10 and 2 <= one.usage.output_tokens <= 16
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        engine.stop()
