@@ -84,7 +84,8 @@ def _lock(path: Path) -> int:
 
 def _in_use(folder: Path, writer: tuple[str, str] | None) -> StorageError:
     pid, host = writer or ("unknown", "unknown")
+    # SIGTERM, which saves the state: a process that a script started in the background ignores SIGINT.
     return StorageError(
         f"the run {folder} is being written by process {pid} on {host}: wait until it ends, stop it "
-        f"(kill -INT {pid}), or choose another run_name"
+        f"(kill {pid}), or choose another run_name"
     )
