@@ -144,10 +144,14 @@ class Conversation:
         return text, [k for k, turn in turns.items() if not text.startswith(turn)]
 
     def helpful_setting(self, helps: Callable[[Conversation], bool]) -> str:
-        """Name a setting of this very template, not yet set, with which something holds; empty if there is none."""
+        """Name a setting of this very template with which something holds, first another value of one that is set.
+
+        Returns an empty text if there is none.
+        """
         if self.settings or self.prompt_format is not None:
             return ""
-        for name in sorted(template_variables(self.source) - template_defaults(self.source)):
+        is_set = template_defaults(self.source)
+        for name in sorted(template_variables(self.source), key=lambda name: (name not in is_set, name)):
             for value in (False, True):
                 with contextlib.suppress(DataError):
                     if helps(Conversation(*self.written, self.tokenizer, None, {name: value})):

@@ -165,6 +165,7 @@ KEEPS_BY_SETTING = CUTS_THOUGHT.replace("if m.role == 'assistant'", "if m.role =
 REASONED = {"role": "assistant", "content": "Four.", "reasoning_content": "It says 4."}
 
 
+@pytest.mark.parametrize("is_set", [False, True], ids=["unset", "set otherwise"])
 @pytest.mark.parametrize(
     ("template", "messages", "setting"),
     [
@@ -174,9 +175,11 @@ REASONED = {"role": "assistant", "content": "Four.", "reasoning_content": "It sa
     ],
     ids="closed-thought open-thought forgotten-thought".split(),
 )
-def test_the_error_names_the_setting_of_this_template_that_helps(with_template, template, messages, setting):
+def test_the_error_names_the_setting_of_this_template_that_helps(with_template, template, messages, setting, is_set):
     tokenizer = with_template(template)
     [(name, value)] = setting.items()
+    if is_set:
+        set_template_defaults(tokenizer, {name: not value})
     with pytest.raises(DataError, match=rf"generation_config.chat_template_kwargs: {{{name}: {str(value).lower()}}}"):
         encode(messages, tokenizer)
     set_template_defaults(tokenizer, setting)

@@ -28,7 +28,7 @@ def test_a_run_that_another_process_writes_is_refused_with_its_id_until_it_is_ki
     writer = subprocess.Popen(command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         assert writer.stdout is not None and writer.stdout.readline() == "locked\n"
-        message = f"run is being written by process {writer.pid} on .*wait until it ends, stop it \\(kill {writer.pid}\\)"
+        message = f"run is being written by process {writer.pid} on .*, stop it \\(kill {writer.pid}\\)"
         config = make_config(run_name="run", storage_path=str(tmp_path / "runs"))
         for on_existing in ("resume", "overwrite", "fail"):
             with pytest.raises(StorageError, match=message):
