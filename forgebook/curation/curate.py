@@ -107,7 +107,7 @@ def curate(
     sources = data_sources.find_sources(config.train_path)
     validation = [] if isinstance(config.valid_path, HeldOut) or config.valid_path is None else config.valid_path
     valid_sources = data_sources.find_sources(validation) if validation else []
-    check_output(out, [*sources, *valid_sources])
+    check_output(out, [*sources, *valid_sources], dropped_path(out))
     curation = Curation(
         out,
         display_paths(config.train_path),
@@ -188,8 +188,11 @@ def _reasons(curation: Curation) -> dict[int, list[str]]:
     return reasons
 
 
-def check_output(out: Path, sources: Iterable[data_sources.Source]) -> None:
-    """Raise ConfigError if `out` is one of the files that are read, or a file that no such command wrote."""
+def check_output(out: Path, sources: Iterable[data_sources.Source], beside: Path) -> None:
+    """Raise ConfigError if `out` is one of the files that are read, or a file that no such command wrote.
+
+    beside: what such a command writes before `out`.
+    """
     if is_remote(str(out)):
         raise ConfigError(f"out={out}: write a local file, and upload it")
     if out.suffix != ".jsonl":
@@ -197,7 +200,7 @@ def check_output(out: Path, sources: Iterable[data_sources.Source]) -> None:
     for source in sources:
         if not is_remote(source.uri) and Path(source.uri).expanduser().resolve() == out.resolve():
             raise ConfigError(f"out={out} is a file that is read: name another one, for nothing is changed in place")
-    if out.exists() and not report_paths(out)[0].exists():
+    if out.exists() and not beside.exists():
         raise ConfigError(f"out={out} exists and was not written by this command: name another file, or remove it")
 
 

@@ -90,7 +90,8 @@ def synthesize(
         raise ConfigError(f"synthesize writes conversations: task {config.task} needs synthesis.write: answers")
     paths = settings.seeds or config.train_path
     valid_path = None if isinstance(config.valid_path, HeldOut) else config.valid_path
-    check_output(out, [source for path in (paths, valid_path) if path for source in data_sources.find_sources(path)])
+    sources = [source for path in (paths, valid_path) if path for source in data_sources.find_sources(path)]
+    check_output(out, sources, rejected_path(out))
     constraints = make_constraints(settings)
     seeds = read_examples(paths)
     validation = SeenExamples()
@@ -111,7 +112,7 @@ def synthesize(
         synthesis.usage = endpoint.usage.as_json(settings.teacher)
         if not synthesis.accepted:
             raise DataError(_nothing(synthesis))
-    _write_rejected(synthesis)
+        _write_rejected(synthesis)
     write_json(report_paths(out)[0], synthesis.as_json())
     return synthesis
 

@@ -87,7 +87,9 @@ def test_judges_see_what_is_left_one_after_the_other(config_for, tmp_path):
 def test_what_is_not_in_drop_is_only_reported(config_for, tmp_path):
     train = write(tmp_path / "a.jsonl", [chat("Is it?", "Yes."), chat("Is it?", "Yes.")])
     curation = curate(config_for(train, "curation.drop=[refusal]", "valid_path=null"), tmp_path / "out.jsonl")
-    assert curation.written == 2 and collections.Counter(f.reason for f in curation.findings) == {"exact_duplicate": 1}
+    again = curate(config_for(train, "curation.drop=[refusal]", "valid_path=null"), tmp_path / "out.jsonl")
+    assert again.written == curation.written == 2  # its own file may be written again
+    assert collections.Counter(f.reason for f in curation.findings) == {"exact_duplicate": 1}
 
 
 def test_malformed_rows_are_left_out_and_counted(config_for, tmp_path):
