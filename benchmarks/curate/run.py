@@ -174,18 +174,19 @@ def main() -> None:
         name, count = arguments.measure
         print(json.dumps((measure_index if name == "index" else measure_datasketch)(int(count))))
         return
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
         for part in arguments.part:
             if part == "speed":
-                results["speed"] = {
+                figures = {
                     f"{name}, {count:,}": json.loads(
                         subprocess.check_output([sys.executable, __file__, "--measure", name, str(count)], text=True)
                     )
                     for name, count in (("index", 100_000), ("datasketch", 100_000), ("index", 1_000_000))
                 }
             else:
-                results[part] = (measure_planted if part == "planted" else measure_accuracy)(Path(folder))
+                figures = (measure_planted if part == "planted" else measure_accuracy)(Path(folder))
+            results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+            results[part] = figures
             results["environment"] = {
                 "machine": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version(),
                 **{name: version(name) for name in ("datasketch", "numpy", "torch", "transformers")},

@@ -36,7 +36,10 @@ def curate_command(arguments: list[str]) -> int:
     with atomic_file(page_path) as temporary:
         temporary.write_text(as_page(curation), encoding="utf-8")
     columns = ["reason", "examples", "share", "", "meaning"]
-    output.print(make_table(f"Curation of {curation.sources}", columns, table_rows(curation)))
+    if rows := table_rows(curation):
+        output.print(make_table(f"Curation of {curation.sources}", columns, rows))
+    else:
+        output.print(f"nothing found in {curation.sources}", markup=False)
     for name, report in curation.judges.items():
         output.print(make_table(name.replace("_", " ").capitalize(), ["", ""], figure_rows(report)))
     for remark in curation.remarks:

@@ -24,7 +24,7 @@ from forgebook.config.schema import FinetuneConfig
 from forgebook.curation.checks import Finding, TextChecks
 from forgebook.curation.duplicates import DuplicateIndex
 from forgebook.data import data_sources, readers
-from forgebook.data.examples import DatasetNotes, display_paths, no_examples_error, noted_examples
+from forgebook.data.examples import DatasetNotes, bad_rows_error, display_paths, no_examples_error, noted_examples
 from forgebook.data.row_formats import Example
 from forgebook.data.split import as_row
 from forgebook.errors import ConfigError, DataError
@@ -131,7 +131,9 @@ def curate(
         if curation.read % REPORT_EVERY == 0:
             on_progress("examples read", curation.read, curation.read)
     if not curation.read:
-        raise no_examples_error(config.train_path) if not curation.notes.problems else _all_bad(curation)
+        if curation.notes.problems:
+            raise bad_rows_error(config.train_path, curation.notes, task=task)
+        raise no_examples_error(config.train_path)
     curation.findings += checks.unfinished()
     _drop(curation)
     curation.findings += _repeated(index, offset, curation.dropped)
@@ -217,11 +219,6 @@ def _numbered(
     sources: Iterable[data_sources.Source], task: str, labels: tuple[str, ...]
 ) -> Iterator[tuple[int, Example]]:
     return enumerate(_examples(sources, task, labels, DatasetNotes()))
-
-
-def _all_bad(curation: Curation) -> DataError:
-    shown = "\n  ".join(curation.notes.problems[:20])
-    return DataError(f"no row of {curation.sources} can be used:\n  {shown}")
 
 
 def _repeated(index: DuplicateIndex, offset: int, dropped: set[int]) -> Iterator[Finding]:

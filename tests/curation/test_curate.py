@@ -120,3 +120,9 @@ def test_nothing_is_written_where_nothing_is_left(config_for, tmp_path):
     with pytest.raises(DataError, match="all 1 examples would be dropped"):
         curate(config_for(train, "valid_path=null"), tmp_path / "out.jsonl")
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_rows_of_no_known_format_are_an_error_with_the_mapping_to_write(config_for, tmp_path):
+    train = write(tmp_path / "a.jsonl", [{"ask": "Is it?", "tell": "Yes."}])
+    with pytest.raises(DataError, match=r"columns:\n *user: ask\n *assistant: tell"):
+        curate(config_for(train, "valid_path=null"), tmp_path / "out.jsonl")
