@@ -37,6 +37,7 @@ from forgebook.config.values import (
     Int,
     LoraBlock,
     Positive,
+    Recomputation,
     Resources,
     RopeBlock,
     RunName,
@@ -167,8 +168,9 @@ class FinetuneConfig(StrictBlock):
     deepspeed: Annotated[DeepSpeedFile | None, Mark.AUTO] = DeepSpeed()
     """How devices share the model; `zero_2` is short for its file in deepspeed_configs/.
     None: every device holds the whole model (DDP)."""
-    gradient_checkpointing: Annotated[bool, Mark.AUTO, Mark.NO_EFFECT] = True
-    """Recompute activations in the backward pass: about a third slower, far less memory."""
+    gradient_checkpointing: Annotated[Recomputation, Mark.AUTO, Mark.NO_EFFECT] = "auto"
+    """Recompute activations in the backward pass: true is about a third slower and takes far less memory; selective
+    keeps the results of matrix products and attention, about half of the memory. auto: the least that fits."""
     attention: Annotated[
         Literal["auto", "flash_attention_2", "flash_attention_3", "varlen", "sdpa", "flex", "eager"], Mark.AUTO
     ] = "auto"

@@ -4,7 +4,7 @@ Each is a type of pydantic: `learning_rate: Float`. Nothing here reads a file or
 """
 
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 
@@ -18,6 +18,7 @@ __all__ = [
     "Int",
     "LoraBlock",
     "Positive",
+    "Recomputation",
     "Resources",
     "RopeBlock",
     "RunName",
@@ -66,6 +67,13 @@ def _switch_or_block(value: Any) -> Any:
     if not isinstance(value, bool | dict):
         raise ValueError(f"got {shown_value(value)}, must be true, false or a block of options")
     return _numbers_inside(value)
+
+
+def _recomputation(value: Any) -> Any:
+    """Accept true, false, auto or selective."""
+    if not isinstance(value, bool) and value not in ("auto", "selective"):
+        raise ValueError(f"got {shown_value(value)}, must be true, false, selective or auto")
+    return value
 
 
 def _known_to_peft(block: dict[str, Any]) -> dict[str, Any]:
@@ -117,5 +125,6 @@ Block = Annotated[dict[str, Any], BeforeValidator(_numbers_inside)]
 LoraBlock = Annotated[Block, AfterValidator(_known_to_peft), WithJsonSchema(lora_schema())]
 RopeBlock = Annotated[Block, AfterValidator(_known_to_transformers), WithJsonSchema(_rope_schema())]
 Switch = Annotated[bool | dict[str, Any], BeforeValidator(_switch_or_block)]
+Recomputation = Annotated[bool | Literal["auto", "selective"], BeforeValidator(_recomputation)]
 Resources = dict[str, Annotated[int | float, BeforeValidator(_amount)]]
 RunName = Annotated[str, AfterValidator(_fit_for_a_folder)]

@@ -79,6 +79,8 @@ def fine_tune(config: FinetuneConfig) -> Run:
             output.print(f"{run.location} is complete already (on_existing=overwrite runs it again)")
             print_summary(output, run)
             return run
+    prepared, chosen = preflight.choose_checkpointing(prepared)
+    resolved = prepared.config
     ineffective, vllm = preflight.check_settings(prepared)
     plan, note = preflight.plan_run(prepared)
     if plan and vllm:
@@ -95,7 +97,7 @@ def fine_tune(config: FinetuneConfig) -> Run:
             record_changes(run, changes)
             _write_run(run, prepared, plan)
             print_run(output, run, prepared, vllm)
-            print_plan(output, plan, [*unread_keys(config), *ineffective, *warnings, *filter(None, [note])])
+            print_plan(output, plan, [*chosen, *unread_keys(config), *ineffective, *warnings, *filter(None, [note])])
             summary_note = _train(run, resolved, plan, started)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(stopped_text(run)) from None

@@ -60,6 +60,22 @@ class _FusedLinear(LoraLinear):
         )
 
 
+def _lora_product(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, scale: float
+) -> torch.Tensor:
+    y = nn.functional.linear(x, weight, bias)
+    y.view(-1, y.shape[-1]).addmm_(nn.functional.linear(x, a).view(-1, a.shape[0]), b.t(), alpha=scale)
+    return y
+
+
+_lora_operator = torch.library.custom_op(
+    "forgebook::lora_product",
+    _lora_product,
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, float scale) -> Tensor",
+)
+
+
 class _LoraProduct(torch.autograd.Function):
     """x: [..., inputs]; weight: [outputs, inputs], frozen; a: [rank, inputs]; b: [outputs, rank]."""
 
@@ -67,9 +83,9 @@ class _LoraProduct(torch.autograd.Function):
     def forward(ctx, x, weight, bias, a, b, scale):
         ctx.save_for_backward(x, weight, a, b)
         ctx.scale = scale
-        y = nn.functional.linear(x, weight, bias)
-        y.view(-1, y.shape[-1]).addmm_(nn.functional.linear(x, a).view(-1, a.shape[0]), b.t(), alpha=scale)
-        return y
+        # Whoever watches operators, as selective checkpointing does, sees one whose result nothing changes afterwards.
+        is_watched = torch._C._len_torch_dispatch_stack() > 0
+        return (_lora_operator if is_watched else _lora_product)(x, weight, bias, a, b, scale)
 
     @staticmethod
     def backward(ctx, grad):

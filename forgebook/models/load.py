@@ -117,7 +117,7 @@ def load_model(
     attention: str = "auto",
     rope_scaling: dict[str, Any] | None = None,
     quantization: str | None = None,
-    gradient_checkpointing: bool = False,
+    gradient_checkpointing: bool | str = False,
     device_map: str | None = None,
     on_gpu: bool | None = None,
     attention_is_required: bool = True,
@@ -128,12 +128,15 @@ def load_model(
     quantization: "nf4" or "int8" for all linear layers but the output layer, for training an adapter on them; such a
     model is loaded where it stays, on this process's GPU if there is one.
     on_gpu: False if the model stays on the CPU; None: it runs on this process's GPU if there is one.
+    gradient_checkpointing: recompute activations in the backward pass; "selective": all but products and attention.
     attention_is_required: False takes another kernel where `attention` cannot run here.
 
     Raises ModelError if there is none at `source`, ResourceError if `attention` cannot run here.
     """
     import torch
     from transformers import AutoConfig
+
+    from forgebook.models.checkpointing import checkpointing_settings
 
     if dtype == "bfloat16" and not torch.cuda.is_available() and cpu_bfloat16.is_needed():
         cpu_bfloat16.use_float32_products()
@@ -164,8 +167,8 @@ def load_model(
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     if gradient_checkpointing:
-        # Reentrant checkpointing loses the gradients of LoRA when the inputs themselves need none.
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        settings = checkpointing_settings(gradient_checkpointing)
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
     return model
 
 

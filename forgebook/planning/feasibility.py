@@ -38,6 +38,7 @@ __all__ = [
     "fits",
     "longest_sequence",
     "micro_batch_for",
+    "settle_checkpointing",
     "without_gaps",
     "work_of",
 ]
@@ -162,6 +163,29 @@ def fits(need: Memory, device: Gpu | Cpu) -> bool:
     return need.total <= capacity(device)
 
 
+def settle_checkpointing(
+    config: ResolvedConfig, shape: Shape, workers: int, length: int, device: Gpu | Cpu | None
+) -> tuple[ResolvedConfig, list[str]]:
+    """Choose `gradient_checkpointing: auto`, with a note why: the least recomputation that fits. Others stay.
+
+    device: None where it is not known, or one of several.
+    """
+    if config.gradient_checkpointing != "auto":
+        return config, []
+    choice: bool | str = True
+    reason = "the hardware is not known" if device is None else "it does not fit with less"
+    # A plan may be wrong by a tenth; a worker without GPU shares its memory with whatever else the machine runs.
+    room = int(capacity(device) * (0.5 if isinstance(device, Cpu) else 0.9)) if device is not None else 0
+    for less in (False, "selective") if device is not None else ():
+        attempt = config.resolve(gradient_checkpointing=less)
+        need = memory_of(attempt, shape, workers=workers, length=length, on_gpu=not isinstance(device, Cpu)).total
+        if need <= room:
+            choice, reason = less, f"the least that fits: {need / 1e9:,.1f} of {room / 1e9:,.1f} GB"
+            break
+    config = config.resolve(gradient_checkpointing=choice).explained({"gradient_checkpointing": reason})
+    return config, [f"gradient_checkpointing: {str(choice).lower()} ({reason})"]
+
+
 def cheapest_change(
     config: FinetuneConfig, shape: Shape, workers: int, length: int, device: Gpu | Cpu
 ) -> tuple[tuple[str, ...], Memory | None]:
@@ -205,7 +229,7 @@ def _possible_changes(config: FinetuneConfig, shape: Shape, workers: int, on_gpu
 
     Some of them may break a rule; of two that differ in the sharding alone, the first is the better one.
     """
-    if not config.gradient_checkpointing:
+    if config.gradient_checkpointing not in (True, "auto"):
         yield "gradient_checkpointing=true", {"gradient_checkpointing": True}
     micro, accumulation = config.train_batch_size_per_device or 1, config.gradient_accumulation_steps
     while micro % 2 == 0:
@@ -254,7 +278,7 @@ def fit(
     length = longest_sequence(config, data)
     offloading = ["zero_3_offload_optim", "zero_3_offload_optim+param"]
     shardings: list[Any] = [None, "zero_1", "zero_2", "zero_3", *offloading] if workers > 1 else [None, *offloading]
-    checkpointings = [False, True]
+    checkpointings: list[Any] = [False, True]
     if "deepspeed" in keep:
         shardings = [config.deepspeed and config.deepspeed.model_dump()]
     if "gradient_checkpointing" in keep:

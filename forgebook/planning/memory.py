@@ -318,6 +318,12 @@ def _activations(run: _Run) -> tuple[int, int, int]:
     if config.quantization is not None:  # bitsandbytes unpacks the weights of one layer at a time
         working += max(inputs * outputs for kind in shape.kinds for _, inputs, outputs in kind.linears) * width
     last_norm = run.tokens * shape.hidden * (4 + 3 * width)
+    if config.gradient_checkpointing == "selective":  # saved: each layer's input and what its products return
+        kept = [run.tokens * width * (shape.hidden + _returned_per_token(run, kind)) for kind in shape.kinds]
+        all_kept = sum(len(kind.layers) * saved for kind, saved in zip(shape.kinds, kept, strict=True))
+        # One layer is complete at a time; what it keeps is counted.
+        again = max(0, *(whole - part for whole, part in zip(layers, kept, strict=True))) + working
+        return all_kept + last_norm, again, again + max(kept)
     if config.gradient_checkpointing:  # saved: each layer's input alone; layers are recomputed one at a time
         return shape.layers * run.tokens * shape.hidden * width + last_norm, layer + working, layer + working
     return all_layers + last_norm, working, layer + working
@@ -351,6 +357,11 @@ def _saved_per_token(run: _Run, kind: LayerKind) -> int:
         shared = {(holder, inputs) for (holder, _, name), inputs in own if name != "o_proj"}
         saved += width * sum(inputs for _, inputs in shared)
     return saved + sum(width * rank for _, rank, _ in layer)
+
+
+def _returned_per_token(run: _Run, kind: LayerKind) -> int:
+    """Count the numbers per token that the linear layers and the attention of one decoder layer return."""
+    return sum(outputs for _, _, outputs in kind.linears) + run.shape.heads * run.shape.head_dim
 
 
 def _chunk(run: _Run) -> int:

@@ -20,7 +20,15 @@ from forgebook.config.blocks import labels_of, needs_reference
 from forgebook.config.deepspeed_file import read_deepspeed_config
 from forgebook.models.lora_targets import EXPERT_LAYERS
 from forgebook.models.vllm_support import vllm_serves
-from forgebook.planning.feasibility import Work, capacity, cheapest_change, fits, without_gaps, work_of
+from forgebook.planning.feasibility import (
+    Work,
+    capacity,
+    cheapest_change,
+    fits,
+    settle_checkpointing,
+    without_gaps,
+    work_of,
+)
 from forgebook.planning.hardware import Cpu
 from forgebook.planning.history import RunKind, Throughput, method_name, typical_throughput
 from forgebook.planning.memory import Memory, memory_of, sharding_of
@@ -165,13 +173,14 @@ def plan(
     if work is None and data is not None:
         work = work_of(resolved, data)
     longest = work.longest if work else resolved.context_length
+    device = hardware[1] if hardware else None
+    resolved, checkpointing = settle_checkpointing(resolved, shape, workers, longest, device)
     trained = trainable_parameters(resolved.lora_config, shape, len(labels_of(resolved.classifier_config)))
     flops_of_token = flops_per_token(
         shape, work.mean if work else resolved.context_length, trained if resolved.is_lora else None,
         needs_reference(resolved.preference_tuning_config),
     )  # fmt: skip
 
-    device = hardware[1] if hardware else None
     gpu = device if isinstance(device, Gpu) else None
     need = memory_of(resolved, shape, workers=workers, length=longest, on_gpu=not isinstance(device, Cpu))
     does_fit = fits(need, device) if device else None
@@ -221,7 +230,7 @@ def plan(
         disk_bytes=disk,
         vllm=_vllm_verdict(resolved.lora_config, shape),
         priced=catalog.priced,
-        notes=tuple(_notes(resolved, shape, requested, workers, gpu, need, work, data)),
+        notes=(*checkpointing, *_notes(resolved, shape, requested, workers, gpu, need, work, data)),
     )
 
 
@@ -238,7 +247,7 @@ def run_kind(config: FinetuneConfig, parameters: int) -> RunKind:
     """Describe a run by what its throughput depends on."""
     return RunKind(
         config.model_id, parameters, method_name(config.is_lora, config.quantization), config.dtype,
-        max(1, config.num_devices), config.gradient_checkpointing,
+        max(1, config.num_devices), config.gradient_checkpointing in (True, "auto"),
     )  # fmt: skip
 
 

@@ -31,7 +31,7 @@ from forgebook.models.shapes import find_shape
 from forgebook.models.tokenizer import label_pieces, locate, tokenizer_of
 from forgebook.models.vllm_support import vllm_serves, vllm_serves_saved
 from forgebook.planning import schedule
-from forgebook.planning.feasibility import Work
+from forgebook.planning.feasibility import Work, settle_checkpointing
 from forgebook.planning.hardware import cpu_share, hardware_for
 from forgebook.planning.history import Throughput, read_throughputs, record_throughput
 from forgebook.planning.plan import Plan, plan, run_kind, running_figures
@@ -69,6 +69,22 @@ CONVENTIONS = {
 
 
 # Before -----------------------------------------------------------------------------------------------
+
+
+def choose_checkpointing(prepared: Prepared) -> tuple[Prepared, list[str]]:
+    """Choose `gradient_checkpointing: auto` for the hardware of a run, with a note why; anything else stays."""
+    config = prepared.config
+    if config.gradient_checkpointing != "auto":
+        return prepared, []
+    hardware = hardware_for(config)
+    workers, device = hardware or (max(1, config.num_devices), None)
+    try:
+        shape = find_shape(config.model_id)
+    except ModelError:  # without a shape there is no plan
+        config = config.resolve(gradient_checkpointing=True)
+        return dataclasses.replace(prepared, config=config), ["gradient_checkpointing: true (the model has no plan)"]
+    config, notes = settle_checkpointing(config, shape, workers, _work_of(prepared).longest, device)
+    return dataclasses.replace(prepared, config=config), notes
 
 
 def plan_run(prepared: Prepared) -> tuple[Plan | None, str]:

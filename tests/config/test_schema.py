@@ -92,7 +92,7 @@ def test_two_keys_are_enough(load_yaml):
     assert config.task == "causal_lm"
     assert config.learning_rate == 1e-5 and not config.is_lora
     assert config.deepspeed.config_path == "deepspeed_configs/zero_3_offload_optim+param.json"
-    assert config.gradient_checkpointing and config.padding == "longest" and config.truncation == "error"
+    assert config.gradient_checkpointing == "auto" and config.padding == "longest" and config.truncation == "error"
 
 
 def test_lora_raises_the_default_learning_rate(load_yaml):

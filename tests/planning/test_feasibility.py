@@ -3,6 +3,7 @@
 import pytest
 from test_memory import big
 
+from conftest import LORA
 from forgebook.catalog import hardware_of, shape_of
 from forgebook.errors import ConfigError
 from forgebook.planning.feasibility import (
@@ -12,6 +13,7 @@ from forgebook.planning.feasibility import (
     fits,
     longest_sequence,
     micro_batch_for,
+    settle_checkpointing,
     without_gaps,
     work_of,
 )
@@ -111,3 +113,23 @@ def test_what_is_to_be_kept_is_kept(key):
     config = big(train_batch_size_per_device=4, deepspeed="zero_3", num_devices=8)
     fitted = fit(config, shape_of(config.model_id), hardware_of("8xA100-80G"), keep=[key])
     assert getattr(fitted, key) == getattr(config, key)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "choice", "reason"),
+    [
+        ("1xH200", False, "the least that fits: "),
+        ("1xA100-80G", "selective", "the least that fits: "),
+        ("1xL4", True, "it does not fit with less"),
+        (None, True, "the hardware is not known"),
+    ],
+)
+def test_auto_recomputes_the_least_that_fits(gpu, choice, reason):
+    config = big(lora_config=LORA, context_length=4096, train_batch_size_per_device=3, deepspeed=None)
+    shape, device = shape_of(config.model_id), hardware_of(gpu)[1] if gpu else None
+    chosen, notes = settle_checkpointing(config, shape, 1, 4096, device)
+    assert chosen.gradient_checkpointing is choice or chosen.gradient_checkpointing == choice
+    assert len(notes) == 1 and notes[0].startswith(f"gradient_checkpointing: {str(choice).lower()} ({reason}")
+    for kept in (True, False, "selective"):
+        asked = config.resolve(gradient_checkpointing=kept)
+        assert settle_checkpointing(asked, shape, 1, 4096, device) == (asked, [])

@@ -174,10 +174,14 @@ def test_every_lora_matrix_moves_with_gradient_checkpointing(make_config):
     assert all(tensor.any() for tensor in matrices.values())
 
 
-def test_gradient_checkpointing_changes_nothing(make_config):
-    plain = fine_tune(make_config(run_name="plain"))
-    recomputed = fine_tune(make_config(run_name="recomputed", gradient_checkpointing=True))
-    assert losses_of(plain) == pytest.approx(losses_of(recomputed), abs=1e-6)
+def test_gradient_checkpointing_changes_nothing(make_config, capsys):
+    plain = fine_tune(make_config(run_name="plain", lora_config=LORA))
+    for kind in (True, "selective"):
+        recomputed = fine_tune(make_config(run_name=str(kind), lora_config=LORA, gradient_checkpointing=kind))
+        assert losses_of(plain) == pytest.approx(losses_of(recomputed), abs=1e-6)
+    chosen = fine_tune(make_config(run_name="auto", lora_config=LORA, gradient_checkpointing="auto"))
+    assert "gradient_checkpointing: false (the least that fits: " in " ".join(capsys.readouterr().out.split())
+    assert "gradient_checkpointing: false  # auto: the least that fits" in chosen.config.read_text()
 
 
 @pytest.mark.parametrize("method", [None, LORA], ids=["full", "lora"])

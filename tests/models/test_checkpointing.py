@@ -1,0 +1,96 @@
+"""Selective checkpointing: the same gradients, with half of the memory and hardly a product computed again."""
+
+import gc
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from conftest import LORA, config_for
+from forgebook.catalog import shape_of
+from forgebook.models.adapters import add_lora
+from forgebook.models.load import load_model
+from forgebook.planning.hardware import TensorMemory
+from forgebook.planning.memory import memory_of
+from forgebook.training.losses import SupervisedLM
+from support_families import FAMILIES, save_family
+
+WIDE = {"hidden_size": 320, "intermediate_size": 960, "num_hidden_layers": 6, "head_dim": 80}
+
+
+class CountProducts(TorchDispatchMode):
+    """Count the large matrix products of a block."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.name().partition(".")[0] in ("aten::mm", "aten::addmm") and min(args[-1].shape) > 100:
+            self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def wrapped_of(source, kind, lora=None):
+    torch.manual_seed(0)
+    model = load_model(source, dtype="float32", attention="auto", gradient_checkpointing=kind)
+    if lora:
+        model = add_lora(model, {**LORA, "init_lora_weights": False, **lora})
+    return SupervisedLM(model).train()
+
+
+def gradients_of(wrapped, length=24):
+    ids = torch.arange(3, 3 + 2 * length).view(2, length) % 100
+    torch.manual_seed(1)  # dropout
+    loss = wrapped(ids, ids.roll(-1, 1)) / ids.numel()
+    loss.backward()
+    return loss.item(), {name: p.grad for name, p in wrapped.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(
+    ("name", "lora"),
+    [
+        *((name, lora) for name in ("Llama 3", "Gemma 3", "Qwen 3 MoE", "gpt-oss") for lora in (None, {})),
+        ("Llama 3", {"lora_dropout": 0.2}),
+        ("Llama 3", {"use_dora": True}),
+    ],
+)
+def test_the_gradients_are_the_same(name, lora, tmp_path):
+    wide = {} if "text_config" in FAMILIES[name][1] else WIDE | {"num_hidden_layers": 2}
+    source = save_family(name, tmp_path, **wide)
+    loss, gradients = gradients_of(wrapped_of(source, False, lora))
+    selective_loss, selective = gradients_of(wrapped_of(source, "selective", lora))
+    assert selective_loss == loss and selective.keys() == gradients.keys() and gradients
+    for key, gradient in gradients.items():
+        torch.testing.assert_close(selective[key], gradient, atol=1e-6, rtol=1e-5)
+
+
+def test_no_large_product_is_computed_again(tmp_path):
+    source = save_family("Llama 3", tmp_path, **WIDE)
+    counts = {}
+    for kind in (False, "selective", True):
+        wrapped = wrapped_of(source, kind)
+        with CountProducts() as counter:
+            gradients_of(wrapped)
+        counts[kind] = counter.count
+    assert counts["selective"] == counts[False] < counts[True]
+
+
+@pytest.mark.parametrize("lora", [None, {}], ids=["full", "lora"])
+def test_the_plan_knows_its_memory(lora, tmp_path):
+    """What no checkpointing and selective checkpointing hold, planned and measured on this process's tensors."""
+    source = save_family("Llama 3", tmp_path, **WIDE)
+    shape, length = shape_of(source), 512
+    held = {}
+    for kind in (False, "selective", True):
+        wrapped = wrapped_of(source, kind, lora)
+        gc.collect()
+        with TensorMemory() as memory:
+            gradients_of(wrapped, length)
+        config = config_for(
+            source, dtype="float32", deepspeed=None, context_length=length, train_batch_size_per_device=2,
+            gradient_checkpointing=kind, lora_config=None if lora is None else LORA,
+        )  # fmt: skip
+        need = memory_of(config, shape, workers=1, length=length, on_gpu=False)
+        held[kind] = memory.peak, need.tensors - need.optimizer
+    (most, most_planned), (measured, planned), (least, least_planned) = held.values()
+    assert measured == pytest.approx(planned, rel=0.1) and least < 0.75 * measured < 0.75 * most, held
+    assert most_planned - least_planned == pytest.approx(most - least, rel=0.1), held
