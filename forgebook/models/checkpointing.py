@@ -3,6 +3,7 @@
 The products of experts are recomputed as well.
 
 model.activation_checkpointing_enable(checkpointing_settings("selective"))     or True: recompute all
+check_kept(wrapped, device)                                                    before the first step
 """
 
 from __future__ import annotations
@@ -10,9 +11,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-__all__ = ["checkpointing_settings"]
+from forgebook.errors import ModelError
+
+__all__ = ["check_kept", "checkpointing_settings"]
 
 # Operators whose results are kept: products, and fused attention. Not bmm: attention without a fused kernel would keep
 # matrices of length^2. Nor the grouped products of experts, to which some models add their biases in place.
@@ -40,3 +44,49 @@ def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Checkpoin
         return CheckpointPolicy.MUST_SAVE if summed > FEW else CheckpointPolicy.PREFER_RECOMPUTE
     is_attention = any(part in name for part in ATTENTION)
     return CheckpointPolicy.MUST_SAVE if is_attention else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@torch.no_grad()
+def check_kept(wrapped: torch.nn.Module, device: torch.device) -> None:
+    """Raise ModelError if a model changes a result in place that selective checkpointing keeps: it would be wrong.
+
+    torch notices that in most cases, but not where a view was made in between, as every linear layer does. Collective
+    under ZeRO-3. wrapped: returns the loss of input_ids and labels.
+    """
+    ids = torch.arange(5, 13, device=device)[None]
+    with _KeptResults() as kept:
+        wrapped(input_ids=ids, labels=ids)
+    if kept.changed:
+        raise ModelError(
+            f"gradient_checkpointing: selective keeps a result that this model changes in place ({kept.changed[0]}): "
+            "set gradient_checkpointing: true"
+        )
+
+
+class _KeptResults(TorchDispatchMode):
+    """Remember the results that the policy keeps; list operators that write to one of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.changed: list[str] = []
+        self._kept: dict[int, torch.Tensor] = {}  # by address; held, so that no other tensor takes it
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operator."""
+        written = [
+            value
+            for value, argument in zip(args, function._schema.arguments, strict=False)
+            if argument.alias_info is not None and argument.alias_info.is_write and torch.is_tensor(value)
+        ]
+        self.changed += [function.name() for value in written if _address(value) in self._kept]
+        written += [value for name, value in (kwargs or {}).items() if name == "out"]
+        result = function(*args, **(kwargs or {}))
+        is_kept = not written and _policy(None, function, *args) == CheckpointPolicy.MUST_SAVE
+        for value in result if isinstance(result, tuple) else (result,):
+            if is_kept and torch.is_tensor(value):
+                self._kept[_address(value)] = value
+        return result
+
+
+def _address(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

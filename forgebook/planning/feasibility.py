@@ -176,7 +176,9 @@ def settle_checkpointing(
     reason = "the hardware is not known" if device is None else "it does not fit with less"
     # A plan may be wrong by a tenth; a worker without GPU shares its memory with whatever else the machine runs.
     room = int(capacity(device) * (0.5 if isinstance(device, Cpu) else 0.9)) if device is not None else 0
-    for less in (False, "selective") if device is not None else ():
+    # The products of experts are not kept, and what Llama 4's return is changed in place.
+    choices: list[bool | str] = [False] if shape.experts > 1 else [False, "selective"]
+    for less in choices if device is not None else []:
         attempt = config.resolve(gradient_checkpointing=less)
         need = memory_of(attempt, shape, workers=workers, length=length, on_gpu=not isinstance(device, Cpu)).total
         if need <= room:

@@ -22,6 +22,7 @@ from forgebook.data import batching as batches
 from forgebook.data import token_store as tokens
 from forgebook.errors import StoppedError
 from forgebook.models import load
+from forgebook.models.checkpointing import check_kept
 from forgebook.models.versions import check_versions
 from forgebook.planning import hardware, schedule
 from forgebook.planning.plan import running_figures
@@ -102,6 +103,8 @@ def train_loop(config: ResolvedConfig, run: Run, report: Report = lambda metrics
         progress.stage(note)
     if config.padding == "packed" or takes_segments:
         check_isolation(worker.wrapped, accelerator.device, takes_segments)
+    if config.gradient_checkpointing == "selective":
+        check_kept(worker.wrapped, accelerator.device)
     objective = Objective(config.preference_tuning_config)
     pad_id, device = worker.tokenizer.pad_token_id, accelerator.device
     pad_to = config.context_length if config.padding == "max_length" else None

@@ -8,7 +8,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import LORA, config_for
 from forgebook.catalog import shape_of
+from forgebook.errors import ModelError
+from forgebook.models import checkpointing, fused_lora
 from forgebook.models.adapters import add_lora
+from forgebook.models.checkpointing import check_kept
 from forgebook.models.load import load_model
 from forgebook.planning.hardware import TensorMemory
 from forgebook.planning.memory import memory_of
@@ -32,7 +35,7 @@ class CountProducts(TorchDispatchMode):
 def wrapped_of(source, kind, lora=None):
     torch.manual_seed(0)
     model = load_model(source, dtype="float32", attention="auto", gradient_checkpointing=kind)
-    if lora:
+    if lora is not None:
         model = add_lora(model, {**LORA, "init_lora_weights": False, **lora})
     return SupervisedLM(model).train()
 
@@ -61,6 +64,27 @@ def test_the_gradients_are_the_same(name, lora, tmp_path):
     assert selective_loss == loss and selective.keys() == gradients.keys() and gradients
     for key, gradient in gradients.items():
         torch.testing.assert_close(selective[key], gradient, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_no_family_changes_what_is_kept(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpointing, "FEW", 0)
+    source = save_family(name, tmp_path)
+    if name.startswith("Llama 4"):  # it adds what its experts return to what the shared one does
+        with pytest.raises(ModelError, match=r"changes in place \(aten::add_.Tensor\)"):
+            check_kept(wrapped_of(source, "selective"), torch.device("cpu"))
+        return
+    check_kept(wrapped_of(source, "selective"), torch.device("cpu"))
+    assert gradients_of(wrapped_of(source, "selective"))[0] == gradients_of(wrapped_of(source, False))[0]
+
+
+def test_a_model_that_changes_a_kept_result_is_refused(tmp_path, monkeypatch):
+    """An adapter whose sum is made in place would be added twice."""
+    wrapped = wrapped_of(save_family("Llama 3", tmp_path, **WIDE), "selective", {})
+    check_kept(wrapped, torch.device("cpu"))
+    monkeypatch.setattr(fused_lora, "_lora_operator", fused_lora._lora_product)
+    with pytest.raises(ModelError, match=r"changes in place \(aten::addmm_\): set gradient_checkpointing: true"):
+        check_kept(wrapped, torch.device("cpu"))
 
 
 def test_no_large_product_is_computed_again(tmp_path):

@@ -1,5 +1,7 @@
 """What a run processes, whether it fits, and the fastest settings that do."""
 
+import dataclasses
+
 import pytest
 from test_memory import big
 
@@ -133,3 +135,6 @@ def test_auto_recomputes_the_least_that_fits(gpu, choice, reason):
     for kept in (True, False, "selective"):
         asked = config.resolve(gradient_checkpointing=kept)
         assert settle_checkpointing(asked, shape, 1, 4096, device) == (asked, [])
+    if choice == "selective":  # of a mixture of experts too little would be kept
+        experts = dataclasses.replace(shape, experts=8)
+        assert settle_checkpointing(config, experts, 1, 4096, device)[0].gradient_checkpointing is True
