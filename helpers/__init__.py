@@ -19,12 +19,12 @@ if TYPE_CHECKING:  # for editors and mypy ("as": they are exported); at run time
     from forgebook.data.masking import encode as encode
     from forgebook.data.masking import encode_prompt as encode_prompt
     from forgebook.data.preview import show_example as show_example
+    from forgebook.data.tool_accuracy import find_tool_call_mistake as find_tool_call_mistake
     from forgebook.data.tools import calls_of_message as calls_of_message
     from forgebook.errors import DataError as DataError
     from forgebook.evaluation.statistics import compare_shares as compare_shares
     from forgebook.evaluation.statistics import estimate as estimate
     from forgebook.evaluation.statistics import gsm8k_number as gsm8k_number
-    from forgebook.evaluation.tool_accuracy import find_tool_call_mistake as find_tool_call_mistake
     from forgebook.inference.loading import LoadedModel
     from forgebook.inference.vllm_command import vllm_command as vllm_command
     from forgebook.models.load import load_model as load_model
@@ -49,7 +49,7 @@ _ENGINE = {
     "encode_prompt": ("data.masking", "a conversation as token ids, up to where the answer begins"),
     "estimate": ("evaluation.statistics", "a mean with its 95% confidence interval"),
     "find_checkpoint": ("runs.run", "the folder of a run's best checkpoint, or of the one named"),
-    "find_tool_call_mistake": ("evaluation.tool_accuracy", "what is wrong with an answer's tool calls, if anything"),
+    "find_tool_call_mistake": ("data.tool_accuracy", "what is wrong with an answer's tool calls, if anything"),
     "gsm8k_number": ("evaluation.statistics", "the final number of a GSM8K answer, by its authors' rule"),
     "learning_rates": ("training.optimizers", "the learning rate of every step of a schedule"),
     "load_config": ("config.parse", "a config file with `key=value` overrides, checked"),

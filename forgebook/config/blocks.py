@@ -17,6 +17,7 @@ __all__ = [
     "DeepSpeed",
     "DeepSpeedFile",
     "EarlyStopping",
+    "EvalGeneration",
     "GenerationConfig",
     "HubRepo",
     "LigerKernel",
@@ -149,6 +150,17 @@ class EarlyStopping(StrictBlock):
     """By how much a loss must be below the lowest one to count as lower."""
 
 
+class EvalGeneration(StrictBlock):
+    """Answers to validation prompts while the run trains."""
+
+    prompts: Positive = 8
+    """How many prompts are answered, spread over the validation examples; the first answers are printed."""
+    every: Positive = 1
+    """At every how many evaluations; the last one always answers."""
+    max_new_tokens: Positive = 128
+    """Longest answer, in tokens."""
+
+
 class ClassifierConfig(StrictBlock):
     """Train the model to answer with one of a few labels."""
 
@@ -230,11 +242,12 @@ _LOGGER_KEYS: dict[str, tuple[str, ...]] = {
 class Logger(StrictBlock):
     """An experiment tracker, in addition to metrics.jsonl in the run folder."""
 
-    provider: Literal["wandb", "mlflow", "tensorboard"]
+    provider: Literal["wandb", "mlflow", "tensorboard", "trackio"]
     """The tracker."""
     provider_config: dict[str, Any] = {}
     """Its settings. wandb: arguments of wandb.init, such as `project`, `group`, `name`, `tags`. mlflow:
-    `tracking_uri`, `experiment_name`, `create_experiment_if_not_exists`, `run_name`, `tags`. tensorboard: `log_dir`."""
+    `tracking_uri`, `experiment_name`, `create_experiment_if_not_exists`, `run_name`, `tags`. tensorboard: `log_dir`.
+    trackio: arguments of trackio.init, such as `project`, `group`, `name`, `space_id`."""
     rank_zero_only: bool = True
     """Has no effect: metrics cover all workers and are sent once, by the process that started the run."""
 

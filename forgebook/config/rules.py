@@ -142,6 +142,40 @@ RULES: tuple[Rule, ...] = (
         "set valid_path, such as {split: 0.05}",
     ),
     Rule(
+        ("eval_generation", "valid_path"),
+        lambda config, zero: config.eval_generation is not None and config.valid_path is None,
+        "eval_generation answers validation prompts and needs valid_path",
+        "set valid_path, such as {split: 0.05}",
+    ),
+    Rule(
+        ("eval_generation", "task"),
+        lambda config, zero: (
+            config.eval_generation is not None and config.task not in ("instruction_tuning", "preference_tuning")
+        ),
+        "eval_generation needs examples with answers",
+        "set task: instruction_tuning, or remove eval_generation",
+    ),
+    Rule(
+        ("metrics", "eval_generation"),
+        lambda config, zero: bool(config.metrics) and config.eval_generation is None,
+        "metrics are of generated answers and need eval_generation",
+        "set eval_generation, such as {prompts: 50}",
+    ),
+    Rule(
+        ("best_metric", "metrics"),
+        lambda config, zero: config.best_metric not in ("eval_loss", *config.metrics),
+        "best_metric is not among metrics",
+        "add it to metrics",
+    ),
+    Rule(
+        ("best_metric", "eval_generation"),
+        lambda config, zero: (
+            config.best_metric != "eval_loss" and (block := config.eval_generation) is not None and block.every > 1
+        ),
+        "best_metric compares all checkpoints, and eval_generation.every leaves some without a metric",
+        "set every: 1",
+    ),
+    Rule(
         ("loraplus_lr_ratio", "lora_config"),
         lambda config, zero: config.loraplus_lr_ratio is not None and not config.is_lora,
         "loraplus_lr_ratio is of the matrices of an adapter and needs lora_config",

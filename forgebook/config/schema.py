@@ -18,6 +18,7 @@ from forgebook.config.blocks import (
     DeepSpeed,
     DeepSpeedFile,
     EarlyStopping,
+    EvalGeneration,
     GenerationConfig,
     LigerKernel,
     Logger,
@@ -210,8 +211,14 @@ class FinetuneConfig(StrictBlock):
     """When to evaluate and save. None: after every epoch."""
     early_stopping: EarlyStopping | None = None
     """End the run once the evaluation loss has stopped falling, as `{patience: 3, min_delta: 0.001}`."""
+    eval_generation: Annotated[EvalGeneration | None, Mark.NO_EFFECT] = None
+    """Answer validation prompts greedily at evaluations, as `{prompts: 50, every: 1}`; print and log some answers."""
+    metrics: Annotated[list[Literal["exact_match", "tool_calls"]], Mark.NO_EFFECT] = Field(default=[])
+    """Metrics of these answers. exact_match: the reference, character by character; tool_calls: its calls."""
+    best_metric: Literal["eval_loss", "exact_match", "tool_calls"] = "eval_loss"
+    """What chooses the best checkpoint: the lowest evaluation loss, or the highest of these metrics."""
     num_checkpoints_to_keep: Annotated[Positive, Mark.NO_EFFECT] = 1
-    """Keep this many checkpoints, those with the lowest evaluation loss."""
+    """Keep this many checkpoints, the best by `best_metric`."""
     save_state_minutes: Annotated[Float, Field(ge=0)] = 15
     """Save the state for resuming at least this often between checkpoints; 0: only with them."""
     run_name: Annotated[RunName | None, Mark.NO_EFFECT] = None

@@ -25,12 +25,12 @@ from typing import TYPE_CHECKING, Any
 
 from forgebook.config.blocks import GenerationConfig, labels_of
 from forgebook.config.parse import load_config, load_resolved
-from forgebook.data import tokenize
+from forgebook.data import tokenize, tool_accuracy
 from forgebook.data.examples import read_examples, validation_source
 from forgebook.data.row_formats import Example
 from forgebook.data.tools import calls_of_message
 from forgebook.errors import ConfigError, DataError
-from forgebook.evaluation import statistics, tool_accuracy
+from forgebook.evaluation import statistics
 from forgebook.evaluation.answers import SavedAnswers, prompt_key
 from forgebook.evaluation.judge import AnswerPair, Judge, judge_all
 from forgebook.evaluation.results import (

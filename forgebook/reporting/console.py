@@ -226,11 +226,21 @@ def _evaluation_text(event: dict[str, Any]) -> str:
     if "eval_loss" not in event:
         return f"{where}  saved {event['checkpoint_dir_name']}"
     best = "  best so far" if event.get("is_best") else ""
-    for name in ("accuracy", "reward_accuracy"):
+    for name in ("accuracy", "reward_accuracy", "tool_calls", "exact_match"):
         if f"eval_{name}" in event:
             best = f"  {name.replace('_', ' ')} {event[f'eval_{name}']:.1%}{best}"
     perplexity = f"  perplexity {event['perplexity']:.3f}" if "perplexity" in event else ""
-    return f"{where}  evaluation loss {event['eval_loss']:.4f}{perplexity}{best}"
+    answers = "".join(
+        f"\n    {escape(shorten(one['answer']))!s}  [dim](reference: {escape(shorten(one['reference']))})[/dim]"
+        for one in event.get("generated", [])
+    )
+    return f"{where}  evaluation loss {event['eval_loss']:.4f}{perplexity}{best}{answers}"
+
+
+def shorten(text: str) -> str:
+    """Write a text on one line of at most 100 characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= 100 else f"{line[:97]}..."
 
 
 # Without a terminal a wait is reported after this many seconds, then after twice as many and so on, at last every

@@ -1,4 +1,4 @@
-"""Experiment trackers: wandb, MLflow, TensorBoard, several at once. To add one, add a row to TRACKERS.
+"""Experiment trackers: wandb, MLflow, TensorBoard, Trackio, several at once. To add one, add a row to TRACKERS.
 
     with tracking(config.loggers, run, warn):
         ...                           # train; write the summary
@@ -240,6 +240,30 @@ def _open_tensorboard(settings: dict[str, Any], run: Run, id_file: Path) -> _Ope
     return _OpenTracker(send, end)
 
 
+def _open_trackio(settings: dict[str, Any], run: Run, id_file: Path) -> _OpenTracker:
+    """Open Trackio; provider_config goes to trackio.init (project, group, name, space_id, server_url, ...)."""
+    import trackio
+
+    if not id_file.exists():
+        id_file.write_text(f"{run.name}-{uuid.uuid4().hex[:8]}")  # a name is a run's identity there
+    values = _config_values(run)
+    named = {"project": "forgebook", "group": values["model_id"], "name": id_file.read_text(), "resume": "allow"}
+    quiet = {"embed": False, "auto_log_gpu": False, "auto_log_cpu": False}
+    handle = trackio.init(**{**named, **quiet, **settings}, config=flatten(values))
+
+    def send(events: list[Event]) -> None:
+        for event in events:
+            if event["kind"] != "stage":
+                handle.log(_figures(event), step=event["step"])
+
+    def end(summary: dict[str, Any] | None) -> None:
+        if summary is not None:
+            handle.log({f"final/{name}": value for name, value in _figures(flatten(summary)).items()})
+        handle.finish()
+
+    return _OpenTracker(send, end)
+
+
 @dataclass(frozen=True)
 class Tracker:
     """A row of TRACKERS.
@@ -257,6 +281,7 @@ TRACKERS = {
     "wandb": Tracker("wandb==0.31.0", _open_wandb, ("WANDB_API_KEY", "WANDB_BASE_URL")),
     "mlflow": Tracker("mlflow-skinny==3.17.2", _open_mlflow, ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_TOKEN")),
     "tensorboard": Tracker("tensorboardX==2.6.5", _open_tensorboard),
+    "trackio": Tracker("trackio==0.43.0", _open_trackio, ("TRACKIO_SERVER_URL", "TRACKIO_DIR", "HF_TOKEN")),
 }
 
 

@@ -30,6 +30,7 @@ from forgebook.runs import atomic
 from forgebook.runs.metrics import Progress
 from forgebook.runs.run import Run
 from forgebook.training import checkpoints, distributed, objectives, optimizers, training_state
+from forgebook.training.evaluation_answers import EvaluationAnswers, metric_key
 from forgebook.training.losses import check_isolation
 from forgebook.training.objectives import Objective
 from forgebook.training.out_of_memory import explain_out_of_memory
@@ -127,6 +128,17 @@ def train_loop(config: ResolvedConfig, run: Run, report: Report = lambda metrics
             partial(objectives.evaluate, objective, worker, valid_set, valid_sequences, batch_size, classifier)
         )
 
+    answers = None
+    if config.eval_generation is not None and valid is not None:
+        answers = EvaluationAnswers(
+            worker, valid, config.task, config.eval_generation, config.metrics, config.generation_config,
+            config.eval_batch_size_per_device, bool(config.torch_compile),
+        )  # fmt: skip
+
+    def evaluated(number: int, is_last: bool) -> dict[str, Any]:
+        figures = evaluate() if evaluate else {}
+        return figures | (answers.figures(number, is_last) if answers else {})
+
     # (4) Resume from the last complete state, or test-save: a full disk shows now, not after hours of training.
     checkpoint_settings: dict[str, Any] = {
         "prompt_format": prompt_format_text(config.generation_config.prompt_format),
@@ -140,8 +152,10 @@ def train_loop(config: ResolvedConfig, run: Run, report: Report = lambda metrics
         copies = config.num_checkpoints_to_keep
         checkpoints.try_save(worker.model, worker.tokenizer, run.checkpoints, copies=copies, **checkpoint_settings)
     if config.eval_first and evaluate and not saved:
-        progress.evaluation(step=0, epoch=0, **evaluate())
+        progress.evaluation(step=0, epoch=0, **evaluated(0, is_last=False))
     step, losses, trained_tokens = start.step, dict(start.losses), start.trained_tokens
+    # By what checkpoints are ranked, the lowest first.
+    scores = losses if config.best_metric == "eval_loss" else dict(start.scores)
     parameters, trainable = worker.parameters
     progress.stage(
         "training", steps=last_step, steps_per_epoch=steps_per_epoch, start=step, workers=accelerator.num_processes,
@@ -218,7 +232,7 @@ def train_loop(config: ResolvedConfig, run: Run, report: Report = lambda metrics
             progress.step(**latest)
 
         # (7) Evaluate, then save. Between evaluations only the training state is saved, by the clock.
-        evaluation: dict[str, Any] = evaluate() if name is not None and evaluate else {}
+        evaluation = evaluated(len(losses), step == last_step) if name is not None else {}
         if not any(rates[:step]):
             # A warm-up starts at a learning rate of 0: after its first step this is still the base, and no result.
             name = None
@@ -226,20 +240,24 @@ def train_loop(config: ResolvedConfig, run: Run, report: Report = lambda metrics
                 progress.evaluation(step=step, epoch=epoch + 1, **evaluation)
         if name is not None:
             losses[name] = evaluation.get("eval_loss")
+            if scores is not losses:
+                score = evaluation.get(metric_key(config.best_metric))
+                scores[name] = None if score is None else -score
             if worker.deepspeed_engine:
                 # ZeRO-3 may be prefetching the next batch's first weights, which a save could not gather.
                 worker.deepspeed_engine.empty_partition_cache()
             folder = run.checkpoints / name
             checkpoints.save_checkpoint(worker.model, worker.tokenizer, folder, **checkpoint_settings)
             checkpoints.publish(run, folder, name)
-            best = checkpoints.keep_best(run, losses, config.num_checkpoints_to_keep)
+            best = checkpoints.keep_best(run, scores, config.num_checkpoints_to_keep)
             evaluation |= {**sums.totals(), "checkpoint_dir_name": name, "is_best": name == best}
             progress.evaluation(step=step, epoch=epoch + 1, **evaluation)
-            latest |= evaluation
+            latest |= {key: value for key, value in evaluation.items() if key != "generated"}
             is_enough = _is_enough(config.early_stopping, losses)
         is_due = config.save_state_minutes and since_state > 60 * config.save_state_minutes
         if name is not None or is_due or is_stopping:
             position = Position(step, trained_tokens, time.perf_counter() - started, losses, sums.state())
+            position.scores = {} if scores is losses else scores
             training_state.save_state(run, position, *weights)
             saved_at = time.perf_counter()
         if name is not None or since_report > REPORT_SECONDS:
@@ -249,7 +267,7 @@ def train_loop(config: ResolvedConfig, run: Run, report: Report = lambda metrics
             raise StoppedError(f"stopped by SIGTERM; step {step} is saved, and the same command resumes after it")
 
     # (8) What summary.json reports.
-    best = checkpoints.keep_best(run, losses, config.num_checkpoints_to_keep)
+    best = checkpoints.keep_best(run, scores, config.num_checkpoints_to_keep)
     best_loss = losses[best]
     seconds = time.perf_counter() - started
     result = {
@@ -258,6 +276,7 @@ def train_loop(config: ResolvedConfig, run: Run, report: Report = lambda metrics
         "perplexity": None
         if best_loss is None or objective.preference or config.classifier_config
         else objectives.perplexity(best_loss),
+        **({} if scores is losses else {metric_key(config.best_metric): -(scores[best] or 0.0)}),
         "steps": step,
         "epochs": round(step / steps_per_epoch, 4),
         "steps_without_early_stopping": last_step if step < last_step else None,

@@ -36,8 +36,9 @@ POSITION_FILE = "place.json"  # written last: a state without it is incomplete
 class Position:
     """How far a run is, as saved with its training state.
 
-    seconds: of training, over all starts. losses: checkpoint name -> evaluation loss, oldest first. epoch_sums: of the
-    steps of an unfinished epoch (`step_metrics.EpochSums`). world_size: the workers that saved the state.
+    seconds: of training, over all starts. losses: checkpoint name -> evaluation loss, oldest first. scores: the same of
+    the metric that ranks checkpoints, negative, where that is not the loss. epoch_sums: of the steps of an unfinished
+    epoch (`step_metrics.EpochSums`). world_size: the workers that saved the state.
     """
 
     step: int = 0
@@ -46,6 +47,7 @@ class Position:
     losses: dict[str, float | None] = field(default_factory=dict)
     epoch_sums: dict[str, Any] = field(default_factory=dict)
     world_size: int = 1
+    scores: dict[str, float | None] = field(default_factory=dict)
 
 
 def save_state(run: Run, position: Position, model, optimizer, deepspeed_engine=None) -> None:

@@ -18,6 +18,8 @@ from forgebook.planning.token_count import Statistics
 
 LORA = {"r": 8, "target_modules": "all-linear"}
 PISSA = LORA | {"init_lora_weights": "pissa"}
+ANSWERS = {"valid_path": "v", "task": "instruction_tuning"}
+METRIC = {"metrics": ["exact_match"]}
 LABELS = {"label_tokens": ["a", "b"]}
 
 # Each breaks the rules whose messages contain these words, and no other.
@@ -42,6 +44,11 @@ BROKEN = [
     ({"optimizer": "muon", "lora_config": LORA, "deepspeed": "none"}, ["muon is for full fine-tuning"]),
     ({"quantization": "nf4", "deepspeed": "zero_3"}, ["needs lora_config", "bitsandbytes' packed weights"]),
     ({"early_stopping": {"patience": 1}}, ["early_stopping compares evaluation losses and needs valid_path"]),
+    ({"eval_generation": {}, "task": "instruction_tuning"}, ["needs valid_path"]),
+    ({"eval_generation": {}, "valid_path": "v", "task": "causal_lm"}, ["needs examples with answers"]),
+    ({"metrics": ["exact_match"]}, ["metrics are of generated answers"]),
+    ({"best_metric": "exact_match"}, ["best_metric is not among metrics"]),
+    ({"best_metric": "exact_match", **METRIC, "eval_generation": {"every": 2}, **ANSWERS}, ["set every: 1"]),
     ({"loraplus_lr_ratio": 16}, ["loraplus_lr_ratio is of the matrices of an adapter and needs lora_config"]),
 ]  # fmt: skip
 WORKS = [
@@ -57,6 +64,7 @@ WORKS = [
     {"min_devices": 1, "num_devices": 2, "deepspeed": "none"},
     {"optimizer": "adamw_8bit", "deepspeed": "zero_3"},
     {"optimizer": "muon", "deepspeed": "none"},
+    {"best_metric": "tool_calls", "metrics": ["tool_calls"], "eval_generation": {}, **ANSWERS},
 ]
 
 

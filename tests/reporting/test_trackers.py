@@ -138,6 +138,34 @@ def test_three_trackers_get_everything(make_config, mlflow_server):
 
 
 @pytest.mark.slow
+def test_trackio_gets_everything_and_a_resumed_run_stays_one(make_config, tmp_path):
+    """In processes of their own, as Trackio reads its folder's name when it is imported."""
+    pytest.importorskip("trackio", reason="trackio is not installed: pip install trackio==0.43.0")
+    config = make_config(logger={"provider": "trackio", "provider_config": {"project": "tests"}})
+    environment = os.environ | {"TRACKIO_DIR": str(tmp_path / "trackio")}
+
+    def run_python(*arguments: str) -> str:
+        done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    for _ in range(2):
+        run_python("main.py", config.source)
+        (tmp_path / "runs/run/summary.json").unlink()  # as a driver leaves it that is killed at the very end
+    name = (tmp_path / "runs/run/logs/trackio-0.id").read_text()
+    code = (
+        "import json, trackio; from trackio.sqlite_storage import SQLiteStorage as storage;"
+        f"print(json.dumps([[r.name for r in trackio.Api().runs('tests')], storage.get_logs('tests', {name!r})]))"
+    )
+    names, rows = json.loads(run_python("-c", code).splitlines()[-1])
+    assert names == [name]
+    steps = [row for row in read_metrics(tmp_path / "runs/run/metrics.jsonl") if "train_loss_batch" in row]
+    logged = [(row["step"], row["train_loss_batch"]) for row in rows if "train_loss_batch" in row]
+    assert logged == [(row["step"], pytest.approx(row["train_loss_batch"])) for row in steps]
+    assert any("final/eval_loss" in row for row in rows)
+
+
+@pytest.mark.slow
 def test_a_continued_run_stays_one_run(make_config, mlflow_server):
     """Stopped after two steps and started again with more: one MLflow run, one curve, one wandb id."""
     logger = [

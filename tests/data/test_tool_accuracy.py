@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from forgebook.data.tool_accuracy import TOOL_CALL_MISTAKES, find_tool_call_mistake
 from forgebook.data.tools import ToolCall
-from forgebook.evaluation.tool_accuracy import TOOL_CALL_MISTAKES, find_tool_call_mistake
 
 WEATHER = ToolCall("weather", {"city": "Paris", "days": 2})
 
