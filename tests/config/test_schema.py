@@ -166,6 +166,13 @@ def test_origins_record_what_set_a_value(load_yaml):
     assert set(config.origins.values()) <= {"file", "override", "default", "auto"}
 
 
+def test_a_reason_for_a_key_of_a_block_marks_the_block_too(load_yaml):
+    config = load_yaml("num_epochs: 3\nlora_config: {r: 4}\n")
+    origins = config.explained({"seed": "why", "lora_config.r": "fits"}).origins
+    assert (origins["seed"], origins["lora_config.r"]) == ("auto: why", "auto: fits")
+    assert origins["lora_config"] == "auto" and origins["num_epochs"] == "file"
+
+
 def test_resolve_returns_a_checked_copy(load_yaml):
     config = load_yaml("num_devices: 4\ntrain_batch_size_per_device: 2\nseed: 1\n")
     resolved = config.resolve(context_length=512, train_batch_size_per_device=8, seed=1)

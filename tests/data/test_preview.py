@@ -2,6 +2,7 @@
 
 import dataclasses
 import html
+import io
 import json
 
 import pytest
@@ -125,6 +126,20 @@ def test_the_verb(make_config, tmp_path, capsys):
     assert main(["preview"]) == 2 and "needs a CONFIG" in capsys.readouterr().err
     assert main(["preview", config, "n=0"]) == 2 and "must be a whole number" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("terminal", [False, True], ids=["file", "terminal"])
+def test_tokens_in_the_loss_are_in_brackets_or_in_color(make_config, terminal):
+    [example, *_] = preview_examples(make_config(), 1)
+    screen = io.StringIO()
+    print_example(example, Console(file=screen, force_terminal=terminal, width=500, soft_wrap=True))
+    shown = screen.getvalue().splitlines()[-1]
+    in_loss = [piece for piece, is_in_loss, _ in example.pieces if is_in_loss]
+    if terminal:
+        assert "⟦" not in shown and "\x1b[" in shown
+    else:
+        assert shown.count("⟦") == len(in_loss) >= 2 and all(f"⟦{piece}⟧" in shown for piece in in_loss)
+        assert shown.replace("⟦", "").replace("⟧", "") == "".join(piece for piece, *_ in example.pieces)
 
 
 def test_show_highlights_the_tokens_in_the_loss(tokenizer):

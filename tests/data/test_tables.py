@@ -42,3 +42,21 @@ def test_the_commit_of_a_hub_data_set():
 
     assert tables.hub_revision(loaded({"hf://datasets/openai/gsm8k@e53f048/main/a.parquet": {}})) == "e53f048"
     assert tables.hub_revision(loaded({"/home/a@b/c": {}})) is tables.hub_revision(loaded(None)) is None
+
+
+@pytest.mark.parametrize(
+    ("uri", "name", "config"),
+    [
+        ("hf://openai/gsm8k/main:train", "openai/gsm8k", "main"),
+        ("hf://owner/name:train", "owner/name", None),
+        ("hf://squad:train", "squad", None),
+        ("hf://./made/of/folders:train", "./made/of/folders", None),
+        ("hf://./a/b:train", "./a/b", None),  # as many slashes as a name with a config has
+    ],
+)
+def test_the_name_and_config_of_a_hub_data_set(monkeypatch, uri, name, config):
+    """What `datasets` is asked for."""
+    asked = []
+    monkeypatch.setattr("datasets.load_dataset", lambda *words, **named: asked.append((*words, named["split"])))
+    tables.hub_dataset(uri)
+    assert asked == [(name, config, "train")]
