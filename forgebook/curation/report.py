@@ -61,7 +61,7 @@ def as_json(curation: Curation) -> dict[str, Any]:
             for reason, count in _counts(curation).items()
         },
         "unusable": [mask_personal_data(problem) for problem in curation.notes.problems[:100]],
-        **{name: {k: v for k, v in report.items() if k != "shown"} for name, report in curation.judges.items()},
+        **{name: _judge_as_json(curation, report) for name, report in curation.judges.items()},
         "notes": curation.remarks,
     }
 
@@ -106,6 +106,16 @@ def _example_as_json(curation: Curation, finding: Finding) -> dict[str, Any]:
     of = {} if finding.of is None else {"of": curation.shown[finding.of].where}
     texts = [[role, text] for role, text in _texts(example)]
     return {"where": example.where, "detail": mask_personal_data(finding.detail), **of, "texts": texts}
+
+
+def _judge_as_json(curation: Curation, report: dict[str, Any]) -> dict[str, Any]:
+    """Describe a judge's figures; the examples that it lists by their file:line."""
+    figures = {key: value for key, value in report.items() if key not in ("shown", "lists")}
+    lists = {
+        title: [{"where": curation.shown[number].where, "detail": detail} for number, detail in entries]
+        for title, entries in report.get("lists", {}).items()
+    }
+    return figures | lists
 
 
 def _texts(example: Example) -> list[tuple[str, str]]:

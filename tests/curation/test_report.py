@@ -61,6 +61,9 @@ def test_what_a_judge_reports_is_shown(tmp_path):
         return Judged([], {"median": 0.25, "shown": [4], "lists": {"lowest loss": [(4, "0.1 nats")]}})
 
     curation = curation_of(tmp_path, ROWS, {"label_noise": judge})
-    assert as_json(curation)["label_noise"]["median"] == 0.25
+    assert as_json(curation)["label_noise"] == {
+        "median": 0.25,
+        "lowest loss": [{"where": "rows.jsonl:5", "detail": "0.1 nats"}],
+    }
     page = as_page(curation)
     assert "<h2>label noise</h2>" in page and "rows.jsonl:5: 0.1 nats" in page
