@@ -66,6 +66,22 @@ def test_as_many_at_a_time_as_allowed():
     assert most[0] == 3
 
 
+def test_requests_are_made_as_they_are_needed_and_none_after_the_last_reply_that_is_wanted():
+    drawn = []
+
+    def endless():
+        for request in questions(10_000):
+            drawn.append(request)
+            yield request
+
+    with endpoint(echo) as (url, requests):
+        replies = made(url, concurrency=2).ask_all(endless())
+        for _ in range(5):
+            next(replies)
+        replies.close()
+        assert len(drawn) <= 5 + 2 + 1 and len(requests) <= 5 + 2
+
+
 def test_nothing_is_asked_twice():
     with endpoint(echo) as (url, requests):
         answers(made(url), questions(10))
