@@ -124,12 +124,13 @@ def curate(
         index.add(example, is_validation=True)
     offset = len(index)  # of the training examples in the index
     checks = TextChecks(settings.min_answer_characters, settings.max_characters, settings.refusals, bool(labels))
-    for number, example in enumerate(_examples(sources, task, labels, curation.notes)):
-        curation.findings += checks.find(number, example)
-        index.add(example)
-        curation.read = number + 1
-        if curation.read % REPORT_EVERY == 0:
-            on_progress("examples read", curation.read, curation.read)
+    chunks = [chunk for source in sources for chunk in readers.chunks_of(source)]
+    for done, chunk in enumerate(chunks, 1):
+        for example in noted_examples(chunk, task, labels, curation.notes):
+            curation.findings += checks.find(curation.read, example)
+            index.add(example)
+            curation.read += 1
+        on_progress("parts of the data", done, len(chunks))
     if not curation.read:
         if curation.notes.problems:
             raise bad_rows_error(config.train_path, curation.notes, task=task)
