@@ -349,9 +349,8 @@ class FinetuneConfig(StrictBlock):
     def explained(self, reasons: dict[str, str]) -> Self:
         """Return a copy that records why the program chose the values of these dotted keys."""
         noted = {key: f"auto: {reason}" for key, reason in reasons.items()}
-        blocks = {key.split(".")[0]: "auto" for key in reasons if "." in key}
         copy = self.model_copy()
-        copy._origins = self._origins | blocks | noted
+        copy._origins = self._origins | noted
         return copy
 
     def with_origins(self, origins: dict[str, str], source: str | None) -> Self:

@@ -166,11 +166,11 @@ def test_origins_record_what_set_a_value(load_yaml):
     assert set(config.origins.values()) <= {"file", "override", "default", "auto"}
 
 
-def test_a_reason_for_a_key_of_a_block_marks_the_block_too(load_yaml):
-    config = load_yaml("num_epochs: 3\nlora_config: {r: 4}\n")
+def test_a_reason_for_one_key_of_a_block_leaves_the_others(load_yaml):
+    config = load_yaml("num_epochs: 3\n").resolve(lora_config={"r": 4, "lora_alpha": 8})
     origins = config.explained({"seed": "why", "lora_config.r": "fits"}).origins
     assert (origins["seed"], origins["lora_config.r"]) == ("auto: why", "auto: fits")
-    assert origins["lora_config"] == "auto" and origins["num_epochs"] == "file"
+    assert origins["lora_config.lora_alpha"] == "auto" and origins["num_epochs"] == "file"
 
 
 def test_resolve_returns_a_checked_copy(load_yaml):
