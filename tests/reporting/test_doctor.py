@@ -80,6 +80,13 @@ def test_the_end_of_an_answer(found, end):
     assert not finding.problem and repr(end.strip()) in finding.text
 
 
+def test_two_beginnings(found):
+    prompt_format = {"bos": "<|begin|><|begin|>", "system": "{instruction}", "user": "{instruction}"}
+    prompt_format |= {"assistant": "{instruction}<|end|>"}
+    finding = found(generation_config={"prompt_format": prompt_format})["first example"]
+    assert "begins with '<|begin|>' twice" in finding.problem
+
+
 def test_a_tokenizer_without_any_end(found, tmp_path):
     model = shutil.copytree(TINY_MODEL, tmp_path / "base")
     (model / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
