@@ -38,12 +38,15 @@ def test_the_whole_text_as_the_final_answer():
 def test_a_verifier(tmp_path):
     file = tmp_path / "checks.py"
     file.write_text(
-        "def short(row):\n    text = row['messages'][-1]['content']\n    row.clear()\n"
+        "def short(row):\n    text = row['messages'][-1]['content']\n    row['messages'].clear()\n"
         "    return True if len(text) < 5 else 'too long' if len(text) < 9 else False\n"
         "def broken(row):\n    return row['answer']\n"
         "def none(row):\n    pass\n"
     )
     assert problem("yes", verifier=f"{file}:short") is None
+    messages = [{"role": "assistant", "content": "yes"}]
+    made = make_constraints(SynthesisConfig(teacher={"model": "m"}, verifier=f"{file}:short"))
+    assert made.problem(messages) is None and len(messages) == 1  # it gets a copy
     assert problem("perhaps", verifier=f"{file}:short") == "verifier: too long"
     assert problem("perhaps so", verifier=f"{file}:short") == "verifier: false"
     for name, message in {

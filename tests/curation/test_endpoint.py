@@ -110,11 +110,13 @@ def test_a_busy_endpoint_is_asked_again(status):
 
     def busy(body):
         seen.append(1)
-        return (status, "busy", {"Retry-After": "0.01"}) if len(seen) < 3 else "at last"
+        return (status, "busy", {"Retry-After": "0.03"}) if len(seen) < 3 else "at last"
 
     with endpoint(busy) as (url, _):
-        one = made(url)
+        one, waits = made(url), []
+        one._stopped.wait = waits.append
         assert answers(one, questions(1)) == {0: "at last"} and one.usage.repeated == 2
+    assert waits == [0.03, 0.03]  # as the endpoint asked
 
 
 def test_an_endpoint_that_stays_busy_is_an_error_and_replies_so_far_are_kept():

@@ -77,6 +77,16 @@ def test_a_question_of_the_validation_examples_is_not_written(run):
     assert any(reason == "duplicate: of valid.jsonl:1" for reason, _ in result.rejected)
 
 
+def test_what_the_teacher_repeats_is_taken_once(run):
+    with endpoint(lambda body: json.dumps(chat(f"What is {body['seed'] // 3 + 20} plus 1?", "It is one more."))) as (
+        url,
+        _,
+    ):
+        result, written = run(url, ["count=4"])
+    assert len({messages[1]["content"] for messages in written}) == 4
+    assert result.as_json()["rejected"] == {"duplicate": result.replies - 4} and result.replies == 10
+
+
 def solver(body):
     """Answer wrongly at first."""
     a = int(body["messages"][-1]["content"].split()[2])
