@@ -5,8 +5,6 @@ speed     near duplicates among 1,000,000 made-up examples of 40 words, a tenth 
           own index (MinHashLSH) with the same bands, for fewer examples, because its memory grows with them.
 planted   data/summaries with 600 rows as they are and 30 of each fault planted (tests/support_planted.py): precision
           and recall of every check, and of the loss of a model trained on that data for two epochs.
-accuracy  the tiny model trained on the planted set, and on what curate leaves of it with the highest losses dropped;
-          exact matches on data/summaries/test.jsonl. The same number of optimizer steps for both.
 
 Each part writes its figures into benchmarks/curate/results.json, with the environment.
 """
@@ -139,35 +137,9 @@ def measure_planted(folder: Path) -> dict:
     return {"rows": curation.read, "reasons": table}
 
 
-def measure_accuracy(folder: Path) -> dict:
-    """Exact matches after training on the planted set, and on what curate leaves of it."""
-    write_planted(folder)
-    if not (folder / "runs/planted").exists():
-        command(*settings(folder, "planted.jsonl", "planted", 2))
-    drop = (
-        "curation.drop=[empty_answer,too_long,truncated,refusal,exact_duplicate,near_duplicate,validation_overlap,"
-        "mixed_languages,high_loss]"
-    )
-    out = f"out={folder / 'clean.jsonl'}"
-    more = ("curation.max_characters=2000", drop, f"run={folder / 'runs/planted'}", out)
-    command("curate", *settings(folder, "planted.jsonl", "x", 2, *more))
-    steps = {}
-    for name, file in (("before", "planted.jsonl"), ("after", "clean.jsonl")):
-        command(*settings(folder, file, name, 6, "max_steps=180"))
-        command("evaluate", str(folder / "runs" / name), "metric=exact_match")
-        evaluation = json.loads((folder / "runs" / name / "evaluation.json").read_text())
-        count = len((folder / file).read_text().splitlines())
-        steps[name] = {
-            "examples": count,
-            "exact_match": evaluation["exact_match_after"],
-            "interval": evaluation["exact_match_after_95"],
-        }
-    return steps
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", nargs="+", default=["speed", "planted", "accuracy"])
+    parser.add_argument("--part", nargs="+", choices=["speed", "planted"], default=["speed", "planted"])
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)  # of a process of its own: NAME COUNT
     arguments = parser.parse_args()
     if arguments.measure:
@@ -184,7 +156,7 @@ def main() -> None:
                     for name, count in (("index", 100_000), ("datasketch", 100_000), ("index", 1_000_000))
                 }
             else:
-                figures = (measure_planted if part == "planted" else measure_accuracy)(Path(folder))
+                figures = measure_planted(Path(folder))
             results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
             results[part] = figures
             results["environment"] = {
