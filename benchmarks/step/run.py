@@ -94,7 +94,7 @@ def run_forgebook(folder: Path, steps: int, dtype: str) -> dict:
     for path in (run.tokens, run.checkpoints, run.resume):
         path.mkdir(parents=True)
     save_view(map_shards([folder / "train.arrow"]), run.tokens / "train.npz")
-    train_loop(load_config(folder / "config.yaml"), run)
+    train_loop(load_config(folder / "config.yaml").resolved(context_length=4096, run_name="run"), run)
     rows = [row for row in read_metrics(run.metrics) if "train_loss_batch" in row]
     return {
         "seconds": [row["train_time_per_step"] for row in rows],
@@ -117,8 +117,8 @@ def run_trainer(folder: Path, steps: int, same_batches: bool) -> dict:
 
     tokens = map_shards([folder / "train.arrow"])
     sequences = list(np.arange(len(tokens))[:, None])
-    steps = batching.epoch_batches(tokens, sequences, BATCH, 42, 0)
-    order = np.concatenate([row for step in steps for row in step])
+    epoch = batching.epoch_batches(tokens, sequences, BATCH, 42, 0)
+    order = np.concatenate([row for step in epoch for row in step])
     measured = {"seconds": [], "tokens": [], "losses": []}
 
     def stack(rows):
