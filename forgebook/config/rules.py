@@ -118,14 +118,14 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         ("optimizer", "deepspeed"),
-        lambda config, zero: config.optimizer == "adamw_8bit" and zero.offload_optimizer,
+        lambda config, zero: config.optimizer.endswith("_8bit") and zero.offload_optimizer,
         "optimizer: adamw_8bit does not work with an offloaded optimizer, which is DeepSpeed's own AdamW on the CPU",
         "set optimizer: adamw, or use a DeepSpeed file without offload_optimizer",
     ),
     Rule(
         ("optimizer", "deepspeed"),
-        lambda config, zero: config.optimizer == "muon" and config.deepspeed is not None,
-        "optimizer: muon does not work with DeepSpeed, which cuts the matrices that it needs whole",
+        lambda config, zero: config.optimizer in ("muon", "adafactor") and config.deepspeed is not None,
+        "optimizer: muon and adafactor do not work with DeepSpeed, which cuts the matrices that they need whole",
         "set deepspeed: none, or optimizer: adamw",
     ),
     Rule(
@@ -186,6 +186,15 @@ RULES: tuple[Rule, ...] = (
 
 # Keys that have no effect given the others: a warning is printed if the file or an override sets one.
 UNREAD: tuple[Rule, ...] = (
+    *(
+        Rule(
+            (key,),
+            lambda config, zero: config.optimizer == "adafactor",
+            f"{key} has no effect with optimizer: adafactor, which has constants of its own",
+            "set optimizer: adamw, or remove it",
+        )
+        for key in ("adam_betas", "adam_epsilon")
+    ),
     *(
         Rule(
             (key,),

@@ -146,9 +146,10 @@ class FinetuneConfig(StrictBlock):
     """Added to AdamW's denominator."""
     max_grad_norm: Annotated[Float, Field(ge=0)] = 1.0
     """Clip gradients to this norm; 0: no clipping."""
-    optimizer: Literal["adamw", "adamw_8bit", "muon"] = "adamw"
-    """adamw_8bit: both moments in 8 bits, through bitsandbytes; tensors of fewer than 4,096 elements keep 32. muon: the
-    matrices of linear layers by Muon with updates of AdamW's size, embeddings, output layer and vectors by AdamW."""
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor", "muon"] = "adamw"
+    """adamw_8bit: both moments in 8 bits, through bitsandbytes; tensors of fewer than 4,096 elements keep 32.
+    paged_adamw_8bit: moves them to the host while the GPU lacks memory. adafactor (arXiv 1804.04235): a row and column
+    for a matrix. muon: for matrices of linear layers, with updates of AdamW's size; all other weights by AdamW."""
     neftune_noise_alpha: Rate | None = None
     """Add noise to the embeddings in training, uniform in +-alpha / sqrt(length * width) of the padded batch
     (NEFTune, arXiv 2310.05914). None: no noise."""

@@ -218,11 +218,14 @@ def memory_of(config: FinetuneConfig, shape: Shape, *, workers: int, length: int
 
 
 def _optimizer_bytes(run: _Run) -> int:
-    """Count the bytes of the optimizer's state: two moments, or Muon's one, and float32 masters of bfloat16 weights."""
+    """Count the bytes of the optimizer's state: its moments, and float32 masters of bfloat16 weights."""
     # Muon's matrices are all but the embeddings, and vectors that do not count.
     tables = run.shape.embedding_parameters * (1 if run.shape.tied else 2)
     matrices = max(0.0, 1 - tables / run.shape.parameters)
-    moments = {"adamw": 8.0, "adamw_8bit": 2.0, "muon": 8 - 4 * matrices}[run.config.optimizer]
+    # Adafactor's row and column: of an adapter's matrices one side is the rank.
+    lora = run.config.lora_config
+    shorter_side = int(lora.get("r", 8)) if lora else run.shape.hidden
+    moments = {"adamw": 8.0, "muon": 8 - 4 * matrices, "adafactor": 8 / shorter_side}.get(run.config.optimizer, 2.0)
     # DeepSpeed clones masters out of float32 weights, too (ZeRO-3 would not, but compares a device with its name).
     has_masters = run.width == 2 or run.sharding.stage > 0
     return run.shard(int(run.trained * (moments + 4 * has_masters)), 1)
@@ -278,7 +281,10 @@ def _step(run: _Run) -> int:
     if sharding.offload_optimizer:
         return gradients
     if sharding.stage == 0:  # fused; float32 gradients of all masters at once
-        return gradients + 4 * masters * (run.width == 2)
+        # Adafactor updates one tensor at a time, of which it makes two copies.
+        largest = 0 if run.config.is_lora else run.shape.embedding_parameters
+        copies = 2 * 4 * largest * (run.config.optimizer == "adafactor")
+        return gradients + 4 * masters * (run.width == 2) + copies
     # DeepSpeed computes the norm of one gradient after the other, in float64: the largest tensor decides.
     table = 0 if run.config.is_lora else run.shard(run.shape.embedding_parameters, 3)
     norm = gradients + 8 * min(table, masters)

@@ -31,10 +31,15 @@ def refuse_missing(config: FinetuneConfig) -> None:
     has_gpu = torch.cuda.is_available()
     for key, is_requested in {
         f"quantization: {config.quantization}": config.quantization is not None,
-        f"optimizer: {config.optimizer}": config.optimizer == "adamw_8bit",
+        f"optimizer: {config.optimizer}": config.optimizer.endswith("_8bit"),
     }.items():
         if is_requested and not _has("bitsandbytes"):
             raise ResourceError(f"{key} needs the package bitsandbytes: install it from requirements-gpu.txt")
+    if config.optimizer == "paged_adamw_8bit" and not has_gpu:
+        raise ResourceError(
+            "optimizer: paged_adamw_8bit moves its state between a GPU and its host, and this machine has no GPU: set "
+            "adamw_8bit"
+        )
     if config.liger_kernel.enabled and not has_gpu:
         raise ResourceError(
             "liger_kernel.enabled: its kernels run on a GPU, and this machine has none: set it to false"

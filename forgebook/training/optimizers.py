@@ -1,4 +1,4 @@
-"""AdamW and Muon for bfloat16 weights, and the learning rate of every step."""
+"""AdamW, Adafactor and Muon for bfloat16 weights, and the learning rate of every step."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ __all__ = ["AdamW", "deepspeed_adamw", "learning_rates", "matrix_names", "rate_g
 
 # The names of norms and biases, as transformers' Trainer knows them; LayerNorm is known by its class as well.
 _NORM_OR_BIAS = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
+# By `optimizer`: the class of bitsandbytes. The paged one moves its state to the host while the GPU lacks memory.
+IN_8_BITS = {"adamw_8bit": "AdamW8bit", "paged_adamw_8bit": "PagedAdamW8bit"}
 LOWEST_RATIO = 0.1  # of cosine_with_min_lr, where the config sets none
 
 
@@ -23,12 +25,12 @@ class AdamW:
     rate of 1e-5 nearly every one is. DeepSpeed's optimizers do the same for ZeRO runs; this one serves plain DDP, so
     that a run trains alike with both.
 
-    params: parameters, or groups of them, as torch takes them; one with `muon: true` is updated by Muon.
-    bits: 32, or 8 for moments that bitsandbytes stores in 8 bits.
+    params: parameters, or groups of them, as torch takes them; one with `muon: true` is updated by Muon. kind: as the
+    config's `optimizer`; adafactor takes neither betas nor eps.
     """
 
     def __init__(
-        self, params: Iterable[torch.nn.Parameter] | Iterable[dict[str, Any]], *, bits: int = 32, **kwargs: Any
+        self, params: Iterable[torch.nn.Parameter] | Iterable[dict[str, Any]], *, kind: str = "adamw", **kwargs: Any
     ):
         groups: list[Any] = list(params)
         groups = groups if isinstance(groups[0], dict) else [{"params": groups}]
@@ -42,8 +44,17 @@ class AdamW:
         self.inner: Any
         if any(group.get("muon") for group in own):
             self.inner = _MuonAndAdamW(own, **kwargs)
+        elif kind == "adafactor":
+            # As the Trainer sets it up: the learning rate is that of the config, where torch's own Adafactor would
+            # multiply it by the size of the weights.
+            from transformers.optimization import Adafactor
+
+            kwargs = {name: value for name, value in kwargs.items() if name in ("lr", "weight_decay")}
+            self.inner = Adafactor(own, scale_parameter=False, relative_step=False, **kwargs)
         else:
-            self.inner = torch.optim.AdamW(own, fused=True, **kwargs) if bits == 32 else _in_8_bits(own, **kwargs)
+            self.inner = (
+                _in_8_bits(kind, own, **kwargs) if kind in IN_8_BITS else torch.optim.AdamW(own, fused=True, **kwargs)
+            )
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -180,14 +191,14 @@ def set_rate(groups: Iterable[dict[str, Any]], learning_rate: float) -> None:
 
 
 def deepspeed_adamw(kind: str, groups: Sequence[dict[str, Any]], **kwargs: Any) -> torch.optim.Optimizer:
-    """Return the optimizer that DeepSpeed runs on its own float32 partitions: "adamw" or "adamw_8bit"."""
-    return torch.optim.AdamW(groups, **kwargs) if kind == "adamw" else _in_8_bits(groups, **kwargs)
+    """Return the optimizer that DeepSpeed runs on its own float32 partitions: "adamw", or one of IN_8_BITS."""
+    return torch.optim.AdamW(groups, **kwargs) if kind == "adamw" else _in_8_bits(kind, groups, **kwargs)
 
 
-def _in_8_bits(groups: Sequence[dict[str, Any]], **kwargs: Any) -> torch.optim.Optimizer:
-    from bitsandbytes.optim.adamw import AdamW8bit
+def _in_8_bits(kind: str, groups: Sequence[dict[str, Any]], **kwargs: Any) -> torch.optim.Optimizer:
+    from bitsandbytes.optim import adamw
 
-    return AdamW8bit(groups, **kwargs)
+    return getattr(adamw, IN_8_BITS[kind])(groups, **kwargs)
 
 
 def learning_rates(

@@ -164,7 +164,7 @@ def make_worker(config: ResolvedConfig, accelerator: Accelerator) -> Worker:
     if config.quantization is None:  # quantized weights were loaded where they stay
         model.to(accelerator.device)
     model.train()
-    optimizer = optimizers.AdamW(groups, bits=8 if config.optimizer == "adamw_8bit" else 32, **hyperparameters)
+    optimizer = optimizers.AdamW(groups, kind=config.optimizer, **hyperparameters)
     wrapped = accelerator.prepare(SupervisedLM(model))
     return Worker(accelerator, tokenizer, model, wrapped, optimizer, None, parameters)
 

@@ -40,7 +40,9 @@ BROKEN = [
     ({"classifier_config": LABELS, "lora_config": LORA, "deepspeed": "zero_3"}, ["single rows of the embedding"]),
     ({"lora_config": PISSA, "deepspeed": "zero_3_offload_optim+param"}, ["pissa does not work with ZeRO-3"]),
     ({"optimizer": "adamw_8bit", "deepspeed": "zero_3_offload_optim"}, ["adamw_8bit does not work with an offloaded"]),
-    ({"optimizer": "muon", "deepspeed": "zero_2"}, ["muon does not work with DeepSpeed"]),
+    ({"optimizer": "muon", "deepspeed": "zero_2"}, ["muon and adafactor do not work with DeepSpeed"]),
+    ({"optimizer": "adafactor", "deepspeed": "zero_2"}, ["muon and adafactor do not work with DeepSpeed"]),
+    ({"optimizer": "paged_adamw_8bit", "deepspeed": "zero_3_offload_optim"}, ["does not work with an offloaded"]),
     ({"optimizer": "muon", "lora_config": LORA, "deepspeed": "none"}, ["muon is for full fine-tuning"]),
     ({"quantization": "nf4", "deepspeed": "zero_3"}, ["needs lora_config", "bitsandbytes' packed weights"]),
     ({"early_stopping": {"patience": 1}}, ["early_stopping compares evaluation losses and needs valid_path"]),
@@ -231,8 +233,16 @@ def test_default_mode_says_which_rule_the_written_keys_break(write):
 
 
 # Each sets keys that nothing reads; `valid_path` and the like make them read.
-CONTEXT = {"num_devices", "num_epochs", "lr_scheduler_type"}  # set beside the keys that are unread
+CONTEXT = {
+    "num_devices",
+    "num_epochs",
+    "lr_scheduler_type",
+    "optimizer",
+    "deepspeed",
+}  # set beside the keys that are unread
 UNREAD_KEYS = [
+    ({"adam_betas": (0.9, 0.95), "optimizer": "adafactor", "deepspeed": "none"}, {"optimizer": "adamw"}),
+    ({"adam_epsilon": 1e-6, "optimizer": "adafactor", "deepspeed": "none"}, {"optimizer": "adamw"}),
     ({"lr_scheduler_type": "constant", "min_lr_ratio": 0.1, "lr_decay_ratio": 0.2}, {"lr_scheduler_type": "wsd"}),
     ({"decay_norms_and_biases": True}, {"weight_decay": 0.1}),
     ({"eval_first": True, "eval_batch_size_per_device": 4}, {"valid_path": "v.jsonl"}),

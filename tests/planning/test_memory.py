@@ -51,6 +51,15 @@ def test_muon_holds_one_moment_of_a_matrix():
     assert adamw.optimizer - muon.optimizer == pytest.approx(4 * matrices, rel=1e-6)
 
 
+def test_adafactor_holds_a_row_and_a_column_and_two_copies_of_the_largest_tensor():
+    shape = shape_of(LLAMA_8B)
+    adamw, adafactor = (memory_of(big(optimizer=kind), shape, workers=1, length=64) for kind in ("adamw", "adafactor"))
+    saved = adamw.optimizer - adafactor.optimizer
+    assert saved == pytest.approx(8 * shape.parameters, rel=1e-3)
+    copies = adafactor.activations - adamw.activations
+    assert copies == pytest.approx(8 * shape.embedding_parameters, rel=0.01)
+
+
 @pytest.mark.parametrize(
     ("stage", "micro_batches", "bytes_each"),
     [("zero_1", 1, 2 + 14 / 8), ("zero_1", 2, 4 + 12 / 8), ("zero_2", 2, 2 + 14 / 8)],

@@ -24,6 +24,7 @@ without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine
     [
         ({"attention": "flex"}, "attention: flex has no backward pass on a CPU"),
         ({"liger_kernel": {"enabled": True}}, "liger_kernel.enabled: its kernels run on a GPU"),
+        ({"optimizer": "paged_adamw_8bit"}, "paged_adamw_8bit moves its state between a GPU and its host"),
     ],
 )
 def test_what_needs_a_gpu_is_refused_without_one(make_config, tmp_path, values, message):
@@ -37,6 +38,7 @@ def test_what_needs_a_gpu_is_refused_without_one(make_config, tmp_path, values, 
     [
         ({"quantization": "nf4", "lora_config": LORA}, "quantization: nf4 needs the package bitsandbytes"),
         ({"optimizer": "adamw_8bit"}, "optimizer: adamw_8bit needs the package bitsandbytes"),
+        ({"optimizer": "paged_adamw_8bit"}, "optimizer: paged_adamw_8bit needs the package bitsandbytes"),
         ({"liger_kernel": {"enabled": True}}, "liger_kernel.enabled needs the package liger-kernel"),
     ],
 )
@@ -141,7 +143,10 @@ def test_8_bit_moments_are_bitsandbytes_own_and_are_small():
     torch.manual_seed(0)
     start = torch.randn(64, 128)
     ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
-    optimizers = AdamW([ours], bits=8, lr=1e-2, weight_decay=0.1), AdamW8bit([theirs], lr=1e-2, weight_decay=0.1)
+    optimizers = (
+        AdamW([ours], kind="adamw_8bit", lr=1e-2, weight_decay=0.1),
+        AdamW8bit([theirs], lr=1e-2, weight_decay=0.1),
+    )
     for step in range(3):
         for p, optimizer in zip((ours, theirs), optimizers, strict=True):
             p.grad = torch.randn(64, 128, generator=torch.Generator().manual_seed(step))

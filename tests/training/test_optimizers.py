@@ -177,6 +177,33 @@ def test_muon_resumes_with_the_same_updates():
     assert torch.equal(whole[0], resumed[0]) and torch.equal(whole[1], resumed[1])
 
 
+def test_adafactor_is_the_trainers_on_masters_and_resumes_with_the_same_updates():
+    from transformers.optimization import Adafactor
+
+    torch.manual_seed(0)
+    start = torch.randn(6, 4).bfloat16()
+    whole, resumed = ([torch.nn.Parameter(start.clone())] for _ in range(2))
+    settings = {"lr": 1e-3, "weight_decay": 0.1}
+    first, second = (
+        AdamW(params, kind="adafactor", betas=(0.9, 0.99), eps=1e-8, **settings) for params in (whole, resumed)
+    )
+    theirs = [torch.nn.Parameter(start.float())]
+    train(whole, first, 3)
+    train(theirs, Adafactor(theirs, scale_parameter=False, relative_step=False, **settings), 3)
+    assert torch.equal(whole[0], theirs[0].bfloat16()) and not torch.equal(whole[0], start)
+    assert {
+        tuple(one.shape) for one in first.inner.state[first.masters[0]].values() if torch.is_tensor(one) and one.ndim
+    } == {
+        (6,),
+        (4,),
+    }
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    resumed[0].data.copy_(whole[0].data)
+    for params, optimizer in ((whole, first), (resumed, second)):
+        train(params, optimizer, 3)
+    assert torch.equal(whole[0], resumed[0])
+
+
 def test_the_matrices_of_a_model_are_its_linear_layers_without_the_head():
     model = AutoModelForCausalLM.from_pretrained(TINY_MODEL)
     names = matrix_names(model)
@@ -188,7 +215,8 @@ def test_the_matrices_of_a_model_are_its_linear_layers_without_the_head():
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
 
 
-def test_a_run_trains_with_muon(make_config):
-    run = fine_tune(make_config(optimizer="muon", num_epochs=3, train_batch_size_per_device=4))
+@pytest.mark.parametrize("optimizer", ["muon", "adafactor"])
+def test_a_run_trains_with_it(make_config, optimizer):
+    run = fine_tune(make_config(optimizer=optimizer, num_epochs=3, train_batch_size_per_device=4))
     losses = losses_of(run)
     assert losses[-1] < 0.7 * losses[0]
