@@ -166,7 +166,7 @@ def fits(need: Memory, device: Gpu | Cpu) -> bool:
 def settle_checkpointing(
     config: ResolvedConfig, shape: Shape, workers: int, length: int, device: Gpu | Cpu | None
 ) -> tuple[ResolvedConfig, list[str]]:
-    """Choose `gradient_checkpointing: auto`, with a note why: the least recomputation that fits. Others stay.
+    """Choose `gradient_checkpointing: auto`: the least recomputation that fits, with a note why. Others stay.
 
     device: None where it is not known, or one of several.
     """
@@ -185,7 +185,8 @@ def settle_checkpointing(
             choice, reason = less, f"the least that fits: {need / 1e9:,.1f} of {room / 1e9:,.1f} GB"
             break
     config = config.resolve(gradient_checkpointing=choice).explained({"gradient_checkpointing": reason})
-    return config, [f"gradient_checkpointing: {str(choice).lower()} ({reason})"]
+    # Computing nothing twice costs nothing: the config of the run records the reason, nobody needs to read it.
+    return config, [f"gradient_checkpointing: {str(choice).lower()} ({reason})"] if choice else []
 
 
 def cheapest_change(

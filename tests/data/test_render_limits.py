@@ -57,7 +57,7 @@ def test_errors_of_a_template_pass_and_other_threads_render_too():
 
 @pytest.mark.parametrize(
     ("template", "seconds", "reason"),
-    [(LOOP, 0.2, "may loop without end"), (GROWING, 5.0, "memory"), (DOUBLING, 5.0, "memory")],
+    [(LOOP, 0.2, "may loop without end"), (GROWING, 20.0, "memory"), (DOUBLING, 5.0, "memory")],
     ids=["loop", "growing", "doubling"],
 )
 def test_a_template_without_end_is_stopped_in_other_threads_too(template, seconds, reason, monkeypatch):

@@ -131,7 +131,9 @@ def test_auto_recomputes_the_least_that_fits(gpu, choice, reason):
     shape, device = shape_of(config.model_id), hardware_of(gpu)[1] if gpu else None
     chosen, notes = settle_checkpointing(config, shape, 1, 4096, device)
     assert chosen.gradient_checkpointing is choice or chosen.gradient_checkpointing == choice
-    assert len(notes) == 1 and notes[0].startswith(f"gradient_checkpointing: {str(choice).lower()} ({reason}")
+    assert chosen.origins["gradient_checkpointing"].startswith(f"auto: {reason}")
+    expected = [f"gradient_checkpointing: {str(choice).lower()} ({reason}"] if choice else []
+    assert [note[: len(expected[0])] for note in notes] == expected
     for kept in (True, False, "selective"):
         asked = config.resolve(gradient_checkpointing=kept)
         assert settle_checkpointing(asked, shape, 1, 4096, device) == (asked, [])

@@ -180,7 +180,7 @@ def test_gradient_checkpointing_changes_nothing(make_config, capsys):
         recomputed = fine_tune(make_config(run_name=str(kind), lora_config=LORA, gradient_checkpointing=kind))
         assert losses_of(plain) == pytest.approx(losses_of(recomputed), abs=1e-6)
     chosen = fine_tune(make_config(run_name="auto", lora_config=LORA, gradient_checkpointing="auto"))
-    assert "gradient_checkpointing: false (the least that fits: " in " ".join(capsys.readouterr().out.split())
+    assert "gradient_checkpointing:" not in capsys.readouterr().out
     assert "gradient_checkpointing: false  # auto: the least that fits" in chosen.config.read_text()
 
 
