@@ -55,7 +55,10 @@ def test_serve_hands_on_its_options_and_the_key_of_the_environment(monkeypatch):
     monkeypatch.setenv("FORGEBOOK_API_KEY", "secret")
     assert main(["serve", "a", "b", "port=0", "dtype=float32"]) == main(["serve", "a", "key=other"]) == 0
     assert served == [
-        (["a", "b"], {"key": "secret", "ui": False, "port": 0, "host": "127.0.0.1", "engine": "auto", "dtype": "float32"}),
+        (
+            ["a", "b"],
+            {"key": "secret", "ui": False, "port": 0, "host": "127.0.0.1", "engine": "auto", "dtype": "float32"},
+        ),
         (["a"], {"key": "other", "ui": False, "port": 8000, "host": "127.0.0.1", "engine": "auto"}),
     ]
 
