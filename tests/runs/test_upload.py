@@ -288,7 +288,10 @@ def busy_then_closed(door, run):
 def has_state(uri):
     """Tell whether a bucket's run has a complete training state."""
     manifests = filter(STATE.fullmatch, object_store.list_files(uri))
-    return any(object_store.read_manifest(f"{uri}/{name.rpartition('/')[0]}") for name in manifests)
+    try:
+        return any(object_store.read_manifest(f"{uri}/{name.rpartition('/')[0]}") for name in manifests)
+    except json.JSONDecodeError:  # this server, unlike S3, shows what it has of an object that is being written
+        return False
 
 
 def losses_in(uri):
