@@ -25,11 +25,11 @@ before and during a run
   python main.py tune CONFIG 'KEY=[A,B]' [samples=N]    a sweep: which values give the lowest evaluation loss
   python main.py submit CONFIG [address=URL]            the same run as a job on a Ray cluster (CLUSTERS.md)
   python main.py status JOB  ·  stop JOB                a submitted job
-  python main.py doctor [CONFIG]                        what this machine has; why does it not learn? the next step
+  python main.py doctor [CONFIG]                        check this machine; with a config, the next debugging step
   python main.py schema                                 the JSON schema of a config, for editors (CONFIG.md)
 
 after a run
-  python main.py evaluate RUN [data=FILE] [metric=...]  better than the base model? by how much, and how surely
+  python main.py evaluate RUN [data=FILE] [metric=...]  the base and the tuned model on the same data, with intervals
   python main.py generate RUN -p TEXT | data=FILE       answers, to the terminal or out=FILE
   python main.py chat RUN                               a conversation in the terminal
   python main.py merge RUN OUT [checkpoint=NAME]        the adapter merged into its base, for transformers

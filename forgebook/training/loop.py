@@ -312,7 +312,7 @@ def _is_enough(early_stopping: EarlyStopping | None, losses: dict[str, float | N
 
 
 def _micro_batches(train: ExampleSet, parts_of: Callable[[int], Parts], steps: range) -> Iterator[MicroBatch]:
-    """Make the micro batches of some steps, each when it is asked for."""
+    """Yield the micro batches of some steps, each made when the loop takes it."""
     for number in steps:
         for part in parts_of(number):
             with phase("batch"):

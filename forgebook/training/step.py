@@ -94,8 +94,8 @@ def queue_step(
     accelerator, deepspeed_engine = worker.accelerator, worker.deepspeed_engine
     begins = _mark(accelerator.device)
     optimizers.set_rate(worker.optimizer.param_groups, learning_rate)
-    # DDP and DeepSpeed average over workers, DeepSpeed over micro batches too. The loss is to be the mean over all
-    # supervised tokens (or pairs) of the global batch, wherever they are: so undo their averages and divide once.
+    # DDP and DeepSpeed average over workers, DeepSpeed over micro batches too. But the loss is the mean over all
+    # supervised tokens (or pairs) of the global batch, on any worker: undo those averages and divide once.
     scale = accelerator.num_processes * (accumulation if deepspeed_engine else 1) / counts.units
     names = objective.metric_names
     sums = torch.zeros(1 + len(names), dtype=torch.float64, device=accelerator.device)

@@ -130,7 +130,7 @@ def test_a_killed_command_continues_without_asking_twice(write_rows, tmp_path):
 
 
 def test_wrong_answers_are_dropped_and_right_ones_stay(write_rows, tmp_path):
-    """The planted set through all of curate: what is left, and how surely."""
+    """Curate a set with planted faults: what is left, with precision and recall."""
     from forgebook.config.parse import load_config
     from forgebook.curation.curate import curate
 

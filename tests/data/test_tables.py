@@ -55,7 +55,7 @@ def test_the_commit_of_a_hub_data_set():
     ],
 )
 def test_the_name_and_config_of_a_hub_data_set(monkeypatch, uri, name, config):
-    """What `datasets` is asked for."""
+    """What is passed to `datasets.load_dataset`."""
     asked = []
     monkeypatch.setattr("datasets.load_dataset", lambda *words, **named: asked.append((*words, named["split"])))
     tables.hub_dataset(uri)
