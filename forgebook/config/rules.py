@@ -125,7 +125,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         ("optimizer", "deepspeed"),
         lambda config, zero: config.optimizer in ("muon", "adafactor") and config.deepspeed is not None,
-        "optimizer: muon and adafactor do not work with DeepSpeed, which cuts the matrices that they need whole",
+        "optimizer: muon and adafactor do not work with DeepSpeed, which shards the matrices that they need whole",
         "set deepspeed: none, or optimizer: adamw",
     ),
     Rule(
