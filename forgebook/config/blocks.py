@@ -95,6 +95,9 @@ class PromptFormat(StrictBlock):
         return self
 
 
+TEMPLATE_SETTINGS = "chat_template_kwargs"  # of the block below; read at the top level, too
+
+
 class GenerationConfig(StrictBlock):
     """How the fine-tuned model is prompted and stopped, in training, generation and serving."""
 

@@ -9,6 +9,7 @@ and leaves to `parse` what concerns several keys at once (`rules`), paths, and n
 import re
 from typing import Any
 
+from forgebook.config.blocks import TEMPLATE_SETTINGS
 from forgebook.config.legacy_keys import retired_keys
 from forgebook.config.schema import FinetuneConfig
 
@@ -28,6 +29,7 @@ def config_schema() -> dict[str, Any]:
     retired = {key: {"deprecated": True, "description": f"Retired: {note}."} for key, note in retired_keys().items()}
     # The short forms that are read before the classes see them.
     properties["deepspeed"]["anyOf"].append({"type": "string"})
+    properties[TEMPLATE_SETTINGS] = schema["$defs"]["GenerationConfig"]["properties"][TEMPLATE_SETTINGS]
     for block in properties["lora_config"]["anyOf"]:
         if "properties" in block:
             block["properties"]["rank"] = {"deprecated": True, "description": "Retired: read as r."}

@@ -19,9 +19,10 @@ from pydantic import BaseModel, ValidationError
 
 from forgebook.catalog import hardware_of
 from forgebook.config.block_keys import flatten, models_in, prefixes
-from forgebook.config.blocks import DeepSpeed
+from forgebook.config.blocks import TEMPLATE_SETTINGS, DeepSpeed
 from forgebook.config.deepspeed_file import REPOSITORY, SHIPPED, find_deepspeed_config
 from forgebook.config.legacy_keys import RetiredNameWarning, translate_retired
+from forgebook.config.other_names import suggest_key
 from forgebook.config.paths import expand_values
 from forgebook.config.rules import broken_rules, open_keys
 from forgebook.config.schema import (
@@ -63,6 +64,7 @@ def load_config(path_or_url: str | Path, overrides: Sequence[str] = (), default:
         problems += more_problems
     for note in notes:
         warnings.warn(note, RetiredNameWarning, stacklevel=2)
+    problems += _move_template_settings(values, locations)
     values, unexpanded = expand_values(values, lambda key: _where([key], locations, source))
     problems += unexpanded
     _divide_devices(values, locations)
@@ -115,6 +117,25 @@ def _divide_devices(values: dict[str, Any], locations: Locations) -> None:
         values |= {"num_devices": devices["max"], "min_devices": devices["min"]}
         if (location := location_of("num_devices", locations)) is not None:
             locations["min_devices"] = location
+
+
+def _move_template_settings(values: dict[str, Any], locations: Locations) -> list[str]:
+    """Read `chat_template_kwargs` of the top level, as other tools have it, as part of `generation_config`, in place.
+
+    Returns the contradiction where both are set.
+    """
+    block = values.get("generation_config") or {}
+    if TEMPLATE_SETTINGS not in values or not isinstance(block, dict):  # the schema explains what is wrong with it
+        return []
+    settings = values.pop(TEMPLATE_SETTINGS)
+    if settings is None:
+        return []
+    if block.get(TEMPLATE_SETTINGS):
+        return [f"{TEMPLATE_SETTINGS} and generation_config.{TEMPLATE_SETTINGS} are both set: keep one"]
+    values["generation_config"] = block | {TEMPLATE_SETTINGS: settings}
+    for key in [key for key in locations if key.split(".")[0] == TEMPLATE_SETTINGS]:
+        locations[f"generation_config.{key}"] = locations[key]
+    return []
 
 
 def dump_config(config: FinetuneConfig) -> str:
@@ -182,7 +203,8 @@ def _explain(error: ValidationError, values: dict[str, Any], locations: Location
             problem = f"missing key {'.'.join(map(str, [key, location[-1]])).removeprefix('.')!r}"
         elif kind in ("extra_forbidden", "invalid_key"):
             known = [name for name in _known_keys(location) if name != location[-1]]  # of another block of the union
-            problem = f"unknown key {key!r}{near_miss(location[-1], known)}"
+            suggest = suggest_key if len(location) == 1 else near_miss
+            problem = f"unknown key {key!r}{suggest(location[-1], known)}"
         elif kind == "value_error":
             problem = f"{key}: {item['ctx']['error']}".removeprefix(": ")
         else:

@@ -14,13 +14,14 @@ import itertools
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from forgebook.data.message_parts import missing_part, missing_tool
 from forgebook.data.messages import REASONING_KEYS, Message
 from forgebook.data.render_limits import within_limits
 from forgebook.data.special_tokens import has_end
+from forgebook.data.tools import name_results
 from forgebook.errors import DataError
 
 if TYPE_CHECKING:
@@ -56,18 +57,20 @@ class CallForm:
 
     arguments_as_text: JSON text instead of objects, which such templates print as Python or add to a text.
     ids: a pattern for new ids of calls, where a template accepts or shows no others; None leaves those of the data.
+    names_results: a result without a name gets that of the function it comes from, where a template rejects it without.
     """
 
     arguments_as_text: bool = False
     ids: str | None = None
+    names_results: bool = False
 
     def write(self, messages: list[Message]) -> list[Message]:
-        """Write the calls of messages in this form, and the ids of their results alike."""
+        """Write the calls of messages in this form, and the ids and names of their results alike."""
         numbers = itertools.count()
         renamed: dict[str | None, str] = {}
         unanswered: list[str] = []
         written = []
-        for message in messages:
+        for message in name_results(messages) if self.names_results else messages:
             if calls := message.get("tool_calls"):
                 changed = [self._call(call, next(numbers)) for call in calls]
                 message = message | {"tool_calls": changed}
@@ -159,7 +162,14 @@ def _call_form(tokenizer, tools: list[dict] | None) -> CallForm | None:
     if not any(texts.values()):  # what it wants is not known; examples are checked one by one
         return CALL_FORMS[0]
     shown = (form for form, text in texts.items() if text and _shows_calls(text, form, tools))
-    return next((form for form in shown if _ends_calls_once(texts[form], tokenizer.eos_token)), None)
+    form = next((form for form in shown if _ends_calls_once(texts[form], tokenizer.eos_token)), None)
+    return form and replace(form, names_results=_needs_names(tokenizer, form, tools))
+
+
+def _needs_names(tokenizer, form: CallForm, tools: list[dict] | None) -> bool:
+    """Return whether the template rejects a result without the name of its function."""
+    *before, result = form.write(PROBED_MESSAGES)
+    return not _rendered(tokenizer, [*before, {key: result[key] for key in result if key != "name"}], tools, True)
 
 
 def _ends_calls_once(text: str, eos: str | None) -> bool:

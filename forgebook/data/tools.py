@@ -26,7 +26,15 @@ from typing import Any
 from forgebook.data.messages import Message
 from forgebook.errors import DataError
 
-__all__ = ["CALL_MARKS", "ToolCall", "calls_of_message", "read_tool_calls", "tools_as_text", "uses_tools"]
+__all__ = [
+    "CALL_MARKS",
+    "ToolCall",
+    "calls_of_message",
+    "name_results",
+    "read_tool_calls",
+    "tools_as_text",
+    "uses_tools",
+]
 
 
 THINKING = re.compile(r"^.*?</think>", re.DOTALL)
@@ -63,10 +71,9 @@ def tools_as_text(messages: list[Message], tools: list[dict] | None) -> list[Mes
         system = messages[0]["content"] if has_system else ""
         written.append({"role": "system", "content": f"{system}[TOOL_LIST] {_to_json(tools)} [/TOOL_LIST]"})
         messages = messages[has_system:]
-    names = {call.get("id"): call["function"]["name"] for m in messages for call in m.get("tool_calls", [])}
-    for message in messages:
+    for message in name_results(messages):
         if message["role"] == "tool":
-            text = _result_as_text(message, names)
+            text = _result_as_text(message)
             # Results of parallel calls are one turn: many formats want user and assistant to alternate.
             if written and written[-1].get("holds_results"):
                 written[-1]["content"] += text
@@ -87,12 +94,28 @@ def tools_as_text(messages: list[Message], tools: list[dict] | None) -> list[Mes
     return [{key: value for key, value in message.items() if key != "holds_results"} for message in written]
 
 
-def _result_as_text(message: Message, names: dict[str | None, str]) -> str:
-    name = message.get("name") or names.get(message.get("tool_call_id"))
-    result = {"name": name, "content": message["content"], "tool_call_id": message.get("tool_call_id")}
-    return (
-        f"[TOOL_RESULT] {_to_json({key: value for key, value in result.items() if value is not None})} [/TOOL_RESULT]"
-    )
+def name_results(messages: list[Message]) -> list[Message]:
+    """Give each result without a name that of its call: the one of its id, else the first without a result."""
+    named = []
+    unanswered: list[dict[str, Any]] = []
+    for message in messages:
+        if message.get("tool_calls"):
+            unanswered = list(message["tool_calls"])
+        elif message["role"] == "tool":
+            id_, name = message.get("tool_call_id"), message.get("name")
+            fitting = [call for call in unanswered if id_ and call.get("id") == id_]
+            fitting = fitting or [call for call in unanswered if not (id_ and call.get("id"))]
+            call = next((call for call in fitting if name in (None, call["function"]["name"])), None)
+            if call is not None:
+                unanswered = [other for other in unanswered if other is not call]
+                message = message | {"name": call["function"]["name"]}
+        named.append(message)
+    return named
+
+
+def _result_as_text(message: Message) -> str:
+    result = {key: message[key] for key in ("name", "content", "tool_call_id") if message.get(key) is not None}
+    return f"[TOOL_RESULT] {_to_json(result)} [/TOOL_RESULT]"
 
 
 def _arguments_text(function: dict) -> str:

@@ -11,7 +11,7 @@ from forgebook.config.rules import unread_keys
 from forgebook.errors import ModelError
 from forgebook.models.lora_targets import layers_of_shape, unmatched_targets
 from forgebook.planning import schedule
-from forgebook.planning.trainable import trainable_parameters
+from forgebook.planning.trainable import adapted_layers, trainable_parameters
 
 if TYPE_CHECKING:
     from forgebook.catalog import Shape
@@ -33,6 +33,8 @@ def check_written(config: FinetuneConfig, shape: Shape, steps: int | None) -> li
         unmatched = unmatched_targets(lora, layers_of_shape(shape))
         if unmatched and not lora.get("target_parameters") and not trainable_parameters(lora, shape):
             raise ModelError("; ".join(unmatched))
+        if lora.get("exclude_modules") and not lora.get("target_parameters") and not adapted_layers(lora, shape):
+            raise ModelError("lora_config.exclude_modules leaves out every layer that target_modules names")
         warnings += unmatched
     # A default warm-up is at most a tenth of a short run.
     if steps is not None and "num_warmup_steps" in config.explicit_keys:

@@ -11,6 +11,7 @@ from conftest import REPOSITORY
 from forgebook.config.deepspeed_file import read_deepspeed_config
 from forgebook.config.parse import config_differences, dump_config, load_config, load_resolved
 from forgebook.config.schema import FinetuneConfig
+from forgebook.errors import ConfigError
 from support_config import LORA_BLOCK, MINIMAL, refusal
 
 
@@ -321,3 +322,19 @@ def test_a_runs_config_that_lacks_a_value_is_named(write_yaml):
     assert message in refusal(load_resolved, path)
     path.write_text(path.read_text() + "eval_batch_size_per_device: 1\n")
     assert load_resolved(path).context_length == 64
+
+
+def test_settings_of_the_template_may_stand_at_the_top_level(load_yaml):
+    text = "chat_template_kwargs: {enable_thinking: false}\ngeneration_config: {stopping_sequences: [x]}\n"
+    config = load_yaml(text)
+    assert config.generation_config.chat_template_kwargs == {"enable_thinking": False}
+    assert config.generation_config.stopping_sequences == ["x"]
+    assert config.origins["generation_config.chat_template_kwargs.enable_thinking"] == "file"
+    assert load_yaml("chat_template_kwargs:\n").generation_config.chat_template_kwargs == {}
+    alone = load_yaml("", "chat_template_kwargs.reasoning_effort=low")
+    assert alone.generation_config.chat_template_kwargs == {"reasoning_effort": "low"}
+    both = "chat_template_kwargs: {a: 1}\ngeneration_config: {chat_template_kwargs: {a: 2}}\n"
+    with pytest.raises(ConfigError, match=r"generation_config.chat_template_kwargs are both set: keep one"):
+        load_yaml(both)
+    with pytest.raises(ConfigError, match=r"chat_template_kwargs: got \['a'\], must be a block.*tiny\.yaml:3"):
+        load_yaml("chat_template_kwargs: [a]\n")

@@ -1,13 +1,14 @@
 """Tools written as text, and every form of call that is read."""
 
 import json
+import re
 
 import pytest
 
 from conftest import chat
 from forgebook.data.chat_template import render
 from forgebook.data.row_formats import parse_row
-from forgebook.data.tools import ToolCall, calls_of_message, read_tool_calls, tools_as_text
+from forgebook.data.tools import ToolCall, calls_of_message, name_results, read_tool_calls, tools_as_text
 from forgebook.errors import DataError
 
 WEATHER = ToolCall("weather", {"city": "Paris", "days": 2})
@@ -63,3 +64,34 @@ def test_what_templates_write_is_read_back(tokenizer):
     rendered = render(parsed.messages, tokenizer, tools=parsed.tools).split("<|assistant|>")[1]
     as_text = tools_as_text(parsed.messages, parsed.tools)[-1]["content"]
     assert read_tool_calls(rendered) == read_tool_calls(as_text) == [WEATHER]
+
+
+def calling(*named: str | tuple[str, str]) -> dict:
+    calls = [{"function": {"name": one, "arguments": {}}} for one in named if isinstance(one, str)]
+    calls += [
+        {"id": one[1], "function": {"name": one[0], "arguments": {}}} for one in named if not isinstance(one, str)
+    ]
+    return {"role": "assistant", "content": "", "tool_calls": calls}
+
+
+def result(**keys: str) -> dict:
+    return {"role": "tool", "content": "it is 4", **keys}
+
+
+@pytest.mark.parametrize(
+    ("messages", "names"),
+    [
+        ([calling("a"), result(), calling("b", "c"), result(), result()], ["a", "b", "c"]),
+        ([calling(("a", "1"), ("b", "2")), result(tool_call_id="2"), result(tool_call_id="1")], ["b", "a"]),
+        ([calling(("a", "1"), ("b", "2")), result(), result(tool_call_id="9")], ["a", None]),
+        ([calling("a", "b"), result(name="b"), result()], ["b", "a"]),
+        ([calling("a", "b"), result(tool_call_id="1"), result(tool_call_id="2")], ["a", "b"]),
+        ([calling("a"), result(), result(), result(name="own")], ["a", None, "own"]),
+    ],
+    ids=["in order", "by id", "other ids", "one named", "ids of results alone", "more than calls"],
+)
+def test_a_result_is_named_after_its_own_call(messages, names):
+    messages = [{"role": "user", "content": "q"}, *messages]
+    assert [one.get("name") for one in name_results(messages) if one["role"] == "tool"] == names
+    text = json.dumps(tools_as_text(messages, None))
+    assert re.findall(r'\[TOOL_RESULT\] \{(?:\\"name\\": \\"(\w+))?', text) == [name or "" for name in names]

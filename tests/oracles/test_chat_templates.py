@@ -168,11 +168,13 @@ def plain(tokenizer, messages: list[dict], tools: list[dict] | None, prompt: boo
 
 
 def readings(shape: str, row: dict) -> list[tuple[list[dict], list[dict] | None]]:
-    """List the ways to hand an example to a template: by OpenAI's keys, with arguments and ids in several forms, and
-    its tools as text; reasoning by key and in the content."""
+    """List the ways to hand an example to a template: by OpenAI's keys, with arguments and ids in several forms and
+    results with and without names, and its tools as text; reasoning by key and in the content."""
     ways = []
     for arguments, ids in itertools.product((json.loads, str), ("own", "nine", "functions")):
-        ways.append(([_message(m, arguments, ids, k, row["messages"]) for k, m in enumerate(row["messages"])], True))
+        way = [_message(m, arguments, ids, k, row["messages"]) for k, m in enumerate(row["messages"])]
+        called = iter([one["function"]["name"] for m in way for one in m.get("tool_calls", [])])
+        ways += [(way, True), ([m | {"name": next(called)} if m["role"] == "tool" else m for m in way], True)]
     if shape in AS_TEXT:
         ways.append((AS_TEXT[shape], False))
     listed = [(messages, row.get("tools") if native else None) for messages, native in ways]

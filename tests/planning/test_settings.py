@@ -56,6 +56,10 @@ def test_bad_rows_are_a_warning_and_nothing_is_written(plan, write_rows, tmp_pat
         (["lora_config={r: 4, target_modules: [query, value]}"], "ModelError: lora_config.target_modules: no layer"),
         (["lora_config={r: 4, target_modules: q_proj}"], "q_proj is a pattern over whole names such as model.layers.0"),
         (["num_warmup_steps=1", "max_steps=1"], "ConfigError: num_warmup_steps: 1 starts the learning rate at 0"),
+        (
+            ["lora_config={r: 4, target_modules: [q_proj], exclude_modules: [q_proj]}"],
+            "exclude_modules leaves out every layer",
+        ),
     ],
 )
 def test_what_would_train_nothing_is_an_error(plan, overrides, message):
