@@ -10,7 +10,7 @@ import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,10 +72,10 @@ def is_joined() -> bool:
     return os.environ.get("RAY_ADDRESS", "local") not in ("", "local")
 
 
-def start_ray(cores: int | None = None) -> None:
+def start_ray(cores: int | None = None, secrets: Sequence[str] = ()) -> None:
     """Join the cluster of RAY_ADDRESS, or start one on this machine; do nothing if that was done before.
 
-    cores: of a cluster that is started here; None for all.
+    cores: of a cluster that is started here; None for all. secrets: more environment variables that its workers get.
 
     Raises ResourceError if no cluster answers there.
     """
@@ -91,7 +91,7 @@ def start_ray(cores: int | None = None) -> None:
         return
     address = os.environ["RAY_ADDRESS"]
     try:
-        ray.init(address=address, runtime_env=_runtime_env(), **quiet)
+        ray.init(address=address, runtime_env=_runtime_env(secrets), **quiet)
     except (ConnectionError, RuntimeError) as error:
         raise ResourceError(
             f"no Ray cluster could be joined at {address}: {last_line(error)}. Is it up (ray status), and is its "
@@ -212,9 +212,9 @@ def _without_dashboard() -> Iterator[None]:
             os.environ[name] = before
 
 
-def _runtime_env() -> dict[str, Any]:
+def _runtime_env(secrets: Sequence[str] = ()) -> dict[str, Any]:
     """Build what every worker gets: this repository, unless it came with a job or is installed, and its environment."""
-    names = (*SECRETS, *SETTINGS, *WITH_PASSWORD, *_BEHAVIOR)
+    names = (*SECRETS, *secrets, *SETTINGS, *WITH_PASSWORD, *_BEHAVIOR)
     # A worker runs in a copy of this repository, which has no .models/.
     variables = {"FORGEBOOK_MODELS": str(model_mirrors()[0])}
     variables |= {name: os.environ[name] for name in names if name in os.environ}

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -11,7 +12,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 def endpoint(reply: Callable):
     """Serve /v1/chat/completions; yield (url, requests so far).
 
-    reply(body): the text of the answer; or a status code; or (status code, message, headers).
+    reply(body): the text of the answer, of /v1/embeddings its JSON; or a list of its tokens, each
+    (text, {likely text: probability}); or a status code; or (status code, message, headers).
     """
     requests = []
 
@@ -19,15 +21,21 @@ def endpoint(reply: Callable):
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             requests.append({"path": self.path, "key": self.headers["Authorization"], **body})
-            text = reply(body)
+            text, is_raw = reply(body), self.path.endswith("/embeddings")
+            tokens, text = (text, "".join(one for one, _ in text)) if isinstance(text, list) else ([], text)
             status, message, headers = (200, "", {}) if isinstance(text, str) else (text, "no", {})
             if isinstance(text, tuple):
                 status, message, headers = text
-            answer = {"error": {"message": message}} if status != 200 else {
+            answer = {"error": {"message": message}} if status != 200 else json.loads(text) if is_raw else {
                 "id": "1", "object": "chat.completion", "created": 0, "model": body["model"],
                 "choices": [{"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}],
                 "usage": {"prompt_tokens": 100, "completion_tokens": 10},
             }  # fmt: skip
+            if tokens:
+                answer["choices"][0]["logprobs"] = {"content": [
+                    {"token": one, "top_logprobs": [{"token": t, "logprob": math.log(p)} for t, p in likely.items()]}
+                    for one, likely in tokens
+                ]}  # fmt: skip
             self.send_response(status)
             for name, value in headers.items():
                 self.send_header(name, value)

@@ -137,6 +137,17 @@ def measure_planted(folder: Path) -> dict:
     return {"rows": curation.read, "reasons": table}
 
 
+def save(part: str, figures: dict) -> None:
+    """Write the figures of one part beside the others, with the environment."""
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results[part] = figures
+    results["environment"] = {
+        "machine": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version(),
+        **{name: version(name) for name in ("datasketch", "numpy", "torch", "transformers")},
+    }  # fmt: skip
+    RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", nargs="+", choices=["speed", "planted"], default=["speed", "planted"])
@@ -157,13 +168,7 @@ def main() -> None:
                 }
             else:
                 figures = measure_planted(Path(folder))
-            results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-            results[part] = figures
-            results["environment"] = {
-                "machine": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version(),
-                **{name: version(name) for name in ("datasketch", "numpy", "torch", "transformers")},
-            }  # fmt: skip
-            RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+            save(part, figures)
 
 
 if __name__ == "__main__":

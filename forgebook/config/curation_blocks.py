@@ -13,7 +13,10 @@ from forgebook.config.data_block import DataPath
 from forgebook.config.values import Float, Int, Positive
 from forgebook.errors import shown_value
 
-__all__ = ["REASONS", "CriticConfig", "CurationConfig", "EndpointConfig", "GradedAnswer", "SynthesisConfig"]
+__all__ = [
+    "REASONS", "CriticConfig", "CurationConfig", "EmbeddingsConfig", "EndpointConfig", "GradedAnswer",
+    "SynthesisConfig",
+]  # fmt: skip
 
 # Why curate drops or reports an example, in the order in which the reasons are looked for.
 REASONS = {
@@ -110,6 +113,9 @@ class CriticConfig(EndpointConfig):
     """Graded answers that the critic sees before each question."""
     votes: Annotated[Positive, Field(le=32)] = 1
     """Replies per example; its score is their mean."""
+    probabilities: bool = False
+    """Score by the probabilities of all scores at the place of the reply's, not by the likeliest or a sampled one. Far
+    finer with a small critic; the endpoint must return `logprobs`, as `serve` and vLLM do."""
     threshold: Float | None = None
     """Examples with a lower score are dropped. None: chosen on `labeled`, else the middle of the scale."""
     labeled: str | None = None
@@ -120,9 +126,35 @@ class CriticConfig(EndpointConfig):
     def _is_a_scale(self) -> Self:
         if self.lowest >= self.highest:
             raise ValueError(f"lowest: got {self.lowest}, must be less than highest, {self.highest}")
+        if self.probabilities and not 0 <= self.lowest < self.highest <= 9:
+            raise ValueError("probabilities: scores must be one digit each: set lowest and highest between 0 and 9")
         outside = [shot.score for shot in self.shots if not self.lowest <= shot.score <= self.highest]
         if outside:
             raise ValueError(f"shots: score {outside[0]} is not between {self.lowest} and {self.highest}")
+        return self
+
+
+class EmbeddingsConfig(StrictBlock):
+    """Embeddings of the examples, by which near duplicates in other words are found: from one of three sources."""
+
+    column: str | None = None
+    """The key or column of the data that holds each row's embedding, a list of numbers."""
+    file: str | None = None
+    """A .npy or .parquet file with one embedding per row of train_path, in the order of its files."""
+    validation_file: str | None = None
+    """The same for valid_path. None: validation examples are compared by their words alone."""
+    endpoint: EndpointConfig | None = None
+    """An embedding model behind an OpenAI-compatible URL (`/v1/embeddings`)."""
+    similarity: Annotated[Float, Field(ge=0.5, le=1)] = 0.95
+    """Cosine similarity from which examples are near duplicates. It depends on the model: look at the report."""
+
+    @model_validator(mode="after")
+    def _has_one_source(self) -> Self:
+        given = [name for name in ("column", "file", "endpoint") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"got {' and '.join(given) or 'none'}, needs one of column, file and endpoint")
+        if self.validation_file is not None and self.file is None:
+            raise ValueError("validation_file: is for embeddings from a file; set file, too")
         return self
 
 
@@ -134,6 +166,8 @@ class CurationConfig(StrictBlock):
     similarity: Annotated[Float, Field(ge=0.3, le=1)] = 0.8
     """Near duplicates share at least this part of their pairs of adjacent words (Jaccard). Examples that differ in a
     number, the system message or a short last answer are never near duplicates."""
+    embeddings: EmbeddingsConfig | None = None
+    """Embeddings by which examples are near duplicates, too. None: by their words alone."""
     min_answer_characters: Annotated[Int, Field(ge=0)] = 1
     """Fewest letters and digits of an answer."""
     max_characters: Positive | None = None
@@ -186,6 +220,9 @@ class SynthesisConfig(StrictBlock):
     verifier: str | None = None
     """A Python function that accepts an example: `FILE.py:NAME`, called with {"messages": [...]}; it returns true or
     false, or a text with the reason to reject."""
+    workers: Annotated[Int, Field(ge=0)] | None = None
+    """Workers of the Ray cluster that send the requests, by Ray Data, each `concurrency` at a time. 0: this process.
+    None: 0, and from 10,000 requests on as many as the cluster has cores, at most 8."""
     seed: Int = 0
     """Another seed shows the teacher other examples."""
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import collections
 import itertools
 import json
+import math
 import re
 import statistics
 from collections.abc import Iterable, Sequence
@@ -21,7 +22,7 @@ from typing import Any
 from forgebook.config.curation_blocks import CriticConfig
 from forgebook.curation.checks import Finding
 from forgebook.curation.curate import Judge, Judged, OnProgress
-from forgebook.curation.endpoint import Endpoint, Request
+from forgebook.curation.endpoint import Endpoint, Reply, Request
 from forgebook.data import data_sources, readers
 from forgebook.data.row_formats import Example, parse_row
 from forgebook.errors import ConfigError, DataError
@@ -36,6 +37,7 @@ Give one sentence of reason, then a last line of the form
 Score: N"""
 _SCORE = re.compile(r"score\W{0,8}(-?\d+)", re.IGNORECASE)
 VOTING_TEMPERATURE = 0.7
+TOP = 20  # likely tokens to ask for: the most that OpenAI's API returns
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class Quality:
 class _Score:
     """The votes on one example; reason: what the first reply said."""
 
-    votes: tuple[int, ...]
+    votes: tuple[float, ...]
     reason: str
 
     @property
@@ -158,27 +160,46 @@ def _ask(endpoint: Endpoint, examples: Iterable[Example], name: str, on_progress
     if temperature is None:
         temperature = 0.0 if settings.votes == 1 else VOTING_TEMPERATURE
     requests = (
-        Request(_messages(example, settings), temperature, settings.max_tokens, seed=vote)
+        Request(_messages(example, settings), temperature, settings.max_tokens, vote, TOP * settings.probabilities)
         for example in examples
         for vote in range(settings.votes)
     )
-    replies: dict[int, str] = {}
+    replies: dict[int, Reply] = {}
     total = len(examples) * settings.votes
     for number, reply in endpoint.ask_all(requests):
-        replies[number] = reply.text
+        replies[number] = reply
         on_progress(name, len(replies), total)
     scores = []
     for k in range(len(examples)):
-        texts = [replies[k * settings.votes + vote] for vote in range(settings.votes)]
-        votes = [vote for text in texts if (vote := _vote(text, settings)) is not None]
-        scores.append(_Score(tuple(votes), texts[0]))
+        given = [replies[k * settings.votes + vote] for vote in range(settings.votes)]
+        votes = [vote for reply in given if (vote := _vote(reply, settings)) is not None]
+        scores.append(_Score(tuple(votes), given[0].text))
     return scores
 
 
-def _vote(text: str, settings: CriticConfig) -> int | None:
+def _vote(reply: Reply, settings: CriticConfig) -> float | None:
     """Read the last score of a reply; None if there is none on the scale."""
-    found = [int(one) for one in _SCORE.findall(text)]
+    if settings.probabilities:
+        return _expected_score(reply, settings)
+    found = [int(one) for one in _SCORE.findall(reply.text)]
     return found[-1] if found and settings.lowest <= found[-1] <= settings.highest else None
+
+
+def _expected_score(reply: Reply, settings: CriticConfig) -> float | None:
+    """Return the mean of all scores by their probabilities at the place of the last score."""
+    if reply.text and not any(likely for _, likely in reply.tokens):
+        raise ConfigError(
+            f"curation.critic.probabilities: {settings.model} returns no logprobs: set probabilities: false, and votes"
+        )
+    matches = list(_SCORE.finditer("".join(text for text, _ in reply.tokens)))
+    if not matches:
+        return None
+    ends = itertools.accumulate(len(text) for text, _ in reply.tokens)
+    likely = next(one for (_, one), end in zip(reply.tokens, ends, strict=True) if end > matches[-1].start(1))
+    scale = {str(score): score for score in range(settings.lowest, settings.highest + 1)}
+    chances = {scale[text.strip()]: math.exp(log) for text, log in likely.items() if text.strip() in scale}
+    total = sum(chances.values())
+    return sum(score * chance for score, chance in chances.items()) / total if total else None
 
 
 def _messages(example: Example, settings: CriticConfig) -> tuple[dict[str, str], ...]:
@@ -209,13 +230,13 @@ def _content(message: Any) -> str:
 
 
 def _detail(score: _Score, highest: int) -> str:
-    votes = f" (votes {', '.join(map(str, score.votes))})" if len(score.votes) > 1 else ""
+    votes = f" (votes {', '.join(f'{vote:.3g}' for vote in score.votes)})" if len(score.votes) > 1 else ""
     reason = _SCORE.split(score.reason)[0].strip()
     return f"{score.mean:.3g} of {highest}{votes}" + (f": {reason[:300]}" if reason else "")
 
 
 def _figures(scores: list[_Score]) -> dict[str, Any]:
-    """Summarize scores; agreement: of pairs of votes on the same example, the share that are equal."""
+    """Summarize scores; agreement: of pairs of votes on the same example, the share that round to the same score."""
     means = [score.mean for score in scores if score.mean is not None]
     pairs = [pair for score in scores for pair in itertools.combinations(score.votes, 2)]
     counts = collections.Counter(round(mean) for mean in means)
@@ -225,4 +246,4 @@ def _figures(scores: list[_Score]) -> dict[str, Any]:
         "mean_score": statistics.fmean(means) if means else None,
         "scores": {str(score): counts[score] for score in sorted(counts)},
     }
-    return figures | ({"agreement": sum(a == b for a, b in pairs) / len(pairs)} if pairs else {})
+    return figures | ({"agreement": sum(round(a) == round(b) for a, b in pairs) / len(pairs)} if pairs else {})

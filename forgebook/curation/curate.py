@@ -23,6 +23,7 @@ from forgebook.config.data_block import HeldOut
 from forgebook.config.schema import FinetuneConfig
 from forgebook.curation.checks import Finding, TextChecks
 from forgebook.curation.duplicates import DuplicateIndex
+from forgebook.curation.embeddings import Embedder
 from forgebook.data import data_sources, readers
 from forgebook.data.examples import DatasetNotes, bad_rows_error, display_paths, no_examples_error, noted_examples
 from forgebook.data.row_formats import Example
@@ -120,8 +121,12 @@ def curate(
         )
 
     index = DuplicateIndex(settings.similarity)
-    for example in _examples(valid_sources, task, labels, DatasetNotes()):
+    embedder = Embedder(settings.embeddings, sources, valid_sources, on_progress) if settings.embeddings else None
+    valid_notes = DatasetNotes()
+    for example in _examples(valid_sources, task, labels, valid_notes):
         index.add(example, is_validation=True)
+        if embedder is not None:
+            embedder.add(example, valid_notes.rows - 1, is_validation=True)
     offset = len(index)  # of the training examples in the index
     checks = TextChecks(settings.min_answer_characters, settings.max_characters, settings.refusals, bool(labels))
     chunks = [chunk for source in sources for chunk in readers.chunks_of(source)]
@@ -129,6 +134,8 @@ def curate(
         for example in noted_examples(chunk, task, labels, curation.notes):
             curation.findings += checks.find(curation.read, example)
             index.add(example)
+            if embedder is not None:
+                embedder.add(example, curation.notes.rows - 1)
             curation.read += 1
         on_progress("parts of the data", done, len(chunks))
     if not curation.read:
@@ -137,7 +144,10 @@ def curate(
         raise no_examples_error(config.train_path)
     curation.findings += checks.unfinished()
     _drop(curation)
-    curation.findings += _repeated(index, offset, curation.dropped)
+    similar = embedder.similar_pairs() if embedder is not None else ()
+    curation.findings += _repeated(index, offset, curation.dropped, similar)
+    if embedder is not None:
+        curation.judges["embeddings"] = embedder.report()
     _drop(curation)
 
     needed = _shown(curation)
@@ -222,16 +232,21 @@ def _numbered(
     return enumerate(_examples(sources, task, labels, DatasetNotes()))
 
 
-def _repeated(index: DuplicateIndex, offset: int, dropped: set[int]) -> Iterator[Finding]:
+def _repeated(
+    index: DuplicateIndex, offset: int, dropped: set[int], similar: Iterable[tuple[int, int, float]]
+) -> Iterator[Finding]:
     """Turn duplicates into findings. offset: the number of validation examples, which are first in the index.
+
+    similar: pairs by their embeddings.
 
     A validation example that is repeated has a negative number: -1 is the first.
     """
-    for one in index.find({number + offset for number in dropped}):
+    for one in index.find({number + offset for number in dropped}, similar):
         if one.example < offset:
             continue  # a validation example that repeats another
         of = one.of - offset if one.of >= offset else -1 - one.of
         detail = "the same" if one.similarity == 1 else f"{one.similarity:.0%} of the word pairs"
+        detail = f"cosine {one.similarity:.3f} of the embeddings" if one.is_cosine else detail
         yield Finding(one.example - offset, one.kind, detail, of)
 
 

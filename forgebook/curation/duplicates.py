@@ -18,7 +18,7 @@ import json
 import re
 import zlib
 from array import array
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,13 +48,15 @@ _NUMBER = re.compile(r"(?<!\w)\d+")
 class Duplicate:
     """An example that repeats another one. example, of: their numbers, in the order of `add`.
 
-    kind: exact_duplicate, near_duplicate or validation_overlap. similarity: of their word pairs (Jaccard).
+    kind: exact_duplicate, near_duplicate or validation_overlap. similarity: of their word pairs (Jaccard);
+    is_cosine: of their embeddings.
     """
 
     example: int
     of: int
     kind: str
     similarity: float
+    is_cosine: bool = False
 
 
 def compared_text(example: Example) -> str:
@@ -103,26 +105,37 @@ class DuplicateIndex:
         elif len(self._pairs) == SAMPLE:
             self._sign_sample()
 
-    def find(self, left_out: Collection[int] = ()) -> Iterator[Duplicate]:
+    def find(
+        self, left_out: Collection[int] = (), by_embeddings: Iterable[tuple[int, int, float]] = ()
+    ) -> Iterator[Duplicate]:
         """Yield the examples that repeat an earlier one that is kept, each once, in their order.
 
         left_out: examples that are dropped for another reason: they are no duplicates, and nothing is one of theirs.
+        by_embeddings: more pairs, as (left, right, cosine) with left < right.
         """
         if self._common is None:
             self._sign_sample()
         dropped: dict[int, Duplicate] = self._find_exact(left_out)
-        near: dict[int, list[tuple[int, float]]] = collections.defaultdict(list)
+        near: dict[int, list[tuple[int, float, bool]]] = collections.defaultdict(list)
         for left, right, similarity in self._similar_pairs():
-            near[right].append((left, similarity))
+            near[right].append((left, similarity, False))
+        for left, right, similarity in by_embeddings:
+            if self._may_repeat(left, right):
+                near[right].append((left, similarity, True))
         for example in sorted(near):
             kept = [one for one in near[example] if one[0] not in dropped and one[0] not in left_out]
             if example in dropped or example in left_out or not kept:
                 continue
             leaks = [one for one in kept if self._is_validation[one[0]]]
-            of, similarity = max(leaks or kept, key=lambda one: one[1])
+            of, similarity, is_cosine = max(leaks or kept, key=lambda one: (not one[2], one[1]))  # words show why
             kind = "validation_overlap" if leaks else "near_duplicate"
-            dropped[example] = Duplicate(example, of, kind, similarity)
+            dropped[example] = Duplicate(example, of, kind, similarity, is_cosine)
         yield from (dropped[example] for example in sorted(dropped))
+
+    def _may_repeat(self, left: int, right: int) -> bool:
+        """Check what near duplicates have in common, whatever their words."""
+        is_same_kind = self._settings[left] == self._settings[right] or self._is_validation[left]
+        return is_same_kind and self._numbers[left] == self._numbers[right] and not self._is_validation[right]
 
     def _find_exact(self, left_out: Collection[int]) -> dict[int, Duplicate]:
         """Find examples that are the same as an earlier one, or ask the same question as a validation example."""

@@ -9,25 +9,28 @@ interrupted command asks nothing twice. The key is read from the environment and
 
 from __future__ import annotations
 
+import base64
 import concurrent.futures
 import hashlib
 import http.client
+import itertools
 import json
 import os
 import random
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Iterator
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from forgebook.config.curation_blocks import EndpointConfig
 from forgebook.errors import ConfigError, ResourceError, shown_value
 from forgebook.runs.download import cache_folder
 
-__all__ = ["Endpoint", "Reply", "Request", "Usage"]
+__all__ = ["EmbeddingRequest", "Endpoint", "Reply", "Request", "Usage"]
 
 OPENAI = "https://api.openai.com/v1"
 BUSY = {408, 409, 425, 429, 500, 502, 503, 504, 529}
@@ -37,22 +40,61 @@ LARGEST_REPLY = 16 * 2**20
 
 @dataclass(frozen=True)
 class Request:
-    """What a model is asked. seed: replies of several seeds differ, where the temperature is above 0."""
+    """What a model is asked. seed: replies of several seeds differ, where the temperature is above 0.
+
+    top_logprobs: how many of the likeliest tokens to return at each place of the reply.
+    """
 
     messages: tuple[dict[str, str], ...]
     temperature: float = 0.0
     max_tokens: int = 512
     seed: int = 0
+    top_logprobs: int = 0
+    path: ClassVar[str] = "chat/completions"
+
+    def body(self) -> dict[str, Any]:
+        """Return what is sent, but for the model."""
+        return {
+            "messages": list(self.messages), "max_tokens": self.max_tokens, "temperature": self.temperature,
+            "seed": self.seed, **({"logprobs": True, "top_logprobs": self.top_logprobs} if self.top_logprobs else {}),
+        }  # fmt: skip
+
+    def as_json(self) -> dict[str, Any]:
+        """Describe the request for its hash: what is not asked for is left out, so that saved replies stay valid."""
+        return {name: value for name, value in asdict(self).items() if name != "top_logprobs" or value}
+
+
+@dataclass(frozen=True)
+class EmbeddingRequest:
+    """Texts to embed; the text of the reply is the base64 of [texts, size] 32-bit numbers."""
+
+    texts: tuple[str, ...]
+    path: ClassVar[str] = "embeddings"
+
+    def body(self) -> dict[str, Any]:
+        """Return what is sent, but for the model."""
+        return {"input": list(self.texts)}
+
+    def as_json(self) -> dict[str, Any]:
+        """Describe the request for its hash."""
+        return asdict(self)
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What a model answered, and the tokens that the endpoint counted. was_cut: at max_tokens."""
+    """What a model answered, and the tokens that the endpoint counted. was_cut: at max_tokens.
+
+    tokens: (text, {likely text: its log-probability}) for each token of the answer, where asked for and returned.
+    """
 
     text: str
     input_tokens: int = 0
     output_tokens: int = 0
     was_cut: bool = False
+    tokens: Sequence[tuple[str, dict[str, float]]] = ()
+
+
+AnyRequest = Request | EmbeddingRequest
 
 
 @dataclass
@@ -86,10 +128,11 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 @dataclass
 class Endpoint:
-    """A model to ask. usage: what was asked so far."""
+    """A model to ask. usage: what was asked so far. saves: whether replies are saved for a later command."""
 
     settings: EndpointConfig
-    usage: Usage = field(default_factory=Usage)
+    saves: bool = True
+    usage: Usage = field(default_factory=Usage, init=False)
 
     def __post_init__(self) -> None:
         self.url = (self.settings.base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI).rstrip("/")
@@ -98,12 +141,12 @@ class Endpoint:
             raise ConfigError(f"{self.url} needs a key: set {self.settings.api_key_env}")
         if not self._key.isascii() or any(sign.isspace() for sign in self._key):
             raise ConfigError(f"{self.settings.api_key_env} holds no API key: it has spaces or letters beyond ASCII")
-        self._replies = _SavedReplies(self.url, self.settings.model)
+        self._replies = _SavedReplies(self.url, self.settings.model) if self.saves else None
         self._opener = urllib.request.build_opener(_NoRedirect)
         self._lock, self._stopped = threading.Lock(), threading.Event()
         self._refused: set[str] = set()  # parameters that the model does not take
 
-    def ask_all(self, requests: Iterable[Request]) -> Iterator[tuple[int, Reply]]:
+    def ask_all(self, requests: Iterable[AnyRequest]) -> Iterator[tuple[int, Reply]]:
         """Yield (number of the request, its reply) as replies come; saved ones are not asked again.
 
         Raises ConfigError if the endpoint rejects a request, ResourceError if it does not answer after all repetitions.
@@ -113,8 +156,7 @@ class Endpoint:
         with concurrent.futures.ThreadPoolExecutor(self.settings.concurrency) as pool:
             try:
                 for number, request in enumerate(requests):
-                    if (reply := self._replies.get(self._identity(request))) is not None:
-                        self._count(reply, is_saved=True)
+                    if (reply := self.saved(request)) is not None:
                         yield number, reply
                         continue
                     if len(running) >= self.settings.concurrency:
@@ -127,8 +169,21 @@ class Endpoint:
                 for future in running:
                     future.cancel()
 
-    def _identity(self, request: Request) -> str:
-        return hashlib.sha256(json.dumps([self.url, self.settings.model, asdict(request)]).encode()).hexdigest()[:32]
+    def saved(self, request: AnyRequest) -> Reply | None:
+        """Return the saved reply to a request, and count it; None if there is none."""
+        reply = self._replies.get(self._identity(request)) if self._replies is not None else None
+        if reply is not None:
+            self._count(reply, is_saved=True)
+        return reply
+
+    def save(self, request: AnyRequest, reply: Reply) -> None:
+        """Save a reply as it comes, and count it."""
+        if self._replies is not None:
+            self._replies.add(self._identity(request), reply)
+        self._count(reply, is_saved=False)
+
+    def _identity(self, request: AnyRequest) -> str:
+        return hashlib.sha256(json.dumps([self.url, self.settings.model, request.as_json()]).encode()).hexdigest()[:32]
 
     def _count(self, reply: Reply, is_saved: bool) -> None:
         with self._lock:
@@ -137,7 +192,7 @@ class Endpoint:
             self.usage.input_tokens += reply.input_tokens
             self.usage.output_tokens += reply.output_tokens
 
-    def _ask(self, request: Request) -> Reply:
+    def _ask(self, request: AnyRequest) -> Reply:
         """Ask until there is a reply, and save it."""
         for attempt in range(self.settings.retries + 1):
             try:
@@ -153,15 +208,11 @@ class Endpoint:
                     self.usage.repeated += 1
                 longest = min(LONGEST_WAIT, FIRST_WAIT * 2**attempt)
                 self._stopped.wait(error.wait or longest * random.uniform(0.5, 1))
-        self._replies.add(self._identity(request), reply)
-        self._count(reply, is_saved=False)
+        self.save(request, reply)
         return reply
 
-    def _post(self, request: Request) -> Reply:
-        body: dict[str, Any] = {
-            "model": self.settings.model, "messages": list(request.messages), "max_tokens": request.max_tokens,
-            "temperature": request.temperature, "seed": request.seed,
-        }  # fmt: skip
+    def _post(self, request: AnyRequest) -> Reply:
+        body: dict[str, Any] = {"model": self.settings.model, **request.body()}
         for name in self._refused & set(body):
             value = body.pop(name)
             if name == "max_tokens":  # its name for reasoning models
@@ -170,10 +221,13 @@ class Endpoint:
             "Content-Type": "application/json",
             **({"Authorization": f"Bearer {self._key}"} if self._key else {}),
         }
-        sent = urllib.request.Request(f"{self.url}/chat/completions", json.dumps(body).encode(), headers)
+        sent = urllib.request.Request(f"{self.url}/{request.path}", json.dumps(body).encode(), headers)
         try:
             with self._opener.open(sent, timeout=self.settings.timeout) as response:
-                return _read_reply(response.read(LARGEST_REPLY))
+                content = response.read(LARGEST_REPLY)
+                return (
+                    _read_vectors(content, request) if isinstance(request, EmbeddingRequest) else _read_reply(content)
+                )
         except urllib.error.HTTPError as error:
             message = self._without_key(_error_message(error))
             if error.code in BUSY:
@@ -214,9 +268,27 @@ def _read_reply(content: bytes) -> Reply:
         choices, usage = answer["choices"], answer.get("usage") or {}
         text = (choices[0]["message"].get("content") or "") if choices else ""
         read, written = (int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens"))
-        return Reply(str(text), read, written, bool(choices) and choices[0].get("finish_reason") == "length")
+        was_cut = bool(choices) and choices[0].get("finish_reason") == "length"
+        places = ((choices[0].get("logprobs") or {}).get("content") or ()) if choices else ()
+        tokens = [(place["token"], {one["token"]: one["logprob"] for one in place["top_logprobs"]}) for place in places]
+        return Reply(str(text), read, written, was_cut, tokens)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
         raise _BusyError(f"no chat completion but {shown_value(content[:200].decode(errors='replace'))}") from None
+
+
+def _read_vectors(content: bytes, request: EmbeddingRequest) -> Reply:
+    try:
+        answer = json.loads(content)
+        by_text = sorted(answer["data"], key=lambda one: int(one["index"]))
+        vectors = array("f", itertools.chain.from_iterable(one["embedding"] for one in by_text))
+        sizes = {len(one["embedding"]) for one in by_text}
+        if len(by_text) != len(request.texts) or len(sizes) != 1:
+            raise ValueError
+        read = int((answer.get("usage") or {}).get("prompt_tokens") or 0)
+        return Reply(base64.b64encode(vectors.tobytes()).decode(), read)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        shown = shown_value(content[:200].decode(errors="replace"))
+        raise _BusyError(f"no embedding for each of {len(request.texts)} texts but {shown}") from None
 
 
 def _error_message(error: urllib.error.HTTPError) -> str:

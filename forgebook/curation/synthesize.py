@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from forgebook import ray_cluster
 from forgebook.config.curation_blocks import EndpointConfig, SynthesisConfig
 from forgebook.config.data_block import HeldOut
 from forgebook.config.schema import FinetuneConfig
@@ -24,6 +25,7 @@ from forgebook.curation.constraints import Constraints, make_constraints
 from forgebook.curation.curate import check_output, report_paths
 from forgebook.curation.duplicates import SeenExamples
 from forgebook.curation.endpoint import Endpoint, Reply, Request
+from forgebook.curation.ray_requests import ask_on_ray, workers_for
 from forgebook.data import data_sources
 from forgebook.data.examples import read_examples
 from forgebook.data.row_formats import Example, parse_row
@@ -92,6 +94,7 @@ def synthesize(
     valid_path = None if isinstance(config.valid_path, HeldOut) else config.valid_path
     sources = [source for path in (paths, valid_path) if path for source in data_sources.find_sources(path)]
     check_output(out, sources, rejected_path(out))
+    ray_cluster.name_address(config.address)
     constraints = make_constraints(settings)
     seeds = read_examples(paths)
     validation = SeenExamples()
@@ -133,7 +136,7 @@ def _write_examples(
         seen.add(seed)
     system = _shared_system(seeds)
     requests = _seed_requests(settings, seeds)
-    for number, reply in _in_order(endpoint.ask_all(requests)):
+    for number, reply in _in_order(_ask(endpoint, requests, settings.workers, settings.count)):
         synthesis.replies += 1
         if reply.was_cut:
             synthesis.rejected.append(("cut: at max_tokens", reply.text))
@@ -166,6 +169,14 @@ def _seed_requests(settings: SynthesisConfig, seeds: list[Example]) -> Iterator[
 def _request(teacher: EndpointConfig, messages: tuple[dict[str, str], ...], seed: int) -> Request:
     temperature = TEMPERATURE if teacher.temperature is None else teacher.temperature
     return Request(messages, temperature, teacher.max_tokens, seed)
+
+
+def _ask(
+    endpoint: Endpoint, requests: Iterable[Request], workers: int | None, count: int
+) -> Iterator[tuple[int, Reply]]:
+    """Ask from this process, or for many by the workers of a Ray cluster. count: replies that are needed at least."""
+    chosen = workers_for(endpoint, workers, count)
+    return ask_on_ray(endpoint, requests, chosen) if chosen else endpoint.ask_all(requests)
 
 
 def _in_order(replies: Iterable[tuple[int, Reply]]) -> Iterator[tuple[int, Reply]]:
@@ -238,7 +249,7 @@ def _write_answers(
         asked += len(part)
         requests = (_request(settings.teacher, _asked(seed, settings.prompt), sample) for seed in part)
         unanswered = []
-        for number, reply in _in_order(endpoint.ask_all(requests)):
+        for number, reply in _in_order(_ask(endpoint, requests, settings.workers, len(part))):
             seed = part[number]
             synthesis.replies += 1
             synthesis.candidates += 1

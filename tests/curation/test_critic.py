@@ -68,6 +68,26 @@ def test_the_rubric_and_the_shots_are_what_the_critic_reads():
     assert "[system]\nBe short." in asked["content"] and asked["content"].endswith("# Answer to score\nHere.")
 
 
+def test_a_score_by_probabilities_is_the_mean_of_all_scores_at_its_place():
+    likely = {"1": 0.3, " 2": 0.1, "5": 0.2, "9": 0.2, "x": 0.2}  # 9 is beyond the scale
+    reply = [("Score", {"Score": 1.0}), (": ", {": ": 1.0}), ("1", likely)]
+    with endpoint(lambda body: reply) as (url, requests):
+        judged = judged_by(url, [chat("Where?", "Here.")], probabilities=True)
+    assert requests[0]["logprobs"] is True and requests[0]["top_logprobs"] == 20 and requests[0]["temperature"] == 0
+    assert judged.report["mean_score"] == pytest.approx((0.3 * 1 + 0.1 * 2 + 0.2 * 5) / 0.6)
+
+
+def test_an_endpoint_without_probabilities_is_an_error_with_the_fix():
+    with (
+        endpoint(lambda body: "Score: 3") as (url, requests),
+        pytest.raises(ConfigError, match="critic returns no logprobs: set probabilities: false"),
+    ):
+        judged_by(url, [chat("Where?", "Here.")], probabilities=True)
+    assert len(requests) == 1
+    with pytest.raises(ValueError, match="scores must be one digit each"):
+        CriticConfig(model="critic", probabilities=True, highest=10)
+
+
 @pytest.mark.parametrize("reply", ["no idea", "Score: 9", ""])
 def test_a_reply_without_a_score_drops_nothing(reply):
     with endpoint(lambda body: reply) as (url, _):
