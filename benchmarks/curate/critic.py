@@ -1,8 +1,8 @@
 """A small real model as the critic: python benchmarks/curate/critic.py (needs `make models`)
 
-SmolLM2-135M-Instruct behind `serve`, over HTTP, scores 76 answers to questions of general knowledge, half of them the
-right answer to another question (tests/support_facts.py), with four shots; the threshold is chosen on 24 other answers
-of known quality. Once with the likeliest score, once with three votes, once with `probabilities`.
+SmolLM2-135M-Instruct behind `serve`, over HTTP, scores 60 answers to questions of general knowledge, half of them the
+right answer to another question (tests/support_facts.py), with four shots; the threshold is chosen on 20 other answers
+of known quality. Once with `probabilities`, once with three votes.
 
 precision, recall: of the dropped examples, for the wrong ones. ranked: of all pairs of a right and a wrong answer, the
 share where the right one has the higher score (half of a tie); 0.5 is chance. The figures go to
@@ -22,12 +22,11 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests"), str(Path(__file__).parent)]
 MODEL = "SmolLM2-135M-Instruct"
-LABELED_QUESTIONS = 12
+LABELED_QUESTIONS, QUESTIONS = 10, 40
 RUBRIC = "5: the answer fits the question and is right\n1: the answer does not answer the question"
 MODES = {
-    "likeliest score": {"votes": 1},
-    "three votes": {"votes": 3},
     "probabilities": {"votes": 1, "probabilities": True},
+    "three votes": {"votes": 3},
 }
 
 
@@ -40,7 +39,7 @@ def measure(mode: dict, url: str, folder: Path) -> dict:
 
     labeled = folder / "labeled.jsonl"
     labeled.write_text("".join(json.dumps(row) + "\n" for row in graded(stop=LABELED_QUESTIONS)))
-    rows = graded(LABELED_QUESTIONS)
+    rows = graded(LABELED_QUESTIONS, QUESTIONS)
     examples = {
         k: parse_row({"messages": row["messages"]}, f"planted:{k + 1}", "instruction_tuning")[0]
         for k, row in enumerate(rows)

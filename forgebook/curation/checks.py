@@ -8,12 +8,13 @@ more = checks.unfinished()        once all examples were seen: whether answers u
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from forgebook.curation.languages import language_of
+from forgebook.curation.refusals import refusal_in
 from forgebook.data.row_formats import Example
 
 __all__ = ["Finding", "TextChecks", "answers_of", "mask_personal_data"]
@@ -22,17 +23,6 @@ __all__ = ["Finding", "TextChecks", "answers_of", "mask_personal_data"]
 USUAL_SHARE, FEWEST_ANSWERS, FEWEST_WORDS = 0.9, 20, 8
 FULL_STOPS = tuple(".!?:。！？…)]}>\"'`”’»*|=;")
 _OPEN_END = re.compile(r"[,\-–—(\[{]$|\b(?:and|or|but|the|an?|of|to|with|for|in|by|that|which|because|is|are)$")
-_REFUSAL = re.compile(
-    r"as an? (?:ai|artificial intelligence)(?: language)?(?: model| assistant)|"
-    r"(?:i(?:'m| am) (?:very |so |really )?sorry,? (?:but )?(?:i|as an)|i apologi[sz]e,? but i)\b.{0,40}\b"
-    r"(?:can(?:no|')t|can ?not|unable|not able|won't|don't have|am not)|"
-    r"^(?:unfortunately,? )?i(?:'m| am) (?:unable|not able|not allowed|not programmed) to|"
-    r"^(?:unfortunately,? )?i (?:can(?:no|')t|can ?not|won't|will not|must decline to) "
-    r"(?:assist|help|answer|fulfil|provide|comply|do that|create|generate|write|discuss|engage|support)|"
-    r"it (?:is|would be) (?:not appropriate|inappropriate|against my)|i must (?:refuse|decline)",
-    re.IGNORECASE,
-)
-REFUSAL_CHARACTERS = 200  # a refusal begins with its phrase; later it may be quoted
 
 # -- personal data
 
@@ -49,39 +39,6 @@ _PERSONAL = {
         r"\d{3}[.-]\d{3}[.-]\d{4})(?![\w-])"
     ),
 }
-
-# -- languages
-
-_SCRIPTS = {
-    "Latin": "A-Za-z\u00c0-\u024f",
-    "Cyrillic": "\u0400-\u04ff",
-    "Greek": "\u0370-\u03ff",
-    "Arabic": "\u0600-\u06ff",
-    "Hebrew": "\u0590-\u05ff",
-    "Devanagari": "\u0900-\u097f",
-    "Thai": "\u0e00-\u0e7f",
-    "Japanese": "\u3040-\u30ff",
-    "Chinese": "\u3400-\u9fff",
-    "Korean": "\uac00-\ud7af",
-}
-_LETTERS = {name: re.compile(f"[{ranges}]") for name, ranges in _SCRIPTS.items()}
-# The commonest words of some languages that none of the others has.
-_STOPWORDS = {
-    "English": "the and is of that it with this are was have you not from which what how".split(),
-    "German": "der und ist nicht das ein eine mit für auf dem sich auch wie wird sind ich sie".split(),
-    "French": "le les et est des une dans pour que qui pas sur avec vous nous sont".split(),
-    "Spanish": "el los las y es una por con para como pero más está son del muy".split(),
-    "Italian": "il gli e di che è per con della sono non una nel anche più questo".split(),
-    "Portuguese": "o os e é uma não com para por mais como mas foi das dos ao são".split(),
-    "Dutch": "het een van en is niet dat op zijn met voor ook maar wordt aan".split(),
-}
-_LANGUAGES_OF = {
-    word: [language for language, words in _STOPWORDS.items() if word in words]
-    for word in itertools.chain(*_STOPWORDS.values())
-}
-_LATIN_WORD = re.compile(r"[A-Za-z\u00c0-\u024f]+")
-FEWEST_LETTERS, FEWEST_STOPWORDS = 12, 4
-EXAMINED = 4_000  # characters: the language of a longer text shows in its beginning
 
 
 @dataclass(frozen=True)
@@ -117,7 +74,7 @@ class TextChecks:
     ):
         """Take the settings. has_labels: answers are labels, of which only personal data and length are checked."""
         self._shortest, self._longest, self._has_labels = min_answer_characters, max_characters, has_labels
-        self._refusals = [_REFUSAL, *(re.compile(one, re.IGNORECASE) for one in refusals)]
+        self._refusals = [re.compile(one, re.IGNORECASE) for one in refusals]
         self._long_answers = self._stopped = 0
         self._unfinished: list[int] = []
 
@@ -135,7 +92,7 @@ class TextChecks:
             yield Finding(number, "empty_answer", f"{min(map(_characters, answers))} letters and digits")
             return
         if example.messages is not None:
-            if phrase := next(filter(None, map(self._refusal, answers)), None):
+            if phrase := next(filter(None, (refusal_in(answer, self._refusals) for answer in answers)), None):
                 yield Finding(number, "refusal", phrase)
             if languages := _mixed_languages(example, answers):
                 yield Finding(number, "mixed_languages", languages)
@@ -149,10 +106,6 @@ class TextChecks:
         share = self._stopped / self._long_answers
         detail = f"no full stop at its end, as {share:.0%} of the answers have"
         return [Finding(number, "truncated", detail) for number in self._unfinished]
-
-    def _refusal(self, answer: str) -> str | None:
-        start = answer.lstrip()[:REFUSAL_CHARACTERS].replace("’", "'")
-        return next((match[0] for one in self._refusals if (match := one.search(start))), None)
 
     def _truncation(self, number: int, answer: str, is_text: bool) -> str | None:
         answer = answer.rstrip()
@@ -229,25 +182,7 @@ def _opens_json(text: str) -> bool:
 def _mixed_languages(example: Example, answers: list[str]) -> str | None:
     """Say in which languages the first question and the answers are, if these differ."""
     question = next((str(m.get("content") or "") for m in example.conversation if m["role"] == "user"), "")
-    (script, language), (other_script, other) = (_language(text[:EXAMINED]) for text in (question, "\n".join(answers)))
+    (script, language), (other_script, other) = (language_of(text) for text in (question, "\n".join(answers)))
     if script and other_script and script != other_script:
         return f"question in {language or script}, answer in {other or other_script}"
     return f"question in {language}, answer in {other}" if language and other and language != other else None
-
-
-def _language(text: str) -> tuple[str | None, str | None]:
-    """Name the script of a text, and of Latin ones the language; None where it does not show."""
-    counts = {name: len(pattern.findall(text)) for name, pattern in _LETTERS.items()}
-    if counts["Japanese"]:
-        counts["Japanese"] += counts.pop("Chinese")  # kanji
-    script, most = max(counts.items(), key=lambda one: one[1])
-    if most < FEWEST_LETTERS or most < 0.8 * sum(counts.values()):
-        return None, None
-    if script != "Latin":
-        return script, None
-    votes = dict.fromkeys(_STOPWORDS, 0)
-    for word in _LATIN_WORD.findall(text.lower()):
-        for language in _LANGUAGES_OF.get(word, ()):
-            votes[language] += 1
-    (first, most), (_, second) = sorted(votes.items(), key=lambda one: -one[1])[:2]
-    return script, first if most >= FEWEST_STOPWORDS and most >= 2 * second else None

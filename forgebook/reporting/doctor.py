@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from forgebook.errors import ForgebookError
-from forgebook.models.attention import attention_facts, attention_obstacles
+from forgebook.models.attention import AttentionFacts, attention_facts, attention_obstacles
 from forgebook.planning.hardware import cpu_share, has_gpu, this_gpu
 from forgebook.ray_cluster import REPOSITORY
 from forgebook.runs import object_store
@@ -106,7 +106,9 @@ def _devices() -> Finding:
 
 
 def _kernels() -> Iterator[Finding]:
-    obstacles = attention_obstacles(attention_facts("bfloat16"))
+    # Without a GPU the facts are known, and torch's import would take most of the time of the report.
+    facts = attention_facts("bfloat16") if has_gpu() else AttentionFacts("bfloat16", capability=None)
+    obstacles = attention_obstacles(facts)
     runs = [kind for kind, obstacle in obstacles.items() if obstacle is None]
     others = [f"{kind} {obstacle}" for kind, obstacle in obstacles.items() if obstacle]
     yield Finding("attention kernels", ", ".join(runs) + (f" ({'; '.join(others)})" if others else ""))
