@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 from forgebook.errors import ModelError
 
-__all__ = ["within_limits"]
+__all__ = ["LargeOperationError", "within_limits"]
 
 SECONDS = 5.0  # of this process's time; a conversation takes milliseconds
 MEMORY = 1 << 30  # bytes, beyond what the process has
@@ -34,19 +34,28 @@ class _TimeUp(Exception):
     pass
 
 
+class LargeOperationError(MemoryError):
+    """One operation of a template would make a value that is too large."""
+
+
 def within_limits(render: Callable[[], str], name: str) -> str:
     """Call `render`, which renders one conversation with the template of tokenizer `name`, within limits.
 
     Outside the main thread, what the process takes in the meantime is compared with the limit on memory, ten times a
-    second: a limit of the whole process would end other threads' work. One operation is then not interrupted.
+    second: a limit of the whole process would end other threads' work. What one operation makes is limited by itself.
 
     Raises ModelError if the template takes too long or too much memory.
     """
+    from forgebook.data.template_sandbox import limit_operations
+
+    limit_operations()
     too_much = f"the chat template of {name!r} "
     try:
         text = (_guarded if threading.current_thread() is threading.main_thread() else _watched)(render)
     except _TimeUp:
         raise ModelError(f"{too_much}ran for {SECONDS:g} s on one conversation: it may loop without end") from None
+    except LargeOperationError as error:
+        raise ModelError(f"{too_much}does {error}: it may be broken, or written to fill the memory") from None
     except MemoryError:
         raise ModelError(f"{too_much}took more than {MEMORY >> 30} GiB of memory for one conversation") from None
     if len(text) > CHARACTERS:

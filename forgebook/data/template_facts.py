@@ -22,7 +22,7 @@ from forgebook.data.messages import REASONING_KEYS, Message
 from forgebook.data.render_limits import within_limits
 from forgebook.data.special_tokens import has_end
 from forgebook.data.tools import name_results
-from forgebook.errors import DataError
+from forgebook.errors import DataError, ForgebookError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -144,7 +144,9 @@ def apply_template(
         return within_limits(lambda: apply(add_generation_prompt=for_generation), tokenizer.name_or_path)
     except TemplateError as error:
         raise DataError(f"the chat template rejects these messages: {error}") from None
-    except (TypeError, KeyError, AttributeError, ValueError) as error:
+    except ForgebookError:
+        raise
+    except Exception as error:  # a template is a program
         raise DataError(f"the chat template fails on these messages: {error}") from None
 
 
