@@ -32,6 +32,8 @@ from forgebook.config.blocks import (
 from forgebook.config.curation_blocks import CurationConfig, SynthesisConfig
 from forgebook.config.data_block import DataPath, ValidPath
 from forgebook.config.values import (
+    AnswerMetric,
+    BestMetric,
     Examples,
     Float,
     Fraction,
@@ -214,9 +216,10 @@ class FinetuneConfig(StrictBlock):
     """End the run once the evaluation loss has stopped falling, as `{patience: 3, min_delta: 0.001}`."""
     eval_generation: Annotated[EvalGeneration | None, Mark.NO_EFFECT] = None
     """Answer validation prompts greedily at evaluations, as `{prompts: 50, every: 1}`; print and log some answers."""
-    metrics: Annotated[list[Literal["exact_match", "tool_calls"]], Mark.NO_EFFECT] = Field(default=[])
-    """Metrics of these answers. exact_match: the reference, character by character; tool_calls: its calls."""
-    best_metric: Literal["eval_loss", "exact_match", "tool_calls"] = "eval_loss"
+    metrics: Annotated[list[AnswerMetric], Mark.NO_EFFECT] = Field(default=[])
+    """Metrics of these answers. exact_match: the reference, character by character; tool_calls: its calls
+    (`tool_accuracy` is another name of it)."""
+    best_metric: BestMetric = "eval_loss"
     """What chooses the best checkpoint: the lowest evaluation loss, or the highest of these metrics."""
     num_checkpoints_to_keep: Annotated[Positive, Mark.NO_EFFECT] = 1
     """Keep this many checkpoints, the best by `best_metric`."""

@@ -12,6 +12,8 @@ from forgebook.config.lora_block import lora_problems, lora_schema
 from forgebook.errors import near_miss, shown_value
 
 __all__ = [
+    "AnswerMetric",
+    "BestMetric",
     "Examples",
     "Float",
     "Fraction",
@@ -52,6 +54,11 @@ def _numbers_inside(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _numbers_inside(item) for key, item in value.items()}
     return [_numbers_inside(item) for item in value] if isinstance(value, list) else _number(value)
+
+
+def _metric(value: Any) -> Any:
+    """Take `tool_accuracy` for what it is here: the share of answers with the right tool calls."""
+    return "tool_calls" if value == "tool_accuracy" else value
 
 
 def _amount(value: Any) -> Any:
@@ -125,6 +132,8 @@ Block = Annotated[dict[str, Any], BeforeValidator(_numbers_inside)]
 LoraBlock = Annotated[Block, AfterValidator(_known_to_peft), WithJsonSchema(lora_schema())]
 RopeBlock = Annotated[Block, AfterValidator(_known_to_transformers), WithJsonSchema(_rope_schema())]
 Switch = Annotated[bool | dict[str, Any], BeforeValidator(_switch_or_block)]
+AnswerMetric = Annotated[Literal["exact_match", "tool_calls"], BeforeValidator(_metric)]
+BestMetric = Annotated[Literal["eval_loss", "exact_match", "tool_calls"], BeforeValidator(_metric)]
 Recomputation = Annotated[bool | Literal["auto", "selective"], BeforeValidator(_recomputation)]
 Resources = dict[str, Annotated[int | float, BeforeValidator(_amount)]]
 RunName = Annotated[str, AfterValidator(_fit_for_a_folder)]

@@ -208,7 +208,8 @@ def _guess(keys: list[str], task: str) -> dict[str, str]:
         rejected = _named_like(keys, WORSE) or keys[-1]
         rest = [k for k in keys if k != rejected]
         chosen = _named_like(rest, BETTER) or rest[-1]
-        asked = _named_like([k for k in rest if k != chosen], QUESTIONS)
+        others = [k for k in rest if k != chosen]
+        asked = _named_like(others, QUESTIONS) or (others[0] if len(others) == 1 else None)
         return ({"user": asked} if asked else {}) | {"chosen": chosen, "rejected": rejected}
     system = next((k for k in keys if k.lower() in ("system", "system_prompt")), None)
     keys = [k for k in keys if k != system] or keys

@@ -88,6 +88,7 @@ def evaluate(
     source, classifier = path or validation_source(run, config.valid_path), config.classifier_config
     if source is None:
         raise ConfigError(f"the run {run.name} has no valid_path: name held-out examples with data=FILE")
+    metric = "tool_calls" if metric == "tool_accuracy" else metric
     if metric is not None and metric not in METRICS:
         raise ConfigError(f"evaluate: unknown metric {metric!r}; expected one of {', '.join(METRICS)}")
     chosen = metric or USUAL_METRICS.get(config.task, "exact_match")

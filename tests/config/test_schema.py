@@ -196,3 +196,8 @@ def test_configs_cross_process_borders(load_yaml):
     config = load_yaml("num_epochs: 3")
     copy = pickle.loads(pickle.dumps(config))
     assert copy == config and copy.origins == config.origins and copy.source == config.source
+
+
+def test_tool_accuracy_is_another_name_of_the_metric_of_tool_calls():
+    config = config_of(metrics=["exact_match", "tool_accuracy"], best_metric="tool_accuracy")
+    assert config.metrics == ["exact_match", "tool_calls"] and config.best_metric == "tool_calls"

@@ -135,7 +135,8 @@ def test_a_class_label_of_the_hub_gives_its_names(tmp_path):
         (["system_prompt", "x", "y"], "", {"system": "system_prompt", "user": "x", "assistant": "y"}),
         (["sms", "label"], "classification", {"text": "sms", "label": "label"}),
         (["a", "b"], "classification", {"text": "a", "label": "b"}),
-        (["q", "better", "worse"], "preference_tuning", {"chosen": "better", "rejected": "worse"}),
+        (["q", "better", "worse"], "preference_tuning", {"user": "q", "chosen": "better", "rejected": "worse"}),
+        (["id", "q", "better", "worse"], "preference_tuning", {"chosen": "better", "rejected": "worse"}),
         (["url", "content"], "causal_lm", {"text": "content"}),
     ],
 )
