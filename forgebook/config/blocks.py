@@ -226,8 +226,8 @@ class VisionLanguageConfig(StrictBlock):
 class LigerKernel(StrictBlock):
     """Fused Triton kernels that save memory and time on GPUs; they need the package liger-kernel."""
 
-    enabled: bool = False
-    """Use them."""
+    enabled: bool | Literal["auto"] = "auto"
+    """Use them. auto: on a GPU, where liger-kernel is installed and its kernels give this model's own results."""
     kwargs: dict[
         Literal["rms_norm", "rope", "swiglu", "geglu", "layer_norm", "cross_entropy", "fused_linear_cross_entropy"],
         bool,

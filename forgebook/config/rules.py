@@ -248,7 +248,7 @@ UNREAD: tuple[Rule, ...] = (
     ),
     Rule(
         ("liger_kernel",),
-        lambda config, zero: bool(config.liger_kernel.kwargs) and not config.liger_kernel.enabled,
+        lambda config, zero: bool(config.liger_kernel.kwargs) and config.liger_kernel.enabled is False,
         "liger_kernel.kwargs has no effect while liger_kernel.enabled is false",
         "set enabled: true, or remove the block",
     ),

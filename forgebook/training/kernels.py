@@ -1,8 +1,7 @@
 """What makes a step faster or smaller, where the machine has it: Liger kernels, torch.compile, bitsandbytes.
 
 refuse_missing(config)             before a run and in every worker: all that the config requests must be installed
-use_liger(model, switches)         patches a model in place
-compile_decoder(model, options)    likewise
+compile_decoder(model, options)    compiles a model in place
 """
 
 from __future__ import annotations
@@ -11,17 +10,14 @@ import importlib.util
 import shutil
 from typing import TYPE_CHECKING, Any
 
-from forgebook.errors import ConfigError, ModelError, ResourceError, first_line
+from forgebook.errors import ConfigError, ResourceError, first_line
 from forgebook.models.attention import attention_facts, choose_attention
 from forgebook.models.families import decoder_of
 
 if TYPE_CHECKING:
     from forgebook.config.schema import FinetuneConfig
 
-__all__ = ["compile_decoder", "refuse_missing", "use_liger"]
-
-# Liger's own losses are part of the forward pass that computes logits, which our loss never calls.
-OUR_LOSS = {"cross_entropy": False, "fused_linear_cross_entropy": False}
+__all__ = ["compile_decoder", "is_installed", "refuse_missing"]
 
 
 def refuse_missing(config: FinetuneConfig) -> None:
@@ -33,18 +29,18 @@ def refuse_missing(config: FinetuneConfig) -> None:
         f"quantization: {config.quantization}": config.quantization is not None,
         f"optimizer: {config.optimizer}": config.optimizer.endswith("_8bit"),
     }.items():
-        if is_requested and not _has("bitsandbytes"):
+        if is_requested and not is_installed("bitsandbytes"):
             raise ResourceError(f"{key} needs the package bitsandbytes: install it from requirements-gpu.txt")
     if config.optimizer == "paged_adamw_8bit" and not has_gpu:
         raise ResourceError(
             "optimizer: paged_adamw_8bit moves its state between a GPU and its host, and this machine has no GPU: set "
             "adamw_8bit"
         )
-    if config.liger_kernel.enabled and not has_gpu:
+    if config.liger_kernel.enabled is True and not has_gpu:
         raise ResourceError(
             "liger_kernel.enabled: its kernels run on a GPU, and this machine has none: set it to false"
         )
-    if config.liger_kernel.enabled and not _has("liger_kernel"):
+    if config.liger_kernel.enabled is True and not is_installed("liger_kernel"):
         raise ResourceError("liger_kernel.enabled needs the package liger-kernel: install it from requirements-gpu.txt")
     if config.attention == "flex" and not has_gpu:
         raise ResourceError(
@@ -55,30 +51,9 @@ def refuse_missing(config: FinetuneConfig) -> None:
         raise ResourceError("torch_compile on a CPU needs a C++ compiler: install g++, or set torch_compile: false")
 
 
-def _has(package: str) -> bool:
-    # Without importing it: these packages load CUDA.
+def is_installed(package: str) -> bool:
+    """Report whether a package can be imported, without doing so: these packages load CUDA."""
     return importlib.util.find_spec(package) is not None
-
-
-def use_liger(model: Any, switches: dict[str, bool]) -> None:
-    """Apply Liger's kernels to a causal language model, in place; `switches` turns single kernels off or on.
-
-    Raises ModelError if Liger has no kernels for this model, ConfigError for a kernel that it does not have.
-    """
-    import inspect
-
-    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
-    from transformers.integrations.liger import apply_liger_kernel
-
-    kind = model.config.model_type
-    if kind not in MODEL_TYPE_TO_APPLY_LIGER_FN:  # Liger would log a line and change nothing
-        raise ModelError(f"liger_kernel.enabled: Liger has no kernels for {kind} models: set it to false")
-    known = inspect.signature(MODEL_TYPE_TO_APPLY_LIGER_FN[kind]).parameters
-    unknown = sorted(name for name in switches if name not in known and name not in OUR_LOSS)
-    if unknown:
-        raise ConfigError(f"liger_kernel.kwargs: Liger has no {', '.join(unknown)} kernel for {kind} models: remove it")
-    ours = {name: value for name, value in OUR_LOSS.items() if name in known}
-    apply_liger_kernel(model, {**switches, **ours})
 
 
 def compile_decoder(model: Any, options: bool | dict[str, Any]) -> None:

@@ -21,7 +21,6 @@ from forgebook.config.schema import ResolvedConfig
 from forgebook.data import batching as batches
 from forgebook.data import token_store as tokens
 from forgebook.errors import StoppedError
-from forgebook.models import load
 from forgebook.models.checkpointing import check_kept
 from forgebook.models.versions import check_versions
 from forgebook.planning import hardware, schedule
@@ -100,7 +99,7 @@ def train_loop(config: ResolvedConfig, run: Run, report: Report = lambda metrics
     )  # fmt: skip
     # One line holds a whole batch, without padding, where the attention kernel keeps examples apart by their lengths.
     takes_segments = worker.takes_segments
-    if note := load.padding_note(worker.model, config.attention, config.dtype):
+    for note in worker.notes:
         progress.stage(note)
     if config.padding == "packed" or takes_segments:
         check_isolation(worker.wrapped, accelerator.device, takes_segments)

@@ -37,7 +37,7 @@ from forgebook.models import adapters, load, saved_adapters
 from forgebook.models.attention import SEGMENTED
 from forgebook.models.families import freeze_towers
 from forgebook.models.tokenizer import label_pieces, locate, tokenizer_of
-from forgebook.training import classification, distributed, kernels, optimizers
+from forgebook.training import classification, distributed, kernels, liger, optimizers
 from forgebook.training.losses import SupervisedLM
 
 __all__ = [
@@ -60,6 +60,7 @@ class Worker:
 
     model: the plain or PEFT model inside `wrapped`, whose forward pass returns the loss. deepspeed_engine: `wrapped`
     again under DeepSpeed, else None. parameters: how many the model has, and how many of them are trained.
+    notes: what a reader should know of how it runs.
     """
 
     accelerator: Accelerator
@@ -69,6 +70,7 @@ class Worker:
     optimizer: Any
     deepspeed_engine: Any
     parameters: tuple[int, int]
+    notes: list[str]
 
     @property
     def takes_segments(self) -> bool:
@@ -135,11 +137,14 @@ def make_worker(config: ResolvedConfig, accelerator: Accelerator) -> Worker:
         base = locate(config.initial_base_model_ckpt_path or config.model_id)
         adapter_source = config.initial_adapter_model_ckpt_path
         adapter = locate(adapter_source) if adapter_source is not None else None
+        fused = liger.choose_liger(config.liger_kernel, base, accelerator.device)
     # Under ZeRO-3 the ranks wait for each other while they load: one that fails cannot meet the others at the end of a
     # block. It raises, and whoever started the workers ends them.
     with contextlib.nullcontext() if is_deepspeed_zero3_enabled() else distributed.raised_everywhere():
-        model = _load_model(config, tokenizer, base, adapter)
+        model = _load_model(config, tokenizer, base, adapter, uses_liger=fused.is_used)
         parameters = load.parameter_counts(model)
+    padding = load.padding_note(model, config.attention, config.dtype)
+    notes = [note for note in (padding, fused.note) if note is not None]
     _stop_at(masking.end_of_turn(tokenizer, config.generation_config.prompt_format)[1], model.generation_config)
     label_scale = 1.0
     if config.classifier_config is not None:
@@ -160,13 +165,13 @@ def make_worker(config: ResolvedConfig, accelerator: Accelerator) -> Worker:
         model.train()
         optimizer = optimizers.deepspeed_adamw(config.optimizer, groups, **hyperparameters)
         deepspeed_engine, optimizer = accelerator.prepare(SupervisedLM(model), optimizer)
-        return Worker(accelerator, tokenizer, model, deepspeed_engine, optimizer, deepspeed_engine, parameters)
+        return Worker(accelerator, tokenizer, model, deepspeed_engine, optimizer, deepspeed_engine, parameters, notes)
     if config.quantization is None:  # quantized weights were loaded where they stay
         model.to(accelerator.device)
     model.train()
     optimizer = optimizers.AdamW(groups, kind=config.optimizer, **hyperparameters)
     wrapped = accelerator.prepare(SupervisedLM(model))
-    return Worker(accelerator, tokenizer, model, wrapped, optimizer, None, parameters)
+    return Worker(accelerator, tokenizer, model, wrapped, optimizer, None, parameters, notes)
 
 
 def _stop_at(ends: list[int], generation_config: Any) -> None:
@@ -177,7 +182,7 @@ def _stop_at(ends: list[int], generation_config: Any) -> None:
         generation_config.eos_token_id = list(dict.fromkeys([*known, *ends]))
 
 
-def _load_model(config: ResolvedConfig, tokenizer: Any, base: str, adapter: str | None) -> Any:
+def _load_model(config: ResolvedConfig, tokenizer: Any, base: str, adapter: str | None, *, uses_liger: bool) -> Any:
     """Load the model to train: the base, with its kernels, adapter, noise and compilation."""
     model: Any = load.load_model(
         base,
@@ -190,8 +195,8 @@ def _load_model(config: ResolvedConfig, tokenizer: Any, base: str, adapter: str 
     labels = labels_of(config.classifier_config)
     new_token_settings = load.fit_vocabulary(model, tokenizer, labels, config.lora_config)
     load.start_labels(model, label_pieces(tokenizer, labels))
-    if config.liger_kernel.enabled:
-        kernels.use_liger(model, {str(name): on for name, on in config.liger_kernel.kwargs.items()})
+    if uses_liger:
+        liger.use_liger(model, {str(name): on for name, on in config.liger_kernel.kwargs.items()})
     if adapter is not None:
         model = saved_adapters.continue_lora(model, adapter, config.lora_config or {}, config.rope_scaling)
     elif config.lora_config is not None:

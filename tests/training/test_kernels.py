@@ -1,16 +1,13 @@
 """Switches that depend on the machine: they work, or are refused in one sentence before the run."""
 
 import shutil
-import sys
-import types
 
 import pytest
 import torch
 
-from conftest import LORA, TINY_MODEL, losses_of
-from forgebook.errors import ConfigError, ModelError, ResourceError
+from conftest import LORA, losses_of
+from forgebook.errors import ConfigError, ResourceError
 from forgebook.launch.fine_tune import fine_tune
-from forgebook.models import load
 from forgebook.runs.atomic import read_json
 from forgebook.training import kernels
 from forgebook.training.optimizers import AdamW
@@ -43,7 +40,7 @@ def test_what_needs_a_gpu_is_refused_without_one(make_config, tmp_path, values, 
     ],
 )
 def test_a_missing_package_is_named(make_config, monkeypatch, values, message):
-    monkeypatch.setattr(kernels, "_has", lambda package: False)
+    monkeypatch.setattr(kernels, "is_installed", lambda package: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(ResourceError, match=message):
         kernels.refuse_missing(make_config(**values))
@@ -86,43 +83,6 @@ def test_a_compiled_model_has_the_same_losses_and_the_same_checkpoint(make_confi
 def test_an_argument_that_torch_compile_does_not_take_is_named(make_config, dynamo):
     with pytest.raises(ConfigError, match=r"torch_compile: .*'mod'"):
         fine_tune(make_config(torch_compile={"mod": "max-autotune"}))
-
-
-# Liger ------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def liger(monkeypatch):
-    """Stand in for the package, with what of it is called: its table of models, and the function that patches one."""
-    calls = []
-
-    def apply_to_llama(rope=True, cross_entropy=False, fused_linear_cross_entropy=True, rms_norm=True, swiglu=True):
-        """Have the arguments that the real one has."""
-
-    inside = types.ModuleType("liger_kernel.transformers")
-    inside._apply_liger_kernel_to_instance = lambda model, **kwargs: calls.append((model, kwargs))
-    table = types.ModuleType("liger_kernel.transformers.monkey_patch")
-    table.MODEL_TYPE_TO_APPLY_LIGER_FN = {"llama": apply_to_llama}
-    for module in (types.ModuleType("liger_kernel"), inside, table):
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr("transformers.integrations.liger.is_liger_kernel_available", lambda: True)
-    return calls
-
-
-def test_liger_gets_the_switches_and_leaves_the_loss_to_us(liger):
-    model = load.load_model(str(TINY_MODEL))
-    kernels.use_liger(model, {"rope": False, "fused_linear_cross_entropy": True})
-    assert liger == [(model, {"rope": False, "cross_entropy": False, "fused_linear_cross_entropy": False})]
-
-
-def test_kernels_that_liger_has_not_got_are_named(liger):
-    model = load.load_model(str(TINY_MODEL))
-    with pytest.raises(ConfigError, match="Liger has no geglu kernel for llama models"):
-        kernels.use_liger(model, {"geglu": True})
-    model.config.model_type = "mamba"
-    with pytest.raises(ModelError, match="Liger has no kernels for mamba models"):
-        kernels.use_liger(model, {})
-    assert liger == []
 
 
 # AdamW in 8 bits --------------------------------------------------------------------------------------
