@@ -10,8 +10,8 @@ export DS_BUILD_OPS := 0
 # Threads wait for each other without spinning: on a shared machine spinning costs far more.
 export OMP_WAIT_POLICY := passive
 
-# Two processes share the tests of two cores: much of their time is waiting for Ray and for other processes to start.
-PARALLEL := -n 2
+# Three processes share the tests of two cores: much of their time is waiting, for Ray and for other processes to start.
+PARALLEL := -n 3
 
 .PHONY: help quickstart test test-fast vllm test-engines models coverage coverage-floors check configs notebooks tiny-model clean
 help: ## list the targets
