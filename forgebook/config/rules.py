@@ -247,6 +247,12 @@ UNREAD: tuple[Rule, ...] = (
         "set weight_decay, or remove it",
     ),
     Rule(
+        ("tf32",),
+        lambda config, zero: config.tf32 and config.dtype != "float32",
+        "tf32 has no effect with dtype: bfloat16",
+        "set dtype: float32, or remove it",
+    ),
+    Rule(
         ("liger_kernel",),
         lambda config, zero: bool(config.liger_kernel.kwargs) and config.liger_kernel.enabled is False,
         "liger_kernel.kwargs has no effect while liger_kernel.enabled is false",

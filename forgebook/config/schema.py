@@ -169,6 +169,8 @@ class FinetuneConfig(StrictBlock):
     # -- memory and speed
     dtype: Annotated[Literal["bfloat16", "float32"], Mark.AUTO] = "bfloat16"
     """Number format of the forward and backward pass."""
+    tf32: bool = False
+    """With float32: multiply in TF32, three decimal digits at several times the speed, on Ampere GPUs and later."""
     deepspeed: Annotated[DeepSpeedFile | None, Mark.AUTO] = DeepSpeed()
     """How devices share the model; `zero_2` is short for its file in deepspeed_configs/.
     None: every device holds the whole model (DDP)."""
@@ -180,7 +182,7 @@ class FinetuneConfig(StrictBlock):
     ] = "auto"
     """Attention kernel. auto: the fastest that the device has. varlen: torch's own for examples of different lengths in
     one line; with it and with flash attention a batch has no padding."""
-    liger_kernel: LigerKernel = LigerKernel()
+    liger_kernel: Annotated[LigerKernel, Mark.NO_EFFECT] = LigerKernel()
     """Fused Triton kernels."""
     torch_compile: Switch = False
     """Compile the decoder, at its first step and for every new shape; a block holds arguments of torch.compile."""

@@ -312,8 +312,11 @@ def _activations(run: _Run) -> tuple[int, int, int]:
         max(layers),
         sum(len(kind.layers) * saved for kind, saved in zip(shape.kinds, layers, strict=True)),
     )
-    # The backward pass of the MLP holds three gradients of its inner width, that of a norm works in float32.
-    working = run.tokens * (3 * width * shape.inner + 2 * width * shape.hidden + 8 * shape.hidden)
+    # The backward pass of the MLP holds three gradients of its inner width, that of a norm works in float32. Liger
+    # writes those of the MLP over what was saved, and keeps float32 in registers.
+    fused = config.liger_kernel.enabled is True
+    working = run.tokens * (2 * width * shape.hidden + (1 if fused else 3) * width * shape.inner)
+    working += 0 if fused else run.tokens * 8 * shape.hidden
     has_no_kernel = shape.counted is not None and shape.counted.eager
     if config.attention == "eager" or (config.attention == "auto" and has_no_kernel):
         square = run.sequences * shape.heads * run.length**2
@@ -339,8 +342,10 @@ def _saved_per_token(run: _Run, kind: LayerKind) -> int:
     """Count the bytes that one decoder layer saves per token, except for length^2 matrices."""
     config, shape, width = run.config, run.shape, run.width
     hidden, inner = shape.hidden, shape.inner
-    # A norm saves its input in float32, and the normalized input if its own weight is trained.
-    saved = kind.norms * hidden * (4 if config.is_lora else 4 + width)
+    fused = config.liger_kernel.enabled is True  # with auto it is known only where the run starts
+    # A norm saves its input in float32, and the normalized input if its own weight is trained. Liger's saves its input
+    # as it is, and its gated MLP recomputes the activation of the gate.
+    saved = kind.norms * hidden * (width if fused else 4 if config.is_lora else 4 + width)
     if shape.counted:  # whatever the layers do: what enters a product other than hidden states, and all that leaves one
         products = [(inputs, outputs) for _, inputs, outputs in kind.linears]
         products += [(inputs, outputs) for *_, inputs, outputs in kind.experts] * shape.active_experts
@@ -348,7 +353,7 @@ def _saved_per_token(run: _Run, kind: LayerKind) -> int:
     else:
         q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
         saved += width * (2 * q + 2 * kv)  # queries, keys, values and the output of attention
-        saved += 3 * width * inner  # gate, its activation, up
+        saved += (2 if fused else 3) * width * inner  # gate, its activation, up
     lora = config.lora_config
     if lora is None:
         # A trained weight needs its input: that of q, k and v; of gate and up; of down.

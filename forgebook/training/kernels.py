@@ -42,6 +42,8 @@ def refuse_missing(config: FinetuneConfig) -> None:
         )
     if config.liger_kernel.enabled is True and not is_installed("liger_kernel"):
         raise ResourceError("liger_kernel.enabled needs the package liger-kernel: install it from requirements-gpu.txt")
+    if config.tf32 and (not has_gpu or torch.cuda.get_device_capability() < (8, 0)):
+        raise ResourceError("tf32: needs an Ampere GPU or later (compute capability 8.0): set it to false")
     if config.attention == "flex" and not has_gpu:
         raise ResourceError(
             "attention: flex has no backward pass on a CPU, and this machine has no GPU: set attention: sdpa"

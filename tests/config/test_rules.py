@@ -250,7 +250,8 @@ UNREAD_KEYS = [
     ({"train_on": "last", "rewritten_turns": "expand"}, {"task": "instruction_tuning"}),
     ({"num_devices": 0, "max_failures": 1, "address": "auto"}, {"num_devices": 2}),
     ({"num_devices": 0, "worker_resources": {"A": 1}, "trainer_resources": {"B": 1}}, {"num_devices": 2}),
-    ({"liger_kernel": {"kwargs": {"rope": True}}}, {"liger_kernel": {"enabled": True, "kwargs": {"rope": True}}}),
+    ({"liger_kernel": {"enabled": False, "kwargs": {"rope": True}}}, {"liger_kernel": {"kwargs": {"rope": True}}}),
+    ({"tf32": True}, {"tf32": True, "dtype": "float32"}),
     (
         {"preference_tuning_config": {"loss": "ipo", "label_smoothing": 0.1}},
         {"preference_tuning_config": {"loss": "dpo", "label_smoothing": 0.1}},

@@ -115,6 +115,21 @@ def test_checkpointing_smaller_batches_and_kernels_save_activations():
     assert activations(attention="eager") - activations() == 4 * 32 * 2048**2 * (4 + 2 + 8)
 
 
+def test_fused_kernels_save_what_a_gpu_measured():
+    """On an H200 (benchmarks/gpu/results.json), where the longest of 16 examples in a batch had about 460 tokens."""
+    session = json.loads((REPOSITORY / "benchmarks/gpu/results.json").read_text())["first_session"]
+    measured = {one["system"]: one["peak_gigabytes"] for one in session["results"]}
+    lora = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": "all-linear"}
+
+    def tensors(**values) -> float:
+        config = big(lora_config=lora, gradient_checkpointing=False, train_batch_size_per_device=16, **values)
+        return memory_of(config, shape_of(config.model_id), workers=1, length=460).tensors / 1e9
+
+    assert tensors() == pytest.approx(measured["Forgebook"], rel=0.02)
+    assert tensors(liger_kernel={"enabled": True}) == pytest.approx(measured["Forgebook, Liger kernels"], rel=0.02)
+    assert tensors(liger_kernel={"enabled": "auto"}) == tensors()  # not known where the plan is made
+
+
 def test_ddp_keeps_its_buckets_beside_all_activations():
     config = big(gradient_checkpointing=False, dtype="float32")
     shape = shape_of(config.model_id)

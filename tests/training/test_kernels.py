@@ -22,6 +22,7 @@ without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine
         ({"attention": "flex"}, "attention: flex has no backward pass on a CPU"),
         ({"liger_kernel": {"enabled": True}}, "liger_kernel.enabled: its kernels run on a GPU"),
         ({"optimizer": "paged_adamw_8bit"}, "paged_adamw_8bit moves its state between a GPU and its host"),
+        ({"tf32": True}, "tf32: needs an Ampere GPU or later"),
     ],
 )
 def test_what_needs_a_gpu_is_refused_without_one(make_config, tmp_path, values, message):
@@ -44,6 +45,15 @@ def test_a_missing_package_is_named(make_config, monkeypatch, values, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(ResourceError, match=message):
         kernels.refuse_missing(make_config(**values))
+
+
+def test_tf32_needs_a_gpu_that_has_it(make_config, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    with pytest.raises(ResourceError, match="tf32: needs an Ampere GPU or later"):
+        kernels.refuse_missing(make_config(tf32=True))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    kernels.refuse_missing(make_config(tf32=True))
 
 
 @without_gpu
