@@ -185,7 +185,7 @@ class FinetuneConfig(StrictBlock):
     liger_kernel: Annotated[LigerKernel, Mark.NO_EFFECT] = LigerKernel()
     """Fused Triton kernels."""
     torch_compile: Switch = False
-    """Compile the decoder, at its first step and for every new shape; a block holds arguments of torch.compile."""
+    """Compile the decoder's layers, at the first step and for new shapes; a block holds arguments of torch.compile."""
     profile: Annotated[bool, Mark.NO_EFFECT] = False
     """Profile steps 5 to 8: a trace for ui.perfetto.dev in the run folder, and a table of where the time goes."""
 

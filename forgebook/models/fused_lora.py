@@ -84,7 +84,8 @@ class _LoraProduct(torch.autograd.Function):
         ctx.save_for_backward(x, weight, a, b)
         ctx.scale = scale
         # Whoever watches operators, as selective checkpointing does, sees one whose result nothing changes afterwards.
-        is_watched = torch._C._len_torch_dispatch_stack() > 0
+        # The compiler sees the operators inside.
+        is_watched = not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
         return (_lora_operator if is_watched else _lora_product)(x, weight, bias, a, b, scale)
 
     @staticmethod

@@ -59,13 +59,20 @@ def is_installed(package: str) -> bool:
 
 
 def compile_decoder(model: Any, options: bool | dict[str, Any]) -> None:
-    """Compile the decoder of a causal language model, plain or inside a PeftModel, when it is first called.
+    """Compile the layers of a causal language model, plain or inside a PeftModel, when they are first called.
+
+    Layer by layer: layers of one kind share what is compiled, which takes as long for two of them as for eighty. torch
+    keeps it on this machine for later runs.
 
     options: True, or keyword arguments of torch.compile. Raises ConfigError for one that it does not take.
     """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    layers = [layer for layer in decoder_of(causal).modules() if isinstance(layer, GradientCheckpointingLayer)]
     try:
-        # In place: the names of parameters, and with them the checkpoints, stay the same.
-        decoder_of(causal).compile(**(options if isinstance(options, dict) else {}))
+        for layer in layers:
+            # In place: the names of parameters, and with them the checkpoints, stay the same.
+            layer.compile(**(options if isinstance(options, dict) else {}))
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(f"torch_compile: {first_line(error)}") from None

@@ -4,10 +4,13 @@ import shutil
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from conftest import LORA, losses_of
 from forgebook.errors import ConfigError, ResourceError
 from forgebook.launch.fine_tune import fine_tune
+from forgebook.models.adapters import add_lora
+from forgebook.models.families import decoder_of
 from forgebook.runs.atomic import read_json
 from forgebook.training import kernels
 from forgebook.training.optimizers import AdamW
@@ -88,6 +91,22 @@ def test_a_compiled_model_has_the_same_losses_and_the_same_checkpoint(make_confi
         for run in (plain, compiled)
     ]
     assert names[0] == names[1]
+
+
+@pytest.mark.slow
+def test_layers_share_what_is_compiled(dynamo):
+    """With an adapter, whose own product breaks no graph: one for the first layer, whose input has no gradient, one for
+    all others."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
+    llama = LlamaForCausalLM(LlamaConfig(vocab_size=64, num_hidden_layers=5, **sizes))
+    model = add_lora(llama, {"r": 4, "target_modules": "all-linear"})
+    kernels.compile_decoder(model, {"backend": "aot_eager"})
+    torch._dynamo.utils.counters.clear()
+    hidden = decoder_of(llama)(torch.arange(16)[None], use_cache=False).last_hidden_state
+    hidden.sum().backward()
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
 
 
 def test_an_argument_that_torch_compile_does_not_take_is_named(make_config, dynamo):
