@@ -3,6 +3,8 @@
 speed     near duplicates among 1,000,000 made-up examples of 40 words, a tenth of which repeat an earlier one with one
           word changed: seconds and peak memory of DuplicateIndex, in a process of its own; and beside it datasketch's
           own index (MinHashLSH) with the same bands, for fewer examples, because its memory grows with them.
+embeddings  close pairs among 100,000 and 1,000,000 made-up embeddings of 384 numbers, a tenth of which are an earlier
+          one moved a little: seconds, peak memory, recall.
 planted   data/summaries with 600 rows as they are and 30 of each fault planted (tests/support_planted.py): precision
           and recall of every check, and of the loss of a model trained on that data for two epochs.
 
@@ -27,6 +29,14 @@ REPOSITORY = Path(__file__).resolve().parent.parent.parent
 RESULTS = Path(__file__).with_name("results.json")
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
 EACH, ROWS = 30, 600
+SIZE = 384  # of made-up embeddings, that of small embedding models
+
+
+PARTS: dict[str, list[tuple[str, int]]] = {
+    "speed": [("index", 100_000), ("datasketch", 100_000), ("index", 1_000_000)],
+    "embeddings": [("embeddings", 100_000), ("embeddings", 1_000_000)],
+    "planted": [],
+}
 
 
 def made_up(count: int):
@@ -78,6 +88,29 @@ def measure_datasketch(count: int) -> dict:
         found += bool(index.query(signature))
         index.insert(number, signature)
     return _figures(count, wall, cpu) | {"with_a_candidate": found, "planted": count // 10}
+
+
+def measure_embeddings(count: int) -> dict:
+    """Find close pairs among made-up embeddings, a tenth of which are an earlier one moved a little."""
+    import numpy as np
+
+    from forgebook.curation.embeddings import close_pairs
+
+    rng = np.random.default_rng(0)
+    # Around 1,000 subjects, as texts are: vectors without any structure would be no harder to tell apart.
+    subjects = rng.standard_normal((1_000, SIZE), np.float32) * np.float32(0.7)
+    vectors = np.empty((count, SIZE), np.float32)
+    for start in range(0, count, 10_000):  # the peak is then that of the search
+        part = rng.standard_normal((10_000, SIZE), np.float32) + subjects[rng.integers(0, 1_000, 10_000)]
+        part[9::10] = part[4::10] + rng.standard_normal((1_000, SIZE), np.float32) * np.float32(0.25)
+        vectors[start : start + 10_000] = part / np.linalg.norm(part, axis=1, keepdims=True)
+    planted = np.arange(9, count, 10)
+    of = planted - 5
+    wall, cpu = time.time(), time.process_time()
+    found = {(left, right) for left, right, _ in close_pairs(vectors, 0.95)}
+    pairs = {(left, right) for left, right in zip(of.tolist(), planted.tolist(), strict=True)
+             if float(vectors[left] @ vectors[right]) >= 0.95}  # fmt: skip
+    return _figures(count, wall, cpu) | {"size": SIZE, "planted": len(pairs), "recall": len(found & pairs) / len(pairs)}
 
 
 def _figures(count: int, wall: float, cpu: float) -> dict:
@@ -150,24 +183,25 @@ def save(part: str, figures: dict) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", nargs="+", choices=["speed", "planted"], default=["speed", "planted"])
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)  # of a process of its own: NAME COUNT
     arguments = parser.parse_args()
     if arguments.measure:
         name, count = arguments.measure
-        print(json.dumps((measure_index if name == "index" else measure_datasketch)(int(count))))
+        measure = {"index": measure_index, "datasketch": measure_datasketch, "embeddings": measure_embeddings}[name]
+        print(json.dumps(measure(int(count))))
         return
     with tempfile.TemporaryDirectory() as folder:
         for part in arguments.part:
-            if part == "speed":
+            if part == "planted":
+                figures = measure_planted(Path(folder))
+            else:
                 figures = {
                     f"{name}, {count:,}": json.loads(
                         subprocess.check_output([sys.executable, __file__, "--measure", name, str(count)], text=True)
                     )
-                    for name, count in (("index", 100_000), ("datasketch", 100_000), ("index", 1_000_000))
+                    for name, count in PARTS[part]
                 }
-            else:
-                figures = measure_planted(Path(folder))
             save(part, figures)
 
 

@@ -86,20 +86,18 @@ class Embedder:
         elif (column := self._settings.column) is not None:
             training = _read_column(self._sources, column, rows[count:])
             validation = _read_column(self._validation_sources, column, rows[:count]) if count else training[:0]
-            _check_sizes(validation, training)
-            vectors = np.concatenate([validation, training])
+            vectors = _joined(validation, training)
         else:
             assert self._settings.file is not None
             training = _read_file("file", self._settings.file, rows[count:])
             validation = np.zeros((count, training.shape[1]), np.float32)
             if self._settings.validation_file is not None:
                 validation = _read_file("validation_file", self._settings.validation_file, rows[:count])
-            _check_sizes(validation, training)
-            vectors = np.concatenate([validation, training])
+            vectors = _joined(validation, training)
         if not np.isfinite(vectors).all():
             raise ConfigError("curation.embeddings: some are not finite numbers")
         lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-        return np.divide(vectors, lengths, out=np.zeros_like(vectors), where=lengths > 0)
+        return np.divide(vectors, lengths, out=vectors, where=lengths > 0)  # a copy would double the memory
 
     def _asked(self, settings: EndpointConfig) -> np.ndarray:
         endpoint = Endpoint(settings)
@@ -213,7 +211,10 @@ def _numbers(row: Any, column: str, where: str) -> np.ndarray:
     return vector
 
 
-def _check_sizes(validation: np.ndarray, training: np.ndarray) -> None:
+def _joined(validation: np.ndarray, training: np.ndarray) -> np.ndarray:
+    if not len(validation):
+        return training
     if validation.shape[1] != training.shape[1]:
         sizes = f"{validation.shape[1]} and {training.shape[1]}"
         raise ConfigError(f"curation.embeddings: those of the validation and training examples have {sizes} numbers")
+    return np.concatenate([validation, training])
