@@ -176,7 +176,8 @@ class FinetuneConfig(StrictBlock):
     None: every device holds the whole model (DDP)."""
     gradient_checkpointing: Annotated[Recomputation, Mark.AUTO, Mark.NO_EFFECT] = "auto"
     """Recompute activations in the backward pass: true is about a third slower and takes far less memory; selective
-    keeps the results of matrix products and attention, about half of the memory. auto: the least that fits."""
+    keeps the results of matrix products and attention, about half of the memory; offload is true with the inputs of
+    layers in the host's memory. auto: the least that fits."""
     attention: Annotated[
         Literal["auto", "flash_attention_2", "flash_attention_3", "varlen", "sdpa", "flex", "eager"], Mark.AUTO
     ] = "auto"

@@ -77,9 +77,9 @@ def _switch_or_block(value: Any) -> Any:
 
 
 def _recomputation(value: Any) -> Any:
-    """Accept true, false, auto or selective."""
-    if not isinstance(value, bool) and value not in ("auto", "selective"):
-        raise ValueError(f"got {shown_value(value)}, must be true, false, selective or auto")
+    """Accept true, false, auto, selective or offload."""
+    if not isinstance(value, bool) and value not in ("auto", "selective", "offload"):
+        raise ValueError(f"got {shown_value(value)}, must be true, false, selective, offload or auto")
     return value
 
 
@@ -134,6 +134,6 @@ RopeBlock = Annotated[Block, AfterValidator(_known_to_transformers), WithJsonSch
 Switch = Annotated[bool | dict[str, Any], BeforeValidator(_switch_or_block)]
 AnswerMetric = Annotated[Literal["exact_match", "tool_calls"], BeforeValidator(_metric)]
 BestMetric = Annotated[Literal["eval_loss", "exact_match", "tool_calls"], BeforeValidator(_metric)]
-Recomputation = Annotated[bool | Literal["auto", "selective"], BeforeValidator(_recomputation)]
+Recomputation = Annotated[bool | Literal["auto", "selective", "offload"], BeforeValidator(_recomputation)]
 Resources = dict[str, Annotated[int | float, BeforeValidator(_amount)]]
 RunName = Annotated[str, AfterValidator(_fit_for_a_folder)]

@@ -1,22 +1,26 @@
-"""Gradient checkpointing that keeps the results of matrix products and attention, and recomputes what is cheap.
-
-The products of experts are recomputed as well.
+"""Gradient checkpointing: all of a layer, all but matrix products and attention, or all with its input on the host.
 
 model.activation_checkpointing_enable(checkpointing_settings("selective"))     or True: recompute all
 check_kept(wrapped, device)                                                    before the first step
+offload_inputs(model)                                                          of the layers, beside checkpointing
+
+The products of experts are recomputed in each of them.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from forgebook.errors import ModelError
+from forgebook.models.families import decoder_of
 
-__all__ = ["check_kept", "checkpointing_settings"]
+__all__ = ["check_kept", "checkpointing_settings", "offload_inputs"]
 
 # Operators whose results are kept: products, and fused attention. Not bmm: attention without a fused kernel would keep
 # matrices of length^2. Nor the grouped products of experts, to which some models add their biases in place.
@@ -27,10 +31,36 @@ FEW = 256
 
 
 def checkpointing_settings(kind: bool | str) -> dict[str, Any]:
-    """Return the arguments of torch's checkpoint: "selective" keeps the products, True keeps nothing."""
+    """Return the arguments of torch's checkpoint: "selective" keeps the products, others keep nothing."""
     # Reentrant checkpointing loses the gradients of LoRA when the inputs themselves need none.
     settings: dict[str, Any] = {"use_reentrant": False}
     return settings | ({"context_fn": _contexts} if kind == "selective" else {})
+
+
+def offload_inputs(model: Any) -> None:
+    """Keep the inputs of a causal language model's checkpointed layers in the host's memory until the backward pass."""
+    decoder = decoder_of(model)
+    hidden, plain = decoder.get_input_embeddings().embedding_dim, decoder.forward
+
+    @functools.wraps(plain)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with saved_tensors_hooks(functools.partial(_to_host, hidden), _from_host):
+            return plain(*args, **kwargs)
+
+    decoder.forward = forward
+
+
+def _to_host(hidden: int, tensor: torch.Tensor) -> tuple[torch.device, torch.Tensor]:
+    """Copy hidden states to the host. Masks and positions stay: each is one tensor, which all layers are given."""
+    if tensor.dim() != 3 or tensor.shape[-1] != hidden:
+        return tensor.device, tensor
+    on_host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    return tensor.device, on_host.copy_(tensor, non_blocking=True)
+
+
+def _from_host(packed: tuple[torch.device, torch.Tensor]) -> torch.Tensor:
+    device, tensor = packed
+    return tensor.to(device, non_blocking=True)
 
 
 def _contexts() -> Any:

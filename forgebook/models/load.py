@@ -128,7 +128,8 @@ def load_model(
     quantization: "nf4" or "int8" for all linear layers but the output layer, for training an adapter on them; such a
     model is loaded where it stays, on this process's GPU if there is one.
     on_gpu: False if the model stays on the CPU; None: it runs on this process's GPU if there is one.
-    gradient_checkpointing: recompute activations in the backward pass; "selective": all but products and attention.
+    gradient_checkpointing: recompute activations in the backward pass; "selective": all but products and attention;
+        "offload": all, with the layers' inputs in the host's memory.
     attention_is_required: False takes another kernel where `attention` cannot run here.
 
     Raises ModelError if there is none at `source`, ResourceError if `attention` cannot run here.
@@ -136,7 +137,7 @@ def load_model(
     import torch
     from transformers import AutoConfig
 
-    from forgebook.models.checkpointing import checkpointing_settings
+    from forgebook.models.checkpointing import checkpointing_settings, offload_inputs
 
     if dtype == "bfloat16" and not torch.cuda.is_available() and cpu_bfloat16.is_needed():
         cpu_bfloat16.use_float32_products()
@@ -169,6 +170,8 @@ def load_model(
     if gradient_checkpointing:
         settings = checkpointing_settings(gradient_checkpointing)
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
+    if gradient_checkpointing == "offload":
+        offload_inputs(model)
     return model
 
 

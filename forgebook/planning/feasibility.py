@@ -177,12 +177,14 @@ def settle_checkpointing(
     # A plan may be wrong by a tenth; a worker without GPU shares its memory with whatever else the machine runs.
     room = int(capacity(device) * (0.5 if isinstance(device, Cpu) else 0.9)) if device is not None else 0
     # The products of experts are not kept, and what Llama 4's return is changed in place.
-    choices: list[bool | str] = [False] if shape.experts > 1 else [False, "selective"]
+    choices: list[bool | str] = [False, True] if shape.experts > 1 else [False, "selective", True]
+    choices += [] if isinstance(device, Cpu) else ["offload"]  # without a GPU, memory is the host's anyway
     for less in choices if device is not None else []:
         attempt = config.resolve(gradient_checkpointing=less)
         need = memory_of(attempt, shape, workers=workers, length=length, on_gpu=not isinstance(device, Cpu)).total
-        if need <= room:
+        if need <= room and less is not True:
             choice, reason = less, f"the least that fits: {need / 1e9:,.1f} of {room / 1e9:,.1f} GB"
+        if need <= room:
             break
     config = config.resolve(gradient_checkpointing=choice).explained({"gradient_checkpointing": reason})
     # Computing nothing twice costs nothing: the config of the run records the reason, nobody needs to read it.
@@ -232,7 +234,7 @@ def _possible_changes(config: FinetuneConfig, shape: Shape, workers: int, on_gpu
 
     Some of them may break a rule; of two that differ in the sharding alone, the first is the better one.
     """
-    if config.gradient_checkpointing not in (True, "auto"):
+    if config.gradient_checkpointing not in (True, "auto", "offload"):
         yield "gradient_checkpointing=true", {"gradient_checkpointing": True}
     micro, accumulation = config.train_batch_size_per_device or 1, config.gradient_accumulation_steps
     while micro % 2 == 0:
@@ -241,6 +243,8 @@ def _possible_changes(config: FinetuneConfig, shape: Shape, workers: int, on_gpu
             f"train_batch_size_per_device={micro} gradient_accumulation_steps={accumulation}",
             {"train_batch_size_per_device": micro, "gradient_accumulation_steps": accumulation},
         )
+    if on_gpu and config.gradient_checkpointing != "offload":
+        yield "gradient_checkpointing=offload", {"gradient_checkpointing": "offload"}
     now = sharding_of(read_deepspeed_config(config.deepspeed, config.source), shape.hidden)
     names = [name for stage, name in ((1, "zero_1"), (2, "zero_2"), (3, "zero_3")) if stage > now.stage and workers > 1]
     if on_gpu and not now.offload_param:

@@ -209,6 +209,8 @@ def memory_of(config: FinetuneConfig, shape: Shape, *, workers: int, length: int
         optimizer = 0
     if sharding.stage < 3 and config.quantization is None:
         host = max(host, PROCESS_BYTES + whole)  # loaded on the host first, whole
+    if config.gradient_checkpointing == "offload":
+        host += shape.layers * run.tokens * shape.hidden * width
     gradients = 0 if sharding.offload_optimizer and sharding.stage == 3 else gradients
     # Gradients and the optimizer's state, which come after the first activations, take pages that those have left.
     pages = max(0, int(CPU_HELD * activations) - gradients - optimizer)
@@ -333,6 +335,8 @@ def _activations(run: _Run) -> tuple[int, int, int]:
         # One layer is complete at a time; what it keeps is counted.
         again = max(0, *(whole - part for whole, part in zip(layers, kept, strict=True))) + working
         return all_kept + last_norm, again, again + max(kept)
+    if config.gradient_checkpointing == "offload" and run.on_gpu:  # one layer's input returns while another is used
+        return 2 * run.tokens * shape.hidden * width + last_norm, layer + working, layer + working
     if config.gradient_checkpointing:  # saved: each layer's input alone; layers are recomputed one at a time
         return shape.layers * run.tokens * shape.hidden * width + last_norm, layer + working, layer + working
     return all_layers + last_norm, working, layer + working

@@ -247,7 +247,7 @@ def run_kind(config: FinetuneConfig, parameters: int) -> RunKind:
     """Describe a run by what its throughput depends on."""
     return RunKind(
         config.model_id, parameters, method_name(config.is_lora, config.quantization), config.dtype,
-        max(1, config.num_devices), config.gradient_checkpointing in (True, "auto"),
+        max(1, config.num_devices), config.gradient_checkpointing in (True, "auto", "offload"),
     )  # fmt: skip
 
 

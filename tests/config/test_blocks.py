@@ -16,7 +16,7 @@ from support_config import refusal
         ("learning_rate: true", "learning_rate: got True, must be a number"),
         ("learning_rate: .nan", "learning_rate: got nan, must be"),
         ("learning_rate: fast", "learning_rate: got 'fast', must be a number"),
-        ("gradient_checkpointing: 1", "gradient_checkpointing: got 1, must be true, false, selective or auto"),
+        ("gradient_checkpointing: 1", "gradient_checkpointing: got 1, must be true, false, selective, offload or auto"),
         ("padding: longset", "padding: got 'longset', must be 'longest', 'max_length' or 'packed'"),
         ("num_devices: {min: 1}", "num_devices: got {'min': 1}, must be a whole number, or two: {min: 1, max: 2}"),
         ("num_devices: {min: 3, max: 2}", "min_devices: got 3, num_devices is only 2"),

@@ -1,4 +1,4 @@
-"""Selective checkpointing: the same gradients, with half of the memory and hardly a product computed again."""
+"""Checkpointing that keeps products, or inputs on the host: the same gradients, with less memory."""
 
 import gc
 
@@ -64,6 +64,30 @@ def test_the_gradients_are_the_same(name, lora, tmp_path):
     assert selective_loss == loss and selective.keys() == gradients.keys() and gradients
     for key, gradient in gradients.items():
         torch.testing.assert_close(selective[key], gradient, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("lora", [None, {"lora_dropout": 0.2}], ids=["full", "lora"])
+def test_inputs_wait_on_the_host_and_nothing_else(lora, tmp_path, monkeypatch):
+    """The same gradients; a copy of each layer's input, and of what the last norm saves."""
+    source = save_family("Llama 3", tmp_path, **WIDE)
+    loss, gradients = gradients_of(wrapped_of(source, True, lora))
+    copied, plain = [], checkpointing._to_host
+    monkeypatch.setattr(checkpointing, "_to_host", lambda *args: copied.append(plain(*args)) or copied[-1])
+    offloaded_loss, offloaded = gradients_of(wrapped_of(source, "offload", lora))
+    assert offloaded_loss == loss and offloaded.keys() == gradients.keys() and gradients
+    for key, gradient in gradients.items():
+        assert torch.equal(offloaded[key], gradient)
+    hidden = [tensor for _, tensor in copied if tensor.shape == (2, 24, WIDE["hidden_size"])]
+    layers = WIDE["num_hidden_layers"]
+    assert layers < len(hidden) <= layers + 3
+
+
+@pytest.mark.parametrize("tensor", [torch.ones(1, 1, 8, 8), torch.ones(1, 8, 16), torch.ones(8)])
+def test_what_all_layers_share_stays_where_it_is(tensor):
+    assert checkpointing._to_host(64, tensor)[1] is tensor
+    states = torch.ones(1, 8, 64)
+    device, moved = checkpointing._to_host(64, states)
+    assert moved is not states and torch.equal(checkpointing._from_host((device, moved)), states)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

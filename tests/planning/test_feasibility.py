@@ -117,6 +117,22 @@ def test_what_is_to_be_kept_is_kept(key):
     assert getattr(fitted, key) == getattr(config, key)
 
 
+def test_auto_moves_inputs_to_the_host_where_recomputing_alone_does_not_fit():
+    lengths = {65_536: True, 131_072: "offload"}
+    for length, choice in lengths.items():
+        config = big(lora_config=LORA, context_length=length, train_batch_size_per_device=1, deepspeed=None)
+        shape, device = shape_of(config.model_id), hardware_of("1xA100-80G")[1]
+        chosen, _ = settle_checkpointing(config, shape, 1, length, device)
+        assert chosen.gradient_checkpointing == choice
+        need, recomputing = (
+            memory_of(config.resolve(gradient_checkpointing=kind), shape, workers=1, length=length)
+            for kind in ("offload", True)
+        )
+        assert need.host - recomputing.host == shape.layers * length * shape.hidden * 2
+        assert recomputing.total - need.total == (shape.layers - 2) * length * shape.hidden * 2
+    assert need.total < capacity(device) < recomputing.total
+
+
 @pytest.mark.parametrize(
     ("gpu", "choice", "reason"),
     [

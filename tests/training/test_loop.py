@@ -176,7 +176,7 @@ def test_every_lora_matrix_moves_with_gradient_checkpointing(make_config):
 
 def test_gradient_checkpointing_changes_nothing(make_config, capsys):
     plain = fine_tune(make_config(run_name="plain", lora_config=LORA))
-    for kind in (True, "selective"):
+    for kind in (True, "selective", "offload"):
         recomputed = fine_tune(make_config(run_name=str(kind), lora_config=LORA, gradient_checkpointing=kind))
         assert losses_of(plain) == pytest.approx(losses_of(recomputed), abs=1e-6)
     chosen = fine_tune(make_config(run_name="auto", lora_config=LORA, gradient_checkpointing="auto"))
