@@ -39,6 +39,7 @@ __all__ = ["mean_kl", "merge_run", "report_lines"]
 # How much the merged model may differ from the adapter, as a share of what the adapter changed: of the mean KL, which
 # grows with the square of the change. Rounding to 16 bits took 2e-6 of it on the tiny model.
 MAX_LOSS = 0.1
+TINY_KL = 1e-4  # between base and adapter: as much as weights in 16 bits are apart from those in 32
 # What is compared: the last COMPARED tokens of so many examples, each cut to so many tokens. The log-probabilities of a
 # vocabulary of 150,000 then take 0.6 GB.
 EXAMPLES, EXAMPLE_TOKENS, COMPARED = 8, 1024, 64
@@ -155,9 +156,10 @@ def _merge(folder: Path, staged: Path, out: Path, on_stage: Callable[[str], None
         kl_base, kl_merged = mean_kl(adapter, base), mean_kl(adapter, merged)
         compared += ", computed in float32"
     if kl_merged > MAX_LOSS * kl_base:
+        lost = " the adapter changes so little that it is lost in rounding: train it longer, or" * (kl_base < TINY_KL)
         raise CheckpointError(
             f"the merged model differs from the adapter {folder}: mean KL per token {kl_merged:.2e}, more than "
-            f"{MAX_LOSS:.0%} of the {kl_base:.2e} between base and adapter ({compared}): serve the adapter itself"
+            f"{MAX_LOSS:.0%} of the {kl_base:.2e} between base and adapter ({compared}):{lost} serve the adapter itself"
         )
     kl_trained = None
     if overrides.get("quantization"):

@@ -1,5 +1,7 @@
 """Answers that continue their prompts with all that their messages say, in templates that make this hard."""
 
+import re
+
 import pytest
 
 from conftest import supervised_text
@@ -304,3 +306,27 @@ def test_a_thought_that_does_not_end_is_an_error():
     row = {"prompt": "How warm?", "completion": "<think>\nIt says 4"}
     with pytest.raises(DataError, match=r"rows:1: messages\[1\].content opens a thought .* does not end: add </think>"):
         parse_row(row, "rows:1", "instruction_tuning")
+
+
+def test_a_template_that_lists_some_of_the_tools_is_an_error(with_template):
+    """Its probe lists one tool, which it shows."""
+    first_only = NO_CALLS.replace("{{ tools | tojson }}", "{{ tools[0] | tojson }}").replace(
+        "{{ m.content }}", "{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}"
+    )
+    other = {"type": "function", "function": {"name": "look_up", "parameters": {"type": "object", "properties": {}}}}
+    [whole] = encode_many([(SHORT, TOOLS)], with_template(first_only))
+    assert not isinstance(whole, DataError)
+    [error] = encode_many([(SHORT, [*TOOLS, other])], with_template(first_only))
+    assert re.match(r"tools\[1\]\.function\.name: the chat template does not show it", str(error))
+
+
+def test_a_thought_is_never_trained_behind_its_call(with_template):
+    """A model that writes the call first has nothing to think about."""
+    behind = LISTS_TOOLS + (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% for c in m.tool_calls or [] %}"
+        "{{ c.function | tojson }}{% endfor %}{{ m.reasoning_content }}<|end|>{% endfor %}" + PROMPT
+    )
+    tokenizer = with_template(behind)
+    [pieces] = encode_many([(AGENT, TOOLS)], tokenizer)
+    said = str(pieces) if isinstance(pieces, DataError) else supervised_text(pieces[0], tokenizer)
+    assert isinstance(pieces, DataError) or said.index("read the sensor") < said.index("Oslo"), said

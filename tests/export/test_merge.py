@@ -186,6 +186,12 @@ def test_an_adapter_that_changes_nothing_is_refused(make_checkpoint, tmp_path, s
     assert not list(tmp_path.glob("*out*"))
 
 
+def test_an_adapter_that_changes_little_is_named_as_the_cause(make_checkpoint, tmp_path):
+    folder = make_checkpoint(size=3e-5, lora_config=LORA)
+    with pytest.raises(CheckpointError, match=r"changes so little that it is lost in rounding: train it longer, or se"):
+        merge_run(str(folder), tmp_path / "out")
+
+
 def test_a_merge_that_differs_from_the_adapter_is_refused(make_checkpoint, tmp_path, monkeypatch):
     right = Linear.get_delta_weight
     monkeypatch.setattr(Linear, "get_delta_weight", lambda layer, adapter: 0.5 * right(layer, adapter))
