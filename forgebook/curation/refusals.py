@@ -19,7 +19,7 @@ _HELP = (
     r"(?:access|advise|answer|assist|browse|comment|comply|complete|continue|create|disclose|discuss|"
     r"do (?:that|this|it)|engag(?:e|ing)|form|fulfil|generate|"
     r"give (?:you )?(?:advice|medical|legal|financial|information)|help|look up|offer|open|participat(?:e|ing)|predict|"
-    r"process|produce|provid(?:e|ing)|respond|reveal|search|see (?:the |your )?(?:image|picture|file)|send|"
+    r"process|produce|provide|providing|respond|reveal|search|see (?:the |your )?(?:image|picture|file)|send|"
     r"shar(?:e|ing)|speculate|summari[sz]e|support|talk about|translate|verify|view|writ(?:e|ing)|"
     r"have (?:personal |real-time |access |information|feelings|opinions|the ability|enough information))"
 )
