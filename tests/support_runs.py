@@ -22,11 +22,13 @@ from forgebook.data import batching
 from forgebook.data.token_store import load_view
 from forgebook.errors import ForgebookError
 from forgebook.inference import loading
+from forgebook.launch import ray_train
 from forgebook.launch.fine_tune import fine_tune
 from forgebook.runs.metrics import read_metrics
 from forgebook.runs.run import Run
 from forgebook.training.losses import SupervisedLM
 from forgebook.training.objectives import Objective
+from support_ranks import train_in_ranks
 
 METHODS = {
     "full": {},
@@ -41,7 +43,15 @@ TASKS = {
     "classification": {"classifier_config": {"label_tokens": LABELS}},
     "preference_tuning": {},
 }
-SHARDINGS = ["none", "zero_2", "zero_3"]
+SHARDINGS = ["none", "zero_1", "zero_2", "zero_3", "fsdp"]
+
+
+def sharded(sharding: str) -> dict:
+    """Return the settings of a sharding, with four examples a step: FSDP2 has two workers, the others this process."""
+    devices = {"num_devices": 2, "train_batch_size_per_device": 2}
+    return {"sharding": sharding} | (
+        devices if sharding == "fsdp" else {"num_devices": 0, "train_batch_size_per_device": 4}
+    )
 
 
 def rows_of(task: str) -> list[dict]:
@@ -60,9 +70,9 @@ def settings_of(method: str, task: str, sharding: str, folder: Path) -> dict:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows_of(task)))
     return {
         "model_id": str(TINY_MODEL), "train_path": str(path), "valid_path": str(path), "task": task,
-        "run_name": f"{method}-{task}", "storage_path": str(folder / "runs"), "num_devices": 0, "num_epochs": 1,
-        "train_batch_size_per_device": 4, "eval_batch_size_per_device": 8, "learning_rate": 1e-3,
-        "num_warmup_steps": 0, "dtype": "float32", "deepspeed": sharding, **METHODS[method], **TASKS[task],
+        "run_name": f"{method}-{task}", "storage_path": str(folder / "runs"), "num_epochs": 1,
+        "eval_batch_size_per_device": 8, "learning_rate": 1e-3,
+        "num_warmup_steps": 0, "dtype": "float32", **sharded(sharding), **METHODS[method], **TASKS[task],
     }  # fmt: skip
 
 
@@ -84,6 +94,7 @@ def reloaded_loss(config: FinetuneConfig, run: Run, checkpoint: str) -> float:
 
 def main() -> None:
     sharding, folder = sys.argv[1], Path(sys.argv[2])
+    ray_train.run_on_ray = train_in_ranks
     for method in METHODS:
         for task in TASKS:
             path = folder / f"{method}-{task}.yaml"

@@ -62,6 +62,18 @@ CASES = {
     "full, ZeRO-1, small buckets": ("40M", 1, 256, 2, {"deepspeed": SMALL_BUCKETS[1]}),
     "full, ZeRO-2, small buckets": ("40M", 1, 256, 2, {"deepspeed": SMALL_BUCKETS[2]}),
     "full, ZeRO-3, 2 workers": ("40M", 1, 256, 2, {"deepspeed": "zero_3"}),
+    "full, FSDP2, 2 workers": ("110M", 1, 256, 2, {"sharding": "fsdp"}),
+    "full, FSDP2, accumulation": ("40M", 1, 256, 2, {"sharding": "fsdp", "gradient_accumulation_steps": 2}),
+    "full, FSDP2, bfloat16": ("110M", 1, 256, 2, {"sharding": "fsdp", "dtype": "bfloat16"}),
+    "full, FSDP2, checkpointing": ("40M", 4, 512, 2, {"sharding": "fsdp", "gradient_checkpointing": True}),
+    "LoRA, FSDP2, 2 workers": ("170M", 2, 256, 2, {"sharding": "fsdp", "lora_config": LORA}),
+    "LoRA, FSDP2, checkpointing": (
+        "110M",
+        2,
+        512,
+        2,
+        {"sharding": "fsdp", "lora_config": LORA, "gradient_checkpointing": True},
+    ),
 }
 
 
@@ -130,6 +142,7 @@ def measure(case: str, folder: str) -> int:
     import torch
     from transformers.models.llama import modeling_llama  # noqa: F401
 
+    from forgebook.training import fsdp
     from forgebook.training.setup import make_accelerator, make_worker
 
     config = config_of(case, folder)
@@ -145,14 +158,17 @@ def measure(case: str, folder: str) -> int:
     steps = 3 if config.num_devices > 1 and config.deepspeed is None else 2
     with Peak() as peak:
         for _ in range(steps):
-            for _ in range(config.gradient_accumulation_steps):
+            for micro_batch in range(1, config.gradient_accumulation_steps + 1):
+                if worker.is_fsdp:
+                    fsdp.sync_gradients(worker.wrapped, micro_batch == config.gradient_accumulation_steps)
                 loss = worker.wrapped(input_ids=ids, labels=ids) / ids.numel()
                 if worker.deepspeed_engine is None:
                     accelerator.backward(loss)
                 else:
                     accelerator.deepspeed_engine_wrapped.backward(loss, sync_gradients=True)
             if worker.deepspeed_engine is None:
-                torch.nn.utils.clip_grad_norm_(worker.optimizer.trained, 1.0)
+                clip = fsdp.clip_gradients if worker.is_fsdp else torch.nn.utils.clip_grad_norm_
+                clip(worker.optimizer.trained, 1.0)
                 worker.optimizer.step()
                 worker.optimizer.zero_grad()
     return peak.bytes - before

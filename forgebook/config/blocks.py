@@ -12,6 +12,7 @@ from forgebook.config.values import Float, Positive, Resources
 from forgebook.errors import near_miss, shown_value
 
 __all__ = [
+    "SHARDING_KEYS",
     "CheckpointFrequency",
     "ClassifierConfig",
     "DeepSpeed",
@@ -27,6 +28,7 @@ __all__ = [
     "Mark",
     "PreferenceTuningConfig",
     "PromptFormat",
+    "Sharding",
     "StrictBlock",
     "VisionLanguageConfig",
     "WeightsPath",
@@ -130,6 +132,31 @@ def _deepspeed_file(value: Any) -> Any:
     if value.lower() == "none":
         return None
     return {"config_path": value if value.endswith(".json") else f"deepspeed_configs/{value}.json"}
+
+
+Task = Literal["causal_lm", "instruction_tuning", "classification", "preference_tuning", "vision_language"]
+TASK_OF_BLOCK = {
+    "classifier_config": "classification",
+    "preference_tuning_config": "preference_tuning",
+    "vision_language_config": "vision_language",
+}
+Sharding = Literal["none", "zero_1", "zero_2", "zero_3", "fsdp"]
+
+SHARDING_KEYS = frozenset(("sharding", "deepspeed"))
+
+
+def with_deepspeed(values: dict[str, Any]) -> dict[str, Any]:
+    """Fill in the DeepSpeed file that `sharding` stands for; what the values say of `deepspeed` stays."""
+    sharding = values.get("sharding")
+    if sharding is None or "deepspeed" in values:
+        return dict(values)
+    return values | {"deepspeed": None if sharding in ("none", "fsdp") else sharding}
+
+
+def with_one_sharding(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Apply changes to the values of a config: what they say of the sharding replaces what the values say of it."""
+    replaced = () if SHARDING_KEYS.isdisjoint(changes) else SHARDING_KEYS
+    return {key: value for key, value in values.items() if key not in replaced} | changes
 
 
 class CheckpointFrequency(StrictBlock):

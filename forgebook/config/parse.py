@@ -88,6 +88,8 @@ def load_config(path_or_url: str | Path, overrides: Sequence[str] = (), default:
         for key, value in written.items()
         if value is not None or getattr(config, key, None) is None
     }
+    if "sharding" in origins and not any(key.split(".")[0] == "deepspeed" for key in origins):
+        origins["deepspeed"] = origins["sharding"]  # it is filled in
     config = _findable_anywhere(config.with_origins(origins, source))
     config._is_default = default
     if config.hardware is not None:

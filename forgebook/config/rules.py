@@ -8,10 +8,12 @@ SUPPORT.md prints both tables. What a machine lacks (a package, a GPU) is not he
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any
 
+from forgebook.config.blocks import TASK_OF_BLOCK, DeepSpeed
 from forgebook.config.deepspeed_file import Zero, read_deepspeed_config, zero_of
-from forgebook.config.schema import TASK_OF_BLOCK, FinetuneConfig, auto_keys
+from forgebook.config.schema import FinetuneConfig, auto_keys
 from forgebook.errors import ConfigError
 
 __all__ = ["RULES", "UNREAD", "Rule", "broken_rules", "check_rules", "open_keys", "unread_keys"]
@@ -30,8 +32,22 @@ class Rule:
         return f"{self.message}: {self.fix}"
 
 
+_WITHOUT_ZERO_3 = "set deepspeed: zero_2 or none"
+_WITHOUT_FSDP = "set sharding: zero_2 or none"
+
+
 def _is_pissa(lora_config: dict[str, Any] | None) -> bool:
     return str((lora_config or {}).get("init_lora_weights")).startswith("pissa")
+
+
+def _agree(sharding: str, deepspeed: DeepSpeed | None) -> bool:
+    """Return whether a DeepSpeed file is the one that `sharding` stands for."""
+    file = None if deepspeed is None else PurePosixPath(deepspeed.config_path).stem
+    return file == (None if sharding in ("none", "fsdp") else sharding)
+
+
+def _fsdp_rule(key: str, is_broken: Callable[[FinetuneConfig], bool], message: str, fix: str = _WITHOUT_FSDP) -> Rule:
+    return Rule((key, "sharding"), lambda config, zero: config.sharding == "fsdp" and is_broken(config), message, fix)
 
 
 def _task_rule(block: str, task: str) -> Rule:
@@ -42,8 +58,6 @@ def _task_rule(block: str, task: str) -> Rule:
         "remove one of them",
     )
 
-
-_WITHOUT_ZERO_3 = "set deepspeed: zero_2 or none"
 
 RULES: tuple[Rule, ...] = (
     # Tasks
@@ -91,13 +105,56 @@ RULES: tuple[Rule, ...] = (
         "init_lora_weights: pissa with use_dora cannot be saved as an adapter of the unchanged base model",
         "remove one of them",
     ),
-    # DeepSpeed
+    # Sharding
     Rule(
-        ("min_devices", "deepspeed"),
+        ("sharding", "deepspeed"),
+        lambda config, zero: config.sharding is not None and not _agree(config.sharding, config.deepspeed),
+        "sharding and deepspeed both say how devices share the model, and differ",
+        "remove one of them",
+    ),
+    Rule(
+        ("min_devices", "deepspeed", "sharding"),
         lambda config, zero: config.min_devices is not None and config.deepspeed is not None,
         "min_devices does not work with DeepSpeed, which shards the training state for a fixed number of workers",
-        "set deepspeed: none, or remove min_devices",
+        "set sharding: fsdp or none, or remove min_devices",
     ),
+    _fsdp_rule(
+        "num_devices",
+        lambda config: config.num_devices == 0,
+        "sharding: fsdp divides a model among workers, and num_devices: 0 starts none",
+        "set num_devices: 1 or more, or sharding: none",
+    ),
+    _fsdp_rule(
+        "quantization",
+        lambda config: config.quantization is not None,
+        "quantization does not work with sharding: fsdp, which cannot divide bitsandbytes' packed weights",
+    ),
+    _fsdp_rule(
+        "lora_config",
+        lambda config: _is_pissa(config.lora_config),
+        "init_lora_weights: pissa does not work with sharding: fsdp, which divides the initial weights its checkpoints "
+        "need",
+    ),
+    _fsdp_rule(
+        "optimizer",
+        lambda config: config.optimizer != "adamw",
+        "only optimizer: adamw works with sharding: fsdp: muon and adafactor need whole matrices, and blocks of 8-bit "
+        "moments fit one number of workers",
+        "set optimizer: adamw, or sharding: none",
+    ),
+    _fsdp_rule(
+        "gradient_checkpointing",
+        lambda config: config.gradient_checkpointing == "offload",
+        "gradient_checkpointing: offload was not tried with sharding: fsdp",
+        "set gradient_checkpointing: true, or sharding: zero_2 or none",
+    ),
+    _fsdp_rule(
+        "torch_compile",
+        lambda config: bool(config.torch_compile),
+        "torch_compile does not work with sharding: fsdp, which replaces the weights of every layer as it runs",
+        "remove it, or set sharding: zero_2 or none",
+    ),
+    # DeepSpeed
     Rule(
         ("quantization", "deepspeed"),
         lambda config, zero: config.quantization is not None and zero.stage == 3,

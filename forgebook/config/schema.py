@@ -13,6 +13,8 @@ from pydantic import Field, PrivateAttr, ValidationInfo, field_validator, model_
 
 from forgebook.config.block_keys import flatten, marked_keys, prefixes
 from forgebook.config.blocks import (
+    SHARDING_KEYS,
+    TASK_OF_BLOCK,
     CheckpointFrequency,
     ClassifierConfig,
     DeepSpeed,
@@ -25,9 +27,13 @@ from forgebook.config.blocks import (
     Loggers,
     Mark,
     PreferenceTuningConfig,
+    Sharding,
     StrictBlock,
+    Task,
     VisionLanguageConfig,
     WeightsPath,
+    with_deepspeed,
+    with_one_sharding,
 )
 from forgebook.config.curation_blocks import CurationConfig, SynthesisConfig
 from forgebook.config.data_block import DataPath, ValidPath
@@ -57,17 +63,10 @@ __all__ = [
     "keys_without_effect",
 ]
 
-Task = Literal["causal_lm", "instruction_tuning", "classification", "preference_tuning", "vision_language"]
 Rate = Annotated[Float, Field(gt=0)]
-TASK_OF_BLOCK = {
-    "classifier_config": "classification",
-    "preference_tuning_config": "preference_tuning",
-    "vision_language_config": "vision_language",
-}
 EVERY_EPOCH = CheckpointFrequency(unit="epochs", frequency=1)
 LEARNING_RATES = {"lora": 1e-4, "full": 1e-5}  # LLMForge's
-# The adapter that --default trains unless the config says otherwise.
-DEFAULT_LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": "all-linear"}
+DEFAULT_LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": "all-linear"}  # of --default
 
 
 class FinetuneConfig(StrictBlock):
@@ -105,21 +104,19 @@ class FinetuneConfig(StrictBlock):
     train_on: Literal["all", "last"] = "all"
     """Which assistant turns are in the loss: all, or the last one of an example."""
     rewritten_turns: Literal["refuse", "expand"] = "refuse"
-    """Where a chat template renders an earlier answer differently once later turns follow (it strips the thinking):
-    reject such examples, or make one example of each answer, rendered as the last turn."""
+    """Where a template renders earlier answers differently once turns follow: reject, or an example of each answer."""
     on_bad_rows: Literal["fail", "drop"] = "fail"
     """Malformed examples: stop before training, or drop and report them."""
     rope_scaling: RopeBlock | None = None
-    """Extend the context of the model, e.g. `{rope_type: linear, factor: 2.0}` (linear, dynamic, yarn, longrope,
-    llama3). Saved with the checkpoint: in its config.json, or in config_overrides.json next to an adapter."""
+    """Extend the context, e.g. `{rope_type: linear, factor: 2.0}` (linear, dynamic, yarn, longrope, llama3); saved with
+    the checkpoint: in its config.json, or in config_overrides.json next to an adapter."""
 
     # -- one optimizer step
     lora_config: Annotated[LoraBlock | None, Mark.AUTO] = None
-    """Arguments of peft.LoraConfig, e.g. r, target_modules, use_rslora, use_dora, modules_to_save,
-    init_lora_weights: pissa. None: full fine-tuning."""
+    """Arguments of peft.LoraConfig: r, target_modules, use_dora, init_lora_weights: pissa... None: full fine-tuning."""
     quantization: Annotated[Literal["nf4", "int8"] | None, Mark.AUTO] = None
-    """Hold the frozen weights in 4 bits (QLoRA: NF4 with double quantization) or 8 bits, through bitsandbytes;
-    embeddings and output layer stay as they are. Needs `lora_config`; not with ZeRO-3."""
+    """Hold the frozen weights in 4 bits (QLoRA: NF4, double quantization) or 8, through bitsandbytes; embeddings and
+    output layer stay as they are. Needs `lora_config`; not with ZeRO-3 or FSDP2."""
     train_batch_size_per_device: Annotated[Examples | None, Mark.AUTO] = None
     """Examples per device in one forward pass. None: chosen from the model, the context and the memory."""
     eval_batch_size_per_device: Annotated[Examples | None, Mark.AUTO, Mark.NO_EFFECT] = None
@@ -172,8 +169,9 @@ class FinetuneConfig(StrictBlock):
     tf32: bool = False
     """With float32: multiply in TF32, three decimal digits at several times the speed, on Ampere GPUs and later."""
     deepspeed: Annotated[DeepSpeedFile | None, Mark.AUTO] = DeepSpeed()
-    """How devices share the model; `zero_2` is short for its file in deepspeed_configs/.
-    None: every device holds the whole model (DDP)."""
+    """The DeepSpeed file; `zero_2` is short for its file in deepspeed_configs/. None: no DeepSpeed."""
+    sharding: Sharding | None = None
+    """none: each device holds the whole model (DDP); zero_1 to zero_3: that DeepSpeed file; fsdp: PyTorch's FSDP2."""
     gradient_checkpointing: Annotated[Recomputation, Mark.AUTO, Mark.NO_EFFECT] = "auto"
     """Recompute activations in the backward pass: true is about a third slower and takes far less memory; selective
     keeps the results of matrix products and attention, about half of the memory; offload is true with the inputs of
@@ -197,8 +195,7 @@ class FinetuneConfig(StrictBlock):
     num_devices: Annotated[Int, Field(ge=0), Mark.AUTO] = 1
     """Workers, one GPU each; 0: in this process, without a Ray cluster. `{min: 1, max: 2}` also sets min_devices."""
     min_devices: Annotated[Annotated[Int, Field(ge=1)] | None, Mark.NO_EFFECT] = None
-    """When machines are lost, continue with as few workers as this, and return to num_devices once they are back; needs
-    `deepspeed: none`. None: wait until num_devices are available again."""
+    """When machines are lost, continue with as few workers as this; `sharding: none` or fsdp. None: wait for them."""
     address: Annotated[str | None, Mark.NO_EFFECT] = None
     """A running Ray cluster to join, `HOST:6379` or `auto`, unless RAY_ADDRESS is set. None: one is started here."""
     worker_resources: Annotated[Resources, Mark.NO_EFFECT] = Field(default={})
@@ -281,7 +278,7 @@ class FinetuneConfig(StrictBlock):
         if not isinstance(values, dict):
             return values
         blocks = [block for block in TASK_OF_BLOCK if values.get(block) is not None]
-        filled = dict(values)
+        filled = with_deepspeed(values)
         if filled.get("task") is None:
             filled["task"] = TASK_OF_BLOCK[blocks[0]] if blocks else "causal_lm"
         for block in ("preference_tuning_config", "vision_language_config"):
@@ -347,8 +344,8 @@ class FinetuneConfig(StrictBlock):
 
     def _rebuilt(self, kind: "type[_Config]", values: dict[str, Any]) -> "_Config":
         """Check and copy into a class of configs, with the origins, the source and whether --default chooses."""
-        copy = kind.model_validate(self.model_dump() | values)
-        changed = {name for name in values if getattr(copy, name) != getattr(self, name)}
+        copy = kind.model_validate(with_one_sharding(self.model_dump(), values))
+        changed = {name for name in {*values, *SHARDING_KEYS} if getattr(copy, name) != getattr(self, name)}
         unchanged = {key: origin for key, origin in self._origins.items() if key.split(".")[0] not in changed}
         copy._is_default = self._is_default
         return copy.with_origins(unchanged | dict.fromkeys(changed, "auto"), self._source)

@@ -10,6 +10,7 @@ import yaml
 from yaml.constructor import ConstructorError
 
 from forgebook.config.block_keys import prefixes
+from forgebook.config.blocks import SHARDING_KEYS
 from forgebook.config.legacy_keys import translate_retired
 from forgebook.errors import ConfigError
 
@@ -182,6 +183,11 @@ def apply_override(override: str, values: dict[str, Any], locations: Locations) 
     for replaced in [location for location in locations if dotted in prefixes(location)]:
         del locations[replaced]
     locations[dotted] = f"override {override}"
+    if written[0] in SHARDING_KEYS:  # two ways to say the same, of which the file may use the other
+        for other in SHARDING_KEYS - {written[0]}:
+            values.pop(other, None)
+            for location in [location for location in locations if location.split(".")[0] == other]:
+                del locations[location]
     return notes, problems
 
 

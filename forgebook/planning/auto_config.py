@@ -231,7 +231,7 @@ def _choose_batch(
     only_way = f"it does not fit otherwise: {memory}"
     reasons = {
         "quantization": "the weights fit as they are" if fitted.quantization is None else only_way,
-        "deepspeed": _sharding_reason(fitted.deepspeed, fitted.num_devices, memory),
+        "deepspeed": _sharding_reason(fitted.deepspeed or fitted.sharding == "fsdp", fitted.num_devices, memory),
         "gradient_checkpointing": only_way if fitted.gradient_checkpointing else "it fits without, which is faster",
         "train_batch_size_per_device": f"the largest that fits and divides the batch: {memory}",
         "gradient_accumulation_steps": f"{fitted.global_batch_size} examples per optimizer step: {batch_reason}",
@@ -297,8 +297,8 @@ def _number_formats(gpu: Gpu, is_lora: bool, fixed: set[str]) -> list[tuple[dict
     return formats
 
 
-def _sharding_reason(deepspeed: Any, workers: int, memory: str) -> str:
-    if deepspeed is not None:
+def _sharding_reason(shards: Any, workers: int, memory: str) -> str:
+    if shards:
         return f"the fastest way that fits: {memory}"
     return "one device holds everything" if workers <= 1 else f"the whole model fits every GPU: {memory}"
 

@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from forgebook.catalog import Gpu
-from forgebook.config.deepspeed_file import read_deepspeed_config
 from forgebook.config.rules import broken_rules
 from forgebook.data.batching import group_size
 from forgebook.data.truncation import fit_length
 from forgebook.errors import ConfigError
 from forgebook.planning import schedule
 from forgebook.planning.hardware import Cpu
-from forgebook.planning.memory import Memory, memory_of, sharding_of
+from forgebook.planning.memory import Memory, memory_of
+from forgebook.planning.sharding import sharding_of
 from forgebook.planning.token_count import Statistics
 
 if TYPE_CHECKING:
@@ -181,6 +181,8 @@ def settle_checkpointing(
     choices += [] if isinstance(device, Cpu) else ["offload"]  # without a GPU, memory is the host's anyway
     for less in choices if device is not None else []:
         attempt = config.resolve(gradient_checkpointing=less)
+        if broken_rules(attempt):
+            continue
         need = memory_of(attempt, shape, workers=workers, length=length, on_gpu=not isinstance(device, Cpu)).total
         if need <= room and less is not True:
             choice, reason = less, f"the least that fits: {need / 1e9:,.1f} of {room / 1e9:,.1f} GB"
@@ -245,12 +247,14 @@ def _possible_changes(config: FinetuneConfig, shape: Shape, workers: int, on_gpu
         )
     if on_gpu and config.gradient_checkpointing != "offload":
         yield "gradient_checkpointing=offload", {"gradient_checkpointing": "offload"}
-    now = sharding_of(read_deepspeed_config(config.deepspeed, config.source), shape.hidden)
+    now = sharding_of(config, shape.hidden)
     names = [name for stage, name in ((1, "zero_1"), (2, "zero_2"), (3, "zero_3")) if stage > now.stage and workers > 1]
     if on_gpu and not now.offload_param:
         names += ["zero_3_offload_optim"] * (not now.offload_optimizer) + ["zero_3_offload_optim+param"]
     for name in names:
         yield f"deepspeed={name}", {"deepspeed": name}
+        if name == "zero_3":  # for what ZeRO-3 does not work with, such as fewer workers for a while
+            yield "sharding=fsdp", {"sharding": "fsdp"}
     if config.quantization is None:
         values: dict[str, Any] = {"quantization": "nf4", "lora_config": config.lora_config or ADVISED_LORA}
         lora = "" if config.is_lora else " lora_config.r=8 (LoRA, not full fine-tuning)"
@@ -284,15 +288,18 @@ def fit(
     config = config.resolve(**sizes)
     length = longest_sequence(config, data)
     offloading = ["zero_3_offload_optim", "zero_3_offload_optim+param"]
-    shardings: list[Any] = [None, "zero_1", "zero_2", "zero_3", *offloading] if workers > 1 else [None, *offloading]
+    names = [None, "zero_1", "zero_2", "zero_3", *offloading] if workers > 1 else [None, *offloading]
+    shardings: list[dict[str, Any]] = [{"deepspeed": name} for name in names]
+    if workers > 1:
+        shardings.insert(names.index("zero_3") + 1, {"sharding": "fsdp"})
     checkpointings: list[Any] = [False, True]
     if "deepspeed" in keep:
-        shardings = [config.deepspeed and config.deepspeed.model_dump()]
+        shardings = [{}]
     if "gradient_checkpointing" in keep:
         checkpointings = [config.gradient_checkpointing]
     splits = _splits(config.train_batch_size_per_device or 1, config.gradient_accumulation_steps, keep)
     for sharding in shardings:
-        sharded = config.resolve(deepspeed=sharding)
+        sharded = config.resolve(**sharding)
         if broken_rules(sharded):
             continue
         for checkpointing, (micro, accumulation) in itertools.product(checkpointings, splits):

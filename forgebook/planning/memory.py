@@ -16,11 +16,11 @@ Assumptions, and their sources:
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from forgebook.config.blocks import labels_of
-from forgebook.config.deepspeed_file import read_deepspeed_config, zero_of
 from forgebook.data.batching import group_size
+from forgebook.planning.sharding import Sharding, sharding_of
 from forgebook.planning.trainable import adapted_layers, trainable_parameters, trains_label_rows
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from forgebook.config.schema import FinetuneConfig
     from forgebook.layer_counts import LayerKind
 
-__all__ = ["LOSS_CHUNK", "Memory", "Sharding", "memory_of", "sharding_of"]
+__all__ = ["LOSS_CHUNK", "Memory", "memory_of"]
 
 # Positions per chunk of the loss (forgebook/training/losses.py). Larger chunks make no step faster, as the matrix
 # products are large already; they only take more memory.
@@ -85,51 +85,6 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Sharding:
-    """What DeepSpeed shards and offloads to the host; stage 0: plain data parallelism. Sizes in elements.
-
-    bucket: gradients that are reduced together; buckets: buffers of that size. live: parameters gathered at a time;
-    step: masters updated at a time.
-    """
-
-    stage: int = 0
-    offload_optimizer: bool = False
-    offload_param: bool = False
-    bucket: int = 0
-    buckets: int = 0
-    live: int = 0
-    step: int = 0
-
-
-def sharding_of(settings: dict[str, Any] | None, hidden: int) -> Sharding:
-    """Read DeepSpeed's settings, with `auto` as accelerate fills it in; None: plain data parallelism.
-
-    hidden: the model's hidden size.
-    """
-    if settings is None:
-        return Sharding()
-    stated, zero = zero_of(settings), settings.get("zero_optimization", {})
-    bucket = zero.get("reduce_bucket_size", 500_000_000)
-    bucket = hidden**2 if bucket == "auto" else int(bucket)
-    # With overlap, one bucket is filled while the other is reduced; ZeRO-3 has one.
-    buckets = 2 if stated.stage < 3 and zero.get("overlap_comm", False) else 1
-
-    def elements(name: str) -> int:
-        value = zero.get(name, 1_000_000_000)
-        return 1_000_000_000 if value == "auto" else int(value)
-
-    return Sharding(
-        stated.stage,
-        stated.offload_optimizer,
-        stated.offload_param,
-        bucket,
-        buckets if zero.get("contiguous_gradients", True) and stated.stage else 0,
-        elements("stage3_max_live_parameters"),
-        elements("sub_group_size"),
-    )
-
-
-@dataclass(frozen=True)
 class _Run:
     """What the terms are computed from.
 
@@ -175,7 +130,7 @@ def memory_of(config: FinetuneConfig, shape: Shape, *, workers: int, length: int
     """
     if config.train_batch_size_per_device is None:
         raise ValueError("train_batch_size_per_device is not chosen yet: plan a config without gaps")
-    sharding = sharding_of(read_deepspeed_config(config.deepspeed, config.source), shape.hidden)
+    sharding = sharding_of(config, shape.hidden)
     if not on_gpu:  # the worker's memory is the host's: offloading has nowhere to move anything to
         sharding = replace(sharding, offload_optimizer=False, offload_param=False)
     width = 2 if config.dtype == "bfloat16" else 4
@@ -186,6 +141,9 @@ def memory_of(config: FinetuneConfig, shape: Shape, *, workers: int, length: int
         on_gpu,
     )  # fmt: skip
 
+    if sharding.is_fsdp:
+        need = _fsdp_memory(run)
+        return need if on_gpu else replace(need, host=need.total)
     whole = _base_bytes(shape, config.quantization, width) + (trained * width if config.is_lora else 0)
     weights = 0 if sharding.offload_param else run.shard(whole, 3)
     gathered = 0
@@ -217,6 +175,42 @@ def memory_of(config: FinetuneConfig, shape: Shape, *, workers: int, length: int
     overhead = CONTEXT_BYTES if on_gpu else CPU_PROCESS_BYTES + pages
     need = Memory(weights + gathered, gradients, optimizer, activations, buffers, overhead, host)
     return need if on_gpu else replace(need, host=need.total)
+
+
+def _fsdp_memory(run: _Run) -> Memory:
+    """Count what FSDP2 takes, read from the code of torch 2.13 (_fsdp_param_group.py, _fsdp_collectives.py).
+
+    Masters, gradients and moments are float32, and this worker's part of them. Gathered are, in the run's dtype, the
+    embeddings with the output layer for the whole pass, and a layer while it computes, with a copy from the buffer of
+    the collective. Gradients are copied into a float32 buffer to be reduced, layer by layer, the embeddings' last.
+    """
+    shape, width, workers = run.shape, run.width, run.workers
+    is_full = not run.config.is_lora
+    tables = shape.embedding_parameters * (1 if shape.tied else 2)
+    frozen = 0 if is_full else shape.parameters
+    layer = (shape.parameters - tables) // shape.layers
+    layer_trained = layer if is_full else run.trained // shape.layers
+    layer_whole = layer + (0 if is_full else layer_trained)
+    weights = (frozen * width + run.trained * 4) // workers
+    gathered = (tables + 2 * layer_whole) * width
+    gradients = run.trained * 4 if run.accumulates else run.trained * 4 // workers
+    optimizer = 8 * run.trained // workers
+    lora = run.config.lora_config or {}
+    trains_tables = is_full or "lm_head" in (lora.get("modules_to_save") or [])
+    table = shape.embedding_parameters * width * (trains_tables or trains_label_rows(lora or None, run.labels))
+    saved, working, one_layer = _activations(run)
+    part, earlier = run.trained * 4 // workers, run.trained * 4 * run.accumulates
+    first = gathered + earlier + saved + max(_chunk(run), working) + table
+    # At the end: the gradient of a shared table is the sum of two, and is then copied into its float32 buffer.
+    root = (tables * trains_tables + layer_trained * (not is_full)) * 4
+    copies = max(one_layer + table * (1 + shape.tied), table + root)
+    last = tables * width + part + root * run.accumulates + copies
+    held = gathered + gradients
+    activations = max(first, last, held) - held
+    pages = max(0, int(CPU_HELD * activations) - gradients - optimizer)
+    overhead = CONTEXT_BYTES if run.on_gpu else CPU_PROCESS_BYTES + pages
+    host = PROCESS_BYTES + shape.parameters * width  # loaded on the host first, whole
+    return Memory(weights + gathered, gradients, optimizer, activations, 0, overhead, host)
 
 
 def _optimizer_bytes(run: _Run) -> int:

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 from forgebook.catalog import Catalog, Gpu, Shape, read_catalog
 from forgebook.config.blocks import labels_of, needs_reference
-from forgebook.config.deepspeed_file import read_deepspeed_config
 from forgebook.models.lora_targets import EXPERT_LAYERS
 from forgebook.models.vllm_support import vllm_serves
 from forgebook.planning.feasibility import (
@@ -31,7 +30,8 @@ from forgebook.planning.feasibility import (
 )
 from forgebook.planning.hardware import Cpu
 from forgebook.planning.history import RunKind, Throughput, method_name, typical_throughput
-from forgebook.planning.memory import Memory, memory_of, sharding_of
+from forgebook.planning.memory import Memory, memory_of
+from forgebook.planning.sharding import sharding_of
 from forgebook.planning.token_count import Statistics
 from forgebook.planning.trainable import trainable_parameters
 
@@ -323,7 +323,7 @@ def _notes(
         notes.append(f"{shape.towers:,} parameters of vision and audio towers are loaded and frozen: no text uses them")
     if shape.context is not None and config.context_length > shape.context and config.rope_scaling is None:
         notes.append(f"context_length {config.context_length:,} is beyond the model's {shape.context:,} positions")
-    sharding = sharding_of(read_deepspeed_config(config.deepspeed, config.source), shape.hidden)
+    sharding = sharding_of(config, shape.hidden)
     if sharding.offload_optimizer or sharding.offload_param:
         notes.append(f"the hosts need {workers * need.host / 1e9:,.1f} GB over all workers, which is not checked")
     if gpu is not None and gpu.note:

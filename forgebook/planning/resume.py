@@ -20,7 +20,10 @@ RATE_KEYS = ("learning_rate", "lr_scheduler_type", "num_warmup_steps", "min_lr_r
 LENGTH_KEYS = ("num_epochs", "max_steps")
 BATCH_KEYS = ("train_batch_size_per_device", "gradient_accumulation_steps", "num_devices")
 # These change neither the weights nor the losses.
-FREE_KEYS = ("checkpoint_and_evaluation_frequency", "save_state_minutes", "min_update_steps", "early_stopping")
+# `deepspeed` says what a change of `sharding` means, where it means anything: the state of FSDP2 fits DDP, and back.
+FREE_KEYS = (
+    "checkpoint_and_evaluation_frequency", "save_state_minutes", "min_update_steps", "early_stopping", "sharding",
+)  # fmt: skip
 # Why another key may not change, by the first part of its name; the rest of them change the loss itself.
 _WEIGHTS = "the saved state is of other weights"
 _DATA = "the examples, or their tokens, would be others than those trained before"

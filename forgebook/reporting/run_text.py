@@ -57,7 +57,8 @@ def print_run(output: Console, run: Run, prepared: Prepared, vllm: str | None) -
     config, report = prepared.config, prepared.report
     method = "full fine-tuning" if config.lora_config is None else f"LoRA r={config.lora_config.get('r', 8)}"
     steps = schedule.steps_per_epoch(report["train"]["sequences"], config.global_batch_size)
-    sharding = Path(config.deepspeed.config_path).stem if config.deepspeed else "no DeepSpeed"
+    deepspeed = Path(config.deepspeed.config_path).stem if config.deepspeed else "no DeepSpeed"
+    sharding = "FSDP2" if config.sharding == "fsdp" else deepspeed
     plural = "s" if config.num_devices > 1 else ""
     workers = f"{config.num_devices} worker{plural}" if config.num_devices else "this process"
     unit = "packed sequences" if config.padding == "packed" else "examples"

@@ -2,8 +2,8 @@
 
     <run>/checkpoints/epoch-1/    adapter or full weights, tokenizer, prompt format: complete or absent
 
-Saving is collective (ZeRO gathers weights over all ranks); the files are written by rank 0, and its errors are raised
-on every rank, so that none waits for the others. What a run resumes from is in `training_state`.
+Saving is collective (ZeRO and FSDP2 gather weights over all ranks); the files are written by rank 0, and its errors are
+raised on every rank, so that none waits for the others. What a run resumes from is in `training_state`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from forgebook.models.unused_packages import without_unused
 from forgebook.models.vllm_support import vllm_serves, vllm_serves_saved
 from forgebook.runs import atomic, checksums, object_store, worker_upload
 from forgebook.runs.run import Run, rank_checkpoints
-from forgebook.training import distributed
+from forgebook.training import distributed, fsdp
+from forgebook.training.streamed_weights import write_streamed
 
 __all__ = [
     "delete_published",
@@ -50,40 +51,60 @@ def save_checkpoint(
     overrides: dict[str, Any] | None = None,
     start: dict[str, torch.Tensor] | None = None,
     trained: bool = True,
+    dtype: str | None = None,
 ) -> None:
     """Save a model (full or PEFT) with all that is needed to use it, verify it, and only then name it `folder`.
 
     Collective. prompt_format: YAML text, saved with the model. overrides: how an adapter's base was loaded, likewise.
     start: what `save_start` returned. trained: False before the first step, when an adapter is still all zero.
+    dtype: in which weights are saved that FSDP2 shards, and trains in float32.
 
     Raises CheckpointError, on all ranks, if it cannot be written or fails verification.
     """
-    weights = _gather_weights(model)
-    with distributed.raised_everywhere(), contextlib.ExitStack() as stack:
-        if not distributed.is_main():
-            return
-        stack.enter_context(write_errors(folder.parent))
-        aside = stack.enter_context(atomic.atomic_folder(folder))
-        if start is not None:
-            weights = adapters.fit_original_base(weights, start, trained)
-        _write_model(model, weights, aside)
-        if start is not None:
-            adapters.double_rank(aside / "adapter_config.json")
-        if overrides:
-            (aside / adapters.OVERRIDES).write_text(json.dumps(overrides, indent=2))
-        tokenizer.save_pretrained(aside)
-        if prompt_format is not None:
-            (aside / "prompt_format.yaml").write_text(prompt_format)
-        verify_checkpoint(aside, expected=len(weights), trained=trained)
-        if hasattr(model, "peft_config"):
-            _write_card(aside, vllm_serves_saved(aside, model.get_base_model()))
-        checksums.write_checksums(aside)
+    saved_dtype = getattr(torch, dtype) if dtype is not None and fsdp.has_shards(model) else None
+    # An adapter is small. Weights whose names or shapes transformers changes back are converted together.
+    is_whole = hasattr(model, "peft_config") or bool(getattr(model, "_weight_conversions", None))
+    is_streamed = saved_dtype is not None and not is_whole
+    weights = {} if is_streamed else _gather_weights(model, saved_dtype)
+    with contextlib.ExitStack() as stack:
+        aside = folder
+        with distributed.raised_everywhere(), write_errors(folder.parent):
+            if distributed.is_main():
+                aside = stack.enter_context(atomic.atomic_folder(folder))
+        error = None
+        if is_streamed and saved_dtype is not None:
+            weights = dict(_named_weights(model))
+            error = write_streamed(weights, aside, saved_dtype)
+        with distributed.raised_everywhere(), write_errors(folder.parent):
+            if not distributed.is_main():
+                return
+            if error is not None:
+                raise error
+            if start is not None:
+                weights = adapters.fit_original_base(weights, start, trained)
+            if not is_streamed:
+                _write_model(model, weights, aside)
+            if saved_dtype is not None and not hasattr(model, "peft_config"):
+                _write_configs(model, str(dtype), aside)
+            if start is not None:
+                adapters.double_rank(aside / "adapter_config.json")
+            if overrides:
+                (aside / adapters.OVERRIDES).write_text(json.dumps(overrides, indent=2))
+            tokenizer.save_pretrained(aside)
+            if prompt_format is not None:
+                (aside / "prompt_format.yaml").write_text(prompt_format)
+            verify_checkpoint(aside, expected=len(weights), trained=trained)
+            if hasattr(model, "peft_config"):
+                _write_card(aside, vllm_serves_saved(aside, model.get_base_model()))
+            checksums.write_checksums(aside)
+            stack.close()
 
 
-def _gather_weights(model) -> dict[str, torch.Tensor]:
+def _gather_weights(model, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
     """Collect what a checkpoint holds in rank 0's host memory: the adapter's weights, or all of them.
 
-    Under ZeRO-3 one parameter at a time is gathered, so that no GPU ever holds more than the largest one. Collective.
+    Under ZeRO-3 and FSDP2 one parameter at a time is gathered, so that no GPU ever holds more than the largest one.
+    Collective. dtype: of sharded weights.
     """
     is_adapter = hasattr(model, "peft_config")
     state = {}
@@ -92,8 +113,9 @@ def _gather_weights(model) -> dict[str, torch.Tensor]:
         if is_adapter and not tensor.requires_grad and "lora_" not in name:
             continue
         with _gathered_parameter(tensor):
+            whole = fsdp.gathered(tensor.detach())
             if distributed.is_main():
-                state[name] = tensor.detach().to("cpu", copy=True)
+                state[name] = whole.to("cpu", dtype if dtype and fsdp.is_shard(tensor) else whole.dtype, copy=True)
     return state
 
 
@@ -121,6 +143,14 @@ def _write_model(model, weights: dict[str, torch.Tensor], folder: Path) -> None:
     else:
         with without_unused("deepspeed"):
             model.save_pretrained(folder, state_dict=weights)
+
+
+def _write_configs(model, dtype: str, folder: Path) -> None:
+    """Write what save_pretrained writes beside the weights."""
+    model.config.dtype, model.config.architectures = dtype, [type(model).__name__]
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
 
 
 def _write_card(folder: Path, verdict: str) -> None:

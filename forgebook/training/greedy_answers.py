@@ -16,6 +16,7 @@ import torch
 
 from forgebook.config.blocks import GenerationConfig
 from forgebook.data import masking
+from forgebook.training import fsdp
 
 if TYPE_CHECKING:
     from forgebook.training.setup import Worker
@@ -70,16 +71,18 @@ def last_answer(ids: np.ndarray, mask: np.ndarray, stops: frozenset[int] | None)
 
 
 def is_partitioned(worker: Worker) -> bool:
-    """Report whether the weights are (ZeRO-3), so that all ranks generate together."""
-    return worker.deepspeed_engine is not None and worker.deepspeed_engine.zero_optimization_stage() == 3
+    """Report whether the weights are (ZeRO-3, FSDP2), so that all ranks generate together."""
+    engine = worker.deepspeed_engine
+    return worker.is_fsdp or (engine is not None and engine.zero_optimization_stage() == 3)
 
 
 @contextlib.contextmanager
 def for_generation(worker: Worker, is_compiled: bool):
     """Switch the model to evaluation for a block; a compiled decoder would be recompiled for every length."""
     worker.wrapped.eval()
+    eager = torch.compiler.set_stance("force_eager") if is_compiled else contextlib.nullcontext()
     try:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager") if is_compiled else contextlib.nullcontext():
+        with torch.no_grad(), fsdp.with_whole_root(worker.wrapped), eager:
             yield
     finally:
         worker.wrapped.train()

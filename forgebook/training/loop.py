@@ -29,6 +29,7 @@ from forgebook.runs import atomic
 from forgebook.runs.metrics import Progress
 from forgebook.runs.run import Run
 from forgebook.training import checkpoints, distributed, objectives, optimizers, training_state
+from forgebook.training.background_save import BackgroundSave
 from forgebook.training.evaluation_answers import EvaluationAnswers, metric_key
 from forgebook.training.losses import check_isolation
 from forgebook.training.objectives import Objective
@@ -142,6 +143,7 @@ def train_loop(config: ResolvedConfig, run: Run, report: Report = lambda metrics
     checkpoint_settings: dict[str, Any] = {
         "prompt_format": prompt_format_text(config.generation_config.prompt_format),
         "overrides": base_overrides(config.rope_scaling, config.quantization) if config.is_lora else None,
+        "dtype": config.dtype,
         "start": checkpoints.save_start(worker.model, run.adapter_start, is_resumed=bool(saved)),
     }
     weights = worker.model, worker.optimizer, worker.deepspeed_engine
@@ -183,6 +185,7 @@ def train_loop(config: ResolvedConfig, run: Run, report: Report = lambda metrics
     ahead = Ahead(_micro_batches(train_set, parts_of, range(step, last_step)))
     sums, memory = EpochSums(**start.epoch_sums), StepMemory(worker)
     profiler = StepProfiler(run, config.profile and accelerator.is_main_process)
+    saving = BackgroundSave()
     saved_at, reported_at = time.perf_counter(), -math.inf  # the first step is reported at once
     is_enough = _is_enough(config.early_stopping, losses)
     queued: list[QueuedStep] = []  # steps whose figures are not read yet
@@ -257,15 +260,17 @@ def train_loop(config: ResolvedConfig, run: Run, report: Report = lambda metrics
         if name is not None or is_due or is_stopping:
             position = Position(step, trained_tokens, time.perf_counter() - started, losses, sums.state())
             position.scores = {} if scores is losses else scores
-            training_state.save_state(run, position, *weights)
+            training_state.save_state(run, position, *weights, background=saving)
             saved_at = time.perf_counter()
         if name is not None or since_report > REPORT_SECONDS:
             report(latest, name)
             reported_at = time.perf_counter()
         if is_stopping and step < last_step and not is_enough:
+            saving.wait()
             raise StoppedError(f"stopped by SIGTERM; step {step} is saved, and the same command resumes after it")
 
     # (8) What summary.json reports.
+    saving.wait()
     best = checkpoints.keep_best(run, scores, config.num_checkpoints_to_keep)
     best_loss = losses[best]
     seconds = time.perf_counter() - started

@@ -1,4 +1,4 @@
-"""Set up one worker: its process group, tokenizer, model, optimizer, and DDP or DeepSpeed around them.
+"""Set up one worker: its process group, tokenizer, model, optimizer, and DDP, FSDP2 or DeepSpeed around them.
 
 accelerator = make_accelerator(config)      first: under ZeRO-3, DeepSpeed's config must exist before the weights
 worker = make_worker(config, accelerator)
@@ -37,7 +37,7 @@ from forgebook.models import adapters, load, saved_adapters
 from forgebook.models.attention import SEGMENTED
 from forgebook.models.families import freeze_towers
 from forgebook.models.tokenizer import label_pieces, locate, tokenizer_of
-from forgebook.training import classification, distributed, kernels, liger, optimizers
+from forgebook.training import classification, distributed, fsdp, kernels, liger, optimizers
 from forgebook.training.losses import SupervisedLM
 
 __all__ = [
@@ -71,6 +71,11 @@ class Worker:
     deepspeed_engine: Any
     parameters: tuple[int, int]
     notes: list[str]
+
+    @property
+    def is_fsdp(self) -> bool:
+        """Return whether FSDP2 divides the weights."""
+        return fsdp.is_sharded(self.wrapped)
 
     @property
     def takes_segments(self) -> bool:
@@ -127,7 +132,7 @@ def _free_port() -> int:
 
 
 def make_worker(config: ResolvedConfig, accelerator: Accelerator) -> Worker:
-    """Load tokenizer and model, add LoRA if configured, create the optimizer, wrap for DDP or DeepSpeed.
+    """Load tokenizer and model, add LoRA if configured, create the optimizer, wrap for DDP, FSDP2 or DeepSpeed.
 
     Collective. Raises ModelError, ResourceError or ConfigError if it cannot; except while ZeRO-3 loads, on all ranks.
     """
@@ -151,6 +156,9 @@ def make_worker(config: ResolvedConfig, accelerator: Accelerator) -> Worker:
     if config.classifier_config is not None:
         width = model.config.get_text_config().hidden_size
         label_scale = classification.label_rate(config.learning_rate, width) / config.learning_rate
+    wrapped: Any = SupervisedLM(model)
+    if config.sharding == "fsdp":
+        fsdp.shard(wrapped, getattr(torch, config.dtype), accelerator.device)
     # One group where nothing decays, as runs of earlier versions saved it.
     is_uniform = config.weight_decay == 0 or config.decay_norms_and_biases
     undecayed = set() if is_uniform else optimizers.undecayed_names(model)
@@ -165,13 +173,14 @@ def make_worker(config: ResolvedConfig, accelerator: Accelerator) -> Worker:
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         model.train()
         optimizer = optimizers.deepspeed_adamw(config.optimizer, groups, **hyperparameters)
-        deepspeed_engine, optimizer = accelerator.prepare(SupervisedLM(model), optimizer)
+        deepspeed_engine, optimizer = accelerator.prepare(wrapped, optimizer)
         return Worker(accelerator, tokenizer, model, deepspeed_engine, optimizer, deepspeed_engine, parameters, notes)
-    if config.quantization is None:  # quantized weights were loaded where they stay
+    if config.sharding != "fsdp" and config.quantization is None:  # quantized weights were loaded where they stay
         model.to(accelerator.device)
     model.train()
     optimizer = optimizers.AdamW(groups, kind=config.optimizer, **hyperparameters)
-    wrapped = accelerator.prepare(SupervisedLM(model))
+    if config.sharding != "fsdp":
+        wrapped = accelerator.prepare(wrapped)
     return Worker(accelerator, tokenizer, model, wrapped, optimizer, None, parameters, notes)
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator
 
-from forgebook.training import optimizers
+from forgebook.training import fsdp, optimizers
 from forgebook.training.objectives import Objective
 from forgebook.training.profiler import phase
 from forgebook.training.step_metrics import Step
@@ -94,7 +94,7 @@ def queue_step(
     accelerator, deepspeed_engine = worker.accelerator, worker.deepspeed_engine
     begins = _mark(accelerator.device)
     optimizers.set_rate(worker.optimizer.param_groups, learning_rate)
-    # DDP and DeepSpeed average over workers, DeepSpeed over micro batches too. But the loss is the mean over all
+    # DDP, FSDP2 and DeepSpeed average over workers, DeepSpeed over micro batches too. But the loss is the mean over all
     # supervised tokens (or pairs) of the global batch, on any worker: undo those averages and divide once.
     scale = accelerator.num_processes * (accumulation if deepspeed_engine else 1) / counts.units
     names = objective.metric_names
@@ -103,8 +103,11 @@ def queue_step(
     for index in range(accumulation):
         batch, reference = ahead.take()
         is_last = index == accumulation - 1
-        # DDP sums gradients over the workers in the last micro batch alone; DeepSpeed decides that by itself.
-        with contextlib.nullcontext() if deepspeed_engine or is_last else accelerator.no_sync(worker.wrapped):
+        # DDP and FSDP2 sum gradients over the workers in the last micro batch alone; DeepSpeed decides that by itself.
+        if worker.is_fsdp:
+            fsdp.sync_gradients(worker.wrapped, is_last)
+        syncs = deepspeed_engine or worker.is_fsdp or is_last
+        with contextlib.nullcontext() if syncs else accelerator.no_sync(worker.wrapped):
             forward = _mark(accelerator.device)
             with phase("forward"):
                 measurement = objective.measure(worker.wrapped, batch, reference)
@@ -123,7 +126,8 @@ def queue_step(
     else:
         # Without max_grad_norm, too: the norm is a metric, and a gradient of zero ends the run.
         with phase("gradient norm"):
-            gradient = torch.nn.utils.clip_grad_norm_(worker.optimizer.trained, max_grad_norm or math.inf)
+            clip = fsdp.clip_gradients if worker.is_fsdp else torch.nn.utils.clip_grad_norm_
+            gradient = clip(worker.optimizer.trained, max_grad_norm or math.inf)
         with phase("optimizer"):
             worker.optimizer.step()
             worker.optimizer.zero_grad()

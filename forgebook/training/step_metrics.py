@@ -168,7 +168,9 @@ class StepMemory:
         if self._is_gpu or self._count != self._largest + 1:
             return contextlib.nullcontext()
         # After a step, DDP's buckets are the only trace of the gradients, and Python does not see them.
-        has_buckets = self._worker.accelerator.num_processes > 1 and self._worker.deepspeed_engine is None
+        worker = self._worker
+        is_ddp = worker.deepspeed_engine is None and not worker.is_fsdp
+        has_buckets = worker.accelerator.num_processes > 1 and is_ddp
         trained = [p for p in self._worker.model.parameters() if p.requires_grad and p.grad is None]
         hidden = has_buckets * sum(p.numel() * p.element_size() for p in trained)
         self._tensors = hardware.TensorMemory(hidden, self._filled_buckets())

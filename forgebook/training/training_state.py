@@ -13,7 +13,7 @@ import contextlib
 import json
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ import torch
 from forgebook.errors import CheckpointError
 from forgebook.runs import atomic, checksums
 from forgebook.runs.run import Run
-from forgebook.training import distributed
+from forgebook.training import distributed, fsdp, sharded_state
+from forgebook.training.background_save import BackgroundSave
 from forgebook.training.checkpoints import delete_published, publish, write_errors
 
 __all__ = ["Position", "latest_state", "load_state", "save_state"]
@@ -50,14 +51,20 @@ class Position:
     scores: dict[str, float | None] = field(default_factory=dict)
 
 
-def save_state(run: Run, position: Position, model, optimizer, deepspeed_engine=None) -> None:
+def save_state(
+    run: Run, position: Position, model, optimizer, deepspeed_engine=None, background: BackgroundSave | None = None
+) -> None:
     """Save what exact resuming needs as `resume/step-N` of a run, and delete the older states. Collective.
 
-    deepspeed_engine: saves its own shards. The state is complete or absent: in the run's folder it is renamed last; to
-    a bucket that the workers write themselves it is sent by `publish`.
+    deepspeed_engine: saves its own shards. background: where FSDP2's shards are written while training continues; the
+    state is complete after its `wait`, which raises what could not be written. The state is complete or absent: in the
+    run's folder it is renamed last; to a bucket that the workers write themselves it is sent by `publish`.
 
     Raises CheckpointError, on all ranks, if it cannot be written.
     """
+    is_fsdp = deepspeed_engine is None and fsdp.has_shards(model)
+    if background is not None:
+        background.wait()
     target = run.resume / f"step-{position.step}"
     aside = target.with_name(f".writing-{target.name}")
     is_writer = distributed.is_first_here() if run.uri else distributed.is_main()
@@ -65,28 +72,67 @@ def save_state(run: Run, position: Position, model, optimizer, deepspeed_engine=
         if is_writer:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
+    saved = replace(position, world_size=distributed.world_size())
     try:
         with distributed.raised_everywhere(), write_errors(run.resume):
             torch.save(_random_state(), aside / f"random-{distributed.rank()}.pt")
             if deepspeed_engine is not None:
                 with _errors_after_save(deepspeed_engine):
                     deepspeed_engine.save_checkpoint(aside, tag="deepspeed", exclude_frozen_parameters=True)
-            elif distributed.is_main():
+            elif not is_fsdp and distributed.is_main():
                 trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
                 torch.save({"model": trained, "optimizer": optimizer.state_dict()}, aside / "state.pt")
-            if distributed.is_main():
-                saved = replace(position, world_size=distributed.world_size())
-                (aside / POSITION_FILE).write_text(json.dumps(asdict(saved)))
+        if is_fsdp:
+            write = _shards_writer(run, saved, aside, target.name, sharded_state.named_state(model, optimizer))
+            if background is not None and run.uri is None:
+                background.start(write)
+                return
+            with distributed.raised_everywhere():
+                write()
+        else:
+            with distributed.raised_everywhere(), write_errors(run.resume):
+                if distributed.is_main():
+                    _write_position(saved, aside)
         publish(run, aside, target.name)
     except Exception:  # on all ranks: half a state fills the disk for nothing
         if is_writer:
             shutil.rmtree(aside, ignore_errors=True)
         raise
     with distributed.raised_everywhere():
-        if is_writer:
-            if run.uri is None:  # in a bucket each machine has its own files of it
-                checksums.write_checksums(aside)
-            _replace_states(run, aside, target.name)
+        if is_writer and (run.uri or not is_fsdp):
+            _finish(run, aside, target.name)
+
+
+def _shards_writer(
+    run: Run, position: Position, aside: Path, name: str, state: dict[str, torch.Tensor]
+) -> Callable[[], None]:
+    """Copy a state to the host's memory, and return what writes it: in a thread, if training continues meanwhile."""
+    copy, group = sharded_state.copied(state), sharded_state.background_group()
+
+    def write() -> None:
+        try:
+            with write_errors(run.resume):
+                sharded_state.write_state(copy, aside, group)  # on rank 0 it returns when all ranks have written
+                if distributed.is_main():
+                    _write_position(position, aside)
+                    if run.uri is None:
+                        _finish(run, aside, name)
+        except Exception:
+            if distributed.is_main():
+                shutil.rmtree(aside, ignore_errors=True)
+            raise
+
+    return write
+
+
+def _write_position(position: Position, aside: Path) -> None:
+    (aside / POSITION_FILE).write_text(json.dumps(asdict(position)))
+
+
+def _finish(run: Run, aside: Path, name: str) -> None:
+    if run.uri is None:  # in a bucket each machine has its own files of it
+        checksums.write_checksums(aside)
+    _replace_states(run, aside, name)
 
 
 @contextlib.contextmanager
@@ -159,6 +205,11 @@ def load_state(
     if deepspeed_engine is not None:
         # Not strict: frozen weights are not in the state, they are those of the base model.
         deepspeed_engine.load_checkpoint(str(state), tag="deepspeed", load_module_strict=False)
+    elif sharded_state.is_sharded_state(state):
+        sharded_state.read_state(state, model, optimizer)
+    elif fsdp.has_shards(model):
+        whole = torch.load(state / "state.pt", map_location="cpu", mmap=True, weights_only=True)
+        sharded_state.take_whole(whole, model, optimizer)
     else:
         saved = torch.load(state / "state.pt", map_location="cpu", weights_only=True)
         parameters = dict(model.named_parameters())

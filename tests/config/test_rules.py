@@ -36,6 +36,19 @@ BROKEN = [
     ({"quantization": "nf4", "lora_config": PISSA, "deepspeed": "none"}, ["weights that are not quantized"]),
     ({"lora_config": PISSA | {"use_dora": True}, "deepspeed": "none"}, ["pissa with use_dora"]),
     ({"min_devices": 1, "num_devices": 2, "deepspeed": "zero_1"}, ["min_devices does not work with DeepSpeed"]),
+    ({"sharding": "fsdp", "deepspeed": "zero_2"}, ["sharding and deepspeed both say how devices share the model"]),
+    ({"sharding": "zero_2", "deepspeed": "zero_1"}, ["sharding and deepspeed both say how devices share the model"]),
+    ({"sharding": "zero_2", "deepspeed": "none"}, ["sharding and deepspeed both say how devices share the model"]),
+    ({"sharding": "zero_2", "num_devices": 2, "min_devices": 1}, ["set sharding: fsdp or none, or remove min_dev"]),
+    ({"sharding": "fsdp", "num_devices": 0}, ["divides a model among workers, and num_devices: 0 starts none"]),
+    ({"sharding": "fsdp", "quantization": "nf4", "lora_config": LORA}, ["bitsandbytes' packed weights"]),
+    ({"sharding": "fsdp", "lora_config": PISSA}, ["pissa does not work with sharding: fsdp"]),
+    *(
+        ({"sharding": "fsdp", "optimizer": name}, ["only optimizer: adamw works with sharding: fsdp"])
+        for name in ("muon", "adafactor", "adamw_8bit", "paged_adamw_8bit")
+    ),
+    ({"sharding": "fsdp", "gradient_checkpointing": "offload"}, ["offload was not tried with sharding: fsdp"]),
+    ({"sharding": "fsdp", "torch_compile": True}, ["torch_compile does not work with sharding: fsdp"]),
     ({"quantization": "int8", "lora_config": LORA, "deepspeed": "zero_3"}, ["bitsandbytes' packed weights"]),
     ({"classifier_config": LABELS, "lora_config": LORA, "deepspeed": "zero_3"}, ["single rows of the embedding"]),
     ({"lora_config": PISSA, "deepspeed": "zero_3_offload_optim+param"}, ["pissa does not work with ZeRO-3"]),
@@ -64,6 +77,12 @@ WORKS = [
     {"lora_config": PISSA, "deepspeed": "zero_2"},
     {"lora_config": LORA | {"use_dora": True}, "deepspeed": "zero_3"},
     {"min_devices": 1, "num_devices": 2, "deepspeed": "none"},
+    {"sharding": "fsdp"},
+    {"sharding": "fsdp", "deepspeed": "none", "num_devices": 2, "min_devices": 1},
+    {"sharding": "fsdp", "classifier_config": LABELS, "lora_config": LORA | {"use_dora": True}},
+    {"sharding": "zero_2", "quantization": "nf4", "lora_config": LORA},
+    {"sharding": "zero_2", "deepspeed": "zero_2"},
+    {"sharding": "none", "optimizer": "muon"},
     {"optimizer": "adamw_8bit", "deepspeed": "zero_3"},
     {"optimizer": "muon", "deepspeed": "none"},
     {"best_metric": "tool_calls", "metrics": ["tool_calls"], "eval_generation": {}, **ANSWERS},
@@ -184,7 +203,13 @@ def advised(config, changes: tuple[str, ...]):
     for word in " ".join(changes).split():
         key, equals, value = word.partition("=")
         if equals:
-            values[key] = None if value == "none" else json.loads(value) if value[0] in "0123456789tf" else value
+            values[key] = (
+                None
+                if value == "none"
+                else json.loads(value)
+                if value[0].isdigit() or value in ("true", "false")
+                else value
+            )
     if "lora_config.r" in values:
         values["lora_config"] = (config.lora_config or {}) | {"r": values.pop("lora_config.r")}
     return config.resolve(**values)

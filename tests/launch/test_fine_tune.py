@@ -30,7 +30,7 @@ from forgebook.runs.run import Run, open_run
 
 def test_fewer_devices_with_shards(make_config):
     config = make_config(num_devices={"min": 1, "max": 2}).resolve(deepspeed="zero_1")
-    with pytest.raises(ConfigError, match=r"min_devices does not work with DeepSpeed.* set deepspeed: none"):
+    with pytest.raises(ConfigError, match=r"min_devices does not work with DeepSpeed.* set sharding: fsdp or none"):
         fine_tune(config)
     assert not (Path(config.storage_path) / "run").exists()
 

@@ -25,7 +25,11 @@ from forgebook.runs.metrics import read_metrics
 from forgebook.runs.run import Run
 from support_ranks import train_in_ranks
 
-SHARDINGS = ["none", "zero_1", "zero_2", "zero_3"]  # none first: the others are compared with it
+SHARDINGS = ["none", "zero_1", "zero_2", "zero_3", "fsdp"]  # none first: the others are compared with it
+
+
+def sharded(name: str) -> dict:
+    return {"deepspeed": None if name in ("none", "fsdp") else name, "sharding": name}
 
 
 @pytest.fixture(scope="module")
@@ -40,20 +44,20 @@ def plain_ddp():
 def test_every_sharding_trains_alike(without_ray, make_config, plain_ddp, sharding, method):
     """Plain DDP, ZeRO-1, -2 and -3 give the same losses within bfloat16 rounding, and save whole weights."""
     settings = {"num_devices": 2, "train_batch_size_per_device": 2, "gradient_accumulation_steps": 2}
-    config = make_config(deepspeed=sharding, dtype="bfloat16", lora_config=method, learning_rate=3e-4, **settings)
+    config = make_config(**sharded(sharding), dtype="bfloat16", lora_config=method, learning_rate=3e-4, **settings)
     run = fine_tune(config)
     found = [*losses_of(run), read_json(run.summary)["eval_loss"]]
     expected = plain_ddp.setdefault("lora" if method else "full", found)
     assert len(found) == 4 and found == pytest.approx(expected, abs=0.02)
     # Alike because they are equal, not because DeepSpeed was never started.
-    assert read_json(run.summary)["zero_stage"] == (None if sharding == "none" else int(sharding[-1]))
+    assert read_json(run.summary)["zero_stage"] == (int(sharding[-1]) if sharding[-1].isdigit() else None)
     assert read_json(run.summary)["stop_check"]["prompts"] == 3 and read_json(run.summary)["stop_check"]["note"] is None
     weights = load_file(next((run.folder / read_json(run.summary)["best_checkpoint"]).glob("*.safetensors")))
     assert all(tensor.numel() for tensor in weights.values())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sharding", ["none", "zero_3"])
+@pytest.mark.parametrize("sharding", ["none", "zero_3", "fsdp"])
 def test_a_killed_worker_changes_nothing(ray_session, make_config, write_rows, sharding):
     """SIGKILL in the middle of an epoch: Ray restarts the workers, which end with the losses of plain processes.
 
@@ -64,10 +68,10 @@ def test_a_killed_worker_changes_nothing(ray_session, make_config, write_rows, s
         "num_devices": 2,
         "train_batch_size_per_device": 2,
         "num_epochs": 2,
-        "deepspeed": sharding,
+        **sharded(sharding),
         "checkpoint_and_evaluation_frequency": {"unit": "steps", "frequency": 15},
     }
-    one_process = settings | {"num_devices": 0, "train_batch_size_per_device": 4, "deepspeed": None}
+    one_process = settings | {"num_devices": 0, "train_batch_size_per_device": 4, **sharded("none")}
     alone = losses_of(fine_tune(make_config(run_name="alone", **one_process)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ray_train, "run_on_ray", train_in_ranks)

@@ -74,8 +74,9 @@ def test_large_models_are_shared_out(config):
 
 def test_what_zero_3_cannot_train_is_not_given_to_it(config):
     labels = {"label_tokens": ["[[1]]", "[[2]]"]}
-    done, _ = chosen(config("meta-llama/Llama-3.3-70B-Instruct", classifier_config=labels))
-    assert done.deepspeed is None and done.quantization == "nf4"
+    done, choices = chosen(config("meta-llama/Llama-3.3-70B-Instruct", classifier_config=labels))
+    assert (done.sharding, done.deepspeed, done.quantization) == ("fsdp", None, None)
+    assert "the fastest way that fits" in {c.key: c.reason for c in choices}["deepspeed"]
 
 
 def test_a_gpu_without_bfloat16_gets_float32_where_that_fits(config):

@@ -35,6 +35,7 @@ def test_nothing_changed():
             {"checkpoint_and_evaluation_frequency": {"unit": "steps", "frequency": 5}},
             r"frequency: 1 -> 5.*unit: epochs -> steps.*of earlier steps stay",
         ),
+        ({"sharding": "fsdp"}, "sharding: none -> fsdp.*resumes after step 15"),
         ({"save_state_minutes": 1}, "save_state_minutes: 15.0 -> 1.0"),
     ],
 )
@@ -52,6 +53,7 @@ def test_what_may_change_is_explained(values, meaning):
         ({"train_path": "b.jsonl", "context_length": 32}, "context_length: the examples.*train_path: the examples"),
         ({"train_batch_size_per_device": 4}, "examples of an optimizer step would change from 32 to 16"),
         ({"num_devices": 1}, "num_devices: the examples of an optimizer step"),
+        ({"sharding": "zero_2", "deepspeed": "zero_2"}, "deepspeed.config_path: the saved state of the optimizer"),
         ({"weight_decay": 0.1}, "weight_decay: the saved state of the optimizer"),
         ({"max_grad_norm": 2}, "max_grad_norm: losses before and after could not be compared"),
         ({"num_epochs": 1}, "has trained 15 steps, and num_epochs would end it at step 10"),

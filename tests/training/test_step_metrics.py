@@ -81,7 +81,7 @@ def test_saved_sums_continue_in_another_process():
 def test_memory_is_measured_in_the_step_with_the_most_tokens():
     """Not in an epoch's last one, which holds the longest sequence alone."""
     accelerator = SimpleNamespace(device=torch.device("cpu"), num_processes=1)
-    worker = SimpleNamespace(accelerator=accelerator, model=torch.nn.Linear(1, 1), deepspeed_engine=None)
+    worker = SimpleNamespace(accelerator=accelerator, model=torch.nn.Linear(1, 1), deepspeed_engine=None, is_fsdp=False)
     with TensorMemory() as others:  # tensors of other tests, which the same process holds
         pass
     memory, allocated = StepMemory(worker), [10_000, 30_000, 20_000]
