@@ -236,6 +236,7 @@ _TABLE = (
                 "longest answer, in tokens; default: 1.5 times the longest reference, at least 128",
                 at_least(1),
             ),
+            Option("engine", "what generates the answers: auto (the default), transformers or vllm"),
             Option("judge", "for metric=judge: the name of the judging model"),
             Option("base_url", "for metric=judge: URL of its OpenAI-compatible endpoint"),
             Option("lm_eval", "tasks of lm-eval instead, such as gsm8k,arc_easy"),

@@ -133,7 +133,7 @@ def evaluate_command(arguments: list[str]) -> int:
         evaluation = evaluate(
             run, path=options.get("data"), on_progress=show, on_note=output.print,
             judge=Judge(options["judge"], options.get("base_url")) if "judge" in options else None,
-            **parsed.get("metric", "rows", "max_new_tokens", "checkpoint"),
+            **parsed.get("metric", "rows", "max_new_tokens", "checkpoint", "engine"),
         )  # fmt: skip
     _print_evaluation(run, evaluation)
     return 0

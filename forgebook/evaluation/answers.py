@@ -20,7 +20,7 @@ from forgebook.runs import atomic
 
 __all__ = ["SavedAnswers", "prompt_key"]
 
-LIBRARIES = ("torch", "transformers", "peft")
+LIBRARIES = ("torch", "transformers", "peft", "vllm")
 KEY_LENGTH, NAME_LENGTH = 32, 8
 
 
@@ -31,7 +31,7 @@ class SavedAnswers:
     """
 
     def __init__(self, folder: Path, name: str, settings: dict[str, Any]):
-        versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
+        versions = {name: version for name in LIBRARIES if (version := _version(name)) is not None}
         header = json.dumps({"settings": {**settings, **versions}}, sort_keys=True, ensure_ascii=False)
         self.path = folder / f"answers-{name}-{_hash(header)[:NAME_LENGTH]}.jsonl"
         self._texts = _read(self.path, header)
@@ -51,6 +51,14 @@ class SavedAnswers:
         self._texts[key] = text
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(_line(key, text) + "\n")
+
+
+def _version(library: str) -> str | None:
+    """Return an installed library's version; vLLM has an environment of its own, which lacks some."""
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _line(key: str, text: str) -> str:

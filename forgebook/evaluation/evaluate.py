@@ -44,7 +44,9 @@ from forgebook.evaluation.results import (
     share_score,
 )
 from forgebook.inference import loading
+from forgebook.inference.batch import engine_for
 from forgebook.inference.loading import LoadedModel
+from forgebook.inference.vllm_model import VllmModel, load_in_vllm
 from forgebook.models.identity import model_identity
 from forgebook.models.tokenizer import locate
 from forgebook.runs.run import Run, display_path, find_checkpoint
@@ -55,6 +57,7 @@ if TYPE_CHECKING:
 __all__ = ["both_models", "evaluate"]
 
 METRICS = ("exact_match", "gsm8k", "tool_calls", "judge", "classification", "preference", "perplexity")
+LIKELIHOOD_METRICS = METRICS[-3:]
 # How many tokens an answer may have: half as many again as the longest reference, but not this many more, and at least
 # as many as LEAST_TOKENS. An answer that does not stop is cut there, and its time is most of an evaluation's.
 MOST_MORE_TOKENS, LEAST_TOKENS = 512, 128
@@ -70,6 +73,7 @@ def evaluate(
     checkpoint: str | None = None,
     judge: Judge | None = None,
     max_new_tokens: int | None = None,
+    engine: str = "auto",
     on_progress: OnProgress = lambda *counts: None,
     on_note: Callable[[str], None] = lambda text: None,
 ) -> Evaluation:
@@ -77,7 +81,8 @@ def evaluate(
 
     path: held-out examples; default: the run's validation file. metric: see the table above; default: by the task and
     the examples. rows: the first so many. checkpoint: default the best. max_new_tokens: of an answer; default: by the
-    longest reference. on_note: called with what the user should know before the answers, a sentence at a time.
+    longest reference. engine: what generates answers, as in `batch.engine_for`. on_note: called with what the user
+    should know before the answers, a sentence at a time.
 
     Answers are saved in the run folder as they come; a call after an interrupted one uses them.
 
@@ -96,6 +101,8 @@ def evaluate(
         raise ConfigError(f"metric=classification: the run {run.name} has no classifier_config with label_tokens")
     if chosen == "judge" and judge is None:
         raise ConfigError("metric=judge needs judge=MODEL, and base_url=URL unless it is OpenAI's")
+    if engine == "vllm" and chosen in LIKELIHOOD_METRICS:
+        raise ConfigError(f"engine=vllm generates answers, and metric={chosen} needs none: remove engine")
     models = both_models(run, checkpoint)
     task = _task_of(chosen, config.task)
     labels = labels_of(classifier) if task == "classification" else ()
@@ -118,6 +125,8 @@ def evaluate(
     if not turns:
         raise DataError("no assistant turn of these examples follows a prompt, so there is nothing to answer")
     folder = run.folder / "evaluation"
+    if engine_for(engine, _tuned(run, checkpoint), 2 * len(turns)) == "vllm":
+        models = both_models(run, checkpoint, in_vllm=True)
     compared, limits = _answer(turns, chosen == "tool_calls", max_new_tokens, models, folder, on_progress, on_note)
     if judge is not None and chosen == "judge":
         evaluation = _judged(turns, compared, judge, on_progress)
@@ -134,17 +143,26 @@ def _task_of(metric: str, task: str) -> str:
     return tasks.get(metric, "instruction_tuning")
 
 
-def both_models(run: Run, checkpoint: str | None = None) -> Models:
+def both_models(run: Run, checkpoint: str | None = None, in_vllm: bool = False) -> Models:
     """Yield ("base", the model from which a run started), then ("tuned", its checkpoint), loaded one by one.
 
     Raises StorageError if there is no such checkpoint, or the run has not finished and none is named.
     """
     config = load_config(run.config)
-    tuned = find_checkpoint(str(run.folder), None if checkpoint == "best" else checkpoint)
     start = config.initial_adapter_model_ckpt_path or config.initial_base_model_ckpt_path or config.model_id
     share_weights = config.classifier_config is None  # a classifier's labels are tokens that its base lacks
-    models = _load_models([locate(start), str(tuned)], share_weights, config.dtype, config.generation_config)
+    sources = [locate(start), _tuned(run, checkpoint)]
+    models: Iterator[Any] = (
+        load_in_vllm(sources, config.dtype, config.generation_config)
+        if in_vllm
+        else _load_models(sources, share_weights, config.dtype, config.generation_config)
+    )
     return zip(("base", "tuned"), models, strict=True)
+
+
+def _tuned(run: Run, checkpoint: str | None) -> str:
+    """Return the folder of a run's checkpoint; None and "best": the best one."""
+    return str(find_checkpoint(str(run.folder), None if checkpoint == "best" else checkpoint))
 
 
 def _load_models(
@@ -206,7 +224,7 @@ def _answer(
             on_note(limit_text(limits))
         settings = {
             "model": model_identity(loaded.source),
-            "dtype": str(loaded.model.dtype),
+            "dtype": loaded.dtype,
             "encoding": tokenize.CACHE_VERSION,
             "prompt_format": repr(loaded.prompt_format),
             "chat_template": loaded.tokenizer.chat_template,
@@ -214,6 +232,8 @@ def _answer(
             "max_new_tokens": limits["max_new_tokens"],
             "keep_special": keep_special,
         }
+        if isinstance(loaded, VllmModel):
+            settings["engine"] = "vllm"
         saved = SavedAnswers(folder, name, settings)
         missing = [k for k, key in enumerate(keys) if key not in saved]
         if answered := len(turns) - len(missing):

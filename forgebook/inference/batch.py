@@ -17,23 +17,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from forgebook.data import masking
 from forgebook.data.examples import read_examples
 from forgebook.errors import ResourceError, StorageError
 from forgebook.inference import generate, loading
 from forgebook.inference.generate import OnAnswers
-from forgebook.inference.sampling import Sampling, prompt_seed
+from forgebook.inference.sampling import Sampling
+from forgebook.inference.vllm_model import load_in_vllm
 from forgebook.models import adapters
 from forgebook.models.identity import model_identity
-from forgebook.models.vllm_support import choose_engine, runs_eagerly, vllm_ignores, vllm_max_rank, vllm_serves_saved
+from forgebook.models.vllm_support import choose_engine, vllm_ignores, vllm_serves_saved
 from forgebook.runs import atomic
 
 __all__ = ["Prompt", "answer", "engine_for", "read_prompts", "write_answers"]
 
 # vLLM takes about a minute to start: engine=auto chooses it only for more prompts than this.
 MIN_PROMPTS_FOR_VLLM = 100
-# vLLM batches on its own; this many prompts are passed to it at once, then written.
-VLLM_CHUNK = 1_000
 # Batches per task of a Ray worker: enough to group by length, few enough to lose little when a worker dies.
 BATCHES_PER_TASK = 8
 # The size of such a batch where the memory of the workers decides.
@@ -152,45 +150,18 @@ def _load(source: str, sampling: Sampling, engine: str) -> AnswerPrompts:
 
 
 def _load_in_vllm(source: str, sampling: Sampling) -> AnswerPrompts:
-    """Load a model into vLLM, an adapter on top of its base; prompts are passed as the token ids of training."""
-    from vllm import LLM, SamplingParams
-    from vllm.lora.request import LoRARequest
-
-    base, _ = loading.base_of(source)
-    ends, tokenizer, prompt_format = loading.load_ends(source)
-    adapter: LoRARequest | None = None
-    options: dict[str, Any] = {}
-    if config := loading.run_config(source):
-        options["dtype"] = config.dtype  # vLLM's own choice halves float32
-    if runs_eagerly():
-        options["enforce_eager"] = True
-    if lora_config := adapters.read_lora_config(source):
-        adapter = LoRARequest("adapter", 1, source)
-        options |= {"enable_lora": True, "max_lora_rank": vllm_max_rank([lora_config])}
-    llm = LLM(model=base, tokenizer=source, **options)
+    """Load a model into vLLM, an adapter on top of its base."""
+    [loaded] = load_in_vllm([source])
 
     def answer_prompts(prompts: list[Prompt], on_progress: OnAnswers) -> Iterator[tuple[int, str]]:
-        for start in range(0, len(prompts), VLLM_CHUNK):
-            part = prompts[start : start + VLLM_CHUNK]
-            inputs = [
-                {"prompt_token_ids": masking.encode_prompt(prompt.messages, tokenizer, prompt_format, prompt.tools)}
-                for prompt in part
-            ]
-            settings = [
-                SamplingParams(
-                    temperature=sampling.temperature,
-                    top_p=sampling.top_p,
-                    max_tokens=sampling.max_new_tokens,
-                    seed=prompt_seed(sampling.seed, prompt.number),
-                    stop=ends.stop_strings,
-                    stop_token_ids=ends.eos_token_id,
-                    repetition_penalty=ends.repetition_penalty or 1.0,
-                    min_tokens=ends.min_new_tokens or 0,
-                )
-                for prompt in part
-            ]
-            for prompt, output in zip(part, llm.generate(inputs, settings, lora_request=adapter), strict=True):
-                yield prompt.number, output.outputs[0].text
+        answers = loaded.answer_in_order(
+            [prompt.messages for prompt in prompts],
+            [prompt.tools for prompt in prompts],
+            [prompt.number for prompt in prompts],
+            sampling,
+        )
+        for k, text, _ in answers:
+            yield prompts[k].number, text
 
     return answer_prompts
 

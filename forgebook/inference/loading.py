@@ -58,6 +58,10 @@ class LoadedModel:
     generation_config: Any
     source: str = ""
 
+    @property
+    def dtype(self) -> str:
+        return str(self.model.dtype)
+
     @contextlib.contextmanager
     def active(self) -> Iterator[Any]:
         """Yield the shared model, switched to this one for the length of a block."""
@@ -215,13 +219,17 @@ def _prompting(
 # What ends an answer ----------------------------------------------------------------------------------
 
 
-def load_ends(source: str):
+def load_ends(source: str, defaults: blocks.GenerationConfig | None = None):
     """Load what a model needs beside its weights: generation config with all that ends an answer, tokenizer, format.
+
+    defaults: of a source that belongs to no run, as in `load_together`.
 
     Returns (generation_config, tokenizer, prompt_format).
     """
     tokenizer, config = load_tokenizer(source), run_config(source)
-    prompt_format, sequences = _prompting(source, config.generation_config if config else None)
+    if config is None and defaults is not None:
+        set_template_defaults(tokenizer, defaults.chat_template_kwargs)
+    prompt_format, sequences = _prompting(source, config.generation_config if config else defaults)
     return _generation_config(source, None, tokenizer, prompt_format, sequences), tokenizer, prompt_format
 
 

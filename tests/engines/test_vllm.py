@@ -4,6 +4,7 @@
 """
 
 import json
+import operator
 import os
 import shutil
 import subprocess
@@ -83,6 +84,26 @@ def test_an_adapter_on_its_base_answers_as_generate(trained):
     """Twenty prompts in float32, greedy, up to 32 tokens each: equal to the last one."""
     folder, adapter, expected = trained
     assert answers_of(folder, str(adapter), "vllm") == expected
+
+
+def test_an_evaluation_has_the_answers_of_transformers(trained):
+    """Of base and tuned model, in one engine; each engine saves its answers in a file of its own."""
+    folder, adapter, _ = trained
+    run = adapter.parent.parent
+    (folder / "held-out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[100:104]))
+    answers = {}
+    for engine in ("transformers", "vllm"):
+        words = [f"data={folder / 'held-out.jsonl'}", f"engine={engine}", "metric=exact_match", "max_new_tokens=32"]
+        run_command("evaluate", str(run), *words, vllm=engine == "vllm")
+        files = {path.name: path.read_text().splitlines() for path in (run / "evaluation").glob("answers-*.jsonl")}
+        new = {name: lines for name, lines in files.items() if name not in answers}
+        answers |= new
+        by_model = [[json.loads(line) for line in new[name][1:]] for name in sorted(new)]  # base, tuned
+        if engine == "transformers":
+            expected = by_model
+    key = operator.itemgetter("prompt")
+    assert len(answers) == 4 and expected[0] != expected[1]
+    assert [sorted(one, key=key) for one in by_model] == [sorted(one, key=key) for one in expected]
 
 
 @pytest.mark.parametrize("is_merged", [False, True], ids=["adapters", "merged"])

@@ -236,8 +236,10 @@ def test_pairs_and_texts_have_metrics_of_their_own(learn):
         ({"metric": "judge"}, ConfigError, "needs judge=MODEL"),
         ({"checkpoint": "epoch-99"}, StorageError, "no checkpoint 'epoch-99'"),
         ({"path": "none.jsonl"}, StorageError, "none.jsonl does not exist"),
+        ({"metric": "perplexity", "engine": "vllm"}, ConfigError, "engine=vllm generates answers, and metric=perplex"),
+        ({"metric": "exact_match", "engine": "vlm"}, ConfigError, "engine must be auto, transformers or vllm"),
     ],
-    ids="metric labels judge checkpoint path".split(),
+    ids="metric labels judge checkpoint path engine engines".split(),
 )
 def test_what_cannot_be_measured_is_refused(by_heart, options, kind, message):
     with pytest.raises(kind, match=message):

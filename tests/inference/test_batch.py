@@ -1,10 +1,7 @@
 """Files of prompts: answered in order, continued where they stopped, the same on Ray workers."""
 
 import json
-import shutil
-import sys
 from dataclasses import replace
-from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -87,24 +84,6 @@ def test_vllm_is_chosen_where_it_is_worth_its_start(monkeypatch, tmp_path):
     assert engine_for("auto", str(adapter), 1_000) == "transformers"
     with pytest.raises(ConfigError, match="its base was loaded with quantization in training"):
         engine_for("vllm", str(adapter), 10)
-
-
-def test_vllm_gets_the_models_own_ends_and_repetition_penalty(asked, tmp_path, monkeypatch):
-    """Answers are those of the other engine; vLLM itself is in tests/engines."""
-    for path in [*TINY_MODEL.glob("*token*"), TINY_MODEL / "chat_template.jinja"]:
-        shutil.copy2(path, tmp_path)
-    (tmp_path / "generation_config.json").write_text('{"repetition_penalty": 1.1, "eos_token_id": 7}')
-    settings, generated = [], SimpleNamespace(outputs=[SimpleNamespace(text="yes")])
-    fake = ModuleType("vllm")
-    fake.LLM = lambda **options: SimpleNamespace(generate=lambda inputs, *_, **kwargs: [generated for _ in inputs])
-    fake.SamplingParams = lambda **values: settings.append(values)
-    request = ModuleType("vllm.lora.request")
-    request.LoRARequest = None
-    for module in (fake, ModuleType("vllm.lora"), request):
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr("forgebook.inference.batch.engine_for", lambda *_: "vllm")
-    assert dict(answer(str(tmp_path), asked, SHORT)) == dict.fromkeys(range(6), "yes")
-    assert len(settings) == 6 and settings[0]["repetition_penalty"] == 1.1 and 7 in settings[0]["stop_token_ids"]
 
 
 @pytest.mark.slow

@@ -7,12 +7,12 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
-from conftest import TINY_MODEL, losses_of
+from conftest import REPOSITORY, TINY_MODEL, losses_of
 from forgebook.inference.loading import load_for_generation
 from forgebook.launch.fine_tune import fine_tune
 from forgebook.models import adapters, load
 from forgebook.models.expert_adapters import use_low_rank_products
-from forgebook.runs.atomic import read_json
+from forgebook.runs.atomic import read_json, write_json
 from forgebook.training.losses import SupervisedLM
 from support_families import save_family
 
@@ -105,3 +105,24 @@ def test_new_and_continued_adapters_run_so(tmp_path):
     continued = continue_lora(load.load_model(source, dtype="float32"), str(tmp_path / "adapter"), {})
     for model in (new, continued):
         assert [type(module).__name__ for module in model.modules()].count("_ExpertsWrapper") == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["Qwen 3 MoE", "gpt-oss"])
+def test_two_workers_train_experts_alike_with_and_without_zero_3(name, without_ray, make_config, tmp_path):
+    """ZeRO-3 partitions the experts and, without its threshold for small tensors, their adapters, too."""
+    settings = read_json(REPOSITORY / "deepspeed_configs/zero_3.json")
+    settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    write_json(tmp_path / "zero_3.json", settings)
+    source = save_family(name, tmp_path / "base", vocab_size=2048, max_position_embeddings=1024)
+    for file in [*TINY_MODEL.glob("*token*.json"), TINY_MODEL / "chat_template.jinja"]:
+        shutil.copy(file, source)
+    losses = {}
+    for sharding in ("none", str(tmp_path / "zero_3.json")):
+        config = make_config(
+            model_id=source, lora_config={"r": 4, "lora_alpha": 12, **PARAMETERS}, deepspeed=sharding, num_devices=2,
+            context_length=256, run_name=f"run-{len(losses)}", learning_rate=1e-2, num_epochs=2,
+        )  # fmt: skip
+        losses[sharding] = losses_of(fine_tune(config))
+    plain, sharded = losses.values()
+    assert sharded == pytest.approx(plain, abs=1e-4) and plain[-1] < plain[0]
