@@ -14,7 +14,7 @@ ENGINE = REPOSITORY / "forgebook"
 PAGES = sorted(
     path
     for path in REPOSITORY.glob("**/*.md")
-    if not {".venv", "runs", ".pytest_cache"} & set(path.relative_to(REPOSITORY).parts)
+    if not {".venv", ".venv-vllm", "runs", ".pytest_cache"} & set(path.relative_to(REPOSITORY).parts)
 )
 
 
@@ -139,7 +139,7 @@ def test_every_deepspeed_file_is_explained_and_every_config_listed():
 
 
 def test_words_are_spelled_right():
-    aside = {".venv", "runs", "corpus", ".pytest_cache", ".ipynb_checkpoints"}
+    aside = {".venv", ".venv-vllm", "runs", "corpus", ".pytest_cache", ".ipynb_checkpoints"}
     kinds = {".md", ".ipynb", ".py", ".yaml"}
     files = [path for path in REPOSITORY.rglob("*.*") if path.suffix in kinds and path.is_file()]
     pages = [name(path) for path in files if not aside & set(path.relative_to(REPOSITORY).parts)]
