@@ -190,7 +190,7 @@ def _detect(raw: Any, where: str, task: str) -> tuple[Example, RowNotes]:
 def _unknown(message: str, raw: dict) -> DataError:
     """Make the error of a row of no known format; a mapping is suggested where several columns could be mapped."""
     talk = next((key for key, value in raw.items() if key not in TEXT_OR_JSON_KEYS and _is_conversation(value)), None)
-    if talk is not None:
+    if talk is not None and talk not in ("messages", "conversations"):  # beside another key it would hold one
         return DataError(f"{message}; {talk!r} holds one: rename it, or map it with columns: {{messages: {talk}}}")
     keys = tuple(key for key, value in raw.items() if value not in (None, "", [], {}))
     return UnknownFormatError(message, keys) if len(keys) > 1 else DataError(message)
@@ -257,6 +257,9 @@ def _pair(raw: dict, ignored: set[str]) -> tuple[tuple[str, ...], list[list[Mess
             keys, prompt = (named,), read_messages(raw[named], named, ignored)
         elif raw.get("instruction"):
             keys, prompt = ALPACA_QUESTION, _alpaca_question(raw)
+    wholes = [messages for messages in answers if messages and messages[0]["role"] != "assistant"]
+    if not prompt and len(wholes) == 1 and wholes[0][-1]["role"] == "assistant":  # the other is an answer to its prompt
+        prompt = wholes[0][:-1]
     pair = zip(("chosen", "rejected"), answers, strict=True)
     return keys, [_joined(prompt, messages, name)[0] for name, messages in pair]
 

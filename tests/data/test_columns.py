@@ -144,3 +144,16 @@ def test_the_mapping_to_write_is_valid_yaml_with_the_files_columns(keys, task, e
     written = yaml.safe_load(mapping_text(keys, "a: b.jsonl", "train_path", task))
     assert written == {"train_path": {"path": "a: b.jsonl", "columns": expected}}
     DataSource.model_validate(written["train_path"])
+
+
+@pytest.mark.parametrize("other", ["rejected_response", "rejected_messages"])
+def test_pairs_of_ms_swift_get_the_mapping_that_reads_them(write_rows, other):
+    """Their chosen answer is the last one of `messages`."""
+    whole = chat("q", "b")["messages"]
+    rows = [chat("q", "a") | {other: "b" if other == "rejected_response" else whole}]
+    path = write_rows(rows)
+    with pytest.raises(DataError, match=rf"columns:\n +chosen: messages\n +rejected: {other}"):
+        read_examples(path, "preference_tuning")
+    source = DataSource(path=str(path), columns={"chosen": "messages", "rejected": other})
+    [pair] = read_examples(source, "preference_tuning")
+    assert pair.rejected == whole and pair.messages == chat("q", "a")["messages"]
