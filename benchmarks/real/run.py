@@ -100,7 +100,7 @@ def measure_spam() -> dict:
         spent = train_classifier(messages, seed, folder)
         runs.append({"seed": seed, **classifier_figures(folder), "training": spent})
     return {
-        "examples": SPAM_EXAMPLES, "held_out": SPAM_HELD_OUT, "metric": "accuracy", "before": 0.5,
+        "examples": SPAM_EXAMPLES, "held_out": SPAM_HELD_OUT, "metric": "accuracy", "chance": 0.5,
         "after": round(sum(run["accuracy"] for run in runs) / len(runs), 4), "runs": runs,
     }  # fmt: skip
 
