@@ -34,7 +34,7 @@ ROLE_OF = {
     "human": "user", "gpt": "assistant", "ai": "assistant", "chatgpt": "assistant", "bing": "assistant",
     "bard": "assistant", "model": "assistant", "developer": "system", "observation": "tool",
     "function_response": "tool", "function": "tool", "function_call": "assistant", "tool_call": "assistant",
-    "prompter": "user", "chatbot": "assistant",
+    "prompter": "user", "chatbot": "assistant", "bot": "assistant",
     "tool_response": "tool", "tool_result": "tool", "ipython": "tool", "environment": "tool",
 }  # fmt: skip
 CALL_ROLES = ("function_call", "tool_call")  # a call as a turn of its own: LLaMA-Factory, ms-swift

@@ -218,3 +218,10 @@ def test_keys_of_the_same_names_that_say_nothing():
     final = {"channel": "final", "recipient": "all", "functions": None, "function_calls": "", "tools": []}
     [answer], ignored = read(A | final)
     assert answer == A and ignored == {"messages[].channel", "messages[].recipient", "messages[].function_calls"}
+
+
+@pytest.mark.parametrize("asks", ["user", "human", "prompter", "Human"])
+@pytest.mark.parametrize("answers", ["assistant", "gpt", "bot", "chatbot", "model", "ai", "GPT"])
+def test_a_conversation_names_its_roles_as_the_tool_that_wrote_it(asks, answers):
+    messages, _ = read({"from": asks, "value": "q"}, {"from": answers, "value": "a"})
+    assert messages == [Q, A]
