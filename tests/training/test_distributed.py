@@ -160,14 +160,16 @@ def stopped_at(config, step: int) -> tuple[subprocess.Popen, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("devices", [0, 2], ids=["here", "two workers"])
-def test_sigterm_saves_and_ends(request, make_config, write_rows, devices):
+@pytest.mark.parametrize("sharding", ["none", "zero_2", "fsdp"], ids=["here", "two workers", "two workers, FSDP2"])
+def test_sigterm_saves_and_ends(request, make_config, write_rows, sharding):
     from forgebook.launch.fine_tune import fine_tune
     from forgebook.runs.run import Run
 
+    devices = 0 if sharding == "none" else 2
     settings = {
         "train_path": write_rows(uneven_rows(160), "many.jsonl"), "num_devices": devices, "lora_config": LORA,
-        "train_batch_size_per_device": 2 if devices else 4, "deepspeed": "zero_2" if devices else None,
+        "train_batch_size_per_device": 2 if devices else 4, "sharding": sharding,
+        "deepspeed": sharding if sharding == "zero_2" else None,
     }  # fmt: skip
     config = make_config(run_name="stopped", **settings)
     process, printed = stopped_at(config, 5)
@@ -179,7 +181,7 @@ def test_sigterm_saves_and_ends(request, make_config, write_rows, devices):
         request.getfixturevalue("ray_session")
     fine_tune(config)
     assert f'"start": {step}, "workers": {devices or 1}' in (run.logs / "progress.jsonl").read_text()
-    alone = fine_tune(make_config(run_name="alone", **settings | ONE_PROCESS))
+    alone = fine_tune(make_config(run_name="alone", **settings | ONE_PROCESS | {"sharding": "none"}))
     assert len(losses_of(run)) == 40 and losses_of(run) == pytest.approx(losses_of(alone), abs=1e-3)
 
 
