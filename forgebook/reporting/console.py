@@ -274,7 +274,7 @@ class _Start:
         seconds, now = max(time.monotonic() - self.time, 1e-9), done - self.done
         rate = f"{tokens / seconds:,.0f} tok/s" if tokens else f"{now / seconds:,.1f}/s"
         left = "--:--:--"
-        if now + begun > 0:
+        if now + begun >= 1:  # before that, it is the time of reading the prompts, taken for that of few tokens
             left = _clock(seconds * max(0.0, total - done - begun) / (now + begun))
         return f"{done}/{total}  {rate}  {left} left"
 

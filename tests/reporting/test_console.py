@@ -100,9 +100,10 @@ def test_without_a_terminal_a_wait_is_a_few_lines_and_a_short_one_none(clock):
     assert count_answers(clock, 1) == ""
     assert count_answers(clock, 8) == "evaluating base  100/100  100 tok/s  00:00:00 left\n"
     lines = count_answers(clock, 1600).splitlines()
-    assert lines[0] == "evaluating base  20/100  0 tok/s  00:26:30 left" and lines[-1].endswith("00:00:00 left")
+    # The first token comes after the prompts are read: its time says nothing of the others'.
+    assert lines[0] == "evaluating base  20/100  0 tok/s  --:--:-- left" and lines[-1].endswith("00:00:00 left")
     assert len(lines) == 11 and len(count_answers(clock, 24 * 3600).splitlines()) < 300
-    assert "  71:54:36 left\n" in count_answers(clock, 72 * 3600)
+    assert "  71:06:00 left\n" in count_answers(clock, 72 * 3600)
 
 
 def test_in_a_terminal_answers_in_progress_move_the_bar(clock):
