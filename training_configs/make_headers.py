@@ -124,7 +124,7 @@ def facts_of(path: Path) -> Facts:
     if differs:
         overrides = differs[1].split()
         other = load_config(path, overrides, default=is_default)
-        theirs = overrides, plan(other, shape_of(other.model_id), hardware, longest)
+        theirs = overrides, _plan_on_the_gpu(other, shape_of(other.model_id), hardware, longest)
     shape = shape_of(config.model_id)
     return Facts(
         path, config, hardware[1], hardware[0] + _reference_gpus(config), plan(config, shape, hardware, longest),
@@ -136,8 +136,19 @@ def _faster(config: FinetuneConfig, shape: Shape, hardware: tuple[int, Gpu]) -> 
     if not _offloads(config):
         return None
     names = ["zero_2", "zero_3"] + ["zero_3_offload_optim"] * ("param" in config.deepspeed.config_path)
-    plans = ((name, plan(config.resolve(deepspeed=name), shape, hardware)) for name in names)
+    plans = ((name, _plan_on_the_gpu(config.resolve(deepspeed=name), shape, hardware)) for name in names)
     return next(((name, tried) for name, tried in plans if tried.fits), None)
+
+
+def _plan_on_the_gpu(
+    config: FinetuneConfig, shape: Shape, hardware: tuple[int, Gpu], data: Statistics | None = None
+) -> Plan:
+    """Plan with activations on the GPU; `gradient_checkpointing: auto` moves them to the host where that makes it fit."""
+    if config.gradient_checkpointing == "auto":
+        recomputing = plan(config.resolve(gradient_checkpointing=True), shape, hardware, data)
+        if not recomputing.fits:
+            return recomputing
+    return plan(config, shape, hardware, data)
 
 
 def _offloads(config: FinetuneConfig) -> bool:

@@ -179,14 +179,17 @@ def settle_checkpointing(
     # The products of experts are not kept, and what Llama 4's return is changed in place.
     choices: list[bool | str] = [False, True] if shape.experts > 1 else [False, "selective", True]
     choices += [] if isinstance(device, Cpu) else ["offload"]  # without a GPU, memory is the host's anyway
-    for less in choices if device is not None else []:
+    for less in choices:
+        if device is None:
+            break
         attempt = config.resolve(gradient_checkpointing=less)
         if broken_rules(attempt):
             continue
         need = memory_of(attempt, shape, workers=workers, length=length, on_gpu=not isinstance(device, Cpu)).total
-        if need <= room and less is not True:
+        if less is True and need <= capacity(device):  # moving inputs to the host takes time, too: only where it must
+            break
+        if less is not True and need <= room:
             choice, reason = less, f"the least that fits: {need / 1e9:,.1f} of {room / 1e9:,.1f} GB"
-        if need <= room:
             break
     config = config.resolve(gradient_checkpointing=choice).explained({"gradient_checkpointing": reason})
     # Computing nothing twice costs nothing: the config of the run records the reason, nobody needs to read it.

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import jsonschema
+import psutil
 import pytest
 import yaml
 
@@ -114,6 +115,8 @@ def test_a_job_is_stopped(head, tmp_path, capsys):
     words = ["num_devices=0", "deepspeed=none", "num_epochs=500", f"storage_path={tmp_path}", "run_name=stopped"]
     assert main(["submit", CONFIG, f"address={head}", "--no-follow", *words]) == 0
     job = capsys.readouterr().out.split()[1]
+    # Ray calls a job stopped whose process is only about to start, and starts it: it would train on behind the tests.
+    wait_until(lambda: (tmp_path / "stopped/logs/progress.jsonl").exists())
     assert main(["stop", job, f"address={head}"]) == 0
     state = "RUNNING"
     for _ in range(120):
@@ -123,6 +126,20 @@ def test_a_job_is_stopped(head, tmp_path, capsys):
             break
         time.sleep(0.5)
     assert "STOPPED" in state
+    wait_until(lambda: not any(str(tmp_path) in " ".join(process.info["cmdline"] or ()) for process in processes()))
+
+
+def processes():
+    """List the processes of this machine."""
+    return psutil.process_iter(["cmdline"])
+
+
+def wait_until(is_true, seconds: int = 120):
+    """Wait for a condition; fail after some time."""
+    until = time.monotonic() + seconds
+    while not is_true():
+        assert time.monotonic() < until, "it did not happen"
+        time.sleep(0.3)
 
 
 @pytest.mark.slow
