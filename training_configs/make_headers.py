@@ -143,7 +143,7 @@ def _faster(config: FinetuneConfig, shape: Shape, hardware: tuple[int, Gpu]) -> 
 def _plan_on_the_gpu(
     config: FinetuneConfig, shape: Shape, hardware: tuple[int, Gpu], data: Statistics | None = None
 ) -> Plan:
-    """Plan with activations on the GPU; `gradient_checkpointing: auto` moves them to the host where that makes it fit."""
+    """Plan with activations on the GPU: auto would move them to the host where nothing else makes a run fit."""
     if config.gradient_checkpointing == "auto":
         recomputing = plan(config.resolve(gradient_checkpointing=True), shape, hardware, data)
         if not recomputing.fits:

@@ -83,7 +83,7 @@ def test_other_words_for_the_same_are_found_by_a_column_and_nothing_else(run):
 
 def test_a_file_has_an_embedding_for_every_row_malformed_ones_too(run, tmp_path):
     rows = rows_of()
-    rows.insert(3, {"messages": [{"role": "bot", "content": "?"}]})
+    rows.insert(3, {"messages": [{"role": "robot", "content": "?"}]})
     vectors = np.insert(matrix(rows_of()), 3, 0, axis=0)
     np.save(tmp_path / "v.npy", vectors.astype(np.float16))
     assert run(rows, f"file={tmp_path / 'v.npy'}")[1] == PLANTED

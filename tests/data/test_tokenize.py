@@ -30,8 +30,8 @@ GOOD = json.dumps(chat("q", "a"))
         ('{"messages": "hi"}', r"rows\.jsonl:2: messages is \"hi\"; expected a non-empty list"),
         ('{"messages": ["hi"]}', r"rows\.jsonl:2: messages\[0\] is \"hi\"; expected an object with role and content"),
         (
-            '{"messages": [{"role": "bot", "content": "x"}]}',
-            r'messages\[0\]\.role is "bot"; expected system, user, assistant or tool',
+            '{"messages": [{"role": "robot", "content": "x"}]}',
+            r'messages\[0\]\.role is "robot"; expected system, user, assistant or tool',
         ),
         ('{"messages": [{"role": "user", "content": 3}]}', r"messages\[0\]\.content is 3; expected a string"),
         ('{"messages": [{"role": "user"}]}', r"messages\[0\] has no content \(its keys: role\)"),
