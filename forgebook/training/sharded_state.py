@@ -76,6 +76,8 @@ def write_state(state: dict[str, torch.Tensor], folder: Path, group: dist.Proces
     except dcp.api.CheckpointException as error:
         # By rank; the errors of all ranks travel with it.
         raise next(failed for failed, _ in error.failures.values()) from None
+    if dist.get_rank() > 0:  # rank 0 alone re-opens it: right after that it gives the folder its name
+        return
     opened = FileSystemReader(folder).read_metadata().state_dict_metadata
     if opened.keys() != state.keys() or saved.state_dict_metadata.keys() != state.keys():
         missing = sorted(state.keys() - opened.keys())
