@@ -145,7 +145,7 @@ RULES: tuple[Rule, ...] = (
     _fsdp_rule(
         "gradient_checkpointing",
         lambda config: config.gradient_checkpointing == "offload",
-        "gradient_checkpointing: offload was not tried with sharding: fsdp",
+        "gradient_checkpointing: offload is not supported with sharding: fsdp",
         "set gradient_checkpointing: true, or sharding: zero_2 or none",
     ),
     _fsdp_rule(

@@ -172,16 +172,16 @@ def settle_checkpointing(
     """
     if config.gradient_checkpointing != "auto":
         return config, []
+    if device is None:
+        return _settled(config, True, "the hardware is not known")
     choice: bool | str = True
-    reason = "the hardware is not known" if device is None else "it does not fit with less"
+    reason = "it does not fit with less"
     # A plan may be wrong by a tenth; a worker without GPU shares its memory with whatever else the machine runs.
-    room = int(capacity(device) * (0.5 if isinstance(device, Cpu) else 0.9)) if device is not None else 0
+    room = int(capacity(device) * (0.5 if isinstance(device, Cpu) else 0.9))
     # The products of experts are not kept, and what Llama 4's return is changed in place.
     choices: list[bool | str] = [False, True] if shape.experts > 1 else [False, "selective", True]
     choices += [] if isinstance(device, Cpu) else ["offload"]  # without a GPU, memory is the host's anyway
     for less in choices:
-        if device is None:
-            break
         attempt = config.resolve(gradient_checkpointing=less)
         if broken_rules(attempt):
             continue
@@ -191,6 +191,10 @@ def settle_checkpointing(
         if less is not True and need <= room:
             choice, reason = less, f"the least that fits: {need / 1e9:,.1f} of {room / 1e9:,.1f} GB"
             break
+    return _settled(config, choice, reason)
+
+
+def _settled(config: ResolvedConfig, choice: bool | str, reason: str) -> tuple[ResolvedConfig, list[str]]:
     config = config.resolve(gradient_checkpointing=choice).explained({"gradient_checkpointing": reason})
     # Computing nothing twice costs nothing: the config of the run records the reason, nobody needs to read it.
     return config, [f"gradient_checkpointing: {str(choice).lower()} ({reason})"] if choice else []

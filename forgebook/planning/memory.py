@@ -111,6 +111,11 @@ class _Run:
         return self.config.gradient_accumulation_steps > 1
 
     @property
+    def is_fused(self) -> bool:
+        """Return whether Liger's kernels run; with auto that is known only where the run starts."""
+        return self.config.liger_kernel.enabled is True
+
+    @property
     def sequences(self) -> int:
         """Count the sequences of a micro batch: a preference pair is two."""
         return self.micro_batch * group_size(self.config.task)
@@ -310,9 +315,8 @@ def _activations(run: _Run) -> tuple[int, int, int]:
     )
     # The backward pass of the MLP holds three gradients of its inner width, that of a norm works in float32. Liger
     # writes those of the MLP over what was saved, and keeps float32 in registers.
-    fused = config.liger_kernel.enabled is True
-    working = run.tokens * (2 * width * shape.hidden + (1 if fused else 3) * width * shape.inner)
-    working += 0 if fused else run.tokens * 8 * shape.hidden
+    working = run.tokens * (2 * width * shape.hidden + (1 if run.is_fused else 3) * width * shape.inner)
+    working += 0 if run.is_fused else run.tokens * 8 * shape.hidden
     has_no_kernel = shape.counted is not None and shape.counted.eager
     if config.attention == "eager" or (config.attention == "auto" and has_no_kernel):
         square = run.sequences * shape.heads * run.length**2
@@ -340,10 +344,9 @@ def _saved_per_token(run: _Run, kind: LayerKind) -> int:
     """Count the bytes that one decoder layer saves per token, except for length^2 matrices."""
     config, shape, width = run.config, run.shape, run.width
     hidden, inner = shape.hidden, shape.inner
-    fused = config.liger_kernel.enabled is True  # with auto it is known only where the run starts
     # A norm saves its input in float32, and the normalized input if its own weight is trained. Liger's saves its input
     # as it is, and its gated MLP recomputes the activation of the gate.
-    saved = kind.norms * hidden * (width if fused else 4 if config.is_lora else 4 + width)
+    saved = kind.norms * hidden * (width if run.is_fused else 4 if config.is_lora else 4 + width)
     if shape.counted:  # whatever the layers do: what enters a product other than hidden states, and all that leaves one
         products = [(inputs, outputs) for _, inputs, outputs in kind.linears]
         products += [(inputs, outputs) for *_, inputs, outputs in kind.experts] * shape.active_experts
@@ -351,7 +354,7 @@ def _saved_per_token(run: _Run, kind: LayerKind) -> int:
     else:
         q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
         saved += width * (2 * q + 2 * kv)  # queries, keys, values and the output of attention
-        saved += (2 if fused else 3) * width * inner  # gate, its activation, up
+        saved += (2 if run.is_fused else 3) * width * inner  # gate, its activation, up
     lora = config.lora_config
     if lora is None:
         # A trained weight needs its input: that of q, k and v; of gate and up; of down.

@@ -90,7 +90,8 @@ def make_accelerator(config: ResolvedConfig) -> Accelerator:
     knows DeepSpeed's config by then. Raises TrainingError if accelerate does not start DeepSpeed.
     """
     on_cpu = not torch.cuda.is_available()
-    torch.backends.cuda.matmul.fp32_precision = "tf32" if config.tf32 else "ieee"
+    # By its older name: once the newer one is set, libraries that read this one fail.
+    torch.backends.cuda.matmul.allow_tf32 = config.tf32
     settings = read_deepspeed_config(config.deepspeed, config.source)
     if settings is None:
         # An earlier run of the same process leaves this set, and accelerate would start DeepSpeed again.

@@ -1,6 +1,7 @@
 """The training state of FSDP2: exact, and fit for any number of workers and any sharding."""
 
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -77,7 +78,7 @@ def save_and_read(rank: int, folder: str) -> dict:
 
     step()
     expected = {name: whole(tensor) for name, tensor in sharded_state.named_state(model, optimizer).items()}
-    # Training goes on before anything is written.
+    # Training continues before anything is written.
     write, may_write = sharded_state.write_state, threading.Event()
     sharded_state.write_state = lambda *arguments: may_write.wait(30) and write(*arguments)
     save_state(run, Position(1), model, optimizer, background=saving)
@@ -110,7 +111,14 @@ def save_and_read(rank: int, folder: str) -> dict:
     torch.distributed.barrier()
     outcomes["left"] = sorted(path.name for path in run.resume.iterdir())
     step()
+    # The state has its name before a slow rank would look for it under the other one.
+    from torch.distributed.checkpoint import FileSystemReader
+
+    opened = FileSystemReader.read_metadata
+    if rank == 1:
+        FileSystemReader.read_metadata = lambda reader: time.sleep(1) or opened(reader)
     save_state(run, Position(3), model, optimizer)  # here and now
+    FileSystemReader.read_metadata = opened
     outcomes["newest"] = latest_state(run.resume)[1].step
     outcomes["checked"] = checkpoints.checksums.check_files(latest_state(run.resume)[0])
     try:
