@@ -47,7 +47,7 @@ BROKEN = [
         ({"sharding": "fsdp", "optimizer": name}, ["only optimizer: adamw works with sharding: fsdp"])
         for name in ("muon", "adafactor", "adamw_8bit", "paged_adamw_8bit")
     ),
-    ({"sharding": "fsdp", "gradient_checkpointing": "offload"}, ["offload was not tried with sharding: fsdp"]),
+    ({"sharding": "fsdp", "gradient_checkpointing": "offload"}, ["offload is not supported with sharding: fsdp"]),
     ({"sharding": "fsdp", "torch_compile": True}, ["torch_compile does not work with sharding: fsdp"]),
     ({"quantization": "int8", "lora_config": LORA, "deepspeed": "zero_3"}, ["bitsandbytes' packed weights"]),
     ({"classifier_config": LABELS, "lora_config": LORA, "deepspeed": "zero_3"}, ["single rows of the embedding"]),
