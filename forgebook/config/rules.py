@@ -154,6 +154,25 @@ RULES: tuple[Rule, ...] = (
         "torch_compile does not work with sharding: fsdp, which replaces the weights of every layer as it runs",
         "remove it, or set sharding: zero_2 or none",
     ),
+    # float16
+    Rule(
+        ("dtype", "deepspeed"),
+        lambda config, zero: config.dtype == "float16" and config.deepspeed is not None,
+        "dtype: float16 does not work with DeepSpeed: its loss scale is adapted in plain and DDP training only",
+        "set deepspeed: none, or dtype: bfloat16 or float32",
+    ),
+    _fsdp_rule(
+        "dtype",
+        lambda config: config.dtype == "float16",
+        "dtype: float16 does not work with sharding: fsdp: its loss scale is adapted in plain and DDP training only",
+        "set sharding: none, or dtype: bfloat16 or float32",
+    ),
+    Rule(
+        ("dtype", "optimizer"),
+        lambda config, zero: config.dtype == "float16" and config.optimizer != "adamw",
+        "only optimizer: adamw works with dtype: float16: the others cannot skip a step whose gradients overflow",
+        "set optimizer: adamw, or dtype: bfloat16 or float32",
+    ),
     # DeepSpeed
     Rule(
         ("quantization", "deepspeed"),

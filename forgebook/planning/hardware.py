@@ -43,6 +43,7 @@ __all__ = [
 
 # The driver and torch count the memory of one GPU a little differently; another size of it differs by more.
 SAME_MEMORY = 0.1
+OLDEST_BFLOAT16 = 8  # compute capability of Ampere; the V100 has 7.0, the T4 7.5
 
 
 @dataclass(frozen=True)
@@ -109,19 +110,20 @@ def _gpus() -> tuple[int, Gpu] | None:
         return None
     devices = [torch.cuda.get_device_properties(k) for k in range(torch.cuda.device_count())]
     smallest = min(devices, key=lambda device: device.total_memory)
-    return len(devices), gpu_named(smallest.name, smallest.total_memory)
+    return len(devices), gpu_named(smallest.name, smallest.total_memory, bfloat16=smallest.major >= OLDEST_BFLOAT16)
 
 
-def gpu_named(name: str, memory: int) -> Gpu:
+def gpu_named(name: str, memory: int, *, bfloat16: bool = True) -> Gpu:
     """Find a GPU in the catalog by its driver's name, such as `NVIDIA A100-SXM4-80GB`, and its bytes of memory.
 
-    A GPU that is not in the catalog, or a slice of one (MIG), has no peak and no price.
+    A GPU that is not in the catalog, or a slice of one (MIG), has no peak and no price. bfloat16: whether such a one
+    computes in that format itself.
     """
     parts = re.split(r"[\s-]+", name.upper())
     for gpu in read_catalog().gpus.values():
         if gpu.name.partition("-")[0].upper() in parts and abs(gpu.memory - memory) < SAME_MEMORY * gpu.memory:
             return dataclasses.replace(gpu, memory=memory)
-    return Gpu(name, memory, peak=None, price=None)
+    return Gpu(name, memory, peak=None, price=None, bfloat16=bfloat16)
 
 
 def has_gpu() -> bool:

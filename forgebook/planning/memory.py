@@ -3,7 +3,7 @@
     need = memory_of(config, shape, workers=8, length=512)      Memory(weights, gradients, optimizer, ...)
 
 Assumptions, and their sources:
-- Weights and gradients are in the run's dtype; AdamW keeps float32 masters of bfloat16 weights and two moments
+- Weights and gradients are in the run's dtype; AdamW keeps float32 masters of 16-bit weights and two moments
   (forgebook/training/optimizers.py; DeepSpeed does the same on its partitions).
 - DDP's buckets are the gradients (gradient_as_bucket_view) and stay from step to step: torch's reducer.cpp.
 - ZeRO 1 shards the optimizer, 2 the gradients too, 3 the weights too (arXiv 1910.02054). What DeepSpeed holds in
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from forgebook.config.schema import FinetuneConfig
     from forgebook.layer_counts import LayerKind
 
-__all__ = ["LOSS_CHUNK", "Memory", "memory_of"]
+__all__ = ["LOSS_CHUNK", "WIDTHS", "Memory", "memory_of"]
 
 # Positions per chunk of the loss (forgebook/training/losses.py). Larger chunks make no step faster, as the matrix
 # products are large already; they only take more memory.
@@ -44,6 +44,7 @@ CPU_HELD = 0.8
 # NF4 with double quantization: half a byte, a byte of scale per 64 weights, four bytes per 256 of these.
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 INT8_BYTES = 1.0
+WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def memory_of(config: FinetuneConfig, shape: Shape, *, workers: int, length: int
     sharding = sharding_of(config, shape.hidden)
     if not on_gpu:  # the worker's memory is the host's: offloading has nowhere to move anything to
         sharding = replace(sharding, offload_optimizer=False, offload_param=False)
-    width = 2 if config.dtype == "bfloat16" else 4
+    width = WIDTHS[config.dtype]
     labels = len(labels_of(config.classifier_config))
     trained = trainable_parameters(config.lora_config, shape, labels)
     run = _Run(
@@ -219,7 +220,7 @@ def _fsdp_memory(run: _Run) -> Memory:
 
 
 def _optimizer_bytes(run: _Run) -> int:
-    """Count the bytes of the optimizer's state: its moments, and float32 masters of bfloat16 weights."""
+    """Count the bytes of the optimizer's state: its moments, and float32 masters of 16-bit weights."""
     # Muon's matrices are all but the embeddings, and vectors that do not count.
     tables = run.shape.embedding_parameters * (1 if run.shape.tied else 2)
     matrices = max(0.0, 1 - tables / run.shape.parameters)

@@ -30,7 +30,7 @@ from forgebook.planning.feasibility import (
 )
 from forgebook.planning.hardware import Cpu
 from forgebook.planning.history import RunKind, Throughput, method_name, typical_throughput
-from forgebook.planning.memory import Memory, memory_of
+from forgebook.planning.memory import WIDTHS, Memory, memory_of
 from forgebook.planning.sharding import sharding_of
 from forgebook.planning.token_count import Statistics
 from forgebook.planning.trainable import trainable_parameters
@@ -291,9 +291,9 @@ def _disk_bytes(saved: int, trained: int, dtype: str, copies: int) -> tuple[int,
 
     saved: parameters of a checkpoint; trained: of the training state; copies: checkpoints that are kept.
     """
-    width = 2 if dtype == "bfloat16" else 4
+    width = WIDTHS[dtype]
     checkpoint = width * saved
-    # The training state holds weights, float32 masters of bfloat16 weights, and two float32 moments. A new one, like a
+    # The training state holds weights, float32 masters of 16-bit weights, and two float32 moments. A new one, like a
     # new checkpoint, is complete before the old one is deleted.
     state = trained * (width + 12 if width == 2 else width + 8)
     return checkpoint, checkpoint * (copies + 1) + 2 * state

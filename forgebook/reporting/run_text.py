@@ -147,6 +147,11 @@ def print_summary(output: Console, run: Run) -> None:
         output.print(
             f"  stopped early after step {summary['steps']} of {planned_steps}: the evaluation loss had stopped falling"
         )
+    if skipped := summary.get("skipped_steps"):
+        output.print(
+            f"  {skipped} of {summary['steps']} steps were skipped: a gradient overflowed float16, and the loss scale "
+            "was halved"
+        )
     if "planned" in summary:
         output.print(f"  {compare_with_plan(summary['planned'], summary['measured'])}")
     warnings = summary.get("warnings", [])

@@ -20,7 +20,7 @@ from forgebook.config.blocks import EarlyStopping
 from forgebook.config.schema import ResolvedConfig
 from forgebook.data import batching as batches
 from forgebook.data import token_store as tokens
-from forgebook.errors import StoppedError
+from forgebook.errors import StoppedError, TrainingError
 from forgebook.models.checkpointing import check_kept
 from forgebook.models.versions import check_versions
 from forgebook.planning import hardware, schedule
@@ -154,7 +154,7 @@ def train_loop(config: ResolvedConfig, run: Run, report: Report = lambda metrics
         checkpoints.try_save(worker.model, worker.tokenizer, run.checkpoints, copies=copies, **checkpoint_settings)
     if config.eval_first and evaluate and not saved:
         progress.evaluation(step=0, epoch=0, **evaluated(0, is_last=False))
-    step, losses, trained_tokens = start.step, dict(start.losses), start.trained_tokens
+    step, losses, trained_tokens, skipped = start.step, dict(start.losses), start.trained_tokens, list(start.skipped)
     # By what checkpoints are ranked, the lowest first.
     scores = losses if config.best_metric == "eval_loss" else dict(start.scores)
     parameters, trainable = worker.parameters
@@ -217,7 +217,9 @@ def train_loop(config: ResolvedConfig, run: Run, report: Report = lambda metrics
         first, seconds = step - len(queued), time.perf_counter() - started - sum(one.seconds for one in read)
         queued = []
         for number, measured in enumerate(read, first + 1):
-            check_step(measured, number, is_first=number == start.step + 1)
+            was_updated = number - 1 - start.step > sum(one > start.step for one in skipped)
+            check_step(measured, number, is_first=not was_updated)
+            skipped += [number] * measured.is_skipped
             epoch, index = divmod(number - 1, steps_per_epoch)
             if index == 0:
                 sums = EpochSums()
@@ -235,7 +237,13 @@ def train_loop(config: ResolvedConfig, run: Run, report: Report = lambda metrics
 
         # (7) Evaluate, then save. Between evaluations only the training state is saved, by the clock.
         evaluation = evaluated(len(losses), step == last_step) if name is not None else {}
-        if not any(rates[:step]):
+        is_base = not any(rates[number - 1] and number not in skipped for number in range(1, step + 1))
+        if is_base and step == last_step and skipped:
+            raise TrainingError(
+                f"all {len(skipped)} steps were skipped, as their gradients overflow float16, and nothing was trained: "
+                "take more steps, or set dtype: float32 or bfloat16"
+            )
+        if is_base:
             # A warm-up starts at a learning rate of 0: after its first step this is still the base, and no result.
             name = None
             if evaluation:
@@ -259,7 +267,7 @@ def train_loop(config: ResolvedConfig, run: Run, report: Report = lambda metrics
         is_due = config.save_state_minutes and since_state > 60 * config.save_state_minutes
         if name is not None or is_due or is_stopping:
             position = Position(step, trained_tokens, time.perf_counter() - started, losses, sums.state())
-            position.scores = {} if scores is losses else scores
+            position.scores, position.skipped = {} if scores is losses else scores, skipped
             training_state.save_state(run, position, *weights, background=saving)
             saved_at = time.perf_counter()
         if name is not None or since_report > REPORT_SECONDS:
@@ -284,6 +292,7 @@ def train_loop(config: ResolvedConfig, run: Run, report: Report = lambda metrics
         "steps": step,
         "epochs": round(step / steps_per_epoch, 4),
         "steps_without_early_stopping": last_step if step < last_step else None,
+        "skipped_steps": len(skipped) if config.dtype == "float16" else None,
         "trained_tokens": trained_tokens,
         "training_seconds": seconds,
         "parameters": parameters,

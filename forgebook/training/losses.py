@@ -36,6 +36,9 @@ __all__ = [
 IGNORED = -100
 # Devices that have computed a value when the host gets it: looking at one costs nothing, two passes over logits do.
 NEVER_WAITS = ("cpu",)
+# In a large vocabulary most probabilities are below float16's smallest normal number, 6e-5: they are multiplied by this
+# before they are rounded to it.
+FLOAT16_LIFT = 64
 
 
 class SupervisedLM(nn.Module):
@@ -236,6 +239,9 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, labels):
         wants_hidden, wants_weight, _ = ctx.needs_input_grad
+        lift = FLOAT16_LIFT if hidden.dtype == torch.float16 else 1
+        # The gradient of the weight is a sum over positions, which would overflow float16: there it is their mean.
+        mean = 1 / max(1, len(labels)) if hidden.dtype == torch.float16 else 1
         chunk = min(LOSS_CHUNK, max(1, len(labels)))
         # One buffer in the weights' dtype for the matrix products, one in float32 for the softmax: two allocations for
         # all chunks, where a new one per chunk would fragment GPU memory.
@@ -256,16 +262,20 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
             # The gradient of cross-entropy in the logits is softmax - one-hot(label). In the weights' dtype it
             # overwrites the logits, which are not needed any more.
             p.scatter_add_(1, target, p.new_full(target.shape, -1.0))
-            z.copy_(p)
+            z.copy_(p if lift == 1 else p.mul_(lift))
             if grad_hidden is not None:
                 torch.mm(z, weight, out=grad_hidden[part])
             if grad_weight is not None:
-                grad_weight.addmm_(z.T, inputs)
+                grad_weight.addmm_(z.T, inputs, alpha=mean)
+        ctx.factors = 1 / lift, 1 / (lift * mean)
         ctx.save_for_backward(grad_hidden, grad_weight)
         return total
 
     @staticmethod
     def backward(ctx, grad_total):
         # In place: the loss is a scalar, so its gradient only scales those of forward, and backward runs once.
-        grads = (None if grad is None else grad.mul_(grad_total.to(grad.dtype)) for grad in ctx.saved_tensors)
+        grads = (
+            None if grad is None else grad.mul_((grad_total * factor).to(grad.dtype))
+            for grad, factor in zip(ctx.saved_tensors, ctx.factors, strict=True)
+        )
         return (*grads, None)

@@ -1,4 +1,4 @@
-"""AdamW, Adafactor and Muon for bfloat16 weights, and the learning rate of every step."""
+"""AdamW, Adafactor and Muon for weights of 16 bits, and the learning rate of every step."""
 
 from __future__ import annotations
 
@@ -16,14 +16,19 @@ _NORM_OR_BIAS = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?
 # By `optimizer`: the class of bitsandbytes. The paged one moves its state to the host while the GPU lacks memory.
 IN_8_BITS = {"adamw_8bit": "AdamW8bit", "paged_adamw_8bit": "PagedAdamW8bit"}
 LOWEST_RATIO = 0.1  # of cosine_with_min_lr, where the config sets none
+FIRST_LOSS_SCALE = 2.0**16
 
 
 class AdamW:
-    """AdamW that updates a float32 master copy of each bfloat16 parameter.
+    """AdamW that updates a float32 master copy of each parameter in bfloat16 or float16.
 
     bfloat16 has about three decimal digits, so that an update smaller than 1/256 of a weight is lost; with a learning
     rate of 1e-5 nearly every one is. DeepSpeed's optimizers do the same for ZeRO runs; this one serves plain DDP, so
     that a run trains alike with both.
+
+    float16 has no small numbers: gradients below 6e-8 are zero. Where parameters are in it, `scaler` multiplies the
+    loss by as much as their gradients allow: half as much after a step in which one overflowed, which is skipped, and
+    twice as much after 2,000 steps without. `scaled_step` then takes the place of clipping and `step`.
 
     params: parameters, or groups of them, as torch takes them; one with `muon: true` is updated by Muon. kind: as the
     config's `optimizer`; adafactor takes neither betas nor eps.
@@ -37,6 +42,9 @@ class AdamW:
         self.trained = [p for group in groups for p in group["params"]]
         # A float32 parameter is its own master copy: adapters, and full fine-tuning in float32.
         self.masters = [p if p.dtype == torch.float32 else p.detach().float() for p in self.trained]
+        self.scaler: torch.amp.GradScaler | None = None
+        if any(p.dtype == torch.float16 for p in self.trained):
+            self.scaler = torch.amp.GradScaler(self.trained[0].device.type, init_scale=FIRST_LOSS_SCALE)
         own_copies = [pair for pair in zip(self.trained, self.masters, strict=True) if pair[0] is not pair[1]]
         self._rounded, self._copies = [p for p, _ in own_copies], [master for _, master in own_copies]
         rest = iter(self.masters)
@@ -64,16 +72,42 @@ class AdamW:
     @torch.no_grad()
     def step(self) -> None:
         """Update the parameters from their gradients."""
+        self._copy_gradients()
+        self.inner.step()
+        self._copy_masters()
+
+    @torch.no_grad()
+    def scaled_step(self, max_norm: float) -> torch.Tensor:
+        """Update the parameters from the gradients of a scaled loss, clipped to a norm, unless one of them overflowed.
+
+        Returns the norm without the scale, 1 if the step was skipped else 0, and the scale that the loss had: float64,
+        on the device, for which the host does not wait. Workers whose gradients were reduced agree by themselves.
+        """
+        if self.scaler is None:
+            raise ValueError("no parameter is in float16")
+        self._copy_gradients()
+        self.scaler.unscale_(self.inner)
+        norm = torch.nn.utils.clip_grad_norm_(self.masters, max_norm).double()
+        figures = torch.stack([norm, (~norm.isfinite()).double(), self.scaler.scale(torch.ones_like(norm))])
+        self.scaler.step(self.inner)  # fused: on the device, it is skipped where a gradient overflowed
+        self.scaler.update()
+        self._copy_masters()
+        return figures
+
+    def _copy_gradients(self) -> None:
+        """Give the masters their gradients, in float32."""
         # All tensors in one call: an adapter has hundreds of small ones, each a kernel to launch.
         pairs = [(p.grad, master) for p, master in zip(self._rounded, self._copies, strict=True) if p.grad is not None]
         for _, master in pairs:
             master.grad = torch.empty_like(master)
         if pairs:
             torch._foreach_copy_([master.grad for _, master in pairs], [grad for grad, _ in pairs])
-        self.inner.step()
-        if pairs:
+
+    def _copy_masters(self) -> None:
+        """Round the masters to the parameters, and drop their gradients."""
+        if any(master.grad is not None for master in self._copies):
             torch._foreach_copy_(self._rounded, self._copies)
-        for _, master in pairs:
+        for master in self._copies:
             master.grad = None
 
     def zero_grad(self) -> None:
@@ -83,7 +117,8 @@ class AdamW:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the moments and the master copies: rounded weights alone would lose the small updates."""
-        return {**self.inner.state_dict(), "masters": [master.detach() for master in self.masters]}
+        scale = {} if self.scaler is None else {"loss_scale": self.scaler.state_dict()}
+        return {**self.inner.state_dict(), "masters": [master.detach() for master in self.masters], **scale}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -91,6 +126,8 @@ class AdamW:
         state = dict(state)
         for master, saved in zip(self.masters, state.pop("masters"), strict=True):
             master.copy_(saved)
+        if self.scaler is not None:
+            self.scaler.load_state_dict(state.pop("loss_scale"))
         self.inner.load_state_dict(state)
 
 

@@ -68,7 +68,8 @@ class Counts:
 class QueuedStep:
     """A step whose figures may not have been computed yet.
 
-    figures: this worker's sums of the loss and the task's metrics, and the norm of the gradient, float64 on the device.
+    figures: this worker's sums of the loss and the task's metrics, and the norm of the gradient, float64 on the device;
+    with a scaled loss also whether the step was skipped, and the scale.
     padded: its tokens with padding. begins, ends: of the step; passes: of each micro batch, when its forward pass
     begins, its backward pass begins and ends.
     """
@@ -97,6 +98,7 @@ def queue_step(
     # DDP, FSDP2 and DeepSpeed average over workers, DeepSpeed over micro batches too. But the loss is the mean over all
     # supervised tokens (or pairs) of the global batch, on any worker: undo those averages and divide once.
     scale = accelerator.num_processes * (accumulation if deepspeed_engine else 1) / counts.units
+    scaler = None if deepspeed_engine else worker.optimizer.scaler
     names = objective.metric_names
     sums = torch.zeros(1 + len(names), dtype=torch.float64, device=accelerator.device)
     padded, passes = 0, []
@@ -116,6 +118,8 @@ def queue_step(
             with phase("backward, optimizer" if deepspeed_engine else "backward"):
                 if deepspeed_engine:
                     accelerator.deepspeed_engine_wrapped.backward(measurement.loss * scale, sync_gradients=is_last)
+                elif scaler is not None:
+                    scaler.scale(measurement.loss * scale).backward()
                 else:
                     (measurement.loss * scale).backward()
             passes.append((forward, backward, _mark(accelerator.device)))
@@ -123,6 +127,10 @@ def queue_step(
         padded += batch["input_ids"].numel()
     if deepspeed_engine:  # its optimizer ran within the last backward
         gradient = deepspeed_engine.get_global_grad_norm() or 0.0
+    elif scaler is not None:
+        with phase("optimizer"):
+            gradient = worker.optimizer.scaled_step(max_grad_norm or math.inf)
+            worker.optimizer.zero_grad()
     else:
         # Without max_grad_norm, too: the norm is a metric, and a gradient of zero ends the run.
         with phase("gradient norm"):
@@ -132,7 +140,7 @@ def queue_step(
             worker.optimizer.step()
             worker.optimizer.zero_grad()
     norm = torch.as_tensor(gradient, dtype=torch.float64, device=accelerator.device).detach()
-    return QueuedStep(counts, torch.cat([sums, norm[None]]), padded, begins, _mark(accelerator.device), passes)
+    return QueuedStep(counts, torch.cat([sums, norm.reshape(-1)]), padded, begins, _mark(accelerator.device), passes)
 
 
 def read_steps(
@@ -145,7 +153,7 @@ def read_steps(
     is_main = accelerator.is_main_process
     figures = torch.stack([step.figures for step in queued])
     if not is_main:
-        figures[:, -1] = 0  # the norm of the gradient is the same everywhere
+        figures[:, 1 + len(names) :] = 0  # the norm of the gradient and what follows it are the same everywhere
     host = [*(step.padded for step in queued), *(numbers if is_main else [0.0] * len(numbers))]
     own = torch.cat([figures.flatten(), torch.tensor(host, dtype=torch.float64).to(accelerator.device)])
     values = (accelerator.reduce(own, "sum") if accelerator.num_processes > 1 else own).tolist()
@@ -157,7 +165,8 @@ def read_steps(
 
 def _step(queued: QueuedStep, figures: list[float], padded: int, names: Sequence[str]) -> Step:
     """Put together what the host knows of a step and what it has read from the device."""
-    loss, *metrics, gradient = figures
+    loss, metrics, (gradient, *scaling) = figures[0], figures[1 : 1 + len(names)], figures[1 + len(names) :]
+    is_skipped, loss_scale = scaling or (0.0, None)
     return Step(
         loss=loss / queued.counts.units,
         gradient=gradient,
@@ -167,6 +176,8 @@ def _step(queued: QueuedStep, figures: list[float], padded: int, names: Sequence
         tokens=queued.counts.tokens,
         supervised=queued.counts.supervised,
         padded=padded,
+        is_skipped=bool(is_skipped),
+        loss_scale=loss_scale,
         task={name: value / queued.counts.units for name, value in zip(names, metrics, strict=True)},
     )
 

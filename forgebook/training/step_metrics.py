@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 __all__ = ["EpochSums", "Step", "StepMemory", "check_step"]
 
+# float16's range is reached from 2^16 by one step that overflows for each power of two; below 1 nothing is gained.
+SMALLEST_LOSS_SCALE = 1.0
+
 
 @dataclass(frozen=True)
 class Step:
@@ -31,7 +34,8 @@ class Step:
 
     loss: the mean over the supervised tokens (or pairs) of the global batch. gradient: its norm before clipping.
     tokens, supervised, padded: tokens without padding, in the loss, and with padding. task: the task's
-    metrics besides its loss.
+    metrics besides its loss. is_skipped, loss_scale: with float16, whether a gradient overflowed, so that nothing was
+    updated, and what the loss was multiplied by.
     """
 
     loss: float
@@ -43,12 +47,16 @@ class Step:
     supervised: int
     padded: int
     task: dict[str, float] = field(default_factory=dict)
+    is_skipped: bool = False
+    loss_scale: float | None = None
 
     def metrics(self) -> dict[str, float]:
         """Return the figures of this step alone, as a line of metrics.jsonl names them."""
+        scaling: dict[str, float] = {} if self.loss_scale is None else {"loss_scale": self.loss_scale}
         return {
             "train_loss_batch": self.loss,
-            "grad_norm": self.gradient,
+            **({"skipped": 1} if self.is_skipped else {"grad_norm": self.gradient}),
+            **scaling,
             "fwd_time": self.forward_seconds,
             "bwd_time": self.backward_seconds,
             "train_time_per_step": self.seconds,
@@ -64,13 +72,23 @@ class Step:
 def check_step(step: Step, number: int, *, is_first: bool) -> None:
     """Raise TrainingError if step `number` has a loss or gradient that is not finite, or the first one no gradient.
 
-    is_first: of this process. A zero gradient later on may be a batch that is learned already.
+    is_first: that updates, of this process. A zero gradient later on may be a batch that is learned already. A gradient
+    beyond float16's range is no error: the step is skipped, and the next one has a smaller scale; down to a limit.
     """
-    if not math.isfinite(step.loss) or not math.isfinite(step.gradient):
+    if not math.isfinite(step.loss) or not (step.is_skipped or math.isfinite(step.gradient)):
+        is_float16 = step.loss_scale is not None
         raise TrainingError(
-            f"step {number}: the loss is {step.loss}, the gradient norm {step.gradient}: training has diverged. "
-            "Lower learning_rate, or look at the examples of this step; the last good checkpoint is saved"
+            f"step {number}: the loss is {step.loss}, the gradient norm {step.gradient}: training has diverged"
+            + ", or the model's values exceed float16 (65,504): set dtype: float32 or bfloat16" * is_float16
+            + ". Lower learning_rate, or look at the examples of this step; the last good checkpoint is saved"
         )
+    if step.is_skipped and step.loss_scale is not None and step.loss_scale < SMALLEST_LOSS_SCALE:
+        raise TrainingError(
+            f"step {number}: the gradients overflow float16 however small the loss scale is ({step.loss_scale:g}): set "
+            "dtype: float32 or bfloat16"
+        )
+    if step.is_skipped:
+        return
     if is_first and step.gradient == 0:
         raise TrainingError(
             "the gradient of the first step is zero: the trainable parameters do not affect the loss "

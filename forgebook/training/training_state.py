@@ -39,7 +39,8 @@ class Position:
 
     seconds: of training, over all starts. losses: checkpoint name -> evaluation loss, oldest first. scores: the same of
     the metric that ranks checkpoints, negative, where that is not the loss. epoch_sums: of the steps of an unfinished
-    epoch (`step_metrics.EpochSums`). world_size: the workers that saved the state.
+    epoch (`step_metrics.EpochSums`). world_size: the workers that saved the state. skipped: steps whose gradients
+    overflowed float16.
     """
 
     step: int = 0
@@ -49,6 +50,7 @@ class Position:
     epoch_sums: dict[str, Any] = field(default_factory=dict)
     world_size: int = 1
     scores: dict[str, float | None] = field(default_factory=dict)
+    skipped: list[int] = field(default_factory=list)
 
 
 def save_state(

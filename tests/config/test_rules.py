@@ -49,6 +49,12 @@ BROKEN = [
     ),
     ({"sharding": "fsdp", "gradient_checkpointing": "offload"}, ["offload is not supported with sharding: fsdp"]),
     ({"sharding": "fsdp", "torch_compile": True}, ["torch_compile does not work with sharding: fsdp"]),
+    ({"dtype": "float16"}, ["dtype: float16 does not work with DeepSpeed"]),
+    ({"dtype": "float16", "sharding": "fsdp"}, ["dtype: float16 does not work with sharding: fsdp"]),
+    *(
+        ({"dtype": "float16", "optimizer": name, "deepspeed": "none"}, ["adamw works with dtype: float16"])
+        for name in ("muon", "adafactor", "adamw_8bit", "paged_adamw_8bit")
+    ),
     ({"quantization": "int8", "lora_config": LORA, "deepspeed": "zero_3"}, ["bitsandbytes' packed weights"]),
     ({"classifier_config": LABELS, "lora_config": LORA, "deepspeed": "zero_3"}, ["single rows of the embedding"]),
     ({"lora_config": PISSA, "deepspeed": "zero_3_offload_optim+param"}, ["pissa does not work with ZeRO-3"]),

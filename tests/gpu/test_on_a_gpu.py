@@ -53,6 +53,17 @@ def test_varlen_trains_as_sdpa(trained, padding):
     assert varlen == pytest.approx(plain, abs=0.03)
 
 
+@needs("dtype: float16 trains as float32 does, and skips steps whose gradients overflow", runs_on_cpu=True)
+def test_float16_trains_as_float32(trained, monkeypatch):
+    exact, _ = trained("float32")
+    monkeypatch.setattr("forgebook.training.optimizers.FIRST_LOSS_SCALE", 2.0**10)
+    half, summary = trained("float16", dtype="float16")
+    assert half == pytest.approx(exact, abs=0.03) and summary["skipped_steps"] == 0
+    monkeypatch.setattr("forgebook.training.optimizers.FIRST_LOSS_SCALE", 2.0**28)
+    _, summary = trained("overflowing", dtype="float16")
+    assert 1 <= summary["skipped_steps"] < summary["steps"]
+
+
 @needs("attention: auto takes a kernel without padding, and says so where it does not")
 def test_auto_computes_no_padding(trained, capsys):
     auto, _ = trained("auto", dtype="bfloat16")

@@ -79,9 +79,15 @@ def test_what_zero_3_cannot_train_is_not_given_to_it(config):
     assert "the fastest way that fits" in {c.key: c.reason for c in choices}["deepspeed"]
 
 
-def test_a_gpu_without_bfloat16_gets_float32_where_that_fits(config):
-    assert chosen(config("Qwen/Qwen2.5-0.5B"), "1xT4")[0].dtype == "float32"
-    assert chosen(config(LLAMA_8B), "1xT4")[0].dtype == "bfloat16"
+def test_a_gpu_without_bfloat16_gets_float16_or_float32(config):
+    done, choices = chosen(config("Qwen/Qwen2.5-0.5B"), "1xT4")
+    assert (done.dtype, done.deepspeed, done.quantization) == ("float16", None, None)
+    assert "T4 has no bfloat16" in {c.key: c.reason for c in choices}["dtype"]
+    done, _ = chosen(config(LLAMA_8B), "1xT4")
+    assert (done.dtype, done.quantization) == ("float16", "nf4")
+    # What float16 does not work with gets float32.
+    for values in ({"deepspeed": "zero_2"}, {"optimizer": "adafactor"}):
+        assert chosen(config("Qwen/Qwen2.5-0.5B", **values), "1xT4")[0].dtype == "float32"
 
 
 def test_quantisation_is_the_last_resort(config):

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -15,6 +16,7 @@ from forgebook.planning.hardware import (
     hardware_for,
     hardware_in,
     host_memory,
+    this_gpu,
 )
 
 GIB = 2**30
@@ -37,7 +39,19 @@ def test_gpus_are_found_by_their_drivers_names(driver, gib, name):
 @pytest.mark.parametrize("driver", ["NVIDIA GeForce RTX 4090", "NVIDIA H100 80GB HBM3 MIG 1g.10gb"])
 def test_other_gpus_have_memory_but_neither_peak_nor_price(driver):
     found = gpu_named(driver, 10 * GIB)
-    assert (found.name, found.memory, found.peak, found.price) == (driver, 10 * GIB, None, None)
+    assert (found.name, found.memory, found.peak, found.price, found.bfloat16) == (driver, 10 * GIB, None, None, True)
+
+
+def test_a_gpu_older_than_ampere_has_no_bfloat16(monkeypatch):
+    devices = {"Tesla V100-SXM2-16GB": (7, 0), "NVIDIA RTX A6000": (8, 6)}
+    monkeypatch.setattr("forgebook.planning.hardware.has_gpu", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    for name, (major, minor) in devices.items():
+        facts = types.SimpleNamespace(name=name, total_memory=16 * GIB, major=major, minor=minor)
+        monkeypatch.setattr("torch.cuda.get_device_properties", lambda k, facts=facts: facts)
+        gpu = this_gpu()
+        assert gpu is not None and gpu.bfloat16 == (major >= 8)
 
 
 def test_hardware_is_what_the_config_names_else_this_machine(monkeypatch):

@@ -51,6 +51,7 @@ WITH_SDPA = ["aten::_local_scalar_dense"]
 PACKED = {"attention": "varlen", "padding": "packed", "context_length": 160, "train_batch_size_per_device": 2}
 METHODS = {
     "full": {"train_batch_size_per_device": 2, "gradient_accumulation_steps": 4},
+    "float16": {"dtype": "float16", "lora_config": LORA},
     "bfloat16": {"dtype": "bfloat16", "lora_config": {**LORA, "lora_dropout": 0.1}},
     "checkpointing": {"gradient_checkpointing": True, "lora_config": LORA},
     "varlen": {"attention": "varlen", "lora_config": LORA},
