@@ -3,8 +3,9 @@
     python benchmarks/fsdp/run.py results.json
 
 A Llama of 40M parameters, full fine-tuning in float32, one sequence of 256 tokens per worker. saved at once: until the
-state is complete on the disk; saved in the background: until training may continue. loading: the highest resident
-memory of a worker while the model is loaded, above that before; the model has 160 MB.
+state is complete on the disk; saved in the background: until training may continue. loading: the highest anonymous
+resident memory of a worker while a model of 350M is loaded and divided for LoRA in bfloat16, above that before; the
+model's weights have 700 MB. fsdp_whole: FSDP2 where each worker reads the whole model, as it does for DoRA.
 """
 
 import importlib.util
@@ -23,31 +24,59 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
 SHARDINGS, MODEL, LENGTH, STEPS, SAVES = ("none", "zero_2", "zero_3", "fsdp"), "40M", 256, 8, 3
+LOADED = "350M"
+
+
+def load(sharding: str, folder: str) -> dict:
+    """Load a model for LoRA in this worker; return the memory that it takes at the most, and afterwards."""
+    import peft  # noqa: F401  imported before the start is measured
+    import torch
+    from transformers.models.llama import modeling_llama  # noqa: F401
+
+    from forgebook.models import adapters
+    from forgebook.training.setup import make_accelerator, make_worker
+
+    plan = plan_benchmark()
+    if sharding == "fsdp_whole":
+        adapters.needs_whole_base = lambda *_: "this benchmark"
+    settings = {"sharding": sharding.removesuffix("_whole"), "dtype": "bfloat16", "lora_config": plan.LORA}
+    config = config_of(f"{folder}/{LOADED}", settings)
+    torch.set_num_threads(1)
+    accelerator = make_accelerator(config)
+    before = plan.anonymous_bytes()
+    with plan.Peak() as peak:
+        worker = make_worker(config, accelerator)
+    held = plan.anonymous_bytes() - before
+    assert worker.parameters[0] > 1e8
+    return {"loading_bytes": peak.bytes - before, "loaded_bytes": held}
+
+
+def config_of(model: str, settings: dict):
+    """Make a config for two workers."""
+    from forgebook.config.schema import FinetuneConfig
+
+    return FinetuneConfig.model_validate(
+        {
+            "model_id": model, "train_path": "none.jsonl", "train_batch_size_per_device": 1, "num_epochs": 1,
+            "context_length": LENGTH, "num_devices": 2, "gradient_checkpointing": False, "attention": "sdpa",
+            **settings,
+        }
+    )  # fmt: skip
 
 
 def measure(sharding: str, folder: str) -> dict:
     """Train some steps in this worker and save; return its figures."""
     import torch
 
-    from forgebook.config.schema import FinetuneConfig
     from forgebook.runs.run import Run
     from forgebook.training import distributed, fsdp, training_state
     from forgebook.training.background_save import BackgroundSave
     from forgebook.training.setup import make_accelerator, make_worker
 
-    plan = plan_benchmark()
-    config = FinetuneConfig.model_validate(
-        {
-            "model_id": f"{folder}/model", "train_path": "none.jsonl", "train_batch_size_per_device": 1,
-            "num_epochs": 1, "context_length": LENGTH, "num_devices": 2, "dtype": "float32", "sharding": sharding,
-            "gradient_checkpointing": False, "attention": "sdpa",
-        }
-    )  # fmt: skip
+    config = config_of(f"{folder}/{MODEL}", {"dtype": "float32", "sharding": sharding})
     torch.set_num_threads(1)
     accelerator = make_accelerator(config)
-    before = plan.anonymous_bytes()
-    with plan.Peak() as peak:
-        worker = make_worker(config, accelerator)
+    worker = make_worker(config, accelerator)
     ids, seconds = torch.randint(5, 2000, (1, LENGTH)), []
     for _ in range(STEPS):
         started = time.perf_counter()
@@ -61,7 +90,7 @@ def measure(sharding: str, folder: str) -> dict:
             worker.optimizer.step()
             worker.optimizer.zero_grad()
         seconds.append(time.perf_counter() - started)
-    figures = {"step_seconds": statistics.median(seconds[2:]), "loading_bytes": peak.bytes - before}
+    figures = {"step_seconds": statistics.median(seconds[2:])}
     run = Run(Path(folder, f"run-{sharding}"))
     weights = worker.model, worker.optimizer, worker.deepspeed_engine
     for name, saving in [("at_once", None), ("in_background", BackgroundSave())][: 2 if worker.is_fsdp else 1]:
@@ -85,13 +114,16 @@ def plan_benchmark():
     return module
 
 
-def in_two_workers(sharding: str, folder: str) -> dict:
-    """Measure a sharding in new processes; return the larger of each figure."""
+def in_two_workers(what: str, sharding: str, folder: str) -> dict:
+    """Measure a sharding in new processes; return the larger of each figure.
+
+    what: "load" or "measure".
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     shared = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command = [sys.executable, __file__, "--measure", sharding, folder]
+    command = [sys.executable, __file__, f"--{what}", sharding, folder]
     workers = [
         subprocess.Popen(
             command, env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.PIPE, text=True
@@ -105,8 +137,11 @@ def in_two_workers(sharding: str, folder: str) -> dict:
 
 def main(target: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        plan_benchmark().write_model(MODEL, Path(folder, "model"))
-        results = {sharding: in_two_workers(sharding, folder) for sharding in SHARDINGS}
+        for model in (MODEL, LOADED):
+            plan_benchmark().write_model(model, Path(folder, model))
+        results = {sharding: in_two_workers("measure", sharding, folder) for sharding in SHARDINGS}
+        for sharding in (*SHARDINGS, "fsdp_whole"):
+            results.setdefault(sharding, {}).update(in_two_workers("load", sharding, folder))
     environment = {"cpu": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()}
     environment |= {name: version(name) for name in ("torch", "deepspeed", "accelerate")}
     Path(target).write_text(json.dumps({"environment": environment, "results": results}, indent=1) + "\n")
@@ -114,7 +149,7 @@ def main(target: str) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--measure"]:
-        print("figures:" + json.dumps(measure(*sys.argv[2:])))
+    if sys.argv[1:2] in (["--measure"], ["--load"]):
+        print("figures:" + json.dumps({"--measure": measure, "--load": load}[sys.argv[1]](*sys.argv[2:])))
     else:
         main(sys.argv[1])

@@ -39,11 +39,14 @@ __all__ = [
     "fit_original_base",
     "in_dtype_of_base",
     "layers_of",
+    "needs_whole_base",
     "read_lora_config",
     "read_overrides",
     "start_of",
 ]
 
+# Starts of an adapter that are computed without the weights of its base.
+STARTS_WITHOUT_BASE = ("None", "True", "False", "gaussian", "orthogonal")
 # How the base was loaded for training, where it differs from its own config.json.
 OVERRIDES = "config_overrides.json"
 
@@ -209,6 +212,20 @@ def read_lora_config(folder: str | Path) -> dict[str, Any] | None:
     """Read the adapter_config.json of a checkpoint folder; None of a full model's folder or a hub id."""
     path = Path(folder) / "adapter_config.json"
     return read_json(path) if path.exists() else None
+
+
+def needs_whole_base(settings: dict[str, Any], is_continued: bool = False) -> str | None:
+    """Name the setting of an adapter that cannot be made of a part of each weight of its base; None if none is.
+
+    settings: as in lora_config. is_continued: the adapter is loaded, not made.
+    """
+    start = settings.get("init_lora_weights")
+    needs = {
+        "use_dora": bool(settings.get("use_dora")),
+        f"init_lora_weights: {start}": not is_continued and str(start) not in STARTS_WITHOUT_BASE,
+        "modules_to_save": is_continued and bool(settings.get("modules_to_save")),
+    }
+    return next((name for name, is_needed in needs.items() if is_needed), None)
 
 
 def changes_base(model) -> bool:

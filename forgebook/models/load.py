@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -121,6 +121,7 @@ def load_model(
     device_map: str | None = None,
     on_gpu: bool | None = None,
     attention_is_required: bool = True,
+    in_parts: Callable[[Any], Any] | None = None,
 ) -> PreTrainedModel:
     """Load a causal language model for training, on the CPU (under ZeRO-3 in partitions, one per rank).
 
@@ -131,6 +132,8 @@ def load_model(
     gradient_checkpointing: recompute activations in the backward pass; "selective": all but products and attention;
         "offload": all, with the layers' inputs in the host's memory.
     attention_is_required: False takes another kernel where `attention` cannot run here.
+    in_parts: makes a class that reads a part of each weight, as `parts.read_in_parts` does; weights stay whole where
+        the files lack some, or hold packed ones.
 
     Raises ModelError if there is none at `source`, ResourceError if `attention` cannot run here.
     """
@@ -152,14 +155,17 @@ def load_model(
         facts = attention_facts(dtype, on_gpu, model_class(model_config), model_config)
         if device_map is not None:
             facts = replace(facts, not_varlen="it is used for inference")
-        model = auto_class(model_config).from_pretrained(
+        settings = {"device_map": device_map, **_whole_experts(model_config), **_quantized(quantization, dtype)}
+        model = _from_pretrained(
             source,
+            model_config,
+            None if "quantization_config" in settings else in_parts,
             config=model_config,
             trust_remote_code=False,
             use_safetensors=True,
             dtype=getattr(torch, dtype),
             attn_implementation=choose_attention(attention, facts, attention_is_required),
-            **{"device_map": device_map, **_whole_experts(model_config), **_quantized(quantization, dtype)},
+            **settings,
         )
     if hub_id := hub_id_of(source):  # others have no such mirror: an adapter names its base as the hub does
         model.name_or_path = model.config._name_or_path = hub_id
@@ -173,6 +179,22 @@ def load_model(
     if gradient_checkpointing == "offload":
         offload_inputs(model)
     return model
+
+
+def _from_pretrained(
+    source: str, model_config: PretrainedConfig, in_parts: Callable[[Any], Any] | None, **settings: Any
+) -> Any:
+    own = model_class(model_config) if in_parts is not None else None
+    if in_parts is not None and own is not None:
+        import torch
+
+        random = torch.get_rng_state()
+        model, report = in_parts(own).from_pretrained(source, output_loading_info=True, **settings)
+        if not report["missing_keys"]:
+            return model
+        # Those are random: sampled whole, they are the same however many ranks there are.
+        torch.set_rng_state(random)
+    return auto_class(model_config).from_pretrained(source, **settings)
 
 
 def _whole_experts(model_config: PretrainedConfig) -> dict[str, Any]:

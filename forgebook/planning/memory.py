@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from forgebook.config.blocks import labels_of
 from forgebook.data.batching import group_size
+from forgebook.models.adapters import needs_whole_base
 from forgebook.planning.sharding import Sharding, sharding_of
 from forgebook.planning.trainable import adapted_layers, trainable_parameters, trains_label_rows
 
@@ -215,7 +216,9 @@ def _fsdp_memory(run: _Run) -> Memory:
     activations = max(first, last, held) - held
     pages = max(0, int(CPU_HELD * activations) - gradients - optimizer)
     overhead = CONTEXT_BYTES if run.on_gpu else CPU_PROCESS_BYTES + pages
-    host = PROCESS_BYTES + shape.parameters * width  # loaded on the host first, whole
+    # Loaded on the host first, this worker's part of each weight if possible.
+    parts = 1 if needs_whole_base(lora) is not None else workers
+    host = PROCESS_BYTES + shape.parameters * width // parts
     return Memory(weights + gathered, gradients, optimizer, activations, 0, overhead, host)
 
 

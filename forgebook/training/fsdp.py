@@ -42,7 +42,8 @@ CLIP_EPSILON = 1e-6  # as torch's clip_grad_norm_
 def shard(wrapped: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
     """Divide the weights of a wrapped model among the ranks, decoder layer by decoder layer, in place. Collective.
 
-    wrapped: holds the same model on each rank; its forward pass gathers what it needs.
+    wrapped: holds the same model on each rank, or its rows as `models.parts` reads them; its forward pass gathers what
+    it needs.
 
     Raises ModelError for a model that computes with several dtypes.
     """
@@ -54,6 +55,7 @@ def shard(wrapped: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
         raise ModelError(
             f"this model keeps {name} in {other}, which sharding: fsdp would gather in {dtype}: set sharding: zero_2"
         )
+    read = _take_parts(wrapped)
     for p in model.parameters():
         if p.requires_grad:
             p.data = p.data.float()
@@ -66,10 +68,44 @@ def shard(wrapped: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
         if type(module).__name__ in layer_classes:
             fully_shard(module, **settings)
     fully_shard(wrapped, **settings)
+    _give_parts(read, device)
     for buffer_owner in wrapped.modules():
         for name, buffer in buffer_owner.named_buffers(recurse=False):
             buffer_owner._buffers[name] = buffer.to(device)
     wrapped.register_forward_hook(_reshard_without_backward)
+
+
+# Where a weight is in a model: its module, and its name there.
+_Place = tuple[nn.Module, str]
+
+
+def _take_parts(wrapped: nn.Module) -> list[tuple[list[_Place], torch.Tensor]]:
+    """Take out the parts that were read, with the places of each, and leave weights without memory there."""
+    taken: dict[int, tuple[nn.Parameter, list[_Place]]] = {}
+    for module in wrapped.modules():
+        for name, p in module._parameters.items():
+            if isinstance(p, DTensor):
+                taken.setdefault(id(p), (p, []))[1].append((module, name))
+    for p, places in taken.values():
+        empty = nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta"), requires_grad=p.requires_grad)
+        for module, name in places:
+            module._parameters[name] = empty
+    return [(places, p.to_local().detach()) for p, places in taken.values()]
+
+
+def _give_parts(read: list[tuple[list[_Place], torch.Tensor]], device: torch.device) -> None:
+    """Put the parts that were read where FSDP2 has divided weights without memory."""
+    while read:  # what is moved frees what was read
+        places, part = read.pop()
+        module, name = places[0]
+        empty: Any = module._parameters[name]
+        local = part.to(device, empty.dtype).contiguous()
+        whole = DTensor.from_local(
+            local, empty.device_mesh, empty.placements, run_check=False, shape=empty.shape, stride=empty.stride()
+        )
+        p = nn.Parameter(whole, requires_grad=empty.requires_grad)
+        for module, name in places:
+            module._parameters[name] = p
 
 
 def _reshard_without_backward(wrapped: nn.Module, inputs: Any, output: Any) -> None:

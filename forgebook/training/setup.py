@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import math
 import os
 import socket
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from accelerate.utils import (
     DistributedType,
     InitProcessGroupKwargs,
 )
+from torch.distributed.device_mesh import DeviceMesh
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from forgebook.config.blocks import PromptFormat, labels_of
@@ -33,11 +36,11 @@ from forgebook.config.deepspeed_file import read_deepspeed_config
 from forgebook.config.schema import ResolvedConfig
 from forgebook.data import masking
 from forgebook.errors import TrainingError
-from forgebook.models import adapters, load, saved_adapters
+from forgebook.models import adapters, load, parts, saved_adapters
 from forgebook.models.attention import SEGMENTED
 from forgebook.models.families import freeze_towers
 from forgebook.models.tokenizer import label_pieces, locate, tokenizer_of
-from forgebook.training import classification, distributed, fsdp, kernels, liger, optimizers
+from forgebook.training import classification, distributed, fsdp, kernels, liger, optimizers, sharded_state
 from forgebook.training.losses import SupervisedLM
 
 __all__ = [
@@ -148,10 +151,10 @@ def make_worker(config: ResolvedConfig, accelerator: Accelerator) -> Worker:
     # Under ZeRO-3 the ranks wait for each other while they load: one that fails cannot meet the others at the end of a
     # block. It raises, and whoever started the workers ends them.
     with contextlib.nullcontext() if is_deepspeed_zero3_enabled() else distributed.raised_everywhere():
-        model = _load_model(config, tokenizer, base, adapter, uses_liger=fused.is_used)
+        model, whole_note = _load_model(config, tokenizer, base, adapter, uses_liger=fused.is_used)
         parameters = load.parameter_counts(model)
     padding = load.padding_note(model, config.attention, config.dtype)
-    notes = [note for note in (padding, fused.note) if note is not None]
+    notes = [note for note in (padding, fused.note, whole_note) if note is not None]
     _stop_at(masking.end_of_turn(tokenizer, config.generation_config.prompt_format)[1], model.generation_config)
     label_scale = 1.0
     if config.classifier_config is not None:
@@ -193,8 +196,23 @@ def _stop_at(ends: list[int], generation_config: Any) -> None:
         generation_config.eos_token_id = list(dict.fromkeys([*known, *ends]))
 
 
-def _load_model(config: ResolvedConfig, tokenizer: Any, base: str, adapter: str | None, *, uses_liger: bool) -> Any:
-    """Load the model to train: the base, with its kernels, adapter, noise and compilation."""
+def _load_model(
+    config: ResolvedConfig, tokenizer: Any, base: str, adapter: str | None, *, uses_liger: bool
+) -> tuple[Any, str | None]:
+    """Load the model to train: the base, with its kernels, adapter, noise and compilation.
+
+    Return it with a note if each worker has loaded it whole although FSDP2 is to divide it.
+    """
+    labels = labels_of(config.classifier_config)
+    in_parts, reason = None, None
+    if config.sharding == "fsdp":
+        settings = adapters.read_lora_config(adapter) if adapter is not None else config.lora_config or {}
+        # An adapter of the hub is read when it is loaded.
+        reason = "the adapter" if settings is None else adapters.needs_whole_base(settings, adapter is not None)
+        # Rows of new tokens start from those of others, and copies of embeddings are made of whole ones.
+        is_copied = settings is None or bool(labels) or bool(settings.get("modules_to_save"))
+        rows = DeviceMesh.from_group(sharded_state.background_group(), "cpu")
+        in_parts = partial(parts.read_in_parts, rows=rows, tokens=math.inf if is_copied else len(tokenizer))
     model: Any = load.load_model(
         base,
         dtype=config.dtype,
@@ -202,8 +220,12 @@ def _load_model(config: ResolvedConfig, tokenizer: Any, base: str, adapter: str 
         rope_scaling=config.rope_scaling,
         quantization=config.quantization,
         gradient_checkpointing=config.gradient_checkpointing,
+        in_parts=None if reason is not None else in_parts,
     )
-    labels = labels_of(config.classifier_config)
+    note = None
+    if in_parts is not None and not fsdp.has_shards(model):
+        reason = reason or "the conversion of its weights"
+        note = f"each worker loads the whole model before FSDP2 divides it: {reason} needs whole weights"
     new_token_settings = load.fit_vocabulary(model, tokenizer, labels, config.lora_config)
     load.start_labels(model, label_pieces(tokenizer, labels))
     if uses_liger:
@@ -221,7 +243,7 @@ def _load_model(config: ResolvedConfig, tokenizer: Any, base: str, adapter: str 
         activate_neftune(model, config.neftune_noise_alpha)
     if config.torch_compile:
         kernels.compile_decoder(model, config.torch_compile)
-    return model
+    return model, note
 
 
 def prompt_format_text(prompt_format: PromptFormat | None) -> str | None:

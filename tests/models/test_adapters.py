@@ -463,3 +463,18 @@ def test_an_adapter_that_reaches_nothing_is_an_error(kind, settings, message):
 def test_a_target_in_a_tower_alone_is_no_target():
     with pytest.raises(ModelError, match="no layer that a text passes through is named fc1"):
         adapters.check_lora(model_with_towers("Gemma3"), {"target_modules": ["fc1"]})
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_continued", "reason"),
+    [
+        ({}, False, None),
+        ({"init_lora_weights": "gaussian", "modules_to_save": ["lm_head"]}, False, None),
+        ({"use_dora": True}, False, "use_dora"),
+        ({"init_lora_weights": "olora"}, False, "init_lora_weights: olora"),
+        ({"init_lora_weights": "olora"}, True, None),
+        ({"modules_to_save": ["lm_head"]}, True, "modules_to_save"),
+    ],
+)
+def test_adapters_that_start_from_the_base_need_whole_weights(settings, is_continued, reason):
+    assert adapters.needs_whole_base(settings, is_continued) == reason
