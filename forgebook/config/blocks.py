@@ -244,10 +244,12 @@ def needs_reference(preference: PreferenceTuningConfig | None) -> bool:
 
 
 class VisionLanguageConfig(StrictBlock):
-    """Train a model that also reads images. Not supported yet."""
+    """Train a model that also reads images."""
 
     freeze_vision_encoder: bool = True
-    """Train only the projection and the language model."""
+    """Train the language model, and leave the vision encoder and its projector as they are."""
+    train_projector: bool = False
+    """Train the projector, too, which turns what the encoder sees into embeddings; an adapter saves a whole copy."""
 
 
 class LigerKernel(StrictBlock):

@@ -13,6 +13,7 @@ from typing import Any
 
 from forgebook.config.blocks import TASK_OF_BLOCK, DeepSpeed
 from forgebook.config.deepspeed_file import Zero, read_deepspeed_config, zero_of
+from forgebook.config.image_limits import IMAGE_LIMITS
 from forgebook.config.schema import FinetuneConfig, auto_keys
 from forgebook.errors import ConfigError
 
@@ -59,15 +60,19 @@ def _task_rule(block: str, task: str) -> Rule:
     )
 
 
+def _image_rule(key: str, is_broken: Callable[[FinetuneConfig], bool], message: str, fix: str) -> Rule:
+    return Rule(
+        ("vision_language_config", key),
+        lambda config, zero: config.vision_language_config is not None and is_broken(config),
+        message,
+        fix,
+    )
+
+
 RULES: tuple[Rule, ...] = (
     # Tasks
     *(_task_rule(block, task) for block, task in TASK_OF_BLOCK.items()),
-    Rule(
-        ("vision_language_config", "task"),
-        lambda config, zero: config.task == "vision_language",
-        "task: vision_language is not supported yet",
-        "choose another task",
-    ),
+    *(_image_rule(*limit) for limit in IMAGE_LIMITS),
     Rule(
         ("task",),
         lambda config, zero: config.task == "classification" and config.classifier_config is None,

@@ -246,7 +246,7 @@ class FinetuneConfig(StrictBlock):
     preference_tuning_config: PreferenceTuningConfig | None = None
     """Pairs to learn from; sets the task to `preference_tuning`."""
     vision_language_config: VisionLanguageConfig | None = None
-    """Images in the examples; sets the task to `vision_language`, which is not supported yet."""
+    """Images in the examples; sets the task to `vision_language`."""
 
     # -- other commands
     curation: Annotated[CurationConfig | None, Mark.NO_EFFECT] = None

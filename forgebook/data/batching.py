@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from forgebook.data.image_batches import StoredImage
 from forgebook.data.token_store import Tokens
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ __all__ = [
     "collate",
     "epoch_batches",
     "group_size",
+    "images_of",
     "make_batch",
     "make_sequences",
     "pack",
@@ -49,6 +51,7 @@ SORTING_WINDOW = 50
 # Batches are a multiple of this many tokens wide: matrix kernels are compiled per shape, and fewer shapes mean
 # fewer kernels in memory (on a CPU they took gigabytes in half an hour) and full tensor cores.
 WIDTH_STEP = 16
+IGNORED = -100
 
 
 def group_size(task: str | None) -> int:
@@ -179,6 +182,7 @@ def collate(
     *,
     packed: bool = False,
     one_line: bool = False,
+    filler: np.ndarray | None = None,
 ) -> Batch:
     """Stack sequences into tensors, padded on the right.
 
@@ -195,6 +199,7 @@ def collate(
     one_line: return all sequences in a single line, without padding between them, for kernels that keep examples apart
               by their lengths: position_ids, and segments: where each example begins and the last one ends, int32
               [examples + 1], and the tokens of the longest. counts are still those of each sequence.
+    filler: ids of a line to add, of which nothing is in the loss.
     pad_to: pad to this many tokens rather than to the longest sequence, rounded up (`padding: max_length`).
     """
     import torch
@@ -203,21 +208,28 @@ def collate(
         sequences = [example[None] for sequence in sequences for example in np.asarray(sequence)]
     lines = [_line(tokens, sequence) for sequence in sequences]
     # An empty part (more workers than examples in the last step) still takes part in collectives: one dead token.
-    lines = lines or [(np.full(1, pad_id), np.full(1, -100), np.zeros(1, np.int64))]
-    counts = np.array([(targets != -100).sum() for _, targets, _ in lines], np.int64)
+    if filler is not None:
+        lines.append((filler, np.full(len(filler), IGNORED), np.arange(len(filler))))
+    lines = lines or [(np.full(1, pad_id), np.full(1, IGNORED), np.zeros(1, np.int64))]
+    counts = np.array([(targets != IGNORED).sum() for _, targets, _ in lines], np.int64)
     if one_line:
         ids, targets, places = (np.concatenate(column) for column in zip(*lines, strict=True))
         lines = [(ids, targets, places)]
     longest = max(len(ids) for ids, _, _ in lines)
     width = pad_to or _round_up(longest)
     input_ids = np.full((len(lines), width), pad_id, np.int64)
-    labels = np.full((len(lines), width), -100, np.int64)
+    labels = np.full((len(lines), width), IGNORED, np.int64)
     positions = np.zeros((len(lines), width), np.int64)
     for k, (ids, targets, places) in enumerate(lines):
         input_ids[k, : len(ids)] = ids
         labels[k, : len(ids)] = targets
         positions[k] = np.concatenate([places, np.arange(width - len(ids))])
-    arrays = {"input_ids": input_ids, "labels": labels, "supervised": np.flatnonzero(labels != -100), "counts": counts}
+    arrays = {
+        "input_ids": input_ids,
+        "labels": labels,
+        "supervised": np.flatnonzero(labels != IGNORED),
+        "counts": counts,
+    }
     if packed or one_line:
         arrays["position_ids"] = positions
     batch: Batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
@@ -233,6 +245,16 @@ def make_batch(encoded: Iterable[Encoded], pad_id: int) -> Batch:
     return collate(tokens, list(np.arange(len(tokens))[:, None]), pad_id)
 
 
+def images_of(tokens: Tokens, sequences: list[Sequence]) -> list[list[StoredImage]]:
+    """List the images of each line that `collate` makes of sequences of one example each."""
+    lines = []
+    for example in np.concatenate(sequences) if sequences else ():
+        last = np.flatnonzero(tokens.example(example)[1])[-1]
+        stored = ((one, tokens.store_of(example)) for one in tokens.images_of(example))
+        lines.append([(one, store) for one, store in stored if one.stop <= last])
+    return lines
+
+
 def _line(tokens: Tokens, examples: Sequence) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Join the examples of a sequence: ids, the token that each predicts, positions."""
     ids, labels, positions = [], [], []
@@ -240,6 +262,6 @@ def _line(tokens: Tokens, examples: Sequence) -> tuple[np.ndarray, np.ndarray, n
         example_ids, mask = tokens.example(k)
         last = np.flatnonzero(mask)[-1]
         ids.append(example_ids[:last])
-        labels.append(np.where(mask[1 : last + 1], example_ids[1 : last + 1], -100))
+        labels.append(np.where(mask[1 : last + 1], example_ids[1 : last + 1], IGNORED))
         positions.append(np.arange(last))
     return np.concatenate(ids), np.concatenate(labels), np.concatenate(positions)

@@ -39,12 +39,16 @@ class RenderedText:
     spans:       characters [start, end) of each assistant turn.
     in_loss:     for each span, whether its tokens are targets of the loss.
     all_in_loss: every token is a target (causal language modeling).
+    images:      characters [start, end) of the tokens of each image, once they are all written.
+    is_beginning: it ends before the last message, and may leave images out.
     """
 
     text: str
     spans: list[Span]
     in_loss: list[bool] = field(default_factory=list)
     all_in_loss: bool = False
+    images: list[Span] = field(default_factory=list)
+    is_beginning: bool = False
 
 
 def render(
@@ -146,4 +150,5 @@ def _with_spans(conversation: Conversation, text: str, count: int, targets: list
         token = ends.get(start, "")
         spans.append((start, end + len(token)))
     closing = conversation.closing if count - 1 in conversation.answers else ""
-    return RenderedText(text + closing, spans, [start in ends for start, _ in spans])
+    is_beginning = count < len(conversation.messages)
+    return RenderedText(text + closing, spans, [start in ends for start, _ in spans], is_beginning=is_beginning)

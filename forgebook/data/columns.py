@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from forgebook.config.data_block import as_written, template_columns
-from forgebook.data.messages import brief
+from forgebook.data.json_values import brief
 from forgebook.errors import DataError, near_miss
 
 __all__ = ["ColumnMapping", "MappedRow", "map_row", "mapping_text"]

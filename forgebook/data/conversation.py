@@ -24,6 +24,7 @@ from forgebook.data.generation_prompt import (
     fill_thought,
     opened_thought,
 )
+from forgebook.data.images import IMAGES
 from forgebook.data.message_parts import follows_call, missing_part, missing_tool
 from forgebook.data.messages import REASONING_KEYS, Message, split_thought
 from forgebook.data.prompt_formats import render_prompt_format
@@ -65,6 +66,8 @@ class Conversation:
     ):
         self.tokenizer, self.prompt_format, self.settings = tokenizer, prompt_format, settings or {}
         self.written = messages, tools
+        # Their places are in the contents; the template is not told which they are.
+        messages = [{key: value for key, value in one.items() if key != IMAGES} for one in messages]
         self.source = source = _template_source(tokenizer, tools) if prompt_format is None else ""
         facts = template_facts(tokenizer, source, bool(tools)) if source else NO_TEMPLATE
         self.closing = facts.closing

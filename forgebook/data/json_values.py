@@ -14,8 +14,9 @@ from typing import Any
 
 from forgebook.errors import DataError
 
-__all__ = ["check_unique", "check_value", "parse_json", "unique_keys", "without_nulls"]
+__all__ = ["brief", "check_unique", "check_value", "parse_json", "unique_keys", "without_nulls"]
 
+LONGEST_SHOWN = 60
 DEEPEST = 100  # levels; templates and writers recurse
 HALF_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -73,3 +74,9 @@ def without_nulls(value: Any, kept: tuple[str, ...] = ()) -> Any:
     if isinstance(value, dict):
         return {key: without_nulls(item, kept) for key, item in value.items() if item is not None or key in kept}
     return [without_nulls(item, kept) for item in value] if isinstance(value, list) else value
+
+
+def brief(value: Any) -> str:
+    """Write a value for a message, cut to LONGEST_SHOWN characters."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= LONGEST_SHOWN else text[: LONGEST_SHOWN - 3] + "..."

@@ -7,6 +7,8 @@ token, the prefix of the example that the model was trained on:
     encode_prompt(messages, tokenizer)   -> [int, ...]                      the same example up to the answer
     encode_many(examples, tokenizer)     -> [[Encoded, ...] | DataError]    many examples, one call of the tokenizer
 
+Where messages have images, `image_tokens` writes their tokens, which are never in the loss.
+
 `chat_template.py` finds the characters of each assistant turn; here they become tokens. A pad token equal to the
 end-of-turn token masks nothing, since no mask is read off token ids. Only the template writes special tokens: a
 message that contains `<|eot_id|>` contains these characters, and ends no turn.
@@ -18,7 +20,7 @@ import functools
 import itertools
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from forgebook.data.chat_template import (
@@ -29,6 +31,7 @@ from forgebook.data.chat_template import (
     render_prompt,
 )
 from forgebook.data.conversation import Message, Span
+from forgebook.data.image_tokens import ImageTokens, PlacedImage, files_of
 from forgebook.data.special_tokens import end_ids, has_hidden, hide, literal_tokenizer, special_ids, to_literal_form
 from forgebook.data.template_facts import PROBED_MESSAGES, PROBED_TOOL
 from forgebook.errors import DataError
@@ -38,8 +41,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from forgebook.config.blocks import PromptFormat
+    from forgebook.data.images import ImageFile
 
-__all__ = ["Encoded", "encode", "encode_many", "encode_prompt", "encode_text", "end_of_turn"]
+__all__ = ["Encoded", "encode", "encode_image_prompt", "encode_many", "encode_prompt", "encode_text", "end_of_turn"]
 
 PROBED_ANSWER: list[Message] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
@@ -50,10 +54,12 @@ class Encoded:
 
     input_ids: [tokens] ids.
     loss_mask: [tokens] True where the token is a target of the loss.
+    images:    where its images are.
     """
 
     input_ids: list[int]
     loss_mask: list[bool]
+    images: tuple[PlacedImage, ...] = ()
 
 
 def encode_prompt(
@@ -63,8 +69,25 @@ def encode_prompt(
     tools: list[dict] | None = None,
 ) -> list[int]:
     """Encode the conversation so far, up to where the assistant's answer begins."""
-    [tokenized] = _tokenize([render_prompt(messages, tokenizer, prompt_format, tools)], tokenizer)
-    return tokenized.tokens.ids
+    return encode_image_prompt(messages, tokenizer, None, prompt_format, tools).input_ids
+
+
+def encode_image_prompt(
+    messages: list[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    images: ImageTokens | None,
+    prompt_format: PromptFormat | None = None,
+    tools: list[dict] | None = None,
+) -> Encoded:
+    """Encode the conversation so far, as `encode_prompt`, with where its images are; nothing is in the loss.
+
+    messages: with checked images.
+    """
+    rendered, files = render_prompt(messages, tokenizer, prompt_format, tools), files_of(messages)
+    if images is not None:
+        rendered = images.expanded(rendered, files)
+    [tokenized] = _tokenize([rendered], tokenizer)
+    return _mask(replace(rendered, in_loss=[False] * len(rendered.spans)), tokenized, tokenizer, files)
 
 
 def encode(
@@ -95,30 +118,33 @@ def encode_many(
     *,
     loss_on: LossOn = "assistant",
     rewritten_turns: RewrittenTurns = "refuse",
+    images: ImageTokens | None = None,
 ) -> list[list[Encoded] | DataError]:
     """Encode examples of (messages, tools) with one call of the tokenizer.
 
     rewritten_turns: for an example whose template renders an earlier answer differently once later turns follow:
                      "refuse" makes it an error, "expand" encodes it once per answer, each ending with it.
+    images:          of a model that reads images; those of the messages are checked already.
 
     Returns for each example a list of one Encoded (more, if expanded), or the DataError with what is wrong.
     """
     rendered: list[list[RenderedText] | DataError] = []
     for messages, tools in examples:
         try:
-            rendered.append(
-                render_for_training(
-                    messages, tokenizer, prompt_format, tools, loss_on=loss_on, rewritten_turns=rewritten_turns
-                )
+            texts = render_for_training(
+                messages, tokenizer, prompt_format, tools, loss_on=loss_on, rewritten_turns=rewritten_turns
             )
+            rendered.append([images.expanded(text, files_of(messages)) for text in texts] if images else texts)
         except DataError as error:
             rendered.append(error)
     # One call for the texts of all examples: the tokenizer spreads a batch over all cores.
     valid = [text for texts in rendered if not isinstance(texts, DataError) for text in texts]
     tokenized = iter(_tokenize(valid, tokenizer))
     return [
-        texts if isinstance(texts, DataError) else [_mask(text, next(tokenized), tokenizer) for text in texts]
-        for texts in rendered
+        texts
+        if isinstance(texts, DataError)
+        else [_mask(text, next(tokenized), tokenizer, files_of(messages)) for text in texts]
+        for texts, (messages, _) in zip(rendered, examples, strict=True)
     ]
 
 
@@ -207,6 +233,7 @@ class _TokenizedText:
     text: str
     tokens: _Tokens
     spans: list[Span]
+    images: list[Span]
 
 
 def _tokenize(rendered: list[RenderedText], tokenizer: PreTrainedTokenizerBase) -> list[_TokenizedText]:
@@ -220,15 +247,15 @@ def _tokenize(rendered: list[RenderedText], tokenizer: PreTrainedTokenizerBase) 
     tokenized = []
     for one in rendered:
         if has_hidden(one.text):
-            text, spans = _literal_form(one, tokenizer)
+            text, spans, images = _literal_form(one, tokenizer)
             backend = literal_tokenizer(tokenizer)
             [tokens] = _Tokens.of([text], backend)
         else:
-            text, spans, backend, tokens = one.text, one.spans, usual, next(plain)
+            text, spans, images, backend, tokens = one.text, one.spans, one.images, usual, next(plain)
         cuts = [start for start, _ in spans]
         if not all(_is_clean_cut(text, cut, tokens, tokenizer, backend) for cut in cuts):
             tokens = _turn_by_turn(text, cuts, backend)
-        tokenized.append(_TokenizedText(text, tokens, spans))
+        tokenized.append(_TokenizedText(text, tokens, spans, images))
     return tokenized
 
 
@@ -262,25 +289,35 @@ def _turn_by_turn(text: str, cuts: list[int], backend: Tokenizer) -> _Tokens:
     return _Tokens(ids, starts=starts)
 
 
-def _literal_form(rendered: RenderedText, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[Span]]:
-    """Write a text for the literal tokenizer, with its spans moved along."""
+def _literal_form(rendered: RenderedText, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[Span], list[Span]]:
+    """Write a text for the literal tokenizer, with the spans of its turns and images moved along."""
     # Special tokens change their length in literal form, so the text is converted between the borders of spans.
-    borders = sorted({0, len(rendered.text), *(border for span in rendered.spans for border in span)})
+    spans = [rendered.spans, rendered.images]
+    borders = sorted({0, len(rendered.text), *(border for span in itertools.chain(*spans) for border in span)})
     text, moved = "", {0: 0}
     for begin, end in itertools.pairwise(borders):
         text += to_literal_form(rendered.text[begin:end], tokenizer)
         moved[end] = len(text)
-    return text, [(moved[start], moved[end]) for start, end in rendered.spans]
+    turns, images = ([(moved[start], moved[end]) for start, end in kind] for kind in spans)
+    return text, turns, images
 
 
 # The loss mask ----------------------------------------------------------------------------------------
 
 
-def _mask(rendered: RenderedText, tokenized: _TokenizedText, tokenizer: PreTrainedTokenizerBase) -> Encoded:
-    """Set the mask on the tokens of the turns in the loss."""
+def _mask(
+    rendered: RenderedText,
+    tokenized: _TokenizedText,
+    tokenizer: PreTrainedTokenizerBase,
+    files: Sequence[ImageFile] = (),
+) -> Encoded:
+    """Set the mask on the tokens of the turns in the loss, and find those of the images."""
     ids = tokenized.tokens.ids
     if rendered.all_in_loss:
         return Encoded(ids, [True] * len(ids))
+    first_from = tokenized.tokens.first_from
+    places = [(first_from(start), first_from(end)) for start, end in tokenized.images]
+    images = tuple(PlacedImage(file, *place) for file, place in zip(files, places, strict=False))
     ends = end_ids(tokenizer) & special_ids(tokenizer)
     mask = [False] * len(ids)
     for (start, end), in_loss in zip(tokenized.spans, rendered.in_loss, strict=True):
@@ -294,7 +331,7 @@ def _mask(rendered: RenderedText, tokenized: _TokenizedText, tokenizer: PreTrain
         if last is not None and not _has_text_after(tokenized, last, stop, end, tokenizer):
             stop = last + 1
         mask[first:stop] = [True] * (stop - first)
-    return Encoded(ids, mask)
+    return Encoded(ids, mask, images)
 
 
 def _has_text_after(

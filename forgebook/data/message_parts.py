@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from forgebook.data.images import IMAGE
 from forgebook.data.messages import REASONING_KEYS, Message, split_thought
 
 __all__ = ["follows_call", "missing_part", "missing_tool"]
@@ -63,8 +64,7 @@ def _parts(message: Message) -> Iterator[tuple[str, Any]]:
     """Yield (path, text or value) of everything in a message."""
     # A template that parses thinking out of the content may put other white space around it.
     for piece in split_thought(message.get("content") or ""):
-        if piece:
-            yield "content", piece
+        yield from (("content", text) for text in piece.split(IMAGE) if text.strip())
     for key in REASONING_KEYS:
         if thought := message.get(key):
             yield key, thought

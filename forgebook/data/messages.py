@@ -10,14 +10,15 @@ import json
 import re
 from typing import Any
 
-from forgebook.data.json_values import parse_json, without_nulls
+from forgebook.data.image_parts import split_images
+from forgebook.data.images import IMAGES
+from forgebook.data.json_values import brief, parse_json, without_nulls
 from forgebook.errors import DataError
 
 __all__ = [
     "REASONING_KEYS",
     "TOOL_KEYS",
     "Message",
-    "brief",
     "parse_field",
     "read_messages",
     "read_text",
@@ -42,7 +43,7 @@ ARGUMENT_KEYS = ("arguments", "parameters", "args", "input")  # OpenAI, Llama 3,
 SCHEMA_KEYS = ("parameters", "input_schema", "inputSchema")  # of a tool: OpenAI, Anthropic, MCP
 CALL_KEYS = {"function", "name", "id", "type", "index"}
 TEXT_TYPES = ("text", "input_text", "output_text")  # the latter two: OpenAI's responses
-MESSAGE_KEYS = {"role", "content", "name", "tool_calls", "tool_call_id", "weight", "reasoning_content"}
+MESSAGE_KEYS = {"role", "content", "name", "tool_calls", "tool_call_id", "weight", "reasoning_content", IMAGES}
 # Whether a turn is in the loss: OpenAI's name, then those of other tools (axolotl, ms-swift, Unsloth).
 MARKS = ("weight", "train", "training", "train_on_turn", "trainable", "loss", "loss_mask")
 # Names under which others write what a turn says, and what to write instead. Another turn would be trained without it.
@@ -57,7 +58,6 @@ SAID_ELSEWHERE = {
 SAYS_NOTHING = {"channel": ("final",), "recipient": ("all", "user", "assistant")}
 SWITCHES = {"true": 1, "false": 0, "1": 1, "0": 0}
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")  # of data and of templates
-LONGEST_SHOWN = 60
 TOOL_KEYS = ("tools", "functions", "tool_defs")  # OpenAI's name, its former name, and other data sets'
 # A model's output whose prompt opened the thought (R1): "...\n</think>\n\nanswer".
 UNOPENED_THOUGHT = re.compile(r"(?!\s*<think>)(.*?)\n</think>[ \t]*\n(.*)", re.DOTALL)
@@ -107,6 +107,7 @@ def _message(raw: Any, at: str, ignored: set[str]) -> Message:
         message["tool_calls"] = parse_field(call, f"{at}.function_call") if isinstance(call, str) else call
     if role == "assistant" and isinstance(message.get("content"), list):
         message |= _divided(message["content"])
+    message |= split_images(message, at)
     reasoning = {key: message.pop(key, None) for key in REASONING_KEYS}
     # Sets with one schema for all rows hold "" where there is none; only an assistant reasons.
     written_keys = [key for key, text in reasoning.items() if text is not None and text != ""]
@@ -308,9 +309,3 @@ def parse_field(text: Any, field: str) -> Any:
         return parse_json(text)
     except DataError as error:
         raise DataError(f"{field}: {error}: {brief(text)}") from None
-
-
-def brief(value: Any) -> str:
-    """Write a value for a message, cut to LONGEST_SHOWN characters."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= LONGEST_SHOWN else text[: LONGEST_SHOWN - 3] + "..."

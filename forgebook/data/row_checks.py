@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from forgebook.data.messages import Message, brief, with_whole_thought
+from forgebook.data.json_values import brief
+from forgebook.data.messages import Message, with_whole_thought
 from forgebook.errors import DataError
 
 __all__ = ["check_conversation", "check_label", "check_media", "check_pair"]
 
-# What stands for a picture in a text, and the keys of a row that hold it (LLaMA-Factory, ms-swift, TRL).
-MEDIA = {f"<{kind}>": (kind, f"{kind}s", f"{kind}_path", f"{kind}_paths") for kind in ("image", "video", "audio")}
+# What stands for a recording in a text, and the keys of a row that hold it (LLaMA-Factory, ms-swift, TRL).
+MEDIA = {f"<{kind}>": (kind, f"{kind}s", f"{kind}_path", f"{kind}_paths") for kind in ("video", "audio")}
 
 
 def check_conversation(messages: list[Message], needs_answer: bool) -> None:
@@ -64,7 +65,7 @@ def check_label(messages: list[Message], labels: list[str]) -> None:
 
 
 def check_media(row: dict, messages: list[Message]) -> None:
-    """Raise DataError for a row with images, videos or sound that its messages mention."""
+    """Raise DataError for a row with videos or sound that its messages mention."""
     for mark, keys in MEDIA.items():
         if (key := next((key for key in keys if row.get(key)), None)) and any(mark in m["content"] for m in messages):
-            raise DataError(f"{key}: the messages mention {mark}, and only text is trained: remove the row")
+            raise DataError(f"{key}: the messages mention {mark}, and nothing trains on it: remove the row")

@@ -25,10 +25,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from forgebook.data.columns import MappedRow
+from forgebook.data.image_parts import image_base, place_images
+from forgebook.data.json_values import brief
 from forgebook.data.messages import (
     TOOL_KEYS,
     Message,
-    brief,
     parse_field,
     read_messages,
     read_text,
@@ -106,30 +107,36 @@ def parse_chunk(
 ) -> Iterator[tuple[Example, RowNotes] | DataError]:
     """Read and check the rows of a chunk; a DataError in the place of one that cannot be used."""
     labels = tuple(labels)
+    base = image_base(chunk.source.uri)
     for where, raw in read_chunk(chunk):
         try:
-            yield raw if isinstance(raw, DataError) else parse_row(raw, where, task, labels)
+            yield raw if isinstance(raw, DataError) else parse_row(raw, where, task, labels, base)
         except DataError as error:
             yield error
 
 
-def parse_row(raw: Any, where: str, task: str, labels: Iterable[str] = ()) -> tuple[Example, RowNotes]:
+def parse_row(
+    raw: Any, where: str, task: str, labels: Iterable[str] = (), base: str | None = None
+) -> tuple[Example, RowNotes]:
     """Detect the format of one row, convert and check it.
 
-    labels: of task classification, what the last answer may be.
+    labels: of task classification, what the last answer may be. base: where relative paths of images begin.
 
     Raises DataError: `where: field: what it is, what to do`.
     """
     try:
         example, notes = _detect(raw, where, task)
+        image_keys = set[str]()
         for messages in (example.messages, example.rejected):
             if messages is not None:
+                image_keys = place_images(raw, messages, task, base)
                 check_media(raw, messages)
                 check_conversation(messages, needs_answer=task != "causal_lm")
         if example.messages is not None and example.rejected is not None:
             check_pair(example.messages, example.rejected)
         if task == "classification" and example.messages is not None:
             check_label(example.messages, list(labels))
+        notes = dataclasses.replace(notes, ignored=tuple(key for key in notes.ignored if key not in image_keys))
         if isinstance(raw, MappedRow):
             notes = RowNotes("mapped columns", tuple(sorted({*notes.ignored, *raw.unused})))
         return example, _note_unused_marks(example, _note_messages(example, notes), task)

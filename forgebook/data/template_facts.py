@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from forgebook.data.content_parts import in_parts, roles_of_parts
 from forgebook.data.message_parts import missing_part, missing_tool
 from forgebook.data.messages import REASONING_KEYS, Message
 from forgebook.data.render_limits import within_limits
@@ -135,6 +136,28 @@ def apply_template(
     settings: Mapping[str, Any] | None = None,
 ) -> str:
     """Render messages by the tokenizer's chat template, within limits. Raises DataError if it fails."""
+    messages = in_parts(messages, _roles_of_parts(tokenizer, str(tokenizer.chat_template)))
+    return _applied(tokenizer, messages, tools, for_generation, settings)
+
+
+@functools.lru_cache(maxsize=64)
+def _roles_of_parts(tokenizer: PreTrainedTokenizerBase, source: str) -> frozenset[str]:
+    def render(messages: list[Message]) -> str:
+        try:
+            return _applied(tokenizer, messages, None, False, None)
+        except DataError:
+            return ""
+
+    return roles_of_parts(render)
+
+
+def _applied(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[Message],
+    tools: list[dict] | None,
+    for_generation: bool,
+    settings: Mapping[str, Any] | None,
+) -> str:
     from jinja2 import TemplateError
 
     try:

@@ -9,18 +9,22 @@ Truncation (truncation.py), mixing and dropping make views: a few numbers per ex
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import itertools
+import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from forgebook.data.image_tokens import PlacedImage
+from forgebook.data.images import ImageFile
 from forgebook.runs.atomic import atomic_file
 
 if TYPE_CHECKING:
@@ -30,6 +34,8 @@ __all__ = [
     "Tokens",
     "collect_shards",
     "count_batches",
+    "image_files",
+    "image_store",
     "load_view",
     "map_shards",
     "relocate_view",
@@ -57,6 +63,7 @@ class Tokens:
     content:          [examples] a 64-bit hash.
     group:            [examples] a 64-bit hash of the first user message: see `split.group_of`.
     names, files:     for each part, its data file; its shard and the number of the record batch there.
+    images:           for each part, (where its examples begin, for each its images as JSON, empty without any).
     """
 
     parts: tuple[tuple[np.ndarray, np.ndarray], ...]
@@ -69,6 +76,7 @@ class Tokens:
     group: np.ndarray
     names: tuple[str, ...]
     files: tuple[tuple[str, int], ...] = ()
+    images: tuple[tuple[np.ndarray, Any], ...] = ()
 
     def __len__(self) -> int:
         return len(self.part)
@@ -84,6 +92,20 @@ class Tokens:
         tokens = slice(self.begin[k], self.end[k])
         return input_ids[tokens], loss_mask[tokens]
 
+    def images_of(self, k: int | np.integer) -> list[PlacedImage]:
+        """List the images of example k whose tokens it has, with their places among these."""
+        if not self.images:
+            return []
+        starts, listed = self.images[self.part[k]]
+        row = int(np.searchsorted(starts, self.begin[k], "right")) - 1
+        begin, length = int(self.begin[k] - starts[row]), int(self.end[k] - self.begin[k])
+        placed = (_placed(one, begin) for one in json.loads(listed[row].as_py() or "[]"))
+        return [one for one in placed if one.start >= 0 and one.stop <= length]
+
+    def store_of(self, k: int | np.integer) -> Path:
+        """Return the folder that holds those images of example k that are no local files."""
+        return image_store(Path(self.files[self.part[k]][0]).parent.parent)
+
     def where(self, k: int | np.integer) -> str:
         """Name the file:line that example k was read from."""
         return f"{self.names[self.part[k]]}:{self.line[k]}"
@@ -95,7 +117,7 @@ class Tokens:
     @classmethod
     def from_examples(cls, examples: Iterable[tuple[Sequence[int], Sequence[bool]]]) -> Tokens:
         """Hold examples of (ids, loss mask) in memory."""
-        table = _table((ids, mask, line, None) for line, (ids, mask) in enumerate(examples, 1))
+        table = _table((ids, mask, line, None, ()) for line, (ids, mask) in enumerate(examples, 1))
         return _view(table.to_batches(), ["examples"], [("", 0)])
 
 
@@ -113,7 +135,7 @@ def write_shard(examples: Iterable[tuple[Encoded, int, int | None]], path: Path,
     writer = None
     with pa.OSFile(str(path), "wb") as file:
         for batch in _batched(examples, RECORD_BATCH):
-            table = _table((one.input_ids, one.loss_mask, line, group) for one, line, group in batch)
+            table = _table((one.input_ids, one.loss_mask, line, group, one.images) for one, line, group in batch)
             writer = writer or pa.ipc.new_file(file, table.schema.with_metadata({"name": name}))
             writer.write_table(table)
         if writer:
@@ -128,16 +150,18 @@ def _batched(examples: Iterable, count: int):
         yield batch
 
 
-def _table(examples: Iterable[tuple[Sequence[int], Sequence[bool], int, int | None]]):
+def _table(examples: Iterable[tuple[Sequence[int], Sequence[bool], int, int | None, Sequence[PlacedImage]]]):
     import pyarrow as pa
 
-    ids, masks, lines, supervised, contents, groups = [], [], [], [], [], []
-    for example_ids, mask, line, group in examples:
+    ids, masks, lines, supervised, contents, groups, images = [], [], [], [], [], [], []
+    for example_ids, mask, line, group, placed in examples:
         ids.append(np.asarray(example_ids, np.int32))
         masks.append(np.asarray(mask, bool))
         lines.append(line)
         supervised.append(int(masks[-1][1:].sum()))
-        digest = hashlib.blake2b(ids[-1].tobytes() + masks[-1].tobytes(), digest_size=8).digest()
+        seen = "".join(one.file.digest for one in placed).encode()
+        digest = hashlib.blake2b(ids[-1].tobytes() + masks[-1].tobytes() + seen, digest_size=8).digest()
+        images.append(json.dumps([_written(one) for one in placed]) if placed else "")
         contents.append(int.from_bytes(digest, "little"))
         groups.append(contents[-1] if group is None else group)
     offsets = np.concatenate([[0], np.cumsum([len(one) for one in ids])]).astype(np.int64)
@@ -151,8 +175,31 @@ def _table(examples: Iterable[tuple[Sequence[int], Sequence[bool], int, int | No
             "line": _to_arrow(np.array(lines, np.int64)),
             "content": _to_arrow(np.array(contents, np.uint64)),
             "group": _to_arrow(np.array(groups, np.uint64)),
+            "images": pa.array(images, pa.large_string()),
         }
     )
+
+
+def _written(placed: PlacedImage) -> list[Any]:
+    return [*dataclasses.astuple(placed.file), placed.start, placed.stop]
+
+
+def _placed(written: list[Any], begin: int = 0) -> PlacedImage:
+    *file, start, stop = written
+    return PlacedImage(ImageFile(*file), start - begin, stop - begin)
+
+
+def image_store(folder: Path) -> Path:
+    """Return where images that are no local files are kept, beside the folders of shards."""
+    return folder / "images"
+
+
+def image_files(path: Path) -> Iterator[ImageFile]:
+    """Yield the images of a shard."""
+    reader = _open_shard(str(path))
+    for number in range(reader.num_record_batches):
+        for written in reader.get_batch(number).column("images").to_pylist():
+            yield from (_placed(one).file for one in json.loads(written or "[]"))
 
 
 # Arrow's own conversions from and to numpy import pandas, which takes half a second.
@@ -205,6 +252,11 @@ def _arrays(batch) -> tuple[np.ndarray, np.ndarray]:
     return _to_numpy(batch.column("input_ids").values), _to_numpy(batch.column("loss_mask").values).view(bool)
 
 
+def _images(batch) -> tuple[np.ndarray, Any]:
+    """View where the examples of a record batch begin, and their images."""
+    return _to_numpy(batch.column("input_ids").offsets)[:-1], batch.column("images")
+
+
 def _view(batches: list, names: list[str], files: list[tuple[str, int]]) -> Tokens:
     """View all examples of some record batches."""
     columns: dict[str, list[np.ndarray]] = {name: [] for name in COLUMNS}
@@ -216,7 +268,8 @@ def _view(batches: list, names: list[str], files: list[tuple[str, int]]) -> Toke
         for name in ("supervised", "line", "content", "group"):
             columns[name].append(_to_numpy(batch.column(name)))
     joined = {name: np.concatenate(arrays) if arrays else np.zeros(0, np.int64) for name, arrays in columns.items()}
-    return Tokens(tuple(map(_arrays, batches)), names=tuple(names), files=tuple(files), **joined)
+    images = tuple(map(_images, batches))
+    return Tokens(tuple(map(_arrays, batches)), names=tuple(names), files=tuple(files), images=images, **joined)
 
 
 def save_view(tokens: Tokens, path: Path) -> None:
@@ -234,9 +287,10 @@ def load_view(path: Path) -> Tokens:
         columns = {name: saved[name] for name in COLUMNS}
         files = tuple(zip(saved["shards"].tolist(), saved["batches"].tolist(), strict=True))
     readers = {shard: _open_shard(shard) for shard, _ in files}
-    parts = tuple(_arrays(readers[shard].get_batch(number)) for shard, number in files)
+    batches = [readers[shard].get_batch(number) for shard, number in files]
     names = tuple(_name_of(readers[shard]) for shard, _ in files)
-    return Tokens(parts, names=names, files=files, **columns)
+    images = tuple(map(_images, batches))
+    return Tokens(tuple(map(_arrays, batches)), names=names, files=files, images=images, **columns)
 
 
 def collect_shards(path: Path, folder: Path) -> None:

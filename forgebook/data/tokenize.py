@@ -34,6 +34,8 @@ from forgebook.data.batching import group_size
 from forgebook.data.chat_template import LossOn, RewrittenTurns
 from forgebook.data.data_sources import Source, content_key
 from forgebook.data.examples import DatasetNotes, noted_examples
+from forgebook.data.image_tokens import ImageTokens
+from forgebook.data.images import is_same
 from forgebook.data.masking import Encoded
 from forgebook.data.readers import FileChunk
 from forgebook.data.row_formats import NAME_KEY, Example
@@ -50,7 +52,7 @@ __all__ = ["EncodingOptions", "TokenizedSet", "encode_examples", "tokenize", "to
 # Part of the name of cached tokens. Raise it with every change of what a row becomes (readers, messages, row_formats,
 # tools, chat_template and what it imports, masking) or of how shards are written (token_store).
 # tests/data/test_tokenize.py pins the tokens of a small file, and fails where this was forgotten.
-CACHE_VERSION = 15
+CACHE_VERSION = 16
 # Examples per call of the tokenizer: enough for all its threads.
 TOKENIZER_BATCH = 512
 # Sources of more chunks than this (of about 2 MB) are worth a Ray cluster.
@@ -87,27 +89,35 @@ class EncodingOptions:
 # Tokens -----------------------------------------------------------------------------------------------
 
 
-def encode_examples(examples: list[Example], tokenizer, options: EncodingOptions) -> list[list[Encoded] | DataError]:
+def encode_examples(
+    examples: list[Example], tokenizer, options: EncodingOptions, images: ImageTokens | None = None
+) -> list[list[Encoded] | DataError]:
     """Encode examples. Pure: the same examples give the same tokens in any process.
+
+    images: of task vision_language, which opens those of the examples.
 
     Returns for each example its encodings (one; two for a preference pair, the chosen first; more if its turns are
     expanded), or the DataError, with file:line, that says why it cannot be trained.
     """
     conversations, owners = [], []
+    errors: dict[int, str] = {}
     for k, example in enumerate(examples):
         for messages in (example.messages, example.rejected):
             if messages is not None:
-                conversations.append((messages, example.tools))
-                owners.append(k)
+                try:
+                    conversations.append((images.checked(messages) if images else messages, example.tools))
+                    owners.append(k)
+                except DataError as error:
+                    errors[k] = str(error)
     results = masking.encode_many(
         conversations,
         tokenizer,
         options.prompt_format,
         loss_on=options.loss_on,
         rewritten_turns=options.rewritten_turns,
+        images=images,
     )
     encodings: list[list[Encoded]] = [[] for _ in examples]
-    errors: dict[int, str] = {}
     for k, result in zip(owners, results, strict=True):
         if isinstance(result, DataError):
             errors.setdefault(k, str(result))
@@ -150,15 +160,16 @@ def tokenize(
     folder: Path,
     seed: int = 0,
     on_progress: OnProgress = lambda done, total: None,
+    images: ImageTokens | None = None,
 ) -> tuple[Tokens, DatasetNotes]:
     """Tokenize a set, or map what an earlier run wrote of it; mix its sources by their weights.
 
     folder: where shards are stored, one folder per source and options. on_progress: called with the chunks done
-    and all chunks of all sources that are not cached.
+    and all chunks of all sources that are not cached. images: as of `encode_examples`.
 
     Raises DataError or StorageError if a source cannot be read at all; bad rows are in the notes.
     """
-    whole = _tokenize(sources, tokenizer, options, folder, on_progress)
+    whole = _tokenize(sources, tokenizer, options, folder, on_progress, images)
     return _mix(whole, np.arange(len(whole.tokens)), sources, seed, group_size(options.task)), whole.notes
 
 
@@ -170,13 +181,14 @@ def tokenize_and_split(
     held_out: HeldOut,
     seed: int = 0,
     on_progress: OnProgress = lambda done, total: None,
+    images: ImageTokens | None = None,
 ) -> tuple[Tokens, TokenizedSet, DatasetNotes, dict[str, int]]:
     """Tokenize a set as `tokenize` does, and hold out a share of it before its sources are mixed.
 
     Returns the examples to train, those held out, the notes on all, and the counts of `split.hold_out`.
     Raises what `tokenize` and `split.hold_out` raise.
     """
-    whole = _tokenize(sources, tokenizer, options, folder, on_progress)
+    whole = _tokenize(sources, tokenizer, options, folder, on_progress, images)
     size = group_size(options.task)
     if not len(whole.tokens):
         return whole.tokens, whole, whole.notes, {}
@@ -186,14 +198,23 @@ def tokenize_and_split(
 
 
 def _tokenize(
-    sources: list[Source], tokenizer, options: EncodingOptions, folder: Path, on_progress: OnProgress
+    sources: list[Source],
+    tokenizer,
+    options: EncodingOptions,
+    folder: Path,
+    on_progress: OnProgress,
+    images: ImageTokens | None,
 ) -> TokenizedSet:
-    folders = [folder / _cache_key(source, tokenizer, options) for source in sources]
+    folders = [folder / _cache_key(source, tokenizer, options, images) for source in sources]
+    if images is not None:
+        for path in folders:
+            _forget_changed_images(path)
     missing = {path: source for path, source in zip(folders, sources, strict=True) if not path.is_dir()}
     chunks = {path: readers.split_source(source) for path, source in missing.items()}
     total, done = sum(map(len, chunks.values())), itertools.count(1)
     for path, parts in chunks.items():
-        _write_shards(parts, tokenizer, options, path, lambda: on_progress(next(done), total))
+        write = functools.partial(_write_shard, tokenizer=tokenizer, options=options, images=images)
+        _write_shards(parts, write, path, lambda: on_progress(next(done), total))
     notes = DatasetNotes()
     for path in folders:
         notes += DatasetNotes.from_json(atomic.read_json(path / "notes.json"))
@@ -219,8 +240,8 @@ def _mix(whole: TokenizedSet, examples: np.ndarray, sources: list[Source], seed:
     return whole.tokens.select(np.concatenate(chosen))
 
 
-def _cache_key(source: Source, tokenizer, options: EncodingOptions) -> str:
-    """Hash everything that the tokens of a source depend on."""
+def _cache_key(source: Source, tokenizer, options: EncodingOptions, images: ImageTokens | None) -> str:
+    """Hash everything that the tokens of a source depend on, but the files of its images."""
     try:
         probe = chat_template.render(PROBE, tokenizer, options.prompt_format)
     except DataError as error:
@@ -234,19 +255,28 @@ def _cache_key(source: Source, tokenizer, options: EncodingOptions) -> str:
         str(tokenizer.chat_template),
         probe,
         repr(options),
+        *([images.key] if images else []),
         *(importlib.metadata.version(name) for name in ("transformers", "tokenizers", "jinja2")),
     ]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
+def _forget_changed_images(folder: Path) -> None:
+    """Remove the shards of a source of which an image's file is not what it was when they were written."""
+    for path in folder.glob("*.arrow"):
+        if not all(map(is_same, token_store.image_files(path))):
+            shutil.rmtree(folder)
+            return
+
+
 def _write_shards(
-    chunks: list[FileChunk], tokenizer, options: EncodingOptions, target: Path, on_chunk: Callable[[], None]
+    chunks: list[FileChunk], write_shard: functools.partial, target: Path, on_chunk: Callable[[], None]
 ) -> None:
     """Tokenize the chunks of a source into shards under `target`, which appears when all are written."""
     aside = target.with_name(f".{target.name}.{os.getpid()}")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    write = functools.partial(_write_shard, tokenizer=tokenizer, options=options, folder=aside)
+    write = functools.partial(write_shard, folder=aside)
     try:
         notes = DatasetNotes()
         spread = _with_ray if len(chunks) > CHUNKS_IN_PROCESS else _with_threads
@@ -260,11 +290,13 @@ def _write_shards(
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _write_shard(number: int, chunk: FileChunk, *, tokenizer, options: EncodingOptions, folder: Path) -> DatasetNotes:
+def _write_shard(
+    number: int, chunk: FileChunk, *, tokenizer, options: EncodingOptions, images: ImageTokens | None, folder: Path
+) -> DatasetNotes:
     """Tokenize one chunk into one shard."""
     notes = DatasetNotes()
     name = chunk.source.uri.rsplit("/", 1)[-1]
-    encoded = _encoded(noted_examples(chunk, options.task, options.labels, notes), tokenizer, options, notes)
+    encoded = _encoded(noted_examples(chunk, options.task, options.labels, notes), tokenizer, options, images, notes)
     token_store.write_shard(encoded, folder / f"{number:06d}.arrow", name)
     if options.prompt_format is None and chat_template.shows_names(tokenizer):
         del notes.ignored[NAME_KEY]
@@ -272,12 +304,12 @@ def _write_shard(number: int, chunk: FileChunk, *, tokenizer, options: EncodingO
 
 
 def _encoded(
-    examples: Iterable[Example], tokenizer, options: EncodingOptions, notes: DatasetNotes
+    examples: Iterable[Example], tokenizer, options: EncodingOptions, images: ImageTokens | None, notes: DatasetNotes
 ) -> Iterator[tuple[Encoded, int, int]]:
     """Yield (encoded, line of its file, group) of examples that can be trained; note the others."""
     examples = iter(examples)
     while batch := list(itertools.islice(examples, TOKENIZER_BATCH)):
-        for example, encoded in zip(batch, encode_examples(batch, tokenizer, options), strict=True):
+        for example, encoded in zip(batch, encode_examples(batch, tokenizer, options, images), strict=True):
             if isinstance(encoded, DataError):
                 notes.problems.append(str(encoded))
                 continue
@@ -293,15 +325,15 @@ def _with_threads(chunks: list[FileChunk], write: functools.partial) -> Iterator
     """
     threads = max(1, min(os.cpu_count() or 1, len(chunks)))
     tokenizers: queue.SimpleQueue = queue.SimpleQueue()
-    for _ in range(threads):
-        tokenizers.put(copy.deepcopy(write.keywords["tokenizer"]))
+    for _ in range(threads):  # a processor of images holds its tokenizer: both are copied together
+        tokenizers.put(copy.deepcopy({key: write.keywords[key] for key in ("tokenizer", "images")}))
 
     def write_one(number: int, chunk: FileChunk) -> DatasetNotes:
-        tokenizer = tokenizers.get()
+        own = tokenizers.get()
         try:
-            return write(number, chunk, tokenizer=tokenizer)
+            return write(number, chunk, **own)
         finally:
-            tokenizers.put(tokenizer)
+            tokenizers.put(own)
 
     with ThreadPoolExecutor(threads) as pool:
         yield from pool.map(write_one, itertools.count(), chunks)

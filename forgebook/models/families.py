@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from forgebook.errors import ConfigError, ModelError
@@ -13,7 +14,19 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel
 
-__all__ = ["check_positions", "context_limit", "decoder_of", "freeze_towers", "native_context_length", "tower_modules"]
+__all__ = [
+    "check_positions",
+    "context_limit",
+    "decoder_of",
+    "freeze_towers",
+    "image_reader_of",
+    "native_context_length",
+    "projector_modules",
+    "tower_modules",
+]
+
+# What published models call the part between a vision tower and the text decoder.
+PROJECTOR = re.compile(r"projector|connector|merger|embed_vision|aligner")
 
 
 def native_context_length(source: str) -> int:
@@ -75,6 +88,17 @@ def decoder_of(causal: PreTrainedModel) -> PreTrainedModel:
     return getattr(decoder, "model", decoder)
 
 
+def image_reader_of(causal: PreTrainedModel) -> nn.Module:
+    """Return the part that turns token ids and images into hidden states: the model without its output layer.
+
+    Raises ModelError for a class that has no such part.
+    """
+    reader = getattr(causal, "model", None)
+    if reader is None or causal.get_decoder() is reader:
+        raise ModelError(f"{type(causal).__name__} reads images only together with its output layer: not supported")
+    return reader
+
+
 def tower_modules(model: PreTrainedModel) -> list[str]:
     """Name the outermost modules that no text passes through: vision and audio towers, projectors, image layers."""
 
@@ -105,6 +129,23 @@ def freeze_towers(model: PreTrainedModel) -> None:
         fed = {id(p) for module in _text_modules(causal) for p in module.parameters()}
         for parameter in causal.parameters():
             parameter.requires_grad_(parameter.requires_grad and id(parameter) in fed)
+
+
+def projector_modules(model: PreTrainedModel) -> list[str]:
+    """Name the modules that map what a vision tower sees to the text decoder's embeddings. Raises ModelError."""
+    towers = tuple(f"{name}." for name in tower_modules(model))
+    inside = [
+        name
+        for name, _ in model.named_modules()
+        if f"{name}.".startswith(towers) and PROJECTOR.search(name.rpartition(".")[2])
+    ]
+    outermost = [name for name in inside if not any(name.startswith(f"{other}.") for other in inside)]
+    if not outermost:
+        raise ModelError(
+            f"vision_language_config.train_projector: {type(model).__name__} names no part as its projector: set it to "
+            "false"
+        )
+    return outermost
 
 
 def _is_wrapped(model: PreTrainedModel) -> bool:

@@ -120,6 +120,7 @@ def load_model(
     gradient_checkpointing: bool | str = False,
     device_map: str | None = None,
     on_gpu: bool | None = None,
+    reads_images: bool = False,
     attention_is_required: bool = True,
     in_parts: Callable[[Any], Any] | None = None,
 ) -> PreTrainedModel:
@@ -131,6 +132,7 @@ def load_model(
     on_gpu: False if the model stays on the CPU; None: it runs on this process's GPU if there is one.
     gradient_checkpointing: recompute activations in the backward pass; "selective": all but products and attention;
         "offload": all, with the layers' inputs in the host's memory.
+    reads_images: whether its forward pass will get images.
     attention_is_required: False takes another kernel where `attention` cannot run here.
     in_parts: makes a class that reads a part of each weight, as `parts.read_in_parts` does; weights stay whole where
         the files lack some, or hold packed ones.
@@ -155,6 +157,8 @@ def load_model(
         facts = attention_facts(dtype, on_gpu, model_class(model_config), model_config)
         if device_map is not None:
             facts = replace(facts, not_varlen="it is used for inference")
+        if reads_images:
+            facts = replace(facts, not_varlen="it reads images")
         settings = {"device_map": device_map, **_whole_experts(model_config), **_quantized(quantization, dtype)}
         model = _from_pretrained(
             source,

@@ -10,12 +10,13 @@ from __future__ import annotations
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from forgebook.catalog import TINY_MODEL, hub_id_of, model_folder, read_catalog
 from forgebook.config.blocks import labels_of
 from forgebook.errors import ForgebookError, ModelError, first_line, near_miss
 from forgebook.models.template_settings import set_template_defaults
+from forgebook.runs.atomic import read_json
 from forgebook.runs.checksums import check_files
 from forgebook.runs.download import fetch_folder
 from forgebook.runs.object_store import is_remote
@@ -130,6 +131,8 @@ def load_tokenizer(source: str, labels: Sequence[str] = ()) -> PreTrainedTokeniz
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     if not tokenizer.is_fast:
         raise ModelError(f"the tokenizer of {source} has no fast version, whose character offsets the loss mask needs")
+    if template := _processor_template(source, tokenizer.chat_template is None):
+        tokenizer.chat_template = template
     if tokenizer.pad_token is None:
         # Masks go by position, so padding with the end token hides no end token.
         tokenizer.pad_token = tokenizer.eos_token
@@ -137,6 +140,21 @@ def load_tokenizer(source: str, labels: Sequence[str] = ()) -> PreTrainedTokeniz
     # Not "special" tokens: they are answers, and must show when text is decoded. A word is a label only as a whole.
     tokenizer.add_tokens([AddedToken(label, normalized=False, single_word=label.isalnum()) for label in labels])
     return tokenizer
+
+
+def _processor_template(source: str, is_needed: bool) -> str | None:
+    """Read the chat template that models published before 2025 keep with their processor; None if there is none.
+
+    is_needed: also ask the hub.
+    """
+    from transformers.utils import cached_file
+
+    name = "chat_template.json"
+    path: Any = Path(source) / name
+    if is_needed and not Path(source).is_dir():
+        lenient = ("missing_entries", "connection_errors", "gated_repo")
+        path = cached_file(source, name, **{f"_raise_exceptions_for_{kind}": False for kind in lenient})
+    return read_json(Path(path))["chat_template"] if path and Path(path).exists() else None
 
 
 class readable_model_errors:

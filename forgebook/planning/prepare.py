@@ -20,9 +20,11 @@ from forgebook.data import batching, split, token_store, truncation
 from forgebook.data import tokenize as data
 from forgebook.data.data_sources import Source, describe_source, find_sources
 from forgebook.data.examples import DatasetNotes, bad_rows_error, display_paths, no_examples_error, read_notes
+from forgebook.data.image_tokens import ImageTokens
 from forgebook.data.token_store import Tokens
 from forgebook.errors import DataError
 from forgebook.models.families import native_context_length
+from forgebook.models.processor import processor_of
 from forgebook.models.tokenizer import locate, tokenizer_of, tokenizer_source
 from forgebook.models.versions import model_versions
 from forgebook.planning import auto_config, schedule
@@ -164,6 +166,8 @@ def _tokenize(
         labels_of(config.classifier_config),
     )
     tokenizer, cache = tokenizer_of(config), run.folder.parent / ".tokens"
+    processor = processor_of(config, tokenizer)
+    images = None if processor is None else ImageTokens(processor, token_store.image_store(cache))
     sets: dict[str, Tokens] = {}
     notes: dict[str, DatasetNotes] = {}
     counts: dict[str, int] = {}
@@ -176,12 +180,14 @@ def _tokenize(
         sources = find_sources(path)
         if name == "train" and isinstance(share, HeldOut):
             sets["train"], out, notes["train"], counts = data.tokenize_and_split(
-                sources, tokenizer, options, cache, share, config.seed, report_progress
+                sources, tokenizer, options, cache, share, config.seed, report_progress, images
             )
             sets["valid"], notes["valid"] = out.tokens, DatasetNotes(rows=len(out.tokens))
             held_out = split.rows_of(out.tokens, out.source, sources)
         else:
-            sets[name], notes[name] = data.tokenize(sources, tokenizer, options, cache, config.seed, report_progress)
+            sets[name], notes[name] = data.tokenize(
+                sources, tokenizer, options, cache, config.seed, report_progress, images
+            )
     if config.max_examples is not None:
         size = batching.group_size(config.task)
         sets = {name: token_store.sample_examples(one, config.max_examples, size) for name, one in sets.items()}

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from forgebook.errors import CheckpointError, ForgebookError
 from forgebook.models import adapters
+from forgebook.models.processor import copy_processor
 from forgebook.models.unused_packages import without_unused
 from forgebook.models.vllm_support import vllm_serves, vllm_serves_saved
 from forgebook.runs import atomic, checksums, object_store, worker_upload
@@ -49,6 +50,7 @@ def save_checkpoint(
     *,
     prompt_format: str | None = None,
     overrides: dict[str, Any] | None = None,
+    processor: str | None = None,
     start: dict[str, torch.Tensor] | None = None,
     trained: bool = True,
     dtype: str | None = None,
@@ -56,6 +58,7 @@ def save_checkpoint(
     """Save a model (full or PEFT) with all that is needed to use it, verify it, and only then name it `folder`.
 
     Collective. prompt_format: YAML text, saved with the model. overrides: how an adapter's base was loaded, likewise.
+    processor: where that of a model that reads images is.
     start: what `save_start` returned. trained: False before the first step, when an adapter is still all zero.
     dtype: in which weights are saved that FSDP2 shards, and trains in float32.
 
@@ -91,6 +94,8 @@ def save_checkpoint(
             if overrides:
                 (aside / adapters.OVERRIDES).write_text(json.dumps(overrides, indent=2))
             tokenizer.save_pretrained(aside)
+            if processor is not None:
+                copy_processor(processor, aside)
             if prompt_format is not None:
                 (aside / "prompt_format.yaml").write_text(prompt_format)
             verify_checkpoint(aside, expected=len(weights), trained=trained)

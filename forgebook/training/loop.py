@@ -20,8 +20,10 @@ from forgebook.config.blocks import EarlyStopping
 from forgebook.config.schema import ResolvedConfig
 from forgebook.data import batching as batches
 from forgebook.data import token_store as tokens
+from forgebook.data.image_batches import Pixels
 from forgebook.errors import StoppedError, TrainingError
 from forgebook.models.checkpointing import check_kept
+from forgebook.models.processor import processor_source
 from forgebook.models.versions import check_versions
 from forgebook.planning import hardware, schedule
 from forgebook.planning.plan import running_figures
@@ -99,7 +101,8 @@ def train_loop(config: ResolvedConfig, run: Run, report: Report = lambda metrics
         config.lr_decay_ratio,
     )  # fmt: skip
     # One line holds a whole batch, without padding, where the attention kernel keeps examples apart by their lengths.
-    takes_segments = worker.takes_segments
+    pixels = Pixels(worker.processor, config.dtype) if worker.processor is not None else None
+    takes_segments = worker.takes_segments and pixels is None
     for note in worker.notes:
         progress.stage(note)
     if config.padding == "packed" or takes_segments:
@@ -110,13 +113,19 @@ def train_loop(config: ResolvedConfig, run: Run, report: Report = lambda metrics
     pad_id, device = worker.tokenizer.pad_token_id, accelerator.device
     pad_to = config.context_length if config.padding == "max_length" else None
     train_set = ExampleSet(
-        train, pad_id, device, pad_to, packed=config.padding == "packed", one_line=takes_segments and pad_to is None
-    )
+        train, pad_id, device, pad_to, packed=config.padding == "packed", one_line=takes_segments and pad_to is None,
+        pixels=pixels,
+    )  # fmt: skip
     train_set = with_reference(config, run, worker, train_set, "training", progress)
     evaluate = None
     if valid is not None:
         valid_set = with_reference(
-            config, run, worker, ExampleSet(valid, pad_id, device, one_line=takes_segments), "validation", progress
+            config,
+            run,
+            worker,
+            ExampleSet(valid, pad_id, device, one_line=takes_segments, pixels=pixels),
+            "validation",
+            progress,
         )
         valid_sequences = batches.single_sequences(valid, batches.group_size(config.task))
         # Similar lengths share a batch, with little padding; memory that does not suffice shows in the first batch.
@@ -144,6 +153,7 @@ def train_loop(config: ResolvedConfig, run: Run, report: Report = lambda metrics
         "prompt_format": prompt_format_text(config.generation_config.prompt_format),
         "overrides": base_overrides(config.rope_scaling, config.quantization) if config.is_lora else None,
         "dtype": config.dtype,
+        "processor": processor_source(config) if pixels else None,
         "start": checkpoints.save_start(worker.model, run.adapter_start, is_resumed=bool(saved)),
     }
     weights = worker.model, worker.optimizer, worker.deepspeed_engine

@@ -19,13 +19,13 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from forgebook.data.batching import IGNORED
 from forgebook.errors import ModelError
-from forgebook.models.families import decoder_of
+from forgebook.models.families import decoder_of, image_reader_of
 from forgebook.models.varlen_attention import VARLEN
 from forgebook.planning.memory import LOSS_CHUNK
 
 __all__ = [
-    "IGNORED",
     "SupervisedLM",
     "check_isolation",
     "chunked_cross_entropy",
@@ -33,7 +33,6 @@ __all__ = [
     "fused_linear_cross_entropy",
 ]
 
-IGNORED = -100
 # Devices that have computed a value when the host gets it: looking at one costs nothing, two passes over logits do.
 NEVER_WAITS = ("cpu",)
 # In a large vocabulary most probabilities are below float16's smallest normal number, 6e-5: they are multiplied by this
@@ -44,15 +43,16 @@ FLOAT16_LIFT = 64
 class SupervisedLM(nn.Module):
     """A causal language model whose forward pass returns the summed loss instead of logits.
 
-    model: a transformers model with an output embedding layer, plain or inside a PeftModel.
+    model: a transformers model with an output embedding layer, plain or inside a PeftModel. reads_images: its forward
+    pass gets images, too.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, reads_images: bool = False):
         super().__init__()
         self.model = model
         causal = model.get_base_model() if hasattr(model, "get_base_model") else model
         # A tuple hides the parts from nn.Module: registered twice, parameters would appear twice in the state dict.
-        self._parts = (decoder_of(causal), causal.get_output_embeddings())
+        self._parts = ((image_reader_of if reads_images else decoder_of)(causal), causal.get_output_embeddings())
         # DeepSpeed and accelerate read the hidden size from here to choose their bucket sizes.
         self.config = causal.config.get_text_config()
         _fuse(self._parts[1], causal.config)
@@ -66,6 +66,7 @@ class SupervisedLM(nn.Module):
         counts: torch.Tensor | None = None,
         segments: tuple[torch.Tensor, int] | None = None,
         output: Literal["sum", "examples", "logits"] = "sum",
+        **images: torch.Tensor,
     ) -> torch.Tensor:
         """Return the loss summed over supervised positions, a float32 scalar.
 
@@ -77,12 +78,13 @@ class SupervisedLM(nn.Module):
                   a kernel that takes them (models/attention.py: SEGMENTED).
         output: "examples" returns [examples] log-probabilities, summed over each one's supervised positions;
                 "logits" returns [supervised positions, vocabulary] float32, for the few positions of a classifier.
+        images: what the model takes of those in the batch, by its own names.
         """
         decoder, head = self._parts
         if supervised is None:
             supervised = (labels.flatten() != IGNORED).nonzero()[:, 0]
         targets = labels.flatten().index_select(0, supervised)
-        inputs: dict[str, Any] = {"input_ids": input_ids, "use_cache": False}
+        inputs: dict[str, Any] = {"input_ids": input_ids, "use_cache": False, **images}
         if position_ids is not None:
             inputs["position_ids"] = position_ids
         if segments is not None:

@@ -22,9 +22,9 @@ from torch import nn
 
 from forgebook.config.blocks import ClassifierConfig, PreferenceTuningConfig
 from forgebook.data import batching
+from forgebook.data.batching import IGNORED
 from forgebook.data.token_store import Tokens
 from forgebook.training import classification
-from forgebook.training.losses import IGNORED
 from forgebook.training.preference import METRICS, PairLogps, preference_loss, preference_metrics
 
 if TYPE_CHECKING:

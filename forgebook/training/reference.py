@@ -24,6 +24,7 @@ from torch import nn
 
 from forgebook.config.blocks import PreferenceTuningConfig, needs_reference
 from forgebook.data import batching, token_store
+from forgebook.data.image_batches import Pixels
 from forgebook.data.token_store import Tokens
 from forgebook.errors import TrainingError, first_line
 from forgebook.models import load
@@ -49,7 +50,7 @@ class ExampleSet:
     """Examples to train on or to evaluate, as batches on one device.
 
     pad_to, packed, one_line: as `data.batching.collate` takes them. reference: [examples] log-probabilities of the
-    reference model, for losses that compare with one.
+    reference model, for losses that compare with one. pixels: of a run with images.
     """
 
     tokens: Tokens
@@ -59,12 +60,17 @@ class ExampleSet:
     packed: bool = False
     one_line: bool = False
     reference: np.ndarray | StagedReference | None = None
+    pixels: Pixels | None = None
 
     def batch(self, part: list[batching.Sequence]) -> batching.Batch:
         """Return the tensors of some sequences."""
+        images = batching.images_of(self.tokens, part) if self.pixels else []
+        filler = self.pixels.blank_ids if self.pixels and not any(images) else None
         batch = batching.collate(
-            self.tokens, part, self.pad_id, self.pad_to, packed=self.packed, one_line=self.one_line
+            self.tokens, part, self.pad_id, self.pad_to, packed=self.packed, one_line=self.one_line, filler=filler
         )
+        if self.pixels:
+            batch |= self.pixels.inputs(images, batch["input_ids"])
         segments = batch.pop("segments", None)
         sent: batching.Batch = {name: self._sent(tensor) for name, tensor in batch.items()}
         return sent if segments is None else {**sent, "segments": (self._sent(segments[0]), segments[1])}

@@ -31,14 +31,15 @@ from accelerate.utils import (
 from torch.distributed.device_mesh import DeviceMesh
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from forgebook.config.blocks import PromptFormat, labels_of
+from forgebook.config.blocks import LigerKernel, PromptFormat, VisionLanguageConfig, labels_of
 from forgebook.config.deepspeed_file import read_deepspeed_config
 from forgebook.config.schema import ResolvedConfig
 from forgebook.data import masking
 from forgebook.errors import TrainingError
 from forgebook.models import adapters, load, parts, saved_adapters
 from forgebook.models.attention import SEGMENTED
-from forgebook.models.families import freeze_towers
+from forgebook.models.families import freeze_towers, projector_modules
+from forgebook.models.processor import processor_of
 from forgebook.models.tokenizer import label_pieces, locate, tokenizer_of
 from forgebook.training import classification, distributed, fsdp, kernels, liger, optimizers, sharded_state
 from forgebook.training.losses import SupervisedLM
@@ -62,8 +63,8 @@ class Worker:
     """What a step needs.
 
     model: the plain or PEFT model inside `wrapped`, whose forward pass returns the loss. deepspeed_engine: `wrapped`
-    again under DeepSpeed, else None. parameters: how many the model has, and how many of them are trained.
-    notes: what a reader should know of how it runs.
+    again under DeepSpeed, else None. parameters: how many the model has, and how many of them are trained. processor:
+    of a run with images. notes: what a reader should know of how it runs.
     """
 
     accelerator: Accelerator
@@ -74,6 +75,7 @@ class Worker:
     deepspeed_engine: Any
     parameters: tuple[int, int]
     notes: list[str]
+    processor: Any = None
 
     @property
     def is_fsdp(self) -> bool:
@@ -144,10 +146,12 @@ def make_worker(config: ResolvedConfig, accelerator: Accelerator) -> Worker:
         # What can fail on one machine alone, as a download can, comes first: under ZeRO-3 loading is a collective.
         kernels.refuse_missing(config)
         tokenizer = tokenizer_of(config)
+        processor = processor_of(config, tokenizer)
         base = locate(config.initial_base_model_ckpt_path or config.model_id)
         adapter_source = config.initial_adapter_model_ckpt_path
         adapter = locate(adapter_source) if adapter_source is not None else None
-        fused = liger.choose_liger(config.liger_kernel, base, accelerator.device)
+        kernel_block = config.liger_kernel if processor is None else LigerKernel(enabled=False)
+        fused = liger.choose_liger(kernel_block, base, accelerator.device)
     # Under ZeRO-3 the ranks wait for each other while they load: one that fails cannot meet the others at the end of a
     # block. It raises, and whoever started the workers ends them.
     with contextlib.nullcontext() if is_deepspeed_zero3_enabled() else distributed.raised_everywhere():
@@ -160,7 +164,7 @@ def make_worker(config: ResolvedConfig, accelerator: Accelerator) -> Worker:
     if config.classifier_config is not None:
         width = model.config.get_text_config().hidden_size
         label_scale = classification.label_rate(config.learning_rate, width) / config.learning_rate
-    wrapped: Any = SupervisedLM(model)
+    wrapped: Any = SupervisedLM(model, reads_images=processor is not None)
     if config.sharding == "fsdp":
         fsdp.shard(wrapped, getattr(torch, config.dtype), accelerator.device)
     # One group where nothing decays, as runs of earlier versions saved it.
@@ -178,14 +182,15 @@ def make_worker(config: ResolvedConfig, accelerator: Accelerator) -> Worker:
         model.train()
         optimizer = optimizers.deepspeed_adamw(config.optimizer, groups, **hyperparameters)
         deepspeed_engine, optimizer = accelerator.prepare(wrapped, optimizer)
-        return Worker(accelerator, tokenizer, model, deepspeed_engine, optimizer, deepspeed_engine, parameters, notes)
+        engine = deepspeed_engine
+        return Worker(accelerator, tokenizer, model, engine, optimizer, engine, parameters, notes, processor)
     if config.sharding != "fsdp" and config.quantization is None:  # quantized weights were loaded where they stay
         model.to(accelerator.device)
     model.train()
     optimizer = optimizers.AdamW(groups, kind=config.optimizer, **hyperparameters)
     if config.sharding != "fsdp":
         wrapped = accelerator.prepare(wrapped)
-    return Worker(accelerator, tokenizer, model, wrapped, optimizer, None, parameters, notes)
+    return Worker(accelerator, tokenizer, model, wrapped, optimizer, None, parameters, notes, processor)
 
 
 def _stop_at(ends: list[int], generation_config: Any) -> None:
@@ -221,6 +226,7 @@ def _load_model(
         quantization=config.quantization,
         gradient_checkpointing=config.gradient_checkpointing,
         in_parts=None if reason is not None else in_parts,
+        reads_images=config.vision_language_config is not None,
     )
     note = None
     if in_parts is not None and not fsdp.has_shards(model):
@@ -233,9 +239,9 @@ def _load_model(
     if adapter is not None:
         model = saved_adapters.continue_lora(model, adapter, config.lora_config or {}, config.rope_scaling)
     elif config.lora_config is not None:
-        model = adapters.add_lora(model, config.lora_config | new_token_settings)
+        model = adapters.add_lora(model, config.lora_config | new_token_settings | _projector_settings(config, model))
     else:
-        freeze_towers(model)
+        _freeze(model, config.vision_language_config)
     if config.neftune_noise_alpha is not None:
         from transformers.integrations.neftune import activate_neftune  # which imports the Trainer and PEFT
 
@@ -244,6 +250,23 @@ def _load_model(
     if config.torch_compile:
         kernels.compile_decoder(model, config.torch_compile)
     return model, note
+
+
+def _projector_settings(config: ResolvedConfig, model: Any) -> dict[str, Any]:
+    """Make the additions to `lora_config` that train a whole copy of the projector."""
+    if config.vision_language_config is None or not config.vision_language_config.train_projector:
+        return {}
+    others = (config.lora_config or {}).get("modules_to_save") or []
+    return {"modules_to_save": [*others, *projector_modules(model)]}
+
+
+def _freeze(model: Any, images: VisionLanguageConfig | None) -> None:
+    """Freeze what no batch reaches, or what the config leaves as it is; images: of a run with images."""
+    if images is not None and not images.freeze_vision_encoder:
+        return
+    freeze_towers(model)
+    for name in projector_modules(model) if images is not None and images.train_projector else ():
+        model.get_submodule(name).requires_grad_(True)
 
 
 def prompt_format_text(prompt_format: PromptFormat | None) -> str | None:

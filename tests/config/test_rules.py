@@ -19,6 +19,7 @@ from forgebook.planning.token_count import Statistics
 LORA = {"r": 8, "target_modules": "all-linear"}
 PISSA = LORA | {"init_lora_weights": "pissa"}
 ANSWERS = {"valid_path": "v", "task": "instruction_tuning"}
+FORMAT = dict.fromkeys(("system", "user", "assistant"), "{instruction}")
 METRIC = {"metrics": ["exact_match"]}
 LABELS = {"label_tokens": ["a", "b"]}
 
@@ -27,8 +28,18 @@ BROKEN = [
     ({"classifier_config": LABELS, "task": "causal_lm"}, ["classifier_config sets task: classification"]),
     ({"preference_tuning_config": {}, "task": "causal_lm"}, ["preference_tuning_config sets task"]),
     ({"vision_language_config": {}, "task": "causal_lm"}, ["vision_language_config sets task"]),
-    ({"task": "vision_language"}, ["vision_language is not supported yet"]),
-    ({"vision_language_config": {}}, ["vision_language is not supported yet"]),
+    ({"vision_language_config": {}, "padding": "packed"}, ["does not pack examples with images"]),
+    ({"vision_language_config": {}, "attention": "varlen"}, ["needs a line of its own"]),
+    (
+        {"vision_language_config": {"freeze_vision_encoder": False}, "lora_config": {}},
+        ["an adapter is for the language model"],
+    ),
+    (
+        {"vision_language_config": {}, "generation_config": {"prompt_format": FORMAT}},
+        ["a prompt_format writes no images"],
+    ),
+    ({"vision_language_config": {}, "liger_kernel": {"enabled": True}}, ["Liger's kernels are compared on text"]),
+    ({"vision_language_config": {}, "torch_compile": True}, ["torch_compile does not work with images"]),
     ({"task": "classification"}, ["needs classifier_config"]),
     ({"task": "preference_tuning", "padding": "packed"}, ["cannot pack the pairs"]),
     ({"initial_adapter_model_ckpt_path": "a"}, ["needs lora_config"]),

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from forgebook.data.messages import brief, read_messages, read_text, read_tools
+from forgebook.data.json_values import brief
+from forgebook.data.messages import read_messages, read_text, read_tools
 from forgebook.errors import DataError
 
 Q, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}

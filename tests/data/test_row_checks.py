@@ -35,10 +35,10 @@ def test_others_are_named(check, message):
 
 
 @pytest.mark.parametrize(
-    ("key", "text"), [("images", "<image>What is it?"), ("video", "Look: <video>"), ("audio_path", "<audio>\nSay it.")]
+    ("key", "text"), [("videos", "<video>What is it?"), ("video", "Look: <video>"), ("audio_path", "<audio>\nSay it.")]
 )
-def test_pictures_that_the_messages_mention_are_not_left_out(key, text):
-    with pytest.raises(DataError, match=rf"{key}: the messages mention <\w+>, and only text is trained"):
+def test_recordings_that_the_messages_mention_are_not_left_out(key, text):
+    with pytest.raises(DataError, match=rf"{key}: the messages mention <\w+>, and nothing trains on it"):
         check_media({key: ["a.png"]}, chat(text, "a")["messages"])
     check_media({key: []}, chat(text, "a")["messages"])
     check_media({key: ["a.png"]}, GOOD)

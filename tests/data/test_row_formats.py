@@ -283,7 +283,7 @@ def test_preference_pairs():
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, A]},
             "instruction_tuning",
-            r"messages\[0\].content\[0\] is .*; only text parts are supported",
+            r"messages\[0\].content\[0\]: an image, and task: instruction_tuning reads text alone",
         ),
         ({"chosen": [Q, A], "rejected": [Q, A]}, "instruction_tuning", "set task: preference_tuning"),
         ({"messages": [Q, A]}, "preference_tuning", "no 'chosen' and 'rejected'"),

@@ -47,7 +47,7 @@ BESIDE = {
 }
 # In a turn. A mark is honored where its turn leaves the loss.
 INSIDE = {
-    **dict.fromkeys((*REASONING_KEYS, "name", "tool_call_id", "mood"), SEEN),
+    **dict.fromkeys((*REASONING_KEYS, "name", "tool_call_id", "mood", "images"), SEEN),
     **dict.fromkeys(MARKS, 0),
     "tool_calls": [{"function": TOOL | {"arguments": {}}}],
     "function_call": TOOL | {"arguments": {}},

@@ -17,6 +17,7 @@ if __name__ == "__main__":
 
 from conftest import REPOSITORY, config_for
 from forgebook.catalog import hardware_of, shape_from, shape_of
+from forgebook.data.batching import IGNORED
 from forgebook.errors import ModelError
 from forgebook.models import adapters, load, shapes
 from forgebook.models.families import freeze_towers
@@ -24,7 +25,7 @@ from forgebook.models.vllm_support import vllm_loads
 from forgebook.planning.plan import plan
 from forgebook.planning.settings import check_written
 from forgebook.planning.trainable import trainable_parameters
-from forgebook.training.losses import IGNORED, SupervisedLM
+from forgebook.training.losses import SupervisedLM
 from support_families import FAMILIES, TEMPLATES, save_family
 
 TABLE = REPOSITORY / "tests/oracles/families.md"

@@ -5,10 +5,11 @@ import torch
 from torch.nn import functional
 
 from conftest import TINY_MODEL
+from forgebook.data.batching import IGNORED
 from forgebook.models.load import load_model
 from forgebook.planning.memory import LOSS_CHUNK
 from forgebook.training import losses
-from forgebook.training.losses import IGNORED, SupervisedLM, chunked_cross_entropy, fused_linear_cross_entropy
+from forgebook.training.losses import SupervisedLM, chunked_cross_entropy, fused_linear_cross_entropy
 from support_families import save_family
 
 

@@ -1,0 +1,92 @@
+"""The loss of examples with images equals that of plain transformers on the same batch, for each family."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from forgebook.data.data_sources import find_sources
+from forgebook.data.image_batches import Pixels
+from forgebook.data.image_tokens import ImageTokens
+from forgebook.data.tokenize import EncodingOptions, tokenize
+from forgebook.models.load import load_model
+from forgebook.models.processor import load_processor
+from forgebook.models.tokenizer import load_tokenizer
+from forgebook.training.losses import SupervisedLM
+from forgebook.training.reference import ExampleSet
+from support_vision import FAMILIES, draw, image_row, save_vision_model
+
+# Of different sizes and numbers, one example without an image among them.
+SIZES = [(40, 30), (90, 28), (28, 60)]
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rows")
+    for k, size in enumerate(SIZES):
+        draw(folder / f"{k}.png", f"n{k}", size, ("navy", "maroon", "green")[k])
+    written = [
+        image_row("What number?", "It is zero.", "0.png"),
+        image_row("Which of both?", "The second one.", "1.png", "2.png"),
+        {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi there."}]},
+        image_row("And this?", "Two.", "2.png", system="Be short."),
+    ]
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in written))
+    return path, written
+
+
+def plain_loss(model, processor, tokenizer, rows, folder):
+    """Sum the loss as a script on plain transformers does: its processor, its labels, its logits."""
+    texts, images = [], []
+    for row in rows:
+        turns = [{"role": one["role"], "content": as_parts(one["content"])} for one in row["messages"]]
+        if "message['content'] + ''" in tokenizer.chat_template:  # it reads lists of a user alone
+            turns = [t if t["role"] == "user" else t | {"content": t["content"][0]["text"]} for t in turns]
+        texts.append(tokenizer.apply_chat_template(turns, tokenize=False))
+        urls = [part["image_url"]["url"] for part in row["messages"][-2]["content"] if "image_url" in part]
+        images.append([Image.open(folder / url).convert("RGB") for url in urls])
+    images = [one for one in images if one]
+    inputs = processor(text=texts, images=images or None, padding=True, return_tensors="pt", add_special_tokens=False)
+    ids = inputs["input_ids"]
+    labels = torch.full_like(ids, -100)
+    begin, end = tokenizer.convert_tokens_to_ids(["<|assistant|>", "<|end|>"])
+    for line, targets in zip(ids.tolist(), labels, strict=True):
+        start = line.index(begin) + 1
+        stop = line.index(end, start) + 1
+        targets[start:stop] = torch.tensor(line[start:stop])
+    return model(**inputs, labels=labels).loss * (labels != -100).sum()
+
+
+def as_parts(content):
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    return [{"type": "image"} if part["type"] == "image_url" else part for part in parts]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_loss_is_that_of_plain_transformers(family, rows, tmp_path):
+    path, written = rows
+    source = save_vision_model(family, tmp_path / "model")
+    tokenizer = load_tokenizer(source)
+    processor = load_processor(source, tokenizer)
+    model = load_model(source, dtype="float32", reads_images=True).eval()
+    tokens, notes = tokenize(
+        find_sources(str(path)), tokenizer, EncodingOptions("vision_language"), tmp_path / ".tokens",
+        images=ImageTokens(processor, tmp_path / ".tokens/images"),
+    )  # fmt: skip
+    assert not notes.problems, notes.problems
+    examples = ExampleSet(tokens, tokenizer.pad_token_id, torch.device("cpu"), pixels=Pixels(processor, "float32"))
+    wrapped = SupervisedLM(model, reads_images=True)
+
+    def total(numbers):
+        return wrapped(**examples.batch(list(np.array(numbers)[:, None])))
+
+    units = tokens.supervised.sum()
+    ours = total([0, 1, 2, 3]) / units
+    with_images, text_alone = [written[0], written[1], written[3]], written[2:3]
+    parts = [plain_loss(model, processor, tokenizer, rows, path.parent) for rows in (with_images, text_alone)]
+    assert ours.item() == pytest.approx((sum(parts) / units).item(), abs=1e-5)
+    # However the batch is divided, also where a part has no image.
+    assert ((total([0, 1]) + total([2]) + total([3])) / units).item() == pytest.approx(ours.item(), abs=1e-5)
