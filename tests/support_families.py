@@ -68,6 +68,7 @@ FAMILIES = {
     "LFM 2 MoE": ("lfm2_moe", EXPERTS | {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1}),
     "GLM 4": ("glm4", {}),
     "GLM 4.5, 4.6": ("glm4_moe", EXPERTS | GROUPS),
+    "GLM 4.7 Flash": ("glm4_moe_lite", EXPERTS | GROUPS | LATENT),
     "DeepSeek V3": ("deepseek_v3", EXPERTS | GROUPS | LATENT),
 }  # fmt: skip
 
@@ -86,6 +87,7 @@ TEMPLATES = {
     "Mixtral": "Mistral 7B v0.2, Mixtral",
     "Ministral 3": "Ministral 3, Magistral",
     "Mistral Small 3": "Mistral Small 3.2",
+    "GLM 4.7 Flash": "GLM 4.7",
     "OLMo 3": "OLMo 3 Instruct",
     "OLMoE": "OLMo 2",
     "Granite 3": "Granite 3.3",

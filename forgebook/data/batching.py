@@ -31,6 +31,7 @@ __all__ = [
     "collate",
     "epoch_batches",
     "group_size",
+    "groups_by_length",
     "images_of",
     "make_batch",
     "make_sequences",
@@ -57,6 +58,15 @@ IGNORED = -100
 def group_size(task: str | None) -> int:
     """Return how many adjacent examples belong together: 2 for the chosen and the rejected answer of a pair."""
     return 2 if task == "preference_tuning" else 1
+
+
+def groups_by_length(task: str | None) -> bool:
+    """Return whether the examples of a step have similar lengths: not in classification.
+
+    Where the examples of one label are the longer ones, as spam is, most steps would see one label alone, and each
+    would pull the balance of the labels its way.
+    """
+    return task != "classification"
 
 
 def make_sequences(tokens: Tokens, padding: str, context_length: int, group: int = 1) -> list[Sequence]:
@@ -101,9 +111,9 @@ def pack(lengths: np.ndarray, capacity: int) -> list[Sequence]:
 
 
 def epoch_batches(
-    tokens: Tokens, sequences: list[Sequence], global_batch: int, seed: int, epoch: int
+    tokens: Tokens, sequences: list[Sequence], global_batch: int, seed: int, epoch: int, *, by_length: bool = True
 ) -> list[list[Sequence]]:
-    """Divide an epoch's sequences into optimizer steps: shuffled, grouped by length.
+    """Divide an epoch's sequences into optimizer steps: shuffled, and grouped by length if `by_length`.
 
     Returns one list of sequences per step, each of global_batch, the last maybe shorter.
     """
@@ -114,7 +124,8 @@ def epoch_batches(
     steps = []
     for start in range(0, len(order), window):
         part = order[start : start + window]
-        part = part[np.argsort(lengths[part], kind="stable")]
+        if by_length:
+            part = part[np.argsort(lengths[part], kind="stable")]
         batches = [part[k : k + global_batch] for k in range(0, len(part), global_batch)]
         steps += [batches[k] for k in rng.permutation(len(batches))]
     # A short batch in the middle would make steps differ in kind; it comes last, once.

@@ -21,7 +21,7 @@ from forgebook.catalog import Gpu, Shape, read_catalog
 from forgebook.config.rules import check_rules, open_keys
 from forgebook.config.schema import DEFAULT_LORA, LEARNING_RATES, auto_keys
 from forgebook.data import readers
-from forgebook.data.batching import group_size, padding_in
+from forgebook.data.batching import group_size, groups_by_length, padding_in
 from forgebook.data.data_sources import find_sources
 from forgebook.data.row_formats import parse_row
 from forgebook.errors import DataError, ModelError, ResourceError
@@ -186,18 +186,19 @@ def _context_for(longest: int | None, limit: int | None, truncation: str, data: 
 
 def _padding_for(task: str | None, attention: str, data: Statistics | None) -> tuple[str, str]:
     """Choose how batches are padded, with the reason."""
+    batches = "batches are grouped by length" if groups_by_length(task) else "a classifier's batches mix all lengths"
     if not data or task == "preference_tuning":
-        return "longest", "batches are grouped by length"
-    share = _padding_share(data.lengths)
+        return "longest", batches
+    share = _padding_share(data.lengths, groups_by_length(task))
     if share >= MUCH_PADDING and attention in ("flash_attention_2", "flash_attention_3"):
         return "packed", f"about {share:.0%} of the batches would be padding"
-    return "longest", f"batches are grouped by length: about {share:.0%} is padding"
+    return "longest", f"{batches}: about {share:.0%} is padding"
 
 
-def _padding_share(lengths: tuple[int, ...]) -> float:
-    """Estimate the share of padding in batches of examples that are grouped by length, some thousand at a time."""
-    parts = (lengths[start : start + SORTED_EXAMPLES] for start in range(0, len(lengths), SORTED_EXAMPLES))
-    ordered = (np.sort(part) for part in parts)
+def _padding_share(lengths: tuple[int, ...], by_length: bool) -> float:
+    """Estimate the share of padding in batches of examples, if `by_length` grouped by it some thousand at a time."""
+    parts = (np.array(lengths[start : start + SORTED_EXAMPLES]) for start in range(0, len(lengths), SORTED_EXAMPLES))
+    ordered = (np.sort(part) if by_length else part for part in parts)
     return padding_in(
         part[k : k + EXAMPLES_PER_BATCH] for part in ordered for k in range(0, len(part), EXAMPLES_PER_BATCH)
     )

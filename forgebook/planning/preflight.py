@@ -111,7 +111,10 @@ def _work_of(prepared: Prepared) -> Work:
         sequences = batching.make_sequences(
             prepared.train, config.padding, config.context_length, batching.group_size(config.task)
         )
-        batches = batching.epoch_batches(prepared.train, sequences, config.global_batch_size, config.seed, 0)
+        by_length = batching.groups_by_length(config.task)
+        batches = batching.epoch_batches(
+            prepared.train, sequences, config.global_batch_size, config.seed, 0, by_length=by_length
+        )
         lengths, share = lengths[np.concatenate([one for batch in batches[:steps] for one in batch])], 1.0
     tokens = int(lengths.sum()) * share
     longest = int(lengths.max()) if config.padding == "longest" else config.context_length

@@ -183,7 +183,10 @@ def train_loop(config: ResolvedConfig, run: Run, report: Report = lambda metrics
 
     @lru_cache(maxsize=1)
     def steps_of(epoch: int) -> list[list[batches.Sequence]]:
-        return batches.epoch_batches(train, sequences, config.global_batch_size, config.seed, epoch)
+        by_length = batches.groups_by_length(config.task)
+        return batches.epoch_batches(
+            train, sequences, config.global_batch_size, config.seed, epoch, by_length=by_length
+        )
 
     def examples_of(number: int) -> list[batches.Sequence]:
         return steps_of(number // steps_per_epoch)[number % steps_per_epoch]

@@ -50,6 +50,16 @@ def test_like_lengths_share_a_batch():
     assert sum(lengths[step].max() * len(step) for step in steps) < 1.15 * lengths.sum()
 
 
+def test_a_classifiers_steps_hold_short_and_long_examples():
+    """Those of one label may all be longer: a step of one label alone would pull their balance its way."""
+    tokens = make_tokens([10, 60] * 100)
+    assert batching.groups_by_length("instruction_tuning") and not batching.groups_by_length("classification")
+    steps = batching.epoch_batches(tokens, single(tokens), 16, seed=0, epoch=0, by_length=False)
+    longer = [sum(tokens.lengths[np.concatenate(step)] == 60) / len(step) for step in steps]
+    assert min(longer) > 0.1 and max(longer) < 0.9
+    assert sorted(np.concatenate([row for step in steps for row in step])) == list(range(200))
+
+
 def test_collate_predicts_the_next_token_and_stops_at_the_last_trained_one():
     tokens = Tokens.from_examples([([7, 8, 9, 10, 11], [False, False, True, True, False]), ([5, 6], [False, True])])
     batch = batching.collate(tokens, single(tokens), pad_id=0)

@@ -1,6 +1,7 @@
 """Labels as tokens, the loss on them alone, and scores."""
 
 import copy
+import json
 
 import numpy as np
 import pytest
@@ -145,6 +146,16 @@ def test_an_adapters_labels_have_their_own_learning_rate(classifier):
     assert moved == pytest.approx(classification.label_rate(rate, 256), rel=0.05) and moved > 100 * rate
     largest_b = max(weight.abs().max().item() for name, weight in weights.items() if "lora_B" in name)
     assert largest_b == pytest.approx(rate, rel=0.05)
+
+
+def test_a_step_has_both_labels_where_one_has_the_longer_examples(classifier, write_rows):
+    """Otherwise each step moves the balance of the labels its way. In the plan and in training alike."""
+    texts = [("the lamp " * (1 + 12 * (k % 2)) + str(k), LABELS[k % 2]) for k in range(32)]
+    path = write_rows([chat(*one, system=None) for one in texts], "lengths.jsonl")
+    run = fine_tune(classifier(train_path=path, train_batch_size_per_device=8, num_epochs=1))
+    tokens = np.diff([0, *(step["trained_tokens"] for step in read_metrics(run.metrics) if "trained_tokens" in step)])
+    assert len(tokens) == 4 and tokens.max() < 2 * tokens.min()
+    assert json.loads(run.data_report.read_text())["train"]["padding_share"] > 0.4
 
 
 def test_scores_are_those_of_scikit_learn():
