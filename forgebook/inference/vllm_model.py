@@ -9,6 +9,7 @@ Prompts are passed as the token ids of training, and answers end as in `generate
 from __future__ import annotations
 
 import gc
+import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,10 +50,12 @@ class VllmModel:
         numbers: Sequence[int],
         sampling: Sampling,
         keep_special: bool = False,
+        on_finished: Callable[[int], None] = lambda done: None,
     ) -> Iterator[tuple[int, str, int]]:
         """Yield (index of a conversation, its answer, tokens of it).
 
-        numbers: each conversation's number in its set; its seed is derived from it.
+        numbers: each conversation's number in its set; its seed is derived from it. on_finished: called with how many
+        answers are complete, also while the others of their chunk are not.
         """
         from vllm import SamplingParams
 
@@ -81,7 +84,8 @@ class VllmModel:
                 )
                 for k in part
             ]
-            outputs = self.llm.generate(inputs, settings, lora_request=self.adapter, use_tqdm=False)
+            bar = _counting_bar(start, on_finished)
+            outputs = self.llm.generate(inputs, settings, lora_request=self.adapter, use_tqdm=bar)
             for k, output in zip(part, outputs, strict=True):
                 yield k, output.outputs[0].text, len(output.outputs[0].token_ids)
 
@@ -98,12 +102,33 @@ class VllmModel:
         """Answer conversations greedily; see `generate.complete`."""
         sampling, tokens = Sampling(max_new_tokens), 0
         numbers = range(len(conversations))
-        answers = self.answer_in_order(conversations, tools, numbers, sampling, keep_special)
+        answers = self.answer_in_order(
+            conversations, tools, numbers, sampling, keep_special, lambda finished: on_progress(finished, 0, 0.0)
+        )
         for done, (k, text, count) in enumerate(answers, 1):
             on_answer(k, text)
             tokens += count
             if done % CHUNK == 0 or done == len(conversations):  # those of a chunk come at once
                 on_progress(done, tokens, 0.0)
+
+
+def _counting_bar(done: int, on_finished: Callable[[int], None]) -> type:
+    """Make what vLLM shows progress with: a bar that prints nothing, and calls `on_finished` for each answer.
+
+    done: how many were complete before. vLLM takes the class, and has no other way to tell.
+    """
+    from tqdm import tqdm
+
+    class Bar(tqdm):
+        def __init__(self, *args: Any, **kwargs: Any):
+            super().__init__(*args, **kwargs, file=io.StringIO())
+
+        def update(self, n: float | None = 1) -> bool | None:
+            shown = super().update(n)
+            on_finished(done + int(self.n))
+            return shown
+
+    return Bar
 
 
 def load_in_vllm(

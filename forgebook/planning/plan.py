@@ -33,7 +33,7 @@ from forgebook.planning.history import RunKind, Throughput, method_name, typical
 from forgebook.planning.memory import WIDTHS, Memory, memory_of
 from forgebook.planning.sharding import sharding_of
 from forgebook.planning.token_count import Statistics
-from forgebook.planning.trainable import trainable_parameters
+from forgebook.planning.trainable import trainable_parameters, with_label_rows
 
 if TYPE_CHECKING:
     from forgebook.config.schema import FinetuneConfig, ResolvedConfig
@@ -228,7 +228,7 @@ def plan(
         costs=tuple(costs),
         checkpoint_bytes=checkpoint,
         disk_bytes=disk,
-        vllm=_vllm_verdict(resolved.lora_config, shape),
+        vllm=_vllm_verdict(resolved.lora_config, shape, len(labels_of(resolved.classifier_config))),
         priced=catalog.priced,
         notes=(*checkpointing, *_notes(resolved, shape, requested, workers, gpu, need, work, data)),
     )
@@ -299,7 +299,7 @@ def _disk_bytes(saved: int, trained: int, dtype: str, copies: int) -> tuple[int,
     return checkpoint, checkpoint * (copies + 1) + 2 * state
 
 
-def _vllm_verdict(lora_config: dict[str, Any] | None, shape: Shape) -> str:
+def _vllm_verdict(lora_config: dict[str, Any] | None, shape: Shape, labels: int) -> str:
     """Judge whether vLLM can serve the result, without the model: a run compares the names of its layers, too."""
     if lora_config is None:
         return "yes"
@@ -308,7 +308,7 @@ def _vllm_verdict(lora_config: dict[str, Any] | None, shape: Shape) -> str:
     is_named = shape.adapts_experts and named & {"all-linear", *EXPERT_LAYERS}
     if shape.experts > 1 and (is_named or lora_config.get("target_parameters")):
         return "no: its experts share one tensor, and each has its own in the published weights, where vLLM looks"
-    return vllm_serves(lora_config)
+    return vllm_serves(with_label_rows(lora_config, labels))
 
 
 def _notes(

@@ -37,6 +37,7 @@ from forgebook.planning.history import Throughput, read_throughputs, record_thro
 from forgebook.planning.plan import Plan, plan, run_kind, running_figures
 from forgebook.planning.plan_report import verdict
 from forgebook.planning.prepare import Prepared
+from forgebook.planning.trainable import with_label_rows
 from forgebook.runs.run import Run, display_path
 
 if TYPE_CHECKING:
@@ -148,7 +149,8 @@ def check_settings(prepared: Prepared) -> tuple[list[str], str | None]:
         skeleton = load_skeleton(base)
         unmatched = check_lora(skeleton, config.lora_config)
         names = [name for name, _ in skeleton.named_parameters()]
-        vllm = vllm_serves(config.lora_config, names, base, skeleton)
+        lora_config = with_label_rows(config.lora_config, len(labels_of(config.classifier_config)))
+        vllm = vllm_serves(lora_config, names, base, skeleton)
     return [*filter(None, warnings), *unmatched], vllm
 
 

@@ -14,7 +14,7 @@ from forgebook.models.lora_targets import EXPERT_LAYERS, EXPERT_PARTS, ROUTERS
 if TYPE_CHECKING:
     from forgebook.catalog import Shape
 
-__all__ = ["adapted_layers", "trainable_parameters", "trains_label_rows"]
+__all__ = ["adapted_layers", "trainable_parameters", "trains_label_rows", "with_label_rows"]
 
 
 def trainable_parameters(lora: dict[str, Any] | None, shape: Shape, labels: int = 0) -> int:
@@ -41,6 +41,11 @@ def trains_label_rows(lora: dict[str, Any] | None, labels: int) -> bool:
         return False
     tables = {"embed_tokens", "lm_head"} & set(lora.get("modules_to_save") or [])
     return "trainable_token_indices" not in lora and not tables
+
+
+def with_label_rows(lora: dict[str, Any], labels: int) -> dict[str, Any]:
+    """Add to a lora_config what training adds for a classifier's labels, whose ids are not known yet."""
+    return lora | ({"trainable_token_indices": list(range(labels))} if trains_label_rows(lora, labels) else {})
 
 
 def _adapter_size(rank: int, inputs: int, outputs: int, lora: dict[str, Any]) -> int:

@@ -113,6 +113,13 @@ def test_the_plan_says_whether_vllm_finds_the_adapters_layers(model, lora, verdi
     assert plan(big(model, lora_config=lora), shape_of(model), hardware_of("8xH100")).vllm.startswith(verdict_start)
 
 
+def test_the_plan_says_that_vllm_serves_no_adapter_with_labels():
+    """Its new tokens are trained as trainable_token_indices, which training adds."""
+    labels = {"label_tokens": ["[[ham]]", "[[spam]]"]}
+    config = big(LLAMA_8B, lora_config=LORA, task="classification", classifier_config=labels)
+    assert plan(config, shape_of(LLAMA_8B), hardware_of("8xH100")).vllm == "no: trainable_token_indices is set"
+
+
 def test_flops_are_six_and_four_per_parameter():
     shape = shape_of(big().model_id)
     active = shape.parameters - shape.embedding_parameters  # no look-up

@@ -100,9 +100,11 @@ def test_other_modules_to_save_leave_the_labels_trained(classifier):
     assert load.fit_vocabulary(model, tokenizer_of(own), labels_of(own.classifier_config), own.lora_config) == {}
 
 
-def test_only_the_rows_of_the_labels_move(classifier):
+def test_only_the_rows_of_the_labels_move(classifier, capsys):
     """Peers' point 19: under LoRA new tokens are trained, merged and saved; all other embeddings stay."""
     run = fine_tune(classifier(lora_config=LORA))
+    printed = capsys.readouterr().out  # vLLM's verdict before and after training
+    assert printed.count("trainable_token_indices is set") == 2 and "can serve the adapter: yes" not in printed
     model, tokenizer, _ = load_for_generation(run.checkpoints / "epoch-1")
     merged = model.merge_and_unload().get_input_embeddings().weight
     base = load.load_model(str(TINY_MODEL), dtype="float32").get_input_embeddings().weight
