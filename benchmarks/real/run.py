@@ -25,13 +25,14 @@ import random
 import re
 import resource
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import zipfile
 from importlib.metadata import version
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
@@ -173,17 +174,21 @@ def measure_engines(run: Path, test: Path, rows: int, max_new_tokens: int) -> di
                 lines = [json.loads(line) for line in file.read_text().splitlines()[1:]]
                 texts |= {(name, line["prompt"]): line["text"] for line in lines}
                 settings = json.loads(file.read_text().splitlines()[0])["settings"]
-            answers[engine] = texts
-            tokens = sum(map(len, tokenizer(list(texts.values()))["input_ids"]))
+            answers[engine] = {key: tokenizer(text)["input_ids"] for key, text in texts.items()}
+            tokens = sum(map(len, answers[engine].values()))
             figures[engine] = {
                 "dtype": settings["dtype"], "tokens": tokens, "tokens_per_second": rates,
                 **spent, "tokens_per_processor_second": round(tokens / spent["processor_minutes"] / 60, 1),
             }  # fmt: skip
-    ours, theirs = answers.values()
+    pairs = [(ours, answers["vllm"][key]) for key, ours in answers["transformers"].items()]
+    agree = [len(list(takewhile(lambda two: two[0] == two[1], zip(*pair, strict=False)))) for pair in pairs]
     ratio = figures["vllm"]["tokens_per_processor_second"] / figures["transformers"]["tokens_per_processor_second"]
     return {
-        "rows": rows, "max_new_tokens": max_new_tokens, "equal_answers": sum(ours[key] == theirs[key] for key in ours),
-        "answers": len(ours), "ratio": round(ratio, 2), **figures,
+        "rows": rows, "max_new_tokens": max_new_tokens, "answers": len(pairs),
+        "equal_answers": sum(ours == theirs for ours, theirs in pairs),
+        "equal_in_their_first_32_tokens": sum(ours[:32] == theirs[:32] for ours, theirs in pairs),
+        "tokens_to_the_first_difference": {"median": statistics.median(agree), "least": min(agree)},
+        "ratio_of_tokens_per_processor_second": round(ratio, 2), **figures,
     }  # fmt: skip
 
 

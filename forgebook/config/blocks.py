@@ -196,8 +196,8 @@ class ClassifierConfig(StrictBlock):
 
     label_tokens: Annotated[list[str], Field(min_length=2)]
     """The labels; each becomes one special token, and the last answer of every example is exactly one of them. Its
-    embedding starts from the tokens of its text; under LoRA it has a learning rate of 4 / hidden size or
-    `learning_rate`, whichever is higher."""
+    embedding starts from the tokens of its text; under LoRA it has a learning rate of 4 / hidden size, in a run of more
+    than 40 steps of 160 / (steps x hidden size), or `learning_rate`, whichever is higher."""
     eval_metrics: list[Literal["accuracy", "f1", "precision", "recall", "prauc", "rocauc"]] = ["accuracy"]
     """Metrics to compute on the validation examples."""
 

@@ -50,6 +50,10 @@ MAX_BODY = 16 * 2**20
 ENCODE_AT_ONCE = 4
 # Seconds between checks whether the client of a waiting request is still connected.
 CHECK_CLIENT_EVERY = 0.2
+NULL_DESCRIPTIONS = (
+    "vLLM shows the model a tool without a description as one whose description is null, as training did not: describe "
+    "each tool in requests"
+)
 
 
 def serve(
@@ -84,6 +88,8 @@ def serve(
         if runs_eagerly():
             command.append("--enforce-eager")
         print("starting " + " ".join(command), flush=True)
+        if "--tool-call-parser" in command:
+            print(NULL_DESCRIPTIONS, flush=True)
         # In the environment, not among the arguments, which every user of the machine can read.
         os.execvpe(command[0], command, {**os.environ, **({"VLLM_API_KEY": key} if key else {})})
     with _listening(host, port) as listener:

@@ -20,14 +20,16 @@ __all__ = ["label_ids", "label_rate", "score_predictions"]
 # label's logit by the rate x hidden size. A new label starts 10 to 20 below the likeliest tokens; this closes that in a
 # dozen steps, warm-up and decay included. On SmolLM2, with 16 to 75 steps, a half to twice of it does as well.
 LOGIT_PER_STEP = 4.0
+# Longer runs have time for the same way in smaller steps, each of which upsets the balance of the labels less.
+LOGIT_PER_RUN = 160.0
 
 
-def label_rate(learning_rate: float, hidden: int) -> float:
+def label_rate(learning_rate: float, hidden: int, steps: int) -> float:
     """Return the peak learning rate of the labels' embeddings; a rate for LoRA alone is too low in a small model.
 
-    hidden: the model's hidden size.
+    hidden: the model's hidden size. steps: of the whole run.
     """
-    return max(learning_rate, LOGIT_PER_STEP / hidden)
+    return max(learning_rate, min(LOGIT_PER_STEP, LOGIT_PER_RUN / steps) / hidden)
 
 
 def label_ids(tokenizer: Any, labels: Sequence[str]) -> list[int]:

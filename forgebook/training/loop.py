@@ -93,7 +93,7 @@ def train_loop(config: ResolvedConfig, run: Run, report: Report = lambda metrics
         about_data = atomic.read_json(run.data_report) if run.data_report.exists() else {}
         check_versions(about_data.get("models", {}), config)
     with explain("while the model was loaded", lambda: config.context_length):
-        worker = make_worker(config, accelerator)
+        worker = make_worker(config, accelerator, last_step)
     # New weights, as an adapter's, are the same on every rank; dropout from here on is each rank's own.
     torch.manual_seed(config.seed + accelerator.process_index)
     rates = optimizers.learning_rates(

@@ -1,7 +1,7 @@
 """Set up one worker: its process group, tokenizer, model, optimizer, and DDP, FSDP2 or DeepSpeed around them.
 
 accelerator = make_accelerator(config)      first: under ZeRO-3, DeepSpeed's config must exist before the weights
-worker = make_worker(config, accelerator)
+worker = make_worker(config, accelerator, steps)
 """
 
 from __future__ import annotations
@@ -137,9 +137,10 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def make_worker(config: ResolvedConfig, accelerator: Accelerator) -> Worker:
+def make_worker(config: ResolvedConfig, accelerator: Accelerator, steps: int = 1) -> Worker:
     """Load tokenizer and model, add LoRA if configured, create the optimizer, wrap for DDP, FSDP2 or DeepSpeed.
 
+    steps: of the whole run, on which the learning rate of a classifier's labels depends.
     Collective. Raises ModelError, ResourceError or ConfigError if it cannot; except while ZeRO-3 loads, on all ranks.
     """
     with distributed.raised_everywhere():
@@ -163,7 +164,7 @@ def make_worker(config: ResolvedConfig, accelerator: Accelerator) -> Worker:
     label_scale = 1.0
     if config.classifier_config is not None:
         width = model.config.get_text_config().hidden_size
-        label_scale = classification.label_rate(config.learning_rate, width) / config.learning_rate
+        label_scale = classification.label_rate(config.learning_rate, width, steps) / config.learning_rate
     wrapped: Any = SupervisedLM(model, reads_images=processor is not None)
     if config.sharding == "fsdp":
         fsdp.shard(wrapped, getattr(torch, config.dtype), accelerator.device)

@@ -16,7 +16,10 @@ import pytest
 
 from conftest import LORA, REPOSITORY
 from forgebook.catalog import model_folder
+from forgebook.config.parse import load_config
+from forgebook.data.masking import encode_prompt
 from forgebook.launch.fine_tune import fine_tune
+from forgebook.models.tokenizer import load_tokenizer
 from forgebook.runs.run import best_checkpoint
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -65,8 +68,6 @@ def trained(tmp_path_factory):
         "num_warmup_steps": 0, "deepspeed": None, "lora_config": LORA, "storage_path": str(folder / "runs"),
     }  # fmt: skip
     (folder / "run.yaml").write_text(json.dumps(settings))
-    from forgebook.config.parse import load_config
-
     adapter = best_checkpoint(fine_tune(load_config(folder / "run.yaml")))
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PROMPTS))
     run_command("merge", str(adapter), str(folder / "merged"))
@@ -126,6 +127,49 @@ def test_a_server_answers_as_generate(trained, is_merged):
                     model=name, messages=row["messages"], temperature=0, max_tokens=32
                 )
                 assert done.choices[0].message.content == answer
+    finally:
+        process.terminate()
+        process.communicate(timeout=60)
+
+
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": name, "description": f"To {name}.",
+            "parameters": {"type": "object", "properties": {"place": {"type": "string"}}},
+        },
+    }
+    for name in ("read_sensor", "look_up")
+]  # fmt: skip
+CALL = {"name": "read_sensor", "arguments": '{"place": "Oslo"}'}
+
+
+def test_tools_are_shown_and_calls_read_as_in_training(tmp_path):
+    """Of the tiny model, whose template shows tools: a call that it has learned, from as many tokens of prompt."""
+    called = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": CALL}]}
+    questions = [{"role": "user", "content": f"How warm is it, {row['messages'][1]['content'][:20]}?"} for row in ROWS]
+    rows = [{"messages": [question, called], "tools": TOOLS} for question in questions[:32]]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {
+        "model_id": "tiny", "train_path": str(tmp_path / "train.jsonl"), "task": "instruction_tuning", "num_devices": 0,
+        "num_epochs": 10, "train_batch_size_per_device": 8, "learning_rate": 5e-3, "dtype": "float32",
+        "num_warmup_steps": 0, "deepspeed": None, "lora_config": LORA, "storage_path": str(tmp_path / "runs"),
+    }  # fmt: skip
+    (tmp_path / "run.yaml").write_text(json.dumps(settings))
+    checkpoint = best_checkpoint(fine_tune(load_config(tmp_path / "run.yaml")))
+    process = command("serve", str(checkpoint), "engine=vllm", "port=8766", "dtype=float32", vllm=True)
+    try:
+        client = openai.OpenAI(base_url="http://127.0.0.1:8766/v1", api_key="none")
+        name = wait_for_models(process, client)[-1]
+        prompt = rows[0]["messages"][:1]
+        done = client.chat.completions.create(model=name, messages=prompt, tools=TOOLS, temperature=0, max_tokens=64)
+        [call] = done.choices[0].message.tool_calls
+        assert {"name": call.function.name, "arguments": json.loads(call.function.arguments)} == {
+            **CALL, "arguments": json.loads(CALL["arguments"])
+        }  # fmt: skip
+        assert done.choices[0].finish_reason == "tool_calls"
+        assert done.usage.prompt_tokens == len(encode_prompt(prompt, load_tokenizer(str(checkpoint)), tools=TOOLS))
     finally:
         process.terminate()
         process.communicate(timeout=60)

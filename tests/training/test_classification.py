@@ -133,8 +133,13 @@ def test_new_labels_start_from_the_tokens_of_their_text(classifier, tied):
         assert torch.equal(layer.weight[: len(old)], old)
 
 
-def test_an_adapters_labels_have_their_own_learning_rate(classifier):
-    """From the mean of their texts, in the one step after the warm-up, by that rate; the adapter by its own."""
+@pytest.mark.parametrize("per_run", [160.0, 2.0])
+def test_an_adapters_labels_have_their_own_learning_rate(classifier, per_run, monkeypatch):
+    """From the mean of their texts, in the one step after the warm-up, by that rate; the adapter by its own.
+
+    per_run: what the labels' logits move in a run; of two steps here.
+    """
+    monkeypatch.setattr(classification, "LOGIT_PER_RUN", per_run)
     rate = 1e-5
     config = classifier(lora_config=LORA, learning_rate=rate, weight_decay=0.0, num_epochs=1)
     run = fine_tune(config)
@@ -145,7 +150,7 @@ def test_an_adapters_labels_have_their_own_learning_rate(classifier):
         [base[ids].mean(0) for ids in label_pieces(tokenizer_of(config), labels_of(config.classifier_config)).values()]
     )
     moved = (rows - starts).abs().max().item()
-    assert moved == pytest.approx(classification.label_rate(rate, 256), rel=0.05) and moved > 100 * rate
+    assert moved == pytest.approx(min(4.0, per_run / 2) / 256, rel=0.05) and moved > 100 * rate
     largest_b = max(weight.abs().max().item() for name, weight in weights.items() if "lora_B" in name)
     assert largest_b == pytest.approx(rate, rel=0.05)
 
@@ -158,6 +163,12 @@ def test_a_step_has_both_labels_where_one_has_the_longer_examples(classifier, wr
     tokens = np.diff([0, *(step["trained_tokens"] for step in read_metrics(run.metrics) if "trained_tokens" in step)])
     assert len(tokens) == 4 and tokens.max() < 2 * tokens.min()
     assert json.loads(run.data_report.read_text())["train"]["padding_share"] > 0.4
+
+
+def test_the_labels_rate_falls_with_the_number_of_steps():
+    """Down to that of the run."""
+    rates = [classification.label_rate(1e-3, 256, steps) for steps in (1, 40, 80, 160, 10_000)]
+    assert rates == [4 / 256, 4 / 256, 2 / 256, 1 / 256, 1e-3]
 
 
 def test_scores_are_those_of_scikit_learn():
