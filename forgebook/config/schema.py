@@ -277,10 +277,9 @@ class FinetuneConfig(StrictBlock):
     def _fill_in(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
+        blocks = [block for block in TASK_OF_BLOCK if values.get(block) is not None]
         filled = with_deepspeed(values)
-        if filled.get("task") is None:
-            tasks = (task for block, task in TASK_OF_BLOCK.items() if values.get(block) is not None)
-            filled["task"] = next(tasks, "causal_lm")
+        filled["task"] = filled.get("task") or (TASK_OF_BLOCK[blocks[0]] if blocks else "causal_lm")
         for block in ("preference_tuning_config", "vision_language_config"):
             if filled["task"] == TASK_OF_BLOCK[block] and filled.get(block) is None:
                 filled[block] = {}

@@ -252,7 +252,7 @@ def collate(
 
 def make_batch(encoded: Iterable[Encoded], pad_id: int) -> Batch:
     """Stack encoded examples, one per line: its tensors as `collate` makes them."""
-    tokens = Tokens.from_examples((one.input_ids, one.loss_mask) for one in encoded)
+    tokens = Tokens.from_encoded(encoded)
     return collate(tokens, list(np.arange(len(tokens))[:, None]), pad_id)
 
 

@@ -98,6 +98,20 @@ class ImageTokens:
         spans = [(moved(start), moved(end)) for start, end in rendered.spans]
         return dataclasses.replace(rendered, text=text, spans=spans, images=images)
 
+    def resized(self, file: ImageFile) -> str:
+        """Describe what the processor makes of an image: how many parts of which size, in pixels."""
+        from PIL import Image as pillow
+
+        picture = pillow.new("RGB", (file.width, file.height))
+        outputs = self.processor(images=[[picture]], text=[self.processor.image_token], return_tensors="pt")
+        shape = outputs["pixel_values"].shape
+        if "image_grid_thw" in outputs:  # patches in one dimension
+            patch = self.processor.image_processor.patch_size
+            _, rows, columns = outputs["image_grid_thw"][0].tolist()
+            return f"{columns * patch} x {rows * patch}"
+        parts = shape[:-3].numel()
+        return (f"{parts} of " if parts > 1 else "") + f"{shape[-1]} x {shape[-2]}"
+
     def _processed(self, sizes: Sizes) -> list[str]:
         """Return what the processor writes for each of an example's images, by their (width, height)."""
         from PIL import Image as pillow

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import functools
 import hashlib
 import http.client
 import io
@@ -31,7 +32,19 @@ from forgebook.runs.atomic import atomic_file
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
-__all__ = ["IMAGE", "IMAGES", "Image", "ImageFile", "as_address", "check_image", "is_same", "open_image", "read_image"]
+__all__ = [
+    "IMAGE",
+    "IMAGES",
+    "Image",
+    "ImageFile",
+    "as_address",
+    "check_image",
+    "image_identity",
+    "is_same",
+    "open_image",
+    "read_image",
+    "thumbnail",
+]
 
 # Where an image stands in a content: a code point that is no character, so no text has a reason to hold it.
 IMAGE = "\ufdd0"
@@ -124,6 +137,26 @@ def _absolute(uri: str, field: str, base: str | None) -> str:
     return f"{base}/{path}"
 
 
+def image_identity(image: Image) -> str:
+    """Return what two examples with the same image share: a hash of its bytes, the address of one that is fetched."""
+    if image.data:
+        return _digest(image.data)
+    try:
+        return _file_digest(image.uri, os.stat(image.uri).st_mtime_ns)
+    except OSError:
+        return image.uri
+
+
+@functools.lru_cache(maxsize=65536)
+def _file_digest(path: str, modified: int) -> str:
+    with open(path, "rb") as file:
+        return _digest(file.read(MOST_BYTES))
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
 # Opened -----------------------------------------------------------------------------------------------
 
 
@@ -135,7 +168,7 @@ def check_image(image: Image, store: Path | None) -> ImageFile:
     is_local = not image.data and not image.uri.startswith((*WEB, *object_store.SCHEMES))
     data = image.data or _read(image.uri)
     picture = _decode(data, image.uri)
-    digest = hashlib.blake2b(data, digest_size=16).hexdigest()
+    digest = _digest(data)
     if store is not None and not is_local and not (target := _stored(store, digest)).exists():
         with atomic_file(target) as temporary:
             temporary.write_bytes(data)
@@ -161,12 +194,21 @@ def open_image(file: ImageFile, store: Path | None) -> Picture:
             f"the image {file.path or file.digest} cannot be read any more ({error.strerror}): put it back; the same "
             "command resumes"
         ) from None
-    if hashlib.blake2b(data, digest_size=16).hexdigest() != file.digest:
+    if _digest(data) != file.digest:
         raise TrainingError(
             f"the image {file.path} was changed after its example was tokenized: put the old file back, or start "
             "another run"
         )
     return _decode(data, file.path)
+
+
+def thumbnail(image: Image, side: int = 96) -> str:
+    """Make a small JPEG of an image, as a data URI. Raises DataError."""
+    picture = _decode(image.data or _read(image.uri), image.uri)
+    picture.thumbnail((side, side))
+    file = io.BytesIO()
+    picture.save(file, "jpeg")
+    return f"{BASE64}image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def _stored(store: Path, digest: str) -> Path:

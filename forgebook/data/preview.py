@@ -10,6 +10,7 @@ import collections
 import itertools
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,12 +25,15 @@ from forgebook.data import batching, readers, row_formats, tokenize
 from forgebook.data.chat_template import shows_names
 from forgebook.data.data_sources import find_sources
 from forgebook.data.examples import read_examples
-from forgebook.data.masking import Encoded, encode
-from forgebook.data.row_formats import NAME_KEY
+from forgebook.data.image_tokens import ImageTokens
+from forgebook.data.images import IMAGES, thumbnail
+from forgebook.data.masking import Encoded, encode_many
+from forgebook.data.row_formats import NAME_KEY, Example
 from forgebook.data.special_tokens import special_ids, special_texts
 from forgebook.data.token_store import Tokens
 from forgebook.data.truncation import Truncation, fit_tokens
 from forgebook.errors import DataError
+from forgebook.models.processor import load_processor, processor_of, processor_source
 from forgebook.models.tokenizer import load_tokenizer, locate, tokenizer_of
 
 if TYPE_CHECKING:
@@ -80,8 +84,10 @@ def preview_examples(config: FinetuneConfig, count: int = 3) -> list[PreviewedEx
     # Rows first: what is wrong with them is reported before the tokenizer's library is imported.
     examples = read_examples(config.train_path, config.task, count, labels, config.on_bad_rows)
     tokenizer = tokenizer_of(config)
+    processor = processor_of(config, tokenizer)
+    images = None if processor is None else ImageTokens(processor)
     previewed: list[PreviewedExample] = []
-    for example, encoded in zip(examples, tokenize.encode_examples(examples, tokenizer, options), strict=True):
+    for example, encoded in zip(examples, tokenize.encode_examples(examples, tokenizer, options, images), strict=True):
         if isinstance(encoded, DataError):
             if config.on_bad_rows == "drop":
                 continue
@@ -94,6 +100,10 @@ def preview_examples(config: FinetuneConfig, count: int = 3) -> list[PreviewedEx
             notes = "; ".join(filter(None, (note, characters)))
             previewed.append(PreviewedExample(example.where + answer, one, pieces_of(one, tokenizer), notes))
     return previewed
+
+
+def _thumbnails(example: Example) -> tuple[str, ...]:
+    return tuple(thumbnail(image) for message in example.messages or () for image in message.get(IMAGES) or ())
 
 
 def ignored_keys(config: FinetuneConfig, seconds: float = 2.0) -> str:
@@ -130,16 +140,16 @@ def _fit(
     """
     if context_length is None:
         return [(one, "") for one in encoded]
-    fitted = fit_tokens(
-        Tokens.from_examples((one.input_ids, one.loss_mask) for one in encoded), context_length, truncation, group
-    )
+    fitted = fit_tokens(Tokens.from_encoded(encoded), context_length, truncation, group)
     shown, number = [], itertools.count()
     for one, stays, lost in zip(encoded, fitted.stays, fitted.lost, strict=True):
         length = len(one.input_ids)
         if stays:
-            ids, mask = fitted.tokens.example(next(number))
+            k = next(number)
+            ids, mask = fitted.tokens.example(k)
             note = f"cut from {length} tokens, {lost} of them in the loss (truncation: {truncation})"
-            shown.append((Encoded(ids.tolist(), mask.tolist()), note if length > context_length else ""))
+            left = Encoded(ids.tolist(), mask.tolist(), tuple(fitted.tokens.images_of(k)))
+            shown.append((left, note if length > context_length else ""))
         elif truncation == "error" and lost:
             shown.append((one, f"longer than context_length {context_length}, so the run will stop with an error"))
         elif length > context_length:
@@ -151,30 +161,50 @@ def _fit(
 
 
 def pieces_of(encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool, bool]]:
-    """Divide an example's text into (text, is in the loss, is special), adjacent tokens of a kind together."""
+    """Divide an example's text into (text, is in the loss, is special), adjacent tokens of a kind together.
+
+    The tokens of an image are one piece, which says how many they are.
+    """
+    pieces, begin = [], 0
+    for number, image in enumerate(encoded.images, 1):
+        pieces += _pieces(encoded, tokenizer, begin, image.start)
+        size = f"{image.file.width} x {image.file.height} pixels"
+        pieces.append((f"[image {number}: {size}, {image.stop - image.start} tokens]", False, True))
+        begin = image.stop
+    return pieces + _pieces(encoded, tokenizer, begin, len(encoded.input_ids))
+
+
+def _pieces(encoded: Encoded, tokenizer: PreTrainedTokenizerBase, begin: int, end: int) -> list[tuple[str, bool, bool]]:
+    """Divide the tokens from `begin` to `end`."""
     special = special_ids(tokenizer)
-    kinds = [(in_loss, i in special) for i, in_loss in zip(encoded.input_ids, encoded.loss_mask, strict=True)]
+    ids, mask = encoded.input_ids[begin:end], encoded.loss_mask[begin:end]
+    kinds = [(in_loss, i in special) for i, in_loss in zip(ids, mask, strict=True)]
     pieces, start = [], 0
-    for k in range(1, len(kinds) + 1):
+    for k in range(1, len(kinds) + 1) if kinds else ():
         # Special tokens are pieces of their own; others are decoded together: a character may take several of them.
         if k == len(kinds) or kinds[k] != kinds[start] or kinds[start][1]:
-            pieces.append((tokenizer.decode(encoded.input_ids[start:k]), *kinds[start]))
+            pieces.append((tokenizer.decode(ids[start:k]), *kinds[start]))
             start = k
     return pieces
 
 
-def show(encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> HTML:
-    """Show an example in a notebook: tokens in the loss highlighted, special tokens as code."""
+def show(encoded: Encoded, tokenizer: PreTrainedTokenizerBase, thumbnails: Sequence[str] = ()) -> HTML:
+    """Show an example in a notebook: tokens in the loss highlighted, special tokens as code, small images.
+
+    thumbnails: of its images, as data URIs.
+    """
     from html import escape
 
     from IPython.display import HTML
 
     # GitHub drops styles and keeps elements: <mark>, <code> and <br> show there what the styles refine in Jupyter.
-    parts = []
+    parts, small = [], iter(thumbnails)
     for text, in_loss, is_special in pieces_of(encoded, tokenizer):
         part = escape(text).replace("\n", "<br>")
         if is_special and not text.isspace():
             part = f"<code>{part}</code>"
+        if text.startswith("[image ") and is_special and (source := next(small, None)):
+            part = f'<img src="{source}" alt="{escape(text)}"> {part}'
         parts.append(f'<mark style="background:#b7e1bd;color:#102a13">{part}</mark>' if in_loss else part)
     legend = f"{sum(encoded.loss_mask[1:])} of {len(encoded.input_ids)} tokens are in the loss (highlighted)"
     return HTML(f'<p style="font-family:monospace;white-space:pre-wrap">{"".join(parts)}</p><small>{legend}</small>')
@@ -182,12 +212,23 @@ def show(encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> HTML:
 
 def show_example(messages: list[Message], source: str | Path, tools: list[dict] | None = None) -> HTML:
     """Show a conversation in a notebook as a config file (`*.yaml`) or a model (a folder, a hub id, `tiny`) has it."""
+    prompt_format = None
     if str(source).endswith(".yaml"):
         config = load_config(source)
         tokenizer, prompt_format = tokenizer_of(config), config.generation_config.prompt_format
+        model = processor_source(config)
     else:
-        tokenizer, prompt_format = load_tokenizer(locate(str(source))), None
-    return show(encode(messages, tokenizer, prompt_format, tools=tools), tokenizer)
+        model = locate(str(source))
+        tokenizer = load_tokenizer(model)
+    images, small = None, list[str]()
+    if any(isinstance(message["content"], list) for message in messages):
+        row, _ = row_formats.parse_row({"messages": messages}, "messages:0", "vision_language", base=str(Path.cwd()))
+        images, small = ImageTokens(load_processor(model, tokenizer)), list(_thumbnails(row))
+        messages = images.checked(row.conversation)
+    [encoded] = encode_many([(messages, tools)], tokenizer, prompt_format, images=images)
+    if isinstance(encoded, DataError):
+        raise encoded
+    return show(encoded[0], tokenizer, small)
 
 
 def print_example(example: PreviewedExample, console: Console) -> None:

@@ -18,7 +18,10 @@ from typing import Any
 
 import numpy as np
 
+from forgebook.data.content_parts import in_parts
 from forgebook.data.data_sources import Source
+from forgebook.data.images import IMAGE, IMAGES, as_address, image_identity
+from forgebook.data.messages import Message
 from forgebook.data.readers import split_source
 from forgebook.data.row_formats import Example, parse_chunk
 from forgebook.data.token_store import Tokens
@@ -32,12 +35,14 @@ Row = tuple[int, int]
 
 
 def group_of(example: Example) -> int:
-    """Hash what examples that belong together share: the first user message, but for case and spaces.
+    """Hash what examples that belong together share: the first user message, but for case and spaces, and its images.
 
     Plain text, and a conversation without a user message, belong with their own copies alone.
     """
-    asked = next((message["content"] for message in example.messages or () if message["role"] == "user"), None)
-    text = json.dumps(as_row(example)) if asked is None else " ".join(asked.lower().split())
+    asked = next((message for message in example.messages or () if message["role"] == "user"), None)
+    text = json.dumps(as_row(example)) if asked is None else " ".join(asked["content"].lower().split())
+    # The same question about another image is another question.
+    text = "\0".join([text, *(image_identity(image) for image in (asked or {}).get(IMAGES) or ())])
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
@@ -116,6 +121,17 @@ def as_row(example: Example) -> dict[str, Any]:
     if example.messages is None:
         return {"text": example.text}
     tools = {"tools": example.tools} if example.tools else {}
+    messages = [message | {"content": _parts(message)} for message in example.messages]
+    messages = [{key: value for key, value in message.items() if key != IMAGES} for message in messages]
     if example.rejected is not None:
         return {"chosen": example.messages, "rejected": example.rejected, **tools}
-    return {"messages": example.messages, **tools}
+    return {"messages": messages, **tools}
+
+
+def _parts(message: Message) -> str | list[dict[str, str]]:
+    """Write a content that has images as a list of parts, with addresses that hold anywhere."""
+    images = iter(message.get(IMAGES) or ())
+    if IMAGE not in message["content"]:
+        return message["content"]
+    [whole] = in_parts([message], ())
+    return [part if part["type"] == "text" else part | {"image": as_address(next(images))} for part in whole["content"]]

@@ -120,6 +120,12 @@ class Tokens:
         table = _table((ids, mask, line, None, ()) for line, (ids, mask) in enumerate(examples, 1))
         return _view(table.to_batches(), ["examples"], [("", 0)])
 
+    @classmethod
+    def from_encoded(cls, encoded: Iterable[Encoded]) -> Tokens:
+        """Hold encoded examples in memory, with where their images are."""
+        table = _table((one.input_ids, one.loss_mask, line, None, one.images) for line, one in enumerate(encoded, 1))
+        return _view(table.to_batches(), ["examples"], [("", 0)])
+
 
 # Files ------------------------------------------------------------------------------------------------
 

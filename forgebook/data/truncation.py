@@ -8,11 +8,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
+from forgebook.data.image_tokens import PlacedImage
 from forgebook.data.token_store import Tokens
 from forgebook.errors import DataError
 
@@ -48,7 +50,7 @@ class Fitted:
 
 
 def fit_tokens(tokens: Tokens, context_length: int, truncation: Truncation, group: int = 1) -> Fitted:
-    """Cut or drop the examples longer than context_length; drop those with no token in the loss left.
+    """Cut or drop the examples longer than context_length; drop those with no token in the loss left. No image is cut.
 
     group: this many adjacent examples are kept or dropped together: 2 for preference pairs.
     """
@@ -56,6 +58,7 @@ def fit_tokens(tokens: Tokens, context_length: int, truncation: Truncation, grou
     stays = np.ones(len(tokens), bool)
     for k in np.flatnonzero(tokens.lengths > context_length):
         part = fit_length(int(tokens.lengths[k]), context_length, truncation)
+        part = part and _around_images(part, tokens.images_of(k))
         if part is None:
             supervised[k], stays[k] = 0, False
             continue
@@ -66,6 +69,17 @@ def fit_tokens(tokens: Tokens, context_length: int, truncation: Truncation, grou
     stays = np.repeat(stays.reshape(-1, group).all(axis=1), group)
     fitted = replace(tokens, begin=begin, end=end, supervised=supervised).select(np.flatnonzero(stays))
     return Fitted(fitted, stays, lost)
+
+
+def _around_images(part: slice, images: Sequence[PlacedImage]) -> slice:
+    """Move the ends of a part of an example out of the images that they would divide."""
+    start, stop = part.start, part.stop
+    for image in images:
+        if image.start < start < image.stop:
+            start = image.stop
+        if image.start < stop < image.stop:
+            stop = image.start
+    return slice(start, max(start, stop))
 
 
 def truncation_losses(tokens: Tokens, context_length: int) -> dict[str, int]:

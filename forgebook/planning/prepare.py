@@ -31,6 +31,7 @@ from forgebook.planning import auto_config, schedule
 from forgebook.planning.auto_config import Choice
 from forgebook.planning.feasibility import micro_batch_for
 from forgebook.planning.hardware import hardware_in, local_hardware
+from forgebook.planning.image_report import image_line, image_report
 from forgebook.planning.token_count import Statistics
 from forgebook.runs import atomic
 from forgebook.runs.run import Run, display_path, open_run
@@ -80,7 +81,11 @@ def prepare(config: FinetuneConfig, run: Run, on_progress: Callable[[str, int, i
         auto_config.core_shape(config.model_id)  # fails now rather than after the data is tokenized
         config = auto_config.choose_task(config, auto_config.first_rows(config.train_path))
     paths = {"train": config.train_path} | ({"valid": config.valid_path} if config.valid_path else {})
-    sets, notes, split_counts, held_out = _tokenize(config, paths, run, on_progress)
+    tokenizer = tokenizer_of(config)
+    processor = processor_of(config, tokenizer)
+    store = token_store.image_store(_cache_of(run))
+    images = None if processor is None else ImageTokens(processor, store)
+    sets, notes, split_counts, held_out = _tokenize(config, paths, run, on_progress, tokenizer, images)
     _check_examples(config, paths, sets, notes, run)
     choices: list[Choice] = []
     if config.is_default:
@@ -100,6 +105,7 @@ def prepare(config: FinetuneConfig, run: Run, on_progress: Callable[[str, int, i
             "path": display_paths(path),
             **_reading_report(notes[name]),
             **token_store.token_statistics(whole),
+            **({"images": image_report(whole, images)} if images else {}),
             "truncation": losses,
             **cut,
             **_duplicates(whole),
@@ -150,8 +156,18 @@ def _bad_rows(config: FinetuneConfig) -> tuple[dict[str, Any], dict[str, Dataset
     return paths, {name: note for name, note in notes.items() if note}
 
 
+def _cache_of(run: Run) -> Path:
+    """Return where tokens are stored for all runs beside this one."""
+    return run.folder.parent / ".tokens"
+
+
 def _tokenize(
-    config: FinetuneConfig, paths: dict[str, Any], run: Run, on_progress: Callable[[str, int, int], None]
+    config: FinetuneConfig,
+    paths: dict[str, Any],
+    run: Run,
+    on_progress: Callable[[str, int, int], None],
+    tokenizer: Any,
+    images: ImageTokens | None,
 ) -> tuple[dict[str, Tokens], dict[str, DatasetNotes], dict[str, int], dict[Source, set[split.Row]] | None]:
     """Tokenize each set, or map its cached tokens, and hold out a share for validation where the config says so.
 
@@ -165,9 +181,7 @@ def _tokenize(
         config.rewritten_turns,
         labels_of(config.classifier_config),
     )
-    tokenizer, cache = tokenizer_of(config), run.folder.parent / ".tokens"
-    processor = processor_of(config, tokenizer)
-    images = None if processor is None else ImageTokens(processor, token_store.image_store(cache))
+    cache = _cache_of(run)
     sets: dict[str, Tokens] = {}
     notes: dict[str, DatasetNotes] = {}
     counts: dict[str, int] = {}
@@ -319,6 +333,7 @@ def report_rows(report: dict[str, Any]) -> list[list[str]]:
             "tokens per example",
             lambda s: "p50 {tokens_p50:,}  p95 {tokens_p95:,}  p99 {tokens_p99:,}  max {tokens_max:,}".format(**s),
         ),
+        *([line("images", image_line)] if any("images" in s for s in sets) else []),
         line(f"longer than {report['context_length']:,}", _truncated),
         line("duplicates", lambda s: f"{s['duplicate_rows']:,}"),
     ]

@@ -24,6 +24,7 @@ from forgebook.data.preview import (
 from forgebook.errors import DataError
 from forgebook.planning.prepare import prepare
 from forgebook.runs.run import open_run
+from support_vision import draw, image_row, save_vision_model
 
 
 def test_a_preview_is_what_training_gets(make_config):
@@ -180,3 +181,17 @@ def test_special_tokens_in_texts_are_mentioned(make_config, write_rows, capsys):
     bracketed = dataclasses.replace(examples[0], where="a[red]b.jsonl:1")
     print_example(bracketed, Console(width=100))
     assert "a[red]b.jsonl:1" in capsys.readouterr().out
+
+
+def test_images_are_placeholders_with_their_tokens_and_small_pictures(make_config, write_rows, tmp_path):
+    draw(tmp_path / "a.png", "a", (400, 300))
+    row = image_row("What?", "A lamp.", "a.png")
+    model = save_vision_model("SmolVLM", tmp_path / "model")
+    values = {"model_id": model, "train_path": write_rows([row]), "vision_language_config": {}, "task": None}
+    [example] = preview_examples(make_config(**values), 1)
+    inside = [text for text, _, _ in example.pieces if text.startswith("[image")]
+    assert inside == ["[image 1: 400 x 300 pixels, 33 tokens]"]
+    assert [text for text, in_loss, _ in example.pieces if in_loss] == ["A lamp.", "<|end|>"]
+    row["messages"][0]["content"][0]["image_url"]["url"] = str(tmp_path / "a.png")
+    html = show_example(row["messages"], model).data
+    assert html.count('<img src="data:image/jpeg;base64,') == 1 and 1_000 < len(html) < 10_000

@@ -1,10 +1,15 @@
 """Examples longer than the context: what stays, what each policy loses."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import make_tokens
+from forgebook.data.image_tokens import PlacedImage
+from forgebook.data.images import ImageFile
+from forgebook.data.masking import Encoded
 from forgebook.data.token_store import Tokens
 from forgebook.data.truncation import fit_context, fit_length, fit_tokens, truncation_losses
 from forgebook.errors import DataError
@@ -77,3 +82,33 @@ def test_both_answers_of_a_pair_are_dropped_together():
     fitted, counts = fit_context(make_tokens([5, 20, 6, 7]), 10, "drop", group=2)
     assert fitted.lengths.tolist() == [6, 7]
     assert counts == {"rows_cut": 0, "rows_dropped": 2, "tokens_cut": 25, "answer_tokens_cut": 2}
+
+
+def with_image(length, start, stop):
+    """Make an example of which tokens from `start` to `stop` are an image, and the last four are in the loss."""
+    placed = PlacedImage(ImageFile("a.png", "d", 4, 4), start, stop)
+    return Encoded(list(range(length)), [k >= length - 4 for k in range(length)], (placed,))
+
+
+@pytest.mark.parametrize(
+    ("start", "stop", "policy", "kept", "images"),
+    [
+        (2, 8, "left", (8, 20), []),  # the cut would be at 5
+        (6, 8, "left", (5, 20), [(1, 3)]),
+        (2, 5, "left", (5, 20), []),
+        (2, 8, "right", (0, 15), [(2, 8)]),
+    ],
+)
+def test_no_image_is_cut(start, stop, policy, kept, images):
+    encoded = with_image(20, start, stop)
+    if policy == "right":  # with an answer before the cut, too
+        encoded = replace(encoded, loss_mask=[k > 8 for k in range(20)])
+    fitted = fit_tokens(Tokens.from_encoded([encoded]), 15, policy).tokens
+    assert fitted.example(0)[0].tolist() == list(range(*kept))
+    assert [(one.start, one.stop) for one in fitted.images_of(0)] == images
+
+
+def test_an_image_at_the_cut_on_the_right_is_left_out_whole():
+    encoded = replace(with_image(20, 12, 18), loss_mask=[4 < k < 8 for k in range(20)])
+    fitted = fit_tokens(Tokens.from_encoded([encoded]), 15, "right").tokens
+    assert fitted.lengths.tolist() == [12] and fitted.images_of(0) == []
