@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from conftest import REPOSITORY, config_for
-from forgebook.config.rules import RULES, UNREAD, Rule, broken_rules
+from forgebook.config.rules import RULES, Rule, broken_rules
+from forgebook.config.unread_keys import UNREAD
 from support_runs import METHODS, SHARDINGS, TASKS, sharded
 
 METHODS_AND_TASKS = [(method, task) for method in METHODS for task in TASKS]

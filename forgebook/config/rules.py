@@ -3,21 +3,23 @@
     check_rules(config)             ConfigError names every broken rule, and the fix
     if not broken_rules(config):    a change that the plan may propose
 
-SUPPORT.md prints both tables. What a machine lacks (a package, a GPU) is not here but in `training.kernels`.
+SUPPORT.md prints the table. What a machine lacks (a package, a GPU) is not here but in `training.kernels`.
 """
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import cache
 from pathlib import PurePosixPath
 from typing import Any
 
-from forgebook.config.blocks import TASK_OF_BLOCK, DeepSpeed
+from forgebook.config.block_keys import marked_keys
+from forgebook.config.blocks import TASK_OF_BLOCK, DeepSpeed, Mark
 from forgebook.config.deepspeed_file import Zero, read_deepspeed_config, zero_of
 from forgebook.config.image_limits import IMAGE_LIMITS
-from forgebook.config.schema import FinetuneConfig, auto_keys
+from forgebook.config.schema import FinetuneConfig
 from forgebook.errors import ConfigError
 
-__all__ = ["RULES", "UNREAD", "Rule", "broken_rules", "check_rules", "open_keys", "unread_keys"]
+__all__ = ["RULES", "Rule", "auto_keys", "broken_rules", "check_rules", "open_keys"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,17 @@ def _agree(sharding: str, deepspeed: DeepSpeed | None) -> bool:
 
 def _fsdp_rule(key: str, is_broken: Callable[[FinetuneConfig], bool], message: str, fix: str = _WITHOUT_FSDP) -> Rule:
     return Rule((key, "sharding"), lambda config, zero: config.sharding == "fsdp" and is_broken(config), message, fix)
+
+
+def _sequence_rule(
+    key: str, is_broken: Callable[[FinetuneConfig], bool], message: str, fix: str = "set sequence_parallel: 1"
+) -> Rule:
+    return Rule(
+        ("sequence_parallel", key),
+        lambda config, zero: config.sequence_parallel > 1 and is_broken(config),
+        f"sequence_parallel {message}",
+        fix,
+    )
 
 
 def _task_rule(block: str, task: str) -> Rule:
@@ -178,6 +191,39 @@ RULES: tuple[Rule, ...] = (
         "only optimizer: adamw works with dtype: float16: the others cannot skip a step whose gradients overflow",
         "set optimizer: adamw, or dtype: bfloat16 or float32",
     ),
+    # Sequence parallelism
+    _sequence_rule(
+        "num_devices",
+        lambda config: config.num_devices % config.sequence_parallel > 0 or config.num_devices == 0,
+        "divides num_devices into groups of as many workers",
+        "set num_devices to a multiple of it",
+    ),
+    _sequence_rule(
+        "deepspeed",
+        lambda config: config.deepspeed is not None,
+        "does not work with DeepSpeed, which counts examples per worker",
+        "set sharding: fsdp or none, or sequence_parallel: 1",
+    ),
+    _sequence_rule(
+        "min_devices",
+        lambda config: config.min_devices is not None,
+        "does not work with min_devices: a group that loses a worker cannot continue",
+        "remove min_devices, or set sequence_parallel: 1",
+    ),
+    _sequence_rule(
+        "task",
+        lambda config: (
+            config.task not in ("causal_lm", "instruction_tuning", None)
+            or any(getattr(config, block) is not None for block in TASK_OF_BLOCK)
+        ),
+        "works with losses of single tokens of a text, and those of pairs, labels and images need whole examples",
+    ),
+    _sequence_rule(
+        "attention",
+        lambda config: config.attention in ("eager", "flex"),
+        "exchanges positions for heads around sdpa, varlen or a flash attention",
+        "set attention: auto",
+    ),
     # DeepSpeed
     Rule(
         ("quantization", "deepspeed"),
@@ -265,103 +311,10 @@ RULES: tuple[Rule, ...] = (
 )
 
 
-# Keys that have no effect given the others: a warning is printed if the file or an override sets one.
-UNREAD: tuple[Rule, ...] = (
-    *(
-        Rule(
-            (key,),
-            lambda config, zero: config.optimizer == "adafactor",
-            f"{key} has no effect with optimizer: adafactor, which has constants of its own",
-            "set optimizer: adamw, or remove it",
-        )
-        for key in ("adam_betas", "adam_epsilon")
-    ),
-    *(
-        Rule(
-            (key,),
-            lambda config, zero: config.valid_path is None,
-            f"{key} has no effect without valid_path",
-            "set valid_path, or remove it",
-        )
-        for key in ("eval_first", "eval_batch_size_per_device")
-    ),
-    Rule(
-        ("min_update_steps",),
-        lambda config, zero: config.num_epochs is not None,
-        "min_update_steps has no effect when num_epochs is set",
-        "remove one of them",
-    ),
-    *(
-        Rule(
-            (key,),
-            lambda config, zero: config.task == "causal_lm",
-            f"{key} has no effect in task: causal_lm, whose loss covers every token",
-            "set task: instruction_tuning, or remove it",
-        )
-        for key in ("train_on", "rewritten_turns")
-    ),
-    *(
-        Rule(
-            (key,),
-            lambda config, zero: config.num_devices == 0,
-            f"{key} has no effect with num_devices: 0, which runs without Ray",
-            "set num_devices, or remove it",
-        )
-        for key in ("address", "worker_resources", "trainer_resources", "max_failures")
-    ),
-    Rule(
-        ("min_lr_ratio",),
-        lambda config, zero: config.lr_scheduler_type == "constant",
-        "min_lr_ratio has no effect with lr_scheduler_type: constant",
-        "set another lr_scheduler_type, or remove it",
-    ),
-    Rule(
-        ("lr_decay_ratio",),
-        lambda config, zero: config.lr_scheduler_type != "wsd",
-        "lr_decay_ratio has no effect without lr_scheduler_type: wsd",
-        "set lr_scheduler_type: wsd, or remove it",
-    ),
-    Rule(
-        ("decay_norms_and_biases",),
-        lambda config, zero: config.weight_decay == 0,
-        "decay_norms_and_biases has no effect without weight_decay",
-        "set weight_decay, or remove it",
-    ),
-    Rule(
-        ("tf32",),
-        lambda config, zero: config.tf32 and config.dtype != "float32",
-        "tf32 has no effect with dtype: bfloat16",
-        "set dtype: float32, or remove it",
-    ),
-    Rule(
-        ("liger_kernel",),
-        lambda config, zero: bool(config.liger_kernel.kwargs) and config.liger_kernel.enabled is False,
-        "liger_kernel.kwargs has no effect while liger_kernel.enabled is false",
-        "set enabled: true, or remove the block",
-    ),
-    Rule(
-        ("preference_tuning_config",),
-        lambda config, zero: (
-            (block := config.preference_tuning_config) is not None and block.label_smoothing > 0 and block.loss != "dpo"
-        ),
-        "preference_tuning_config.label_smoothing has no effect on a loss other than dpo",
-        "set loss: dpo, or remove it",
-    ),
-    Rule(
-        ("num_data_blocks_per_device",),
-        lambda config, zero: (
-            (block := config.preference_tuning_config) is None or block.logprob_processor_scaling_config is None
-        ),
-        "num_data_blocks_per_device has no effect without separate log-probability workers",
-        "set preference_tuning_config.logprob_processor_scaling_config, or remove it",
-    ),
-)
-
-
-def unread_keys(config: FinetuneConfig) -> list[str]:
-    """List a warning for each key that the file or an override sets and nothing reads."""
-    zero = zero_of(read_deepspeed_config(config.deepspeed, config.source))
-    return [str(rule) for rule in UNREAD if rule.keys[0] in config.explicit_keys and rule.is_broken(config, zero)]
+@cache
+def auto_keys() -> tuple[str, ...]:
+    """List the dotted keys that --default may choose."""
+    return tuple(marked_keys(FinetuneConfig, Mark.AUTO))
 
 
 def open_keys(config: FinetuneConfig) -> set[str]:

@@ -59,7 +59,6 @@ __all__ = [
     "LEARNING_RATES",
     "FinetuneConfig",
     "ResolvedConfig",
-    "auto_keys",
     "keys_without_effect",
 ]
 
@@ -197,6 +196,8 @@ class FinetuneConfig(StrictBlock):
     """Workers, one GPU each; 0: in this process, without a Ray cluster. `{min: 1, max: 2}` also sets min_devices."""
     min_devices: Annotated[Annotated[Int, Field(ge=1)] | None, Mark.NO_EFFECT] = None
     """When machines are lost, continue with as few workers as this; `sharding: none` or fsdp. None: wait for them."""
+    sequence_parallel: Positive = 1
+    """Workers that share each example, for contexts too long for one GPU; one device to the batch size."""
     address: Annotated[str | None, Mark.NO_EFFECT] = None
     """A running Ray cluster to join, `HOST:6379` or `auto`, unless RAY_ADDRESS is set. None: one is started here."""
     worker_resources: Annotated[Resources, Mark.NO_EFFECT] = Field(default={})
@@ -301,7 +302,8 @@ class FinetuneConfig(StrictBlock):
         """Count the examples per optimizer step, over all devices."""
         if self.train_batch_size_per_device is None:
             raise ValueError("train_batch_size_per_device is not chosen yet: resolve() it first")
-        return self.train_batch_size_per_device * max(1, self.num_devices) * self.gradient_accumulation_steps
+        shares = max(1, self.num_devices // self.sequence_parallel)
+        return self.train_batch_size_per_device * shares * self.gradient_accumulation_steps
 
     @property
     def loggers(self) -> list[Logger]:
@@ -385,12 +387,6 @@ class ResolvedConfig(FinetuneConfig):
 
 
 _Config = TypeVar("_Config", bound=FinetuneConfig)
-
-
-@cache
-def auto_keys() -> tuple[str, ...]:
-    """List the dotted keys that --default may choose."""
-    return tuple(marked_keys(FinetuneConfig, Mark.AUTO))
 
 
 @cache

@@ -19,8 +19,9 @@ from rich.markup import escape
 
 from forgebook import ray_cluster as cluster
 from forgebook.config.parse import dump_config
-from forgebook.config.rules import check_rules, unread_keys
+from forgebook.config.rules import check_rules
 from forgebook.config.schema import FinetuneConfig, ResolvedConfig
+from forgebook.config.unread_keys import unread_keys
 from forgebook.data import token_store
 from forgebook.errors import ForgebookError, ResourceError, StorageError, TrainingError, last_line
 from forgebook.launch import ray_train

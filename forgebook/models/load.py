@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = [
     "auto_class",
     "check_attention",
+    "check_slices",
     "fit_vocabulary",
     "load_model",
     "load_skeleton",
@@ -275,6 +276,18 @@ def check_attention(source: str, attention: str) -> None:
         raise ModelError(
             f"attention: {attention} is not implemented for the architecture of this model: set attention: auto"
         )
+
+
+def check_slices(source: str, size: int) -> None:
+    """Raise ModelError if workers cannot share the examples of a model in groups of this size."""
+    from transformers import AutoConfig
+
+    from forgebook.models.sequence_parallel import why_not_divided
+
+    with readable_model_errors(source, "model"):
+        reason = why_not_divided(AutoConfig.from_pretrained(source, trust_remote_code=False), size)
+    if reason is not None:
+        raise ModelError(f"sequence_parallel: {size} does not work with this model: {reason}; set it to 1")
 
 
 def load_start(config: FinetuneConfig, tokenizer) -> PreTrainedModel:

@@ -26,10 +26,12 @@ LARGEST_HEAD = 256  # of the flash kernels, in multiples of 8
 
 
 def register() -> None:
-    """Make the kernel known to transformers."""
+    """Make the kernel known to transformers, unless it is: `sequence_parallel` may have put itself around it."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
+    if VARLEN in AttentionInterface():
+        return
     AttentionInterface.register(VARLEN, _attend)
     # Generation has masks; a training batch brings one that transformers takes as it is (training/losses.py).
     AttentionMaskInterface.register(VARLEN, sdpa_mask)

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from forgebook.catalog import Gpu, Shape, read_catalog
-from forgebook.config.rules import check_rules, open_keys
-from forgebook.config.schema import DEFAULT_LORA, LEARNING_RATES, auto_keys
+from forgebook.config.rules import auto_keys, check_rules, open_keys
+from forgebook.config.schema import DEFAULT_LORA, LEARNING_RATES
 from forgebook.data import readers
 from forgebook.data.batching import group_size, groups_by_length, padding_in
 from forgebook.data.data_sources import find_sources
@@ -260,7 +260,8 @@ def _first_batch(config: FinetuneConfig, data: Statistics | None) -> tuple[int, 
 
 def _without_gpu(config: FinetuneConfig, shape: Shape, data: Statistics | None, fixed: set[str]) -> FinetuneConfig:
     config = take(config, "deepspeed", None, "")
-    if config.padding == "longest" and data and data.longest <= EAGER_TOKENS:
+    is_short = config.padding == "longest" and data and data.longest <= EAGER_TOKENS
+    if is_short and config.sequence_parallel == 1:
         config = take(config, "attention", "eager", "fastest on CPU for short sequences")
     laptop = (max(1, config.num_devices), LAPTOP)
     return fit(config, shape, laptop, data, fixed | {"deepspeed"}) or config.resolve(gradient_checkpointing=True)

@@ -124,7 +124,8 @@ class _Run:
 
     @property
     def tokens(self) -> int:
-        return self.sequences * self.length
+        """Count the positions of a micro batch whose activations this worker holds."""
+        return self.sequences * -(-self.length // self.config.sequence_parallel)
 
 
 def memory_of(config: FinetuneConfig, shape: Shape, *, workers: int, length: int, on_gpu: bool = True) -> Memory:

@@ -25,7 +25,7 @@ from forgebook.data import batching
 from forgebook.errors import ModelError, ResourceError
 from forgebook.models.adapters import check_lora
 from forgebook.models.families import check_positions
-from forgebook.models.load import check_attention, load_skeleton
+from forgebook.models.load import check_attention, check_slices, load_skeleton
 from forgebook.models.saved_adapters import check_reach
 from forgebook.models.shapes import find_shape
 from forgebook.models.tokenizer import label_pieces, locate, tokenizer_of
@@ -133,6 +133,8 @@ def check_settings(prepared: Prepared) -> tuple[list[str], str | None]:
     config = prepared.config
     base = locate(config.initial_base_model_ckpt_path or config.model_id)
     check_attention(base, config.attention)
+    if config.sequence_parallel > 1:
+        check_slices(base, config.sequence_parallel)
     steps = schedule.total_steps(config.num_epochs, _epoch_steps(prepared), config.max_steps)
     warnings = [
         schedule.check_warmup(config.num_warmup_steps, steps),

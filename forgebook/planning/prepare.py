@@ -268,7 +268,8 @@ def _padding(config: ResolvedConfig, train: Tokens) -> dict[str, Any]:
     by_length = batching.groups_by_length(config.task)
     steps = batching.epoch_batches(train, sequences, config.global_batch_size, config.seed, 0, by_length=by_length)
     width = config.context_length if config.padding == "max_length" else None
-    share = batching.padding_share(train, steps, max(1, config.num_devices), config.gradient_accumulation_steps, width)
+    shares = max(1, config.num_devices // config.sequence_parallel)
+    share = batching.padding_share(train, steps, shares, config.gradient_accumulation_steps, width)
     return {"sequences": len(sequences), "padding_share": round(share, 4)}
 
 

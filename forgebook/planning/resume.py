@@ -18,7 +18,7 @@ __all__ = ["resume_changes"]
 
 RATE_KEYS = ("learning_rate", "lr_scheduler_type", "num_warmup_steps", "min_lr_ratio", "lr_decay_ratio")
 LENGTH_KEYS = ("num_epochs", "max_steps")
-BATCH_KEYS = ("train_batch_size_per_device", "gradient_accumulation_steps", "num_devices")
+BATCH_KEYS = ("train_batch_size_per_device", "gradient_accumulation_steps", "num_devices", "sequence_parallel")
 # These change neither the weights nor the losses.
 # `deepspeed` says what a change of `sharding` means, where it means anything: the state of FSDP2 fits DDP, and back.
 FREE_KEYS = (

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from forgebook.config.rules import unread_keys
+from forgebook.config.unread_keys import unread_keys
 from forgebook.errors import ModelError
 from forgebook.models.lora_targets import layers_of_shape, unmatched_targets
 from forgebook.planning import schedule

@@ -33,7 +33,7 @@ from forgebook.runs.run import Run
 from forgebook.training import checkpoints, distributed, objectives, optimizers, training_state
 from forgebook.training.background_save import BackgroundSave
 from forgebook.training.evaluation_answers import EvaluationAnswers, metric_key
-from forgebook.training.losses import check_isolation
+from forgebook.training.losses import check_isolation, check_slices
 from forgebook.training.objectives import Objective
 from forgebook.training.out_of_memory import explain_out_of_memory
 from forgebook.training.profiler import StepProfiler, phase
@@ -107,6 +107,8 @@ def train_loop(config: ResolvedConfig, run: Run, report: Report = lambda metrics
         progress.stage(note)
     if config.padding == "packed" or takes_segments:
         check_isolation(worker.wrapped, accelerator.device, takes_segments)
+    if config.sequence_parallel > 1:
+        check_slices(worker.wrapped, accelerator.device)
     if config.gradient_checkpointing == "selective":
         check_kept(worker.wrapped, accelerator.device)
     objective = Objective(config.preference_tuning_config)
@@ -130,7 +132,7 @@ def train_loop(config: ResolvedConfig, run: Run, report: Report = lambda metrics
         valid_sequences = batches.single_sequences(valid, batches.group_size(config.task))
         # Similar lengths share a batch, with little padding; memory that does not suffice shows in the first batch.
         valid_sequences.sort(key=lambda sequence: -int(valid.lengths[sequence].sum()))
-        batch_size = config.eval_batch_size_per_device * accelerator.num_processes
+        batch_size = config.eval_batch_size_per_device * worker.data_share[0]
         classifier = config.classifier_config
         in_evaluation = explain("in an evaluation", lambda: int(valid.lengths.max()), is_evaluation=True)
         evaluate = in_evaluation(
@@ -178,8 +180,9 @@ def train_loop(config: ResolvedConfig, run: Run, report: Report = lambda metrics
     checkpoint_names = schedule.evaluation_steps(steps_per_epoch, last_step, every.unit, every.frequency)
     flops_per_token = atomic.read_json(run.plan)["flops_per_token"] if run.plan.exists() else None
     # Fewer workers than num_devices (min_devices) take more micro batches each: a step has the same examples.
-    devices = max(1, config.num_devices)
-    accumulation = math.ceil(config.gradient_accumulation_steps * devices / accelerator.num_processes)
+    shares, share = worker.data_share
+    planned_shares = max(1, config.num_devices) // config.sequence_parallel
+    accumulation = math.ceil(config.gradient_accumulation_steps * planned_shares / shares)
 
     @lru_cache(maxsize=1)
     def steps_of(epoch: int) -> list[list[batches.Sequence]]:
@@ -192,8 +195,7 @@ def train_loop(config: ResolvedConfig, run: Run, report: Report = lambda metrics
         return steps_of(number // steps_per_epoch)[number % steps_per_epoch]
 
     def parts_of(number: int) -> Parts:
-        parts = batches.split_batch(examples_of(number), train, accelerator.num_processes, accumulation)
-        return parts[accelerator.process_index]
+        return batches.split_batch(examples_of(number), train, shares, accumulation)[share]
 
     ahead = Ahead(_micro_batches(train_set, parts_of, range(step, last_step)))
     sums, memory = EpochSums(**start.epoch_sums), StepMemory(worker)

@@ -16,18 +16,21 @@ import sys
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from forgebook.data.batching import IGNORED
 from forgebook.errors import ModelError
 from forgebook.models.families import decoder_of, image_reader_of
+from forgebook.models.sequence_parallel import SequenceGroup
 from forgebook.models.varlen_attention import VARLEN
 from forgebook.planning.memory import LOSS_CHUNK
 
 __all__ = [
     "SupervisedLM",
     "check_isolation",
+    "check_slices",
     "chunked_cross_entropy",
     "chunked_log_probabilities",
     "fused_linear_cross_entropy",
@@ -44,12 +47,16 @@ class SupervisedLM(nn.Module):
     """A causal language model whose forward pass returns the summed loss instead of logits.
 
     model: a transformers model with an output embedding layer, plain or inside a PeftModel. reads_images: its forward
-    pass gets images, too.
+    pass gets images, too. sequence_group: the ranks that get the same batches, of which each computes the loss of a
+    slice of every line; None: each rank has its own.
     """
 
-    def __init__(self, model: nn.Module, reads_images: bool = False):
+    def __init__(
+        self, model: nn.Module, reads_images: bool = False, sequence_group: SequenceGroup | None = None
+    ) -> None:
         super().__init__()
         self.model = model
+        self.sequence_group = sequence_group
         causal = model.get_base_model() if hasattr(model, "get_base_model") else model
         # A tuple hides the parts from nn.Module: registered twice, parameters would appear twice in the state dict.
         self._parts = ((image_reader_of if reads_images else decoder_of)(causal), causal.get_output_embeddings())
@@ -68,7 +75,7 @@ class SupervisedLM(nn.Module):
         output: Literal["sum", "examples", "logits"] = "sum",
         **images: torch.Tensor,
     ) -> torch.Tensor:
-        """Return the loss summed over supervised positions, a float32 scalar.
+        """Return the loss summed over supervised positions, a float32 scalar; in a group, over those of this rank.
 
         input_ids: [batch, length]; labels: [batch, length], labels[:, t] is predicted by position t, -100 = none.
         position_ids: [batch, length], of packed examples: each position 0 begins an example that sees no other.
@@ -81,6 +88,11 @@ class SupervisedLM(nn.Module):
         images: what the model takes of those in the batch, by its own names.
         """
         decoder, head = self._parts
+        sliced: dict[str, Any] = {}
+        if (group := self.sequence_group) is not None:
+            sliced = _slice(group, input_ids, labels, position_ids, segments)
+            input_ids, labels, supervised = sliced.pop("input_ids"), sliced.pop("labels"), None
+            position_ids, segments = sliced.pop("position_ids"), sliced.pop("segments")
         if supervised is None:
             supervised = (labels.flatten() != IGNORED).nonzero()[:, 0]
         targets = labels.flatten().index_select(0, supervised)
@@ -95,7 +107,7 @@ class SupervisedLM(nn.Module):
                 # Without a mask, transformers would look for packed examples and wait for the device; it takes one of
                 # four dimensions as it is, and the kernel does not read it.
                 inputs["attention_mask"] = labels.new_zeros(1, 1, 1, 1, dtype=torch.bool)
-        outputs = decoder(**inputs)
+        outputs = decoder(**inputs | sliced)
         hidden = outputs.last_hidden_state.flatten(0, 1)
         values = head(hidden.index_select(0, supervised), targets, output=output)
         if output == "sum" and self.training and getattr(outputs, "router_logits", None):
@@ -120,6 +132,62 @@ class SupervisedLM(nn.Module):
             return router_logits[0].new_zeros(())
         experts = getattr(self.config, "num_experts", None) or self.config.num_local_experts
         return self.config.router_aux_loss_coef * own(router_logits, experts, self.config.num_experts_per_tok)
+
+
+def _slice(
+    group: SequenceGroup,
+    input_ids: torch.Tensor,
+    labels: torch.Tensor,
+    position_ids: torch.Tensor | None,
+    segments: tuple[torch.Tensor, int] | None,
+) -> dict[str, Any]:
+    """Take this rank's positions out of a batch; return the decoder's inputs, with the mask of the whole lines."""
+    length = input_ids.shape[1]
+    missing = -length % group.size
+    mask = labels.new_zeros(1, 1, 1, 1, dtype=torch.bool)  # none: each position sees those before it
+    if position_ids is None:
+        position_ids = torch.arange(length + missing, device=labels.device).expand(len(labels), -1)
+    else:
+        position_ids = nn.functional.pad(position_ids, (0, missing))
+        if segments is None:
+            example = (position_ids == 0).cumsum(1)
+            mask = (example[:, None, :, None] == example[:, None, None, :]).tril()
+    if segments is not None and missing:
+        starts, longest = segments
+        segments = torch.cat([starts, starts[-1:] + missing]), max(longest, missing)
+    return {
+        "input_ids": group.slice_of(nn.functional.pad(input_ids, (0, missing))),
+        "labels": group.slice_of(nn.functional.pad(labels, (0, missing), value=IGNORED)),
+        "position_ids": group.slice_of(position_ids),
+        "segments": segments,
+        "attention_mask": mask,
+        "sequence_group": group,
+    }
+
+
+@torch.no_grad()
+def check_slices(wrapped: nn.Module, device: torch.device) -> None:
+    """Raise ModelError if a model computes another loss in slices than as a whole. Collective.
+
+    Measured on the model itself: that detects layers that hand no group on to their attention, by whatever name.
+    """
+    inner = next(module for module in wrapped.modules() if isinstance(module, SupervisedLM))
+    group = inner.sequence_group
+    assert group is not None
+    ids = torch.arange(5, 22, device=device)[None]
+    was_training = wrapped.training
+    wrapped.eval()
+    sliced = wrapped(input_ids=ids, labels=ids)
+    dist.all_reduce(sliced, group=group.group)
+    inner.sequence_group = None
+    try:
+        whole = wrapped(input_ids=ids, labels=ids)
+    finally:
+        inner.sequence_group = group
+    wrapped.train(was_training)
+    near = 1e-4 if inner.config.dtype == torch.float32 else 2e-2
+    if not abs(float(sliced - whole)) <= near * abs(float(whole)):  # NaN, too, is another loss
+        raise ModelError("sequence_parallel changes the loss of this model: set sequence_parallel: 1")
 
 
 @torch.no_grad()

@@ -140,6 +140,7 @@ def evaluate(
     sequences: the longest first, so that memory that does not suffice shows at once. batch_size: over all workers.
     """
     accelerator, started = worker.accelerator, time.perf_counter()
+    shares, share = worker.data_share
     label_ids = classification.label_ids(worker.tokenizer, classifier.label_tokens) if classifier else None
     names = objective.metric_names
     sums = torch.zeros(1 + len(names), dtype=torch.float64, device=accelerator.device)
@@ -147,7 +148,7 @@ def evaluate(
     worker.wrapped.eval()
     for start in range(0, len(sequences), batch_size):
         batch = sequences[start : start + batch_size]
-        [part] = batching.split_batch(batch, valid.tokens, accelerator.num_processes, 1)[accelerator.process_index]
+        [part] = batching.split_batch(batch, valid.tokens, shares, 1)[share]
         measurement = objective.measure(worker.wrapped, valid.batch(part), valid.reference_of(part), label_ids)
         sums += measurement.figures(names)
         predictions += measurement.predictions

@@ -35,11 +35,12 @@ from forgebook.config.blocks import LigerKernel, PromptFormat, VisionLanguageCon
 from forgebook.config.deepspeed_file import read_deepspeed_config
 from forgebook.config.schema import ResolvedConfig
 from forgebook.data import masking
-from forgebook.errors import TrainingError
-from forgebook.models import adapters, load, parts, saved_adapters
+from forgebook.errors import ModelError, TrainingError
+from forgebook.models import adapters, load, parts, saved_adapters, sequence_parallel
 from forgebook.models.attention import SEGMENTED
 from forgebook.models.families import freeze_towers, projector_modules
 from forgebook.models.processor import processor_of
+from forgebook.models.sequence_parallel import SequenceGroup
 from forgebook.models.tokenizer import label_pieces, locate, tokenizer_of
 from forgebook.training import classification, distributed, fsdp, kernels, liger, optimizers, sharded_state
 from forgebook.training.losses import SupervisedLM
@@ -64,7 +65,8 @@ class Worker:
 
     model: the plain or PEFT model inside `wrapped`, whose forward pass returns the loss. deepspeed_engine: `wrapped`
     again under DeepSpeed, else None. parameters: how many the model has, and how many of them are trained. processor:
-    of a run with images. notes: what a reader should know of how it runs.
+    of a run with images. notes: what a reader should know of how it runs. sequence_parallel: how many workers share
+    each line.
     """
 
     accelerator: Accelerator
@@ -76,11 +78,18 @@ class Worker:
     parameters: tuple[int, int]
     notes: list[str]
     processor: Any = None
+    sequence_parallel: int = 1
 
     @property
     def is_fsdp(self) -> bool:
         """Return whether FSDP2 divides the weights."""
         return fsdp.is_sharded(self.wrapped)
+
+    @property
+    def data_share(self) -> tuple[int, int]:
+        """Return among how many a batch is divided, and this worker's number: a group that shares lines is one."""
+        size = self.sequence_parallel
+        return self.accelerator.num_processes // size, self.accelerator.process_index // size
 
     @property
     def takes_segments(self) -> bool:
@@ -165,7 +174,8 @@ def make_worker(config: ResolvedConfig, accelerator: Accelerator, steps: int = 1
     if config.classifier_config is not None:
         width = model.config.get_text_config().hidden_size
         label_scale = classification.label_rate(config.learning_rate, width, steps) / config.learning_rate
-    wrapped: Any = SupervisedLM(model, reads_images=processor is not None)
+    group = _sequence_group(model, config.sequence_parallel)
+    wrapped: Any = SupervisedLM(model, reads_images=processor is not None, sequence_group=group)
     if config.sharding == "fsdp":
         fsdp.shard(wrapped, getattr(torch, config.dtype), accelerator.device)
     # One group where nothing decays, as runs of earlier versions saved it.
@@ -191,7 +201,20 @@ def make_worker(config: ResolvedConfig, accelerator: Accelerator, steps: int = 1
     optimizer = optimizers.AdamW(groups, kind=config.optimizer, **hyperparameters)
     if config.sharding != "fsdp":
         wrapped = accelerator.prepare(wrapped)
-    return Worker(accelerator, tokenizer, model, wrapped, optimizer, None, parameters, notes, processor)
+    return Worker(
+        accelerator, tokenizer, model, wrapped, optimizer, None, parameters, notes, processor, config.sequence_parallel
+    )  # fmt: skip
+
+
+def _sequence_group(model: Any, size: int) -> SequenceGroup | None:
+    """Let `size` workers share each line of a batch; None if each has its own. Collective. Raises ModelError."""
+    if size == 1:
+        return None
+    kernel = model.config.get_text_config()._attn_implementation
+    if kernel not in sequence_parallel.KERNELS:
+        raise ModelError(f"sequence_parallel needs another kernel than attention: {kernel}, which this model has alone")
+    sequence_parallel.register()
+    return SequenceGroup.of(size)
 
 
 def _stop_at(ends: list[int], generation_config: Any) -> None:

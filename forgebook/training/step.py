@@ -124,7 +124,7 @@ def queue_step(
                     (measurement.loss * scale).backward()
             passes.append((forward, backward, _mark(accelerator.device)))
         sums += measurement.figures(names)
-        padded += batch["input_ids"].numel()
+        padded += batch["input_ids"].numel() // worker.sequence_parallel
     if deepspeed_engine:  # its optimizer ran within the last backward
         gradient = deepspeed_engine.get_global_grad_norm() or 0.0
     elif scaler is not None:

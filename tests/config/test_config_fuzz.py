@@ -11,7 +11,8 @@ import support_fuzz as fuzz
 from conftest import REPOSITORY
 from forgebook.catalog import shape_of
 from forgebook.config.parse import dump_config, load_config
-from forgebook.config.rules import check_rules, unread_keys
+from forgebook.config.rules import check_rules
+from forgebook.config.unread_keys import unread_keys
 from forgebook.planning.hardware import hardware_in
 from forgebook.planning.plan import plan
 from forgebook.planning.plan_report import plan_as_json, plan_rows, price_rows, verdict

@@ -9,7 +9,7 @@ import pytest
 from conftest import config_for
 from forgebook.catalog import hardware_of, shape_of
 from forgebook.config.parse import load_config
-from forgebook.config.rules import RULES, UNREAD, broken_rules, check_rules, open_keys, unread_keys
+from forgebook.config.rules import RULES, broken_rules, check_rules, open_keys
 from forgebook.errors import ConfigError, ResourceError
 from forgebook.planning.auto_config import choose, choose_task
 from forgebook.planning.feasibility import fit
@@ -60,6 +60,18 @@ BROKEN = [
     ),
     ({"sharding": "fsdp", "gradient_checkpointing": "offload"}, ["offload is not supported with sharding: fsdp"]),
     ({"sharding": "fsdp", "torch_compile": True}, ["torch_compile does not work with sharding: fsdp"]),
+    ({"sequence_parallel": 2, "num_devices": 3, "sharding": "none"}, ["divides num_devices into groups"]),
+    ({"sequence_parallel": 2, "num_devices": 0, "sharding": "none"}, ["divides num_devices into groups"]),
+    ({"sequence_parallel": 2, "num_devices": 2, "deepspeed": "zero_3"}, ["which counts examples per worker"]),
+    ({"sequence_parallel": 2, "num_devices": 2, "sharding": "fsdp", "min_devices": 1}, ["a group that loses a worker"]),
+    (
+        {"sequence_parallel": 2, "num_devices": 2, "sharding": "fsdp", "task": "preference_tuning"},
+        ["sequence_parallel works with losses of single tokens"],
+    ),
+    (
+        {"sequence_parallel": 2, "num_devices": 2, "sharding": "fsdp", "attention": "eager"},
+        ["exchanges positions for heads"],
+    ),
     ({"dtype": "float16"}, ["dtype: float16 does not work with DeepSpeed"]),
     ({"dtype": "float16", "sharding": "fsdp"}, ["dtype: float16 does not work with sharding: fsdp"]),
     *(
@@ -96,6 +108,7 @@ WORKS = [
     {"min_devices": 1, "num_devices": 2, "deepspeed": "none"},
     {"sharding": "fsdp"},
     {"sharding": "fsdp", "deepspeed": "none", "num_devices": 2, "min_devices": 1},
+    {"sharding": "fsdp", "num_devices": 4, "sequence_parallel": 2},
     {"sharding": "fsdp", "classifier_config": LABELS, "lora_config": LORA | {"use_dora": True}},
     {"sharding": "zero_2", "quantization": "nf4", "lora_config": LORA},
     {"sharding": "zero_2", "deepspeed": "zero_2"},
@@ -272,49 +285,3 @@ def test_default_mode_says_which_rule_the_written_keys_break(write):
     config = load_config(write({"padding": "packed", "model_id": "meta-llama/Llama-3.1-8B"}), default=True)
     with pytest.raises(ConfigError, match="cannot pack the pairs"):
         choose_task(config, [{"prompt": "a", "chosen": "b", "rejected": "c"}])
-
-
-# Each sets keys that nothing reads; `valid_path` and the like make them read.
-CONTEXT = {
-    "num_devices",
-    "num_epochs",
-    "lr_scheduler_type",
-    "optimizer",
-    "deepspeed",
-}  # set beside the keys that are unread
-UNREAD_KEYS = [
-    ({"adam_betas": (0.9, 0.95), "optimizer": "adafactor", "deepspeed": "none"}, {"optimizer": "adamw"}),
-    ({"adam_epsilon": 1e-6, "optimizer": "adafactor", "deepspeed": "none"}, {"optimizer": "adamw"}),
-    ({"lr_scheduler_type": "constant", "min_lr_ratio": 0.1, "lr_decay_ratio": 0.2}, {"lr_scheduler_type": "wsd"}),
-    ({"decay_norms_and_biases": True}, {"weight_decay": 0.1}),
-    ({"eval_first": True, "eval_batch_size_per_device": 4}, {"valid_path": "v.jsonl"}),
-    ({"min_update_steps": 50, "num_epochs": 2}, {"num_epochs": None}),
-    ({"train_on": "last", "rewritten_turns": "expand"}, {"task": "instruction_tuning"}),
-    ({"num_devices": 0, "max_failures": 1, "address": "auto"}, {"num_devices": 2}),
-    ({"num_devices": 0, "worker_resources": {"A": 1}, "trainer_resources": {"B": 1}}, {"num_devices": 2}),
-    ({"liger_kernel": {"enabled": False, "kwargs": {"rope": True}}}, {"liger_kernel": {"kwargs": {"rope": True}}}),
-    ({"tf32": True}, {"tf32": True, "dtype": "float32"}),
-    (
-        {"preference_tuning_config": {"loss": "ipo", "label_smoothing": 0.1}},
-        {"preference_tuning_config": {"loss": "dpo", "label_smoothing": 0.1}},
-    ),
-    ({"num_data_blocks_per_device": 8}, {"preference_tuning_config": {"logprob_processor_scaling_config": {}}}),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("values, remedy", UNREAD_KEYS)
-def test_a_key_that_nothing_reads_is_a_warning(values, remedy, write_yaml):
-    def warned(values):
-        minimal = {"model_id": "tiny", "train_path": "t.jsonl"}
-        return unread_keys(load_config(write_yaml(json.dumps(minimal | values))))
-
-    unread = values.keys() - CONTEXT
-    assert {text.split()[0].split(".")[0] for text in warned(values)} == unread
-    assert warned(values | remedy) == []
-
-
-def test_a_default_is_never_unread(write_yaml):
-    minimal = {"model_id": "tiny", "train_path": "t.jsonl"}
-    assert unread_keys(load_config(write_yaml(json.dumps(minimal)))) == []
-    unread = {rule.keys[0] for rule in UNREAD}
-    assert unread == {key for values, _ in UNREAD_KEYS for key in values} - CONTEXT

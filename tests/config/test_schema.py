@@ -8,11 +8,11 @@ from pydantic import ValidationError
 
 from forgebook.config import blocks, schema
 from forgebook.config.block_keys import flatten
+from forgebook.config.rules import auto_keys
 from forgebook.config.schema import (
     EVERY_EPOCH,
     FinetuneConfig,
     ResolvedConfig,
-    auto_keys,
     keys_without_effect,
 )
 from support_config import refusal

@@ -130,6 +130,18 @@ def test_fused_kernels_save_what_a_gpu_measured():
     assert tensors(liger_kernel={"enabled": "auto"}) == tensors()  # not known where the plan is made
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_workers_that_share_each_example_hold_the_activations_of_a_slice(checkpointing):
+    """Half of 8,192 positions each, as of 4,096, and the same weights."""
+    settings = {"gradient_checkpointing": checkpointing, "num_devices": 2, "sharding": "fsdp"}
+    shared = big(context_length=8192, sequence_parallel=2, **settings)
+    needs = [
+        memory_of(config, shape_of(LLAMA_8B), workers=2, length=config.context_length)
+        for config in (shared, big(context_length=4096, **settings))
+    ]
+    assert needs[0].terms == needs[1].terms and shared.global_batch_size == 4
+
+
 def test_ddp_keeps_its_buckets_beside_all_activations():
     config = big(gradient_checkpointing=False, dtype="float32")
     shape = shape_of(config.model_id)
