@@ -204,8 +204,9 @@ def test_a_template_that_prints_the_date_is_rendered_each_day(tokenizer):
 
     dated = copy.deepcopy(tokenizer)
     dated.chat_template = "{{ strftime_now('%f') }}" + tokenizer.chat_template  # microseconds: always another
-    keys = {tokenize._cache_key(Source(__file__), dated, tokenize.EncodingOptions(), None) for _ in range(3)}
-    assert len(keys) == 3 and tokenize._cache_key(Source(__file__), tokenizer, tokenize.EncodingOptions(), None) not in keys
+    rest = tokenize.EncodingOptions(), None
+    keys = {tokenize._cache_key(Source(__file__), dated, *rest) for _ in range(3)}
+    assert len(keys) == 3 and tokenize._cache_key(Source(__file__), tokenizer, *rest) not in keys
 
 
 @pytest.mark.slow
