@@ -8,6 +8,7 @@ model  = load_start(config, tokenizer)            what a run begins with: the ba
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -216,7 +217,8 @@ def _bars_in_terminals_only() -> Iterator[None]:
     """Keep transformers from drawing progress bars into logs and notebooks, where each of their states is text."""
     from transformers.utils import logging
 
-    if sys.stderr.isatty() or not logging.is_progress_bar_enabled():
+    terminal = sys.stderr.isatty() and "JPY_PARENT_PID" not in os.environ  # a notebook's cannot move its cursor
+    if terminal or not logging.is_progress_bar_enabled():
         yield
         return
     logging.disable_progress_bar()

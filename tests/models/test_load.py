@@ -1,9 +1,12 @@
 """Where models come from, and how they are built."""
 
+import contextlib
 import json
+import os
 import shutil
 import subprocess
 import sys
+import termios
 
 import pytest
 import torch
@@ -90,3 +93,22 @@ def test_experts_of_four_bits_are_unpacked_to_be_trained(tmp_path, monkeypatch):
     assert experts.dtype == torch.float32 and experts.shape == (4, 64, 128) and experts.requires_grad
     # The scale of 120 is 2^-7; four bits hold 0, 0.5, 1, 1.5, 2, 3, 4 and 6.
     assert set((experts.detach().abs() * 2**7).unique().tolist()) == {0, 0.5, 1, 1.5, 2, 3, 4, 6}
+
+
+@pytest.mark.parametrize("notebook", [False, True])
+def test_bars_of_libraries_are_drawn_in_terminals_not_in_notebooks(notebook, tmp_path):
+    """A notebook gives its cells' processes a terminal, and keeps every state of a bar as text."""
+    code = f"from forgebook.models.load import load_model; load_model({str(TINY_MODEL)!r})"
+    environment = {name: value for name, value in os.environ.items() if name != "JPY_PARENT_PID"}
+    controller, terminal = os.openpty()
+    termios.tcsetwinsize(terminal, (24, 80))
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stderr=terminal, env=environment | ({"JPY_PARENT_PID": "1"} if notebook else {})
+    ) as process:
+        process.wait()
+    os.close(terminal)
+    printed = b""
+    with contextlib.suppress(OSError), open(controller, "rb", buffering=0) as lines:  # a closed terminal is an error
+        while part := lines.read(1000):
+            printed += part
+    assert process.returncode == 0 and (b"Loading weights" in printed) != notebook
