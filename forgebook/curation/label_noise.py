@@ -10,6 +10,7 @@ for few, or on others.
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -56,7 +57,7 @@ def make_loss_judge(
         count = settings.examples_per_reason
         lists = {"highest loss": order[: -count - 1 : -1], "lowest loss": order[:count]}
         report: dict[str, Any] = {
-            "model": source,
+            "model": _shown(source),
             "measured": len(found),
             "not_measured": len(numbers) - len(found),
             "median_loss": float(np.median(list(found.values()))),
@@ -68,6 +69,12 @@ def make_loss_judge(
         return Judged(high, report)
 
     return judge
+
+
+def _shown(source: str) -> str:
+    """Name a model as the reports do: a folder below this one by its relative path."""
+    folder = Path(source)
+    return str(folder.relative_to(Path.cwd())) if folder.is_relative_to(Path.cwd()) else source
 
 
 def losses(

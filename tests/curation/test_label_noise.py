@@ -38,7 +38,8 @@ def test_losses_are_those_of_transformers(loaded, tokenizer):
         assert value == pytest.approx(float(loaded.model(input_ids=ids, labels=ids).loss), rel=1e-4)
 
 
-def test_an_unlikely_answer_is_reported_and_the_lists_are_in_order(loaded):
+def test_an_unlikely_answer_is_reported_and_the_lists_are_in_order(loaded, monkeypatch):
+    monkeypatch.chdir(TINY_MODEL.parent)
     rows = [chat(f"Where is the {thing}?", "On the table.") for thing in "lamp key door book cup box".split() * 3]
     rows[7] = chat("Where is the key?", "Zrx qlp 99 vvw %% jjj.")
     config = load_config(QUICKSTART, ["curation.examples_per_reason=3"])
@@ -48,6 +49,7 @@ def test_an_unlikely_answer_is_reported_and_the_lists_are_in_order(loaded):
     assert lists["highest loss"][0][0] == 7 and all(len(part) == 3 for part in lists.values())
     assert {number for part in lists.values() for number, _ in part} == set(judged.report["shown"])
     assert judged.report["measured"] == 18
+    assert judged.report["model"] == TINY_MODEL.name  # below the folder that the command runs in: no machine's path
 
 
 def test_an_example_that_is_too_long_is_not_measured(loaded):
