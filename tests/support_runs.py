@@ -19,16 +19,20 @@ from conftest import LORA, TINY_MODEL, chat, uneven_rows
 from forgebook.config.parse import load_config
 from forgebook.config.schema import FinetuneConfig
 from forgebook.data import batching
+from forgebook.data.image_batches import Pixels
 from forgebook.data.token_store import load_view
 from forgebook.errors import ForgebookError
 from forgebook.inference import loading
 from forgebook.launch import ray_train
 from forgebook.launch.fine_tune import fine_tune
+from forgebook.models.processor import processor_of
 from forgebook.runs.metrics import read_metrics
 from forgebook.runs.run import Run
 from forgebook.training.losses import SupervisedLM
 from forgebook.training.objectives import Objective
+from forgebook.training.reference import ExampleSet
 from support_ranks import train_in_ranks
+from support_vision import draw, image_row, save_vision_model
 
 METHODS = {
     "full": {},
@@ -42,6 +46,7 @@ TASKS = {
     "instruction_tuning": {},
     "classification": {"classifier_config": {"label_tokens": LABELS}},
     "preference_tuning": {},
+    "vision_language": {"vision_language_config": {}},
 }
 SHARDINGS = ["none", "zero_1", "zero_2", "zero_3", "fsdp"]
 
@@ -62,14 +67,28 @@ def rows_of(task: str) -> list[dict]:
         return [
             {side: chat("where? " * (1 + k % 3), text)["messages"] for side, text in sides.items()} for k in range(8)
         ]
+    if task == "vision_language":  # of different sizes, two of a row, and rows without an image
+        names = [f"{k}.png" for k in range(8)]
+        images = [[name] for name in names[:5]] + [names[5:7], [], []]
+        return [image_row("what? " * (1 + k % 3), f"the lamp {k}", *paths) for k, paths in enumerate(images)]
     return uneven_rows(8)
+
+
+def model_of(task: str, folder: Path) -> str:
+    """Return the model of a task: the tiny one, or one that reads images, with pictures for its rows."""
+    if task != "vision_language":
+        return str(TINY_MODEL)
+    for k in range(8):
+        draw(folder / f"{k}.png", f"n {k}", (40 + 9 * (k % 4), 30))
+    path = folder / "model"
+    return str(path) if path.exists() else save_vision_model("SmolVLM", path)
 
 
 def settings_of(method: str, task: str, sharding: str, folder: Path) -> dict:
     path = folder / f"{task}.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows_of(task)))
     return {
-        "model_id": str(TINY_MODEL), "train_path": str(path), "valid_path": str(path), "task": task,
+        "model_id": model_of(task, folder), "train_path": str(path), "valid_path": str(path), "task": task,
         "run_name": f"{method}-{task}", "storage_path": str(folder / "runs"), "num_epochs": 1,
         "eval_batch_size_per_device": 8, "learning_rate": 1e-3,
         "num_warmup_steps": 0, "dtype": "float32", **sharded(sharding), **METHODS[method], **TASKS[task],
@@ -85,10 +104,13 @@ def reloaded_loss(config: FinetuneConfig, run: Run, checkpoint: str) -> float:
     sequences = batching.single_sequences(valid, batching.group_size(config.task))
     order = [row for rows in sequences for row in rows]
     reference = torch.from_numpy(np.load(kept)[order]) if kept.exists() else None
-    batch = batching.collate(valid, sequences, tokenizer.pad_token_id)
+    processor = processor_of(config, tokenizer)
+    pixels = Pixels(processor, config.dtype) if processor else None
+    batch = ExampleSet(valid, tokenizer.pad_token_id, torch.device("cpu"), pixels=pixels).batch(sequences)
     objective = Objective(config.preference_tuning_config)
     with torch.no_grad():
-        measurement = objective.measure(SupervisedLM(model).eval(), batch, reference)
+        wrapped = SupervisedLM(model, reads_images=pixels is not None).eval()
+        measurement = objective.measure(wrapped, batch, reference)
     return float(measurement.loss) / objective.count_units(valid, np.arange(len(valid)))
 
 
@@ -96,7 +118,7 @@ def main() -> None:
     sharding, folder = sys.argv[1], Path(sys.argv[2])
     ray_train.run_on_ray = train_in_ranks
     for method in METHODS:
-        for task in TASKS:
+        for task in sys.argv[3:] or TASKS:
             path = folder / f"{method}-{task}.yaml"
             path.write_text(json.dumps(settings_of(method, task, sharding, folder)))
             record = {"method": method, "task": task}
