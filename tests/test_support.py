@@ -66,7 +66,7 @@ def support_page() -> str:
         "Which method, task and sharding work together. Every cell is a test (`tests/test_support.py`): it trains two",
         "steps, saves, loads the checkpoint with plain transformers and PEFT, and compares the loss; or the config is",
         "rejected with the reason.", "",
-        "**The tests run on CPUs**, with the tiny model (vision_language: a random SmolVLM), in float32, in one process,",
+        "**The tests run on CPUs**, with the tiny model (a random SmolVLM for images), in float32, in one process,",
         "fsdp in two. No cell has been run on a GPU. Not in the matrix: `zero_3_hpz` and the offload files, bfloat16,",
         "packing, FlashAttention, Liger, int8. Several workers and machines: [CLUSTERS.md](CLUSTERS.md).", "",
         f"| method | task | {' | '.join('none (DDP)' if s == 'none' else s for s in SHARDINGS)} |",
