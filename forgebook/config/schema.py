@@ -164,8 +164,7 @@ class FinetuneConfig(StrictBlock):
 
     # -- memory and speed
     dtype: Annotated[Literal["bfloat16", "float16", "float32"], Mark.AUTO] = "bfloat16"
-    """Number format of the forward and backward pass. float16: for GPUs without bfloat16 (V100, T4), with a loss scale
-    that adapts; needs `deepspeed: none` and `optimizer: adamw`."""
+    """Number format of the forward and backward pass. float16, with a loss scale: for GPUs without bfloat16 (T4)."""
     tf32: bool = False
     """With float32: multiply in TF32, three decimal digits at several times the speed, on Ampere GPUs and later."""
     deepspeed: Annotated[DeepSpeedFile | None, Mark.AUTO] = DeepSpeed()

@@ -28,7 +28,7 @@ from forgebook.errors import DataError, ModelError, ResourceError
 from forgebook.models.shapes import find_shape
 from forgebook.planning import schedule
 from forgebook.planning.cpu_dtype import choose_cpu_dtype
-from forgebook.planning.feasibility import capacity, cheapest_change, fit, longest_sequence
+from forgebook.planning.feasibility import capacity, cheapest_change, fit, longest_sequence, unpadded_lengths
 from forgebook.planning.hardware import Cpu
 from forgebook.planning.memory import memory_of
 from forgebook.planning.token_count import Statistics
@@ -227,7 +227,8 @@ def _choose_batch(
     else:
         fitted = _on_gpus(config, shape, hardware, data, fixed)
     workers, length = max(1, fitted.num_devices), longest_sequence(fitted, data)
-    need = memory_of(fitted, shape, workers=workers, length=length, on_gpu=hardware is not None)
+    lengths = unpadded_lengths(fitted, shape, data, hardware[1] if hardware else None)
+    need = memory_of(fitted, shape, workers=workers, length=length, on_gpu=hardware is not None, lengths=lengths)
     memory = f"{need.total / 1e9:,.1f} GB" + (f" of {capacity(hardware[1]) / 1e9:,.1f} per GPU" if hardware else "")
     only_way = f"it does not fit otherwise: {memory}"
     reasons = {
@@ -280,7 +281,8 @@ def _on_gpus(
         offloads = fitted.deepspeed is not None and "offload" in fitted.deepspeed.config_path
         if not (offloads and fitted.dtype == "float32" and not gpu.bfloat16):
             return fitted.explained({"dtype": reason}) if "dtype" not in fixed else fitted
-    changes, _ = cheapest_change(config, shape, workers, longest_sequence(config, data), gpu)
+    lengths = unpadded_lengths(config, shape, data, gpu)
+    changes, _ = cheapest_change(config, shape, workers, longest_sequence(config, data), gpu, lengths)
     fix = f"try {' '.join(changes)}" if changes else "use more or larger GPUs"
     raise ResourceError(f"{config.model_id} does not fit {workers}x{gpu.name} with the values of the config: {fix}")
 

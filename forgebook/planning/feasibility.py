@@ -7,9 +7,10 @@ config = fit(config, shape, (8, gpu), data)
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -18,6 +19,8 @@ from forgebook.config.rules import broken_rules
 from forgebook.data.batching import group_size
 from forgebook.data.truncation import fit_length
 from forgebook.errors import ConfigError
+from forgebook.models.attention import SEGMENTED
+from forgebook.models.varlen_attention import LARGEST_HEAD
 from forgebook.planning import schedule
 from forgebook.planning.hardware import Cpu
 from forgebook.planning.memory import Memory, memory_of
@@ -36,9 +39,12 @@ __all__ = [
     "device_of",
     "fit",
     "fits",
+    "has_padding",
+    "longest_first",
     "longest_sequence",
     "micro_batch_for",
     "settle_checkpointing",
+    "unpadded_lengths",
     "without_gaps",
     "work_of",
 ]
@@ -49,6 +55,7 @@ MICRO_BATCHES = {512: 16, 1024: 8, 2048: 4, 4096: 2}
 # The share of a GPU's memory that fragmentation keeps the allocator from using.
 FRAGMENTED = 0.05
 MOST_GPUS = 64
+LARGEST_BATCH = 4096  # examples of a device, pairs counted twice
 ADVISED_LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
 
 # A change of the config as it is printed, and its values by key.
@@ -59,7 +66,8 @@ Change: TypeAlias = "tuple[str, dict[str, Any]]"
 class Work:
     """What a whole run processes. positions: tokens and padding; longest: tokens of the longest sequence.
 
-    mean: tokens of the example that the mean token is part of, which the work of attention depends on.
+    mean: tokens of the example that the mean token is part of, which the work of attention depends on. lengths: of
+    examples, the longest first, where batches have no padding.
     """
 
     steps: int
@@ -67,14 +75,15 @@ class Work:
     positions: int
     longest: int
     mean: float
+    lengths: tuple[int, ...] = ()
 
 
-def work_of(config: ResolvedConfig, data: Statistics) -> Work:
-    """Count what a run processes. Raises ConfigError if truncation leaves no example."""
+def work_of(config: ResolvedConfig, data: Statistics, *, padded: bool = True) -> Work:
+    """Count what a run processes; padded: as `has_padding` says. Raises ConfigError if truncation leaves no example."""
     context, lengths = config.context_length, _cut_lengths(config.context_length, config.truncation, data)
     tokens = sum(lengths)
     longest = max(lengths) if config.padding == "longest" else context
-    if config.padding == "packed":
+    if config.padding == "packed" or not padded:
         positions = tokens
     elif config.padding == "max_length":
         positions = context * len(lengths)
@@ -86,7 +95,42 @@ def work_of(config: ResolvedConfig, data: Statistics) -> Work:
     steps = schedule.total_steps(config.num_epochs, epoch_steps, config.max_steps)
     share = data.scale * steps / epoch_steps
     mean = sum(length * length for length in lengths) / tokens
-    return Work(steps, round(tokens * share), round(positions * share), longest, mean)
+    unpadded = () if padded else longest_first(lengths)
+    return Work(steps, round(tokens * share), round(positions * share), longest, mean, unpadded)
+
+
+def has_padding(config: FinetuneConfig, shape: Shape, device: Gpu | Cpu | None) -> bool:
+    """Return whether batches are padded, as far as can be known before the model is loaded.
+
+    They are not where the attention kernel keeps the examples of one line apart by their lengths (models/attention.py),
+    which `attention: auto` chooses on a GPU of compute capability 8.0 or later, for models that it can compute.
+    """
+    if config.padding != "longest":
+        return True
+    if config.attention in SEGMENTED:
+        return False
+    is_able = isinstance(device, Gpu) and device.bfloat16 and config.dtype != "float32"
+    # Of families that are counted on their own class, it is not known; capped logits are a tanh that it lacks.
+    is_known = shape.counted is None and not shape.softcap
+    has_heads = shape.head_dim <= LARGEST_HEAD and shape.head_dim % 8 == 0
+    return not (config.attention == "auto" and is_able and is_known and has_heads)
+
+
+def unpadded_lengths(
+    config: FinetuneConfig, shape: Shape, data: Statistics | None, device: Gpu | Cpu | None
+) -> tuple[int, ...]:
+    """List the tokens of examples, the longest first, where batches have no padding; nothing where they do.
+
+    config: with its context length chosen.
+    """
+    if data is None or has_padding(config, shape, device):
+        return ()
+    return longest_first(_cut_lengths(config.context_length or 0, config.truncation, data))
+
+
+def longest_first(lengths: Iterable[int]) -> tuple[int, ...]:
+    """Sort lengths, and take as many as a batch may hold."""
+    return tuple(heapq.nlargest(LARGEST_BATCH, lengths))
 
 
 def _epoch_steps(config: FinetuneConfig, context: int, data: Statistics) -> int:
@@ -164,12 +208,18 @@ def fits(need: Memory, device: Gpu | Cpu) -> bool:
 
 
 def settle_checkpointing(
-    config: ResolvedConfig, shape: Shape, workers: int, length: int, device: Gpu | Cpu | None
+    config: ResolvedConfig,
+    shape: Shape,
+    workers: int,
+    length: int,
+    device: Gpu | Cpu | None,
+    lengths: Sequence[int] = (),
 ) -> tuple[ResolvedConfig, list[str]]:
     """Choose `gradient_checkpointing: auto`: the least recomputation that fits, with a note why. Others stay.
 
-    device: None where it is not known, or one of several.
+    device: None where it is not known, or one of several. lengths: as for `memory_of`.
     """
+    on_gpu = not isinstance(device, Cpu)
     if config.gradient_checkpointing != "auto":
         return config, []
     if device is None:
@@ -185,7 +235,7 @@ def settle_checkpointing(
         attempt = config.resolve(gradient_checkpointing=less)
         if broken_rules(attempt):
             continue
-        need = memory_of(attempt, shape, workers=workers, length=length, on_gpu=not isinstance(device, Cpu)).total
+        need = memory_of(attempt, shape, workers=workers, length=length, on_gpu=on_gpu, lengths=lengths).total
         if less is True and need <= capacity(device):  # moving inputs to the host takes time, too: only where it must
             break
         if less is not True and need <= room:
@@ -201,12 +251,18 @@ def _settled(config: ResolvedConfig, choice: bool | str, reason: str) -> tuple[R
 
 
 def cheapest_change(
-    config: FinetuneConfig, shape: Shape, workers: int, length: int, device: Gpu | Cpu
+    config: FinetuneConfig,
+    shape: Shape,
+    workers: int,
+    length: int,
+    device: Gpu | Cpu,
+    lengths: Sequence[int] = (),
 ) -> tuple[tuple[str, ...], Memory | None]:
     """Search the changes that make a run fit, cheapest first; return them as `key=value`, with the memory then.
 
     Each is tried on top of those before it, unless the result would break a rule of `config.rules`; those that turn
-    out not to be needed are dropped again. config: with its context length and batch size chosen.
+    out not to be needed are dropped again. config: with its context length and batch size chosen. lengths: as for
+    `memory_of`.
     """
     on_gpu = not isinstance(device, Cpu)
 
@@ -218,7 +274,7 @@ def cheapest_change(
 
     def need(changes: Sequence[Change]) -> Memory:
         gpus = next((values["num_devices"] for _, values in reversed(changes) if "num_devices" in values), workers)
-        return memory_of(applied(changes), shape, workers=gpus, length=length, on_gpu=on_gpu)
+        return memory_of(applied(changes), shape, workers=gpus, length=length, on_gpu=on_gpu, lengths=lengths)
 
     chosen: list[Change] = []
     for change in _possible_changes(config, shape, workers, on_gpu):
@@ -293,7 +349,8 @@ def fit(
         config = config.resolve(num_devices=workers)
     sizes = _open_sizes(config.context_length, config.train_batch_size_per_device, shape.context, data)
     config = config.resolve(**sizes)
-    length = longest_sequence(config, data)
+    length, lengths = longest_sequence(config, data), unpadded_lengths(config, shape, data, gpu)
+    on_gpu = not isinstance(gpu, Cpu)
     offloading = ["zero_3_offload_optim", "zero_3_offload_optim+param"]
     names = [None, "zero_1", "zero_2", "zero_3", *offloading] if workers > 1 else [None, *offloading]
     shardings: list[dict[str, Any]] = [{"deepspeed": name} for name in names]
@@ -315,7 +372,8 @@ def fit(
                 train_batch_size_per_device=micro,
                 gradient_accumulation_steps=accumulation,
             )
-            if fits(memory_of(attempt, shape, workers=workers, length=length, on_gpu=not isinstance(gpu, Cpu)), gpu):
+            need = memory_of(attempt, shape, workers=workers, length=length, on_gpu=on_gpu, lengths=lengths)
+            if fits(need, gpu):
                 return attempt
     return None
 

@@ -10,17 +10,19 @@ Assumptions, and their sources:
   addition was read from the code of 0.19 (stage_1_and_2.py, stage3.py) and is named where it is counted.
 - Activations are counted tensor by tensor as autograd keeps them in transformers' decoders; with gradient
   checkpointing one input per layer and one layer in full. Attention kernels except `eager` keep no length^2 matrix.
-- The loss is computed in chunks of LOSS_CHUNK positions: the full logits never exist (forgebook/training/losses.py).
+- The loss is computed in chunks of `loss_chunk` positions: the full logits never exist (forgebook/training/losses.py).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from forgebook.config.blocks import labels_of
 from forgebook.data.batching import group_size
 from forgebook.models.adapters import needs_whole_base
+from forgebook.planning.loss_chunk import loss_chunk
 from forgebook.planning.sharding import Sharding, sharding_of
 from forgebook.planning.trainable import adapted_layers, trainable_parameters, trains_label_rows
 
@@ -29,11 +31,8 @@ if TYPE_CHECKING:
     from forgebook.config.schema import FinetuneConfig
     from forgebook.layer_counts import LayerKind
 
-__all__ = ["LOSS_CHUNK", "WIDTHS", "Memory", "memory_of"]
+__all__ = ["WIDTHS", "Memory", "memory_of"]
 
-# Positions per chunk of the loss (forgebook/training/losses.py). Larger chunks make no step faster, as the matrix
-# products are large already; they only take more memory.
-LOSS_CHUNK = 256
 # CUDA context, cuBLAS and NCCL workspaces; an allowance, not a measurement.
 CONTEXT_BYTES = 2**30
 # Python, torch and CUDA's libraries in a worker's host memory; an allowance, too.
@@ -90,7 +89,8 @@ class Memory:
 class _Run:
     """What the terms are computed from.
 
-    width: bytes of a weight; trained: parameters; labels: of a classifier; micro_batch: examples.
+    width: bytes of a weight; trained: parameters; labels: of a classifier; micro_batch: examples. lengths: of the
+    examples, the longest first, where a batch has no padding.
     """
 
     config: FinetuneConfig
@@ -103,6 +103,7 @@ class _Run:
     micro_batch: int
     length: int
     on_gpu: bool
+    lengths: Sequence[int]
 
     def shard(self, size: int, stage: int) -> int:
         """Return this worker's part of what ZeRO shards from a stage on."""
@@ -125,14 +126,27 @@ class _Run:
     @property
     def tokens(self) -> int:
         """Count the positions of a micro batch whose activations this worker holds."""
+        # Batches are grouped by length, so that one of them holds the longest examples.
+        if self.lengths:
+            return sum(self.lengths[: self.sequences])
         return self.sequences * -(-self.length // self.config.sequence_parallel)
 
+    @property
+    def fuses_lora(self) -> bool:
+        """Return whether adapters run as one product (models/fused_lora.py), which keeps nothing of rank r."""
+        lora = self.config.lora_config or {}
+        is_plain = not lora.get("lora_dropout", 0) and not lora.get("use_dora")
+        return is_plain and self.config.quantization is None and self.sharding.stage < 3
 
-def memory_of(config: FinetuneConfig, shape: Shape, *, workers: int, length: int, on_gpu: bool = True) -> Memory:
+
+def memory_of(
+    config: FinetuneConfig, shape: Shape, *, workers: int, length: int, on_gpu: bool = True, lengths: Sequence[int] = ()
+) -> Memory:
     """Compute the bytes of one GPU, and of one worker's host, at the peak of an optimizer step.
 
     config: with its batch size chosen. length: tokens of the longest sequence of a batch. on_gpu: false for a worker
-    without one, whose memory is the host's own and where a buffer counts only as far as it is written to.
+    without one, whose memory is the host's own and where a buffer counts only as far as it is written to. lengths: of
+    the examples, the longest first, where batches have no padding (`feasibility.unpadded_lengths`).
 
     Raises ValueError if the batch size is not chosen.
     """
@@ -146,7 +160,7 @@ def memory_of(config: FinetuneConfig, shape: Shape, *, workers: int, length: int
     trained = trainable_parameters(config.lora_config, shape, labels)
     run = _Run(
         config, shape, sharding, max(1, workers), width, trained, labels, config.train_batch_size_per_device, length,
-        on_gpu,
+        on_gpu, lengths,
     )  # fmt: skip
 
     if sharding.is_fsdp:
@@ -314,10 +328,8 @@ def _activations(run: _Run) -> tuple[int, int, int]:
     """Count the bytes saved for the backward pass, what that pass allocates in addition, and one layer's of both."""
     config, shape, width = run.config, run.shape, run.width
     layers = [run.tokens * _saved_per_token(run, kind) for kind in shape.kinds]
-    layer, all_layers = (
-        max(layers),
-        sum(len(kind.layers) * saved for kind, saved in zip(shape.kinds, layers, strict=True)),
-    )
+    layer = max(layers)
+    all_layers = sum(len(kind.layers) * saved for kind, saved in zip(shape.kinds, layers, strict=True))
     # The backward pass of the MLP holds three gradients of its inner width, that of a norm works in float32. Liger
     # writes those of the MLP over what was saved, and keeps float32 in registers.
     working = run.tokens * (2 * width * shape.hidden + (1 if run.is_fused else 3) * width * shape.inner)
@@ -373,7 +385,7 @@ def _saved_per_token(run: _Run, kind: LayerKind) -> int:
         own = [(name.rpartition("."), inputs) for name, _, inputs in layer]
         shared = {(holder, inputs) for (holder, _, name), inputs in own if name != "o_proj"}
         saved += width * sum(inputs for _, inputs in shared)
-    return saved + sum(width * rank for _, rank, _ in layer)
+    return saved + (0 if run.fuses_lora else sum(width * rank for _, rank, _ in layer))
 
 
 def _returned_per_token(run: _Run, kind: LayerKind) -> int:
@@ -386,4 +398,5 @@ def _chunk(run: _Run) -> int:
     # The loss has a gradient of its own, computed in place; a softcap leaves it to autograd, which saves more.
     float32_copies = 4 if run.shape.softcap else 1
     positions = run.sequences if run.config.task == "classification" else run.tokens  # the label's alone
-    return min(LOSS_CHUNK, positions) * run.shape.vocab * (run.width + 4 * float32_copies)
+    bytes_each = run.shape.vocab * (run.width + 4 * float32_copies)
+    return min(loss_chunk(run.on_gpu, bytes_each), positions) * bytes_each

@@ -24,6 +24,7 @@ from forgebook.planning.feasibility import (
     capacity,
     cheapest_change,
     fits,
+    has_padding,
     settle_checkpointing,
     without_gaps,
     work_of,
@@ -170,11 +171,11 @@ def plan(
     if workers != max(1, requested):
         config = config.resolve(num_devices=workers)
     resolved = without_gaps(config, shape, data)
-    if work is None and data is not None:
-        work = work_of(resolved, data)
-    longest = work.longest if work else resolved.context_length
     device = hardware[1] if hardware else None
-    resolved, checkpointing = settle_checkpointing(resolved, shape, workers, longest, device)
+    if work is None and data is not None:
+        work = work_of(resolved, data, padded=has_padding(resolved, shape, device))
+    longest, lengths = (work.longest, work.lengths) if work else (resolved.context_length, ())
+    resolved, checkpointing = settle_checkpointing(resolved, shape, workers, longest, device, lengths)
     trained = trainable_parameters(resolved.lora_config, shape, len(labels_of(resolved.classifier_config)))
     flops_of_token = flops_per_token(
         shape, work.mean if work else resolved.context_length, trained if resolved.is_lora else None,
@@ -182,12 +183,13 @@ def plan(
     )  # fmt: skip
 
     gpu = device if isinstance(device, Gpu) else None
-    need = memory_of(resolved, shape, workers=workers, length=longest, on_gpu=not isinstance(device, Cpu))
+    on_gpu = not isinstance(device, Cpu)
+    need = memory_of(resolved, shape, workers=workers, length=longest, on_gpu=on_gpu, lengths=lengths)
     does_fit = fits(need, device) if device else None
     changes: tuple[str, ...] = ()
     changed: Memory | None = None
     if device is not None and not does_fit:
-        changes, changed = cheapest_change(resolved, shape, workers, longest, device)
+        changes, changed = cheapest_change(resolved, shape, workers, longest, device, lengths)
     kind = run_kind(resolved, shape.parameters)
     speed = _speed_of(device, kind, mfu, throughputs)
     seconds = None

@@ -31,7 +31,7 @@ from forgebook.models.shapes import find_shape
 from forgebook.models.tokenizer import label_pieces, locate, tokenizer_of
 from forgebook.models.vllm_support import vllm_serves, vllm_serves_saved
 from forgebook.planning import schedule
-from forgebook.planning.feasibility import Work, settle_checkpointing
+from forgebook.planning.feasibility import Work, has_padding, longest_first, settle_checkpointing
 from forgebook.planning.hardware import cpu_share, hardware_for
 from forgebook.planning.history import Throughput, read_throughputs, record_throughput
 from forgebook.planning.plan import Plan, plan, run_kind, running_figures
@@ -84,7 +84,8 @@ def choose_checkpointing(prepared: Prepared) -> tuple[Prepared, list[str]]:
     except ModelError:  # without a shape there is no plan
         config = config.resolve(gradient_checkpointing=True)
         return dataclasses.replace(prepared, config=config), ["gradient_checkpointing: true (the model has no plan)"]
-    config, notes = settle_checkpointing(config, shape, workers, _work_of(prepared).longest, device)
+    work = _work_of(prepared, has_padding(config, shape, device))
+    config, notes = settle_checkpointing(config, shape, workers, work.longest, device, work.lengths)
     return dataclasses.replace(prepared, config=config), notes
 
 
@@ -99,10 +100,12 @@ def plan_run(prepared: Prepared) -> tuple[Plan | None, str]:
     except ModelError as error:
         return None, f"no plan: {error}"
     throughputs, warning = read_throughputs()
-    return plan(config, shape, hardware_for(config), work=_work_of(prepared), throughputs=throughputs), warning
+    hardware = hardware_for(config)
+    work = _work_of(prepared, has_padding(config, shape, hardware[1] if hardware else None))
+    return plan(config, shape, hardware, work=work, throughputs=throughputs), warning
 
 
-def _work_of(prepared: Prepared) -> Work:
+def _work_of(prepared: Prepared, padded: bool) -> Work:
     """Count what the run processes, from its own examples."""
     config, lengths, report = prepared.config, prepared.train.lengths, prepared.report["train"]
     epoch_steps = _epoch_steps(prepared)
@@ -120,7 +123,9 @@ def _work_of(prepared: Prepared) -> Work:
     tokens = int(lengths.sum()) * share
     longest = int(lengths.max()) if config.padding == "longest" else config.context_length
     mean = float((lengths.astype(float) ** 2).sum() / lengths.sum())
-    return Work(steps, round(tokens), round(tokens / (1 - report["padding_share"])), longest, mean)
+    positions = round(tokens / (1 - report["padding_share"])) if padded else round(tokens)
+    unpadded = () if padded else longest_first(lengths.tolist())
+    return Work(steps, round(tokens), positions, longest, mean, unpadded)
 
 
 def check_settings(prepared: Prepared) -> tuple[list[str], str | None]:

@@ -25,7 +25,7 @@ from forgebook.errors import ModelError
 from forgebook.models.families import decoder_of, image_reader_of
 from forgebook.models.sequence_parallel import SequenceGroup
 from forgebook.models.varlen_attention import VARLEN
-from forgebook.planning.memory import LOSS_CHUNK
+from forgebook.planning.loss_chunk import loss_chunk
 
 __all__ = [
     "SupervisedLM",
@@ -41,6 +41,7 @@ NEVER_WAITS = ("cpu",)
 # In a large vocabulary most probabilities are below float16's smallest normal number, 6e-5: they are multiplied by this
 # before they are rounded to it.
 FLOAT16_LIFT = 64
+SAVED_BY_AUTOGRAD = 16  # bytes of a logit that a loss without a gradient of its own saves, beside those of the weights
 
 
 class SupervisedLM(nn.Module):
@@ -244,15 +245,21 @@ def _fuse(head: nn.Module, config) -> None:
         if output == "logits":
             return logits_of(hidden)
         if output == "examples":
-            return chunked_log_probabilities(hidden, labels, logits_of)
+            return chunked_log_probabilities(hidden, labels, logits_of, text_config.vocab_size)
         if is_plain:
             return fused_linear_cross_entropy(hidden, head.weight, labels)
-        return chunked_cross_entropy(hidden, labels, logits_of)
+        return chunked_cross_entropy(hidden, labels, logits_of, text_config.vocab_size)
 
     head.forward = forward
 
 
-def chunked_cross_entropy(hidden: torch.Tensor, labels: torch.Tensor, logits_of) -> torch.Tensor:
+def _chunks(hidden: torch.Tensor, count: int, vocabulary: int, bytes_of_logit: int) -> list[slice]:
+    """Divide positions into chunks; bytes_of_logit: beside those in the dtype of the weights."""
+    chunk = loss_chunk(hidden.device.type == "cuda", vocabulary * (hidden.element_size() + bytes_of_logit))
+    return [slice(start, start + chunk) for start in range(0, count, chunk)]
+
+
+def chunked_cross_entropy(hidden: torch.Tensor, labels: torch.Tensor, logits_of, vocabulary: int) -> torch.Tensor:
     """Sum -log p(label) over positions, for any output layer, recomputing each chunk's logits in backward.
 
     hidden: [positions, width]; labels: [positions]; logits_of: [n, width] -> [n, vocabulary] in float32.
@@ -263,13 +270,12 @@ def chunked_cross_entropy(hidden: torch.Tensor, labels: torch.Tensor, logits_of)
 
     # `hidden.sum() * 0` keeps the graph connected when a micro batch has no supervised position.
     total = hidden.float().sum() * 0
-    for start in range(0, len(labels), LOSS_CHUNK):
-        chunk = slice(start, start + LOSS_CHUNK)
+    for chunk in _chunks(hidden, len(labels), vocabulary, SAVED_BY_AUTOGRAD):
         total = total + checkpoint(loss_of, hidden[chunk], labels[chunk], use_reentrant=False)
     return total
 
 
-def chunked_log_probabilities(hidden: torch.Tensor, labels: torch.Tensor, logits_of) -> torch.Tensor:
+def chunked_log_probabilities(hidden: torch.Tensor, labels: torch.Tensor, logits_of, vocabulary: int) -> torch.Tensor:
     """Compute log p(label) at each position, for any output layer, recomputing each chunk's logits in backward.
 
     hidden: [positions, width]; labels: [positions]. Returns [positions] float32.
@@ -278,7 +284,7 @@ def chunked_log_probabilities(hidden: torch.Tensor, labels: torch.Tensor, logits
     def logp_of(hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return -nn.functional.cross_entropy(logits_of(hidden), labels, reduction="none")
 
-    chunks = [slice(start, start + LOSS_CHUNK) for start in range(0, len(labels), LOSS_CHUNK)]
+    chunks = _chunks(hidden, len(labels), vocabulary, SAVED_BY_AUTOGRAD)
     logps = [checkpoint(logp_of, hidden[chunk], labels[chunk], use_reentrant=False) for chunk in chunks]
     return torch.cat(logps) if logps else hidden.new_zeros(0, dtype=torch.float32)
 
@@ -312,7 +318,8 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         lift = FLOAT16_LIFT if hidden.dtype == torch.float16 else 1
         # The gradient of the weight is a sum over positions, which would overflow float16: there it is their mean.
         mean = 1 / max(1, len(labels)) if hidden.dtype == torch.float16 else 1
-        chunk = min(LOSS_CHUNK, max(1, len(labels)))
+        parts = _chunks(hidden, len(labels), len(weight), 4)
+        chunk = min(parts[0].stop, len(labels)) if parts else 1
         # One buffer in the weights' dtype for the matrix products, one in float32 for the softmax: two allocations for
         # all chunks, where a new one per chunk would fragment GPU memory.
         logits = hidden.new_empty(chunk, len(weight))
@@ -320,8 +327,7 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros_like(weight) if wants_weight else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        for start in range(0, len(labels), chunk):
-            part = slice(start, start + chunk)
+        for part in parts:
             inputs, target = hidden[part], labels[part, None]
             z, p = logits[: len(inputs)], probabilities[: len(inputs)]
             torch.mm(inputs, weight.T, out=z)

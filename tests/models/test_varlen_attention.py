@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from conftest import LORA, TINY_MODEL, losses_of
+from conftest import LORA, TINY_MODEL, config_for, losses_of
+from forgebook.catalog import Gpu
 from forgebook.data import batching
 from forgebook.data.token_store import Tokens
 from forgebook.errors import ModelError
@@ -15,6 +16,8 @@ from forgebook.launch.fine_tune import fine_tune
 from forgebook.models import varlen_attention
 from forgebook.models.adapters import add_lora
 from forgebook.models.load import load_model, model_class
+from forgebook.models.shapes import find_shape
+from forgebook.planning.feasibility import has_padding
 from forgebook.runs.metrics import read_metrics
 from forgebook.training.losses import SupervisedLM, check_isolation
 from support_families import FAMILIES, save_family
@@ -68,6 +71,9 @@ def test_a_family_computes_the_same_or_is_named_with_the_reason(name, tmp_path):
     source = save_family(name, tmp_path)
     config = AutoConfig.from_pretrained(source)
     reason = varlen_attention.why_not_varlen(config, model_class(config))
+    # The plan, which loads no model, must not count on the kernel where it does not run.
+    planned = config_for(str(source), dtype="bfloat16", padding="longest")
+    assert reason is None or has_padding(planned, find_shape(str(source)), Gpu("", 1, None, None))
     if name in LACKING:
         assert reason is not None and LACKING[name] in reason
         return

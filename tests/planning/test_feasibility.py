@@ -13,14 +13,17 @@ from forgebook.planning.feasibility import (
     cheapest_change,
     fit,
     fits,
+    has_padding,
     longest_sequence,
     micro_batch_for,
     settle_checkpointing,
+    unpadded_lengths,
     without_gaps,
     work_of,
 )
 from forgebook.planning.hardware import Cpu
 from forgebook.planning.memory import memory_of
+from forgebook.planning.plan import plan
 from forgebook.planning.token_count import Statistics
 
 LENGTHS = Statistics((100, 300, 200, 400), scale=10.0, how="counted")  # a tenth of the data
@@ -51,6 +54,54 @@ def test_the_work_of_a_run_is_counted(values, steps, tokens, positions, longest)
     work = work_of(config, LENGTHS)
     assert (work.steps, work.tokens, work.positions, work.longest) == (steps, tokens, positions, longest)
     assert longest_sequence(config, LENGTHS) == longest
+
+
+A10G, T4 = (hardware_of(f"1x{name}")[1] for name in ("A10G", "T4"))
+
+
+@pytest.mark.parametrize(
+    ("values", "device", "model", "padded"),
+    [
+        ({}, A10G, None, False),
+        ({}, T4, None, True),
+        ({}, None, None, True),
+        ({}, Cpu("", 1, 1), None, True),
+        ({"attention": "varlen"}, Cpu("", 1, 1), None, False),
+        ({"attention": "sdpa"}, A10G, None, True),
+        ({"dtype": "float32"}, A10G, None, True),
+        ({"padding": "max_length"}, A10G, None, True),
+        ({}, A10G, "google/gemma-2-2b-it", True),  # capped logits
+    ],
+)
+def test_batches_have_no_padding_where_the_kernel_keeps_examples_apart(values, device, model, padded):
+    config, shape = resolved(**values), shape_of(model or big().model_id)
+    assert has_padding(config, shape, device) == padded
+    assert unpadded_lengths(config, shape, LENGTHS, device) == (() if padded else (400, 300, 200, 100))
+
+
+def test_a_run_without_padding_processes_its_tokens_alone():
+    config = resolved(gradient_checkpointing=False, lora_config=LORA)
+    padded, exact = (work_of(config, LENGTHS, padded=padded) for padded in (True, False))
+    assert (padded.positions, padded.lengths) == (14_000, ())
+    assert (exact.positions, exact.tokens, exact.lengths) == (10_000, 10_000, (400, 300, 200, 100))
+    shape = shape_of(config.model_id)
+    planned = [plan(config.resolve(attention=kind), shape, (1, A10G), LENGTHS) for kind in ("auto", "sdpa")]
+    needs = [
+        memory_of(config, shape, workers=1, length=400, lengths=lengths) for lengths in (exact.lengths, padded.lengths)
+    ]
+    assert [one.memory for one in planned] == needs and needs[0].total < needs[1].total
+    assert planned[0].seconds == pytest.approx(planned[1].seconds * 10 / 14)
+
+
+def test_what_fits_without_padding_is_taken():
+    """The largest micro batch that fits is larger where one example is long and the others are short."""
+    data = Statistics((2000, *[100] * 63), scale=1.0, how="counted")
+    config = big(context_length=2048, train_batch_size_per_device=64, lora_config=LORA, num_epochs=1)
+    sizes = [
+        fit(config.resolve(attention=kind), shape_of(config.model_id), (1, A10G), data).train_batch_size_per_device
+        for kind in ("auto", "sdpa")
+    ]
+    assert sizes[0] == 64 > sizes[1]
 
 
 def test_attention_is_counted_for_the_example_of_the_mean_token():

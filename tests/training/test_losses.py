@@ -7,7 +7,7 @@ from torch.nn import functional
 from conftest import TINY_MODEL
 from forgebook.data.batching import IGNORED
 from forgebook.models.load import load_model
-from forgebook.planning.memory import LOSS_CHUNK
+from forgebook.planning.loss_chunk import FEWEST_POSITIONS, loss_chunk
 from forgebook.training import losses
 from forgebook.training.losses import SupervisedLM, chunked_cross_entropy, fused_linear_cross_entropy
 from support_families import save_family
@@ -24,7 +24,7 @@ def example(positions, dtype, width=32, vocabulary=500, spread=1.0):
     return hidden, weight, torch.randint(0, vocabulary, (positions,))
 
 
-@pytest.mark.parametrize("positions", [1, LOSS_CHUNK - 1, LOSS_CHUNK, 2 * LOSS_CHUNK + 3])
+@pytest.mark.parametrize("positions", [1, FEWEST_POSITIONS - 1, FEWEST_POSITIONS, 2 * FEWEST_POSITIONS + 3])
 def test_fused_loss_and_gradients_equal_the_plain_ones(positions):
     hidden, weight, labels = example(positions, torch.float32)
     (3 * fused_linear_cross_entropy(hidden, weight, labels)).backward()
@@ -34,6 +34,28 @@ def test_fused_loss_and_gradients_equal_the_plain_ones(positions):
     (3 * loss).backward()
     assert fused_linear_cross_entropy(hidden, weight, labels).item() == pytest.approx(loss.item(), rel=1e-6)
     torch.testing.assert_close(computed, (hidden.grad, weight.grad), rtol=1e-4, atol=1e-5)
+
+
+def test_chunks_are_small_on_a_cpu_and_fill_a_gpu_within_a_gibibyte():
+    sizes = {"Llama 2": 32_000, "Llama 3": 128_256, "Gemma 3": 262_208, "characters": 128}
+    assert {loss_chunk(False, vocabulary * 6) for vocabulary in sizes.values()} == {256}
+    on_gpu = {name: loss_chunk(True, vocabulary * 6) for name, vocabulary in sizes.items()}
+    assert on_gpu == {"Llama 2": 4096, "Llama 3": 1024, "Gemma 3": 512, "characters": 4096}
+    assert loss_chunk(True, 2**31) == 256
+
+
+def test_the_size_of_chunks_changes_no_loss(monkeypatch):
+    def computed(chunk):
+        monkeypatch.setattr(losses, "loss_chunk", lambda on_gpu, bytes_each: chunk)
+        hidden, weight, labels = example(700, torch.float32)
+        total = fused_linear_cross_entropy(hidden, weight, labels)
+        total = total + chunked_cross_entropy(hidden, labels, lambda h: h @ weight.T, 500)
+        total = total + losses.chunked_log_probabilities(hidden, labels, lambda h: h @ weight.T, 500).sum()
+        total.backward()
+        return [total.detach(), hidden.grad, weight.grad]
+
+    torch.testing.assert_close(computed(1024), computed(256), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(computed(1), computed(256), rtol=1e-4, atol=1e-4)
 
 
 def test_fused_loss_in_bfloat16_stays_within_a_thousandth_of_float32():
@@ -60,18 +82,18 @@ def test_no_supervised_position_gives_zero_and_a_gradient():
     hidden, weight, labels = example(0, torch.float32)
     for loss in (
         fused_linear_cross_entropy(hidden, weight, labels),
-        chunked_cross_entropy(hidden, labels, lambda h: h @ weight.T),
+        chunked_cross_entropy(hidden, labels, lambda h: h @ weight.T, 500),
     ):
         loss.backward()
         assert loss.item() == 0
 
 
 def test_nothing_as_large_as_the_logits_is_kept_for_backward():
-    hidden, weight, labels = example(4 * LOSS_CHUNK, torch.float32)
+    hidden, weight, labels = example(4 * FEWEST_POSITIONS, torch.float32)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
         fused_linear_cross_entropy(hidden, weight, labels)
-        chunked_cross_entropy(hidden, labels, lambda h: h @ weight.detach().T)
+        chunked_cross_entropy(hidden, labels, lambda h: h @ weight.detach().T, 500)
     assert max(saved) < len(labels) * len(weight)
 
 
