@@ -149,14 +149,14 @@ def run_forgebook(path: str, folder: str, train_on: str, ray_above: int | None) 
     from forgebook.models.tokenizer import load_tokenizer
 
     if ray_above is not None:
-        tokenize.CHUNKS_IN_PROCESS = ray_above
+        tokenize.CHUNKS_HERE = ray_above
     tokenizer = load_tokenizer(str(TINY_MODEL))
     tokenizer.apply_chat_template(tokenize.PROBE, tokenize=False)
     options = tokenize.EncodingOptions(train_on=train_on)
     sources = find_sources(path)
     pieces = sum(len(rows.split_source(source)) for source in sources)
     found = {"pieces": pieces, "way": "in process"}
-    if pieces > tokenize.CHUNKS_IN_PROCESS:
+    if pieces > tokenize.CHUNKS_HERE:
         began = time.perf_counter()
         import ray.data
 

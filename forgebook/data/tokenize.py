@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from forgebook.config.data_block import HeldOut
-from forgebook.data import chat_template, masking, readers, split, token_store
+from forgebook.data import chat_template, forked, masking, readers, split, token_store
 from forgebook.data.batching import group_size
 from forgebook.data.chat_template import LossOn, RewrittenTurns
 from forgebook.data.data_sources import Source, content_key
@@ -55,8 +55,8 @@ __all__ = ["EncodingOptions", "TokenizedSet", "encode_examples", "tokenize", "to
 CACHE_VERSION = 16
 # Examples per call of the tokenizer: enough for all its threads.
 TOKENIZER_BATCH = 512
-# Sources of more chunks than this (of about 2 MB) are worth a Ray cluster.
-CHUNKS_IN_PROCESS = 128
+# Sources of more chunks than this (of about 1 MB) are worth a Ray cluster.
+CHUNKS_HERE = 256
 # Tasks whose loss is on the last answer alone.
 LAST_ANSWER_TASKS = ("classification", "preference_tuning")
 # Rendered to see what a template does, and which date it prints.
@@ -279,7 +279,9 @@ def _write_shards(
     write = functools.partial(write_shard, folder=aside)
     try:
         notes = DatasetNotes()
-        spread = _with_ray if len(chunks) > CHUNKS_IN_PROCESS else _with_threads
+        # Processors of images compute with torch, whose threads do not survive a fork.
+        forks = len(chunks) > 1 and forked.cores() > 1 and forked.can_fork() and write.keywords.get("images") is None
+        spread = _with_ray if len(chunks) > CHUNKS_HERE else _in_processes if forks else _with_threads
         for one in spread(chunks, write):
             notes += one
             on_chunk()
@@ -316,6 +318,11 @@ def _encoded(
             notes.special.update(special_texts([example.messages, example.rejected, example.text], tokenizer))
             group = split.group_of(example)
             yield from ((one, example.line, group) for one in encoded)
+
+
+def _in_processes(chunks: list[FileChunk], write: functools.partial) -> Iterator[DatasetNotes]:
+    """Map chunks to shards in forked processes, one for each core."""
+    return forked.map_forked(write, chunks)
 
 
 def _with_threads(chunks: list[FileChunk], write: functools.partial) -> Iterator[DatasetNotes]:

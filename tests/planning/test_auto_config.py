@@ -11,7 +11,7 @@ from forgebook.cli.main import main
 from forgebook.config.parse import config_differences, dump_config, load_config
 from forgebook.errors import ConfigError, ModelError, ResourceError
 from forgebook.planning.auto_config import KEYS, choose, choose_task, core_shape
-from forgebook.planning.feasibility import fits, longest_sequence
+from forgebook.planning.feasibility import fits, longest_sequence, unpadded_lengths
 from forgebook.planning.hardware import gpu_named
 from forgebook.planning.memory import memory_of
 from forgebook.planning.prepare import prepare
@@ -54,7 +54,9 @@ def test_core_models_get_settings_that_fit(config, hardware, models):
         done, choices = chosen(config(model), hardware)
         assert [choice.key for choice in choices if not choice.reason] == []
         assert {choice.key for choice in choices} >= set(KEYS) - {"generation_config.prompt_format"}
-        need = memory_of(done, shape_of(done.model_id), workers=count, length=longest_sequence(done, GSM8K))
+        shape = shape_of(done.model_id)
+        longest, lengths = longest_sequence(done, GSM8K), unpadded_lengths(done, shape, GSM8K, gpu)
+        need = memory_of(done, shape, workers=count, length=longest, lengths=lengths)
         assert fits(need, gpu), f"{model} on {hardware}"
         assert done.num_devices == count and done.global_batch_size == 64 and done.num_epochs == 3, model
 

@@ -67,9 +67,9 @@ def test_a_gpu_without_a_price_has_times_and_no_costs():
 @pytest.mark.parametrize(
     ("hardware", "values", "sentence"),
     [
-        (None, {"lora_config": LORA}, "it needs 18.7 GB per GPU: it fits L4, A10G, "),
+        (None, {"lora_config": LORA}, "it needs 18.8 GB per GPU: it fits L4, A10G, "),
         (None, {"model_id": "meta-llama/Llama-3.3-70B-Instruct"}, "it fits no GPU of the catalog"),
-        (hardware_of("1xA100-80G"), {"lora_config": LORA}, "it fits 1xA100-80G: 29.9 GB of 81.6 GB usable per GPU"),
+        (hardware_of("1xA100-80G"), {"lora_config": LORA}, "it fits 1xA100-80G: 30.4 GB of 81.6 GB usable per GPU"),
         (hardware_of("8xA100-80G"), {}, "it does not fit 8xA100-80G: "),
         (hardware_of("8xA100-80G"), {}, "; the cheapest change: deepspeed=zero_1 ("),
         ((1, Cpu("a CPU", 10**9, 10**9)), {}, "it does not fit this machine (a CPU): "),

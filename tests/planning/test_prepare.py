@@ -217,7 +217,7 @@ def test_ray_data_makes_the_same_tokens(ray_session, tmp_path, monkeypatch):
     tokenizer = load_tokenizer("tiny_model")
     made = {}
     for way, most in (("here", 1000), ("ray", 0)):
-        monkeypatch.setattr(tokenize, "CHUNKS_IN_PROCESS", most)
+        monkeypatch.setattr(tokenize, "CHUNKS_HERE", most)
         made[way] = tokenize.tokenize(find_sources(str(path)), tokenizer, tokenize.EncodingOptions(), tmp_path / way)
     (here, here_notes), (ray, ray_notes) = made["here"], made["ray"]
     assert len(here.files) > 3 and len(here) == 300

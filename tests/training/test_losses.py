@@ -7,7 +7,7 @@ from torch.nn import functional
 from conftest import TINY_MODEL
 from forgebook.data.batching import IGNORED
 from forgebook.models.load import load_model
-from forgebook.planning.loss_chunk import FEWEST_POSITIONS, loss_chunk
+from forgebook.planning.loss_chunk import FEWEST_POSITIONS
 from forgebook.training import losses
 from forgebook.training.losses import SupervisedLM, chunked_cross_entropy, fused_linear_cross_entropy
 from support_families import save_family
@@ -34,14 +34,6 @@ def test_fused_loss_and_gradients_equal_the_plain_ones(positions):
     (3 * loss).backward()
     assert fused_linear_cross_entropy(hidden, weight, labels).item() == pytest.approx(loss.item(), rel=1e-6)
     torch.testing.assert_close(computed, (hidden.grad, weight.grad), rtol=1e-4, atol=1e-5)
-
-
-def test_chunks_are_small_on_a_cpu_and_fill_a_gpu_within_a_gibibyte():
-    sizes = {"Llama 2": 32_000, "Llama 3": 128_256, "Gemma 3": 262_208, "characters": 128}
-    assert {loss_chunk(False, vocabulary * 6) for vocabulary in sizes.values()} == {256}
-    on_gpu = {name: loss_chunk(True, vocabulary * 6) for name, vocabulary in sizes.items()}
-    assert on_gpu == {"Llama 2": 4096, "Llama 3": 1024, "Gemma 3": 512, "characters": 4096}
-    assert loss_chunk(True, 2**31) == 256
 
 
 def test_the_size_of_chunks_changes_no_loss(monkeypatch):
