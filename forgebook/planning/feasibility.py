@@ -105,7 +105,7 @@ def has_padding(config: FinetuneConfig, shape: Shape, device: Gpu | Cpu | None) 
     They are not where the attention kernel keeps the examples of one line apart by their lengths (models/attention.py),
     which `attention: auto` chooses on a GPU of compute capability 8.0 or later, for models that it can compute.
     """
-    if config.padding != "longest":
+    if config.padding != "longest" or config.sequence_parallel > 1 or config.task == "vision_language":
         return True
     if config.attention in SEGMENTED:
         return False

@@ -126,17 +126,15 @@ class _Run:
     @property
     def tokens(self) -> int:
         """Count the positions of a micro batch whose activations this worker holds."""
-        # Batches are grouped by length, so that one of them holds the longest examples.
-        if self.lengths:
+        if self.lengths:  # batches are grouped by length: one holds the longest examples
             return sum(self.lengths[: self.sequences])
         return self.sequences * -(-self.length // self.config.sequence_parallel)
 
     @property
     def fuses_lora(self) -> bool:
         """Return whether adapters run as one product (models/fused_lora.py), which keeps nothing of rank r."""
-        lora = self.config.lora_config or {}
-        is_plain = not lora.get("lora_dropout", 0) and not lora.get("use_dora")
-        return is_plain and self.config.quantization is None and self.sharding.stage < 3
+        others = [(self.config.lora_config or {}).get(key) for key in ("lora_dropout", "use_dora")]
+        return not any(others) and self.config.quantization is None and self.sharding.stage < 3
 
 
 def memory_of(

@@ -70,6 +70,7 @@ A10G, T4 = (hardware_of(f"1x{name}")[1] for name in ("A10G", "T4"))
         ({"attention": "sdpa"}, A10G, None, True),
         ({"dtype": "float32"}, A10G, None, True),
         ({"padding": "max_length"}, A10G, None, True),
+        ({"sequence_parallel": 2, "num_devices": 2, "sharding": "fsdp"}, A10G, None, True),
         ({}, A10G, "google/gemma-2-2b-it", True),  # capped logits
     ],
 )
