@@ -19,6 +19,7 @@ __all__ = [
     "DeepSpeedFile",
     "EarlyStopping",
     "EvalGeneration",
+    "Fsdp",
     "GenerationConfig",
     "HubRepo",
     "LigerKernel",
@@ -250,6 +251,17 @@ class VisionLanguageConfig(StrictBlock):
     """Train the language model, and leave the vision encoder and its projector as they are."""
     train_projector: bool = False
     """Train the projector, too, which turns what the encoder sees into embeddings; an adapter saves a whole copy."""
+
+
+class Fsdp(StrictBlock):
+    """How `sharding: fsdp` divides a model."""
+
+    reshard_after_forward: bool | Literal["auto"] = "auto"
+    """Free a layer's weights after its forward pass and gather them again for the backward pass. false: they stay
+    until then, and a third less is sent. auto: false where that fits."""
+    cpu_offload: bool = False
+    """Each worker's part of weights, gradients and moments stays in its host's memory, where the optimizer steps; a
+    layer's weights are copied to the GPU when it computes."""
 
 
 class LigerKernel(StrictBlock):

@@ -21,6 +21,7 @@ from forgebook.config.blocks import (
     DeepSpeedFile,
     EarlyStopping,
     EvalGeneration,
+    Fsdp,
     GenerationConfig,
     LigerKernel,
     Logger,
@@ -171,6 +172,8 @@ class FinetuneConfig(StrictBlock):
     """The DeepSpeed file; `zero_2` is short for its file in deepspeed_configs/. None: no DeepSpeed."""
     sharding: Sharding | None = None
     """none: each device holds the whole model (DDP); zero_1 to zero_3: that DeepSpeed file; fsdp: PyTorch's FSDP2."""
+    fsdp: Annotated[Fsdp, Mark.NO_EFFECT] = Fsdp()
+    """What FSDP2 keeps gathered, and where its parts are."""
     gradient_checkpointing: Annotated[Recomputation, Mark.AUTO, Mark.NO_EFFECT] = "auto"
     """Recompute activations in the backward pass: true is about a third slower and takes far less memory; selective
     keeps the results of matrix products and attention, about half of the memory; offload is true with the inputs of

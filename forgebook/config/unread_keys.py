@@ -31,6 +31,12 @@ UNREAD: tuple[Rule, ...] = (
         for key in ("eval_first", "eval_batch_size_per_device")
     ),
     Rule(
+        ("fsdp",),
+        lambda config, zero: config.sharding != "fsdp",
+        "fsdp has no effect without sharding: fsdp",
+        "set sharding: fsdp, or remove the block",
+    ),
+    Rule(
         ("min_update_steps",),
         lambda config, zero: config.num_epochs is not None,
         "min_update_steps has no effect when num_epochs is set",

@@ -200,19 +200,18 @@ def memory_of(
 def _fsdp_memory(run: _Run) -> Memory:
     """Count what FSDP2 takes, read from the code of torch 2.13 (_fsdp_param_group.py, _fsdp_collectives.py).
 
-    Masters, gradients and moments are float32, and this worker's part of them. Gathered are, in the run's dtype, the
-    embeddings with the output layer for the whole pass, and a layer while it computes, with a copy from the buffer of
-    the collective. Gradients are copied into a float32 buffer to be reduced, layer by layer, the embeddings' last.
+    Masters, gradients and moments are float32, this worker's part. Gathered, in the run's dtype: embeddings and output
+    layer for the whole pass; a layer while it computes, or all until their backward passes; a copy in the collective's
+    buffer. Gradients are copied into a float32 buffer to be reduced, layer by layer, the embeddings' last.
     """
     shape, width, workers = run.shape, run.width, run.workers
     is_full = not run.config.is_lora
     tables = shape.embedding_parameters * (1 if shape.tied else 2)
-    frozen = 0 if is_full else shape.parameters
     layer = (shape.parameters - tables) // shape.layers
     layer_trained = layer if is_full else run.trained // shape.layers
     layer_whole = layer + (0 if is_full else layer_trained)
-    weights = (frozen * width + run.trained * 4) // workers
-    gathered = (tables + 2 * layer_whole) * width
+    weights = (shape.parameters * width * (not is_full) + run.trained * 4) // workers
+    gathered = (tables + (1 + (shape.layers if run.sharding.keeps_gathered else 1)) * layer_whole) * width
     gradients = run.trained * 4 if run.accumulates else run.trained * 4 // workers
     optimizer = 8 * run.trained // workers
     lora = run.config.lora_config or {}
@@ -229,9 +228,10 @@ def _fsdp_memory(run: _Run) -> Memory:
     activations = max(first, last, held) - held
     pages = max(0, int(CPU_HELD * activations) - gradients - optimizer)
     overhead = CONTEXT_BYTES if run.on_gpu else CPU_PROCESS_BYTES + pages
-    # Loaded on the host first, this worker's part of each weight if possible.
-    parts = 1 if needs_whole_base(lora) is not None else workers
-    host = PROCESS_BYTES + shape.parameters * width // parts
+    host = PROCESS_BYTES + shape.parameters * width // (1 if needs_whole_base(lora) else workers)  # while it is loaded
+    if run.sharding.offload_param:  # whole gradients of earlier micro batches wait on the GPU for the last one
+        host = max(host, PROCESS_BYTES + weights + part + optimizer)
+        weights, optimizer, gradients = 0, 0, earlier
     return Memory(weights + gathered, gradients, optimizer, activations, 0, overhead, host)
 
 

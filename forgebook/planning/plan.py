@@ -32,6 +32,7 @@ from forgebook.planning.feasibility import (
 from forgebook.planning.hardware import Cpu
 from forgebook.planning.history import RunKind, Throughput, method_name, typical_throughput
 from forgebook.planning.memory import WIDTHS, Memory, memory_of
+from forgebook.planning.resharding import settle_resharding
 from forgebook.planning.sharding import sharding_of
 from forgebook.planning.token_count import Statistics
 from forgebook.planning.trainable import trainable_parameters, with_label_rows
@@ -176,6 +177,7 @@ def plan(
         work = work_of(resolved, data, padded=has_padding(resolved, shape, device))
     longest, lengths = (work.longest, work.lengths) if work else (resolved.context_length, ())
     resolved, checkpointing = settle_checkpointing(resolved, shape, workers, longest, device, lengths)
+    resolved = settle_resharding(resolved, shape, workers, longest, device, lengths)
     trained = trainable_parameters(resolved.lora_config, shape, len(labels_of(resolved.classifier_config)))
     flops_of_token = flops_per_token(
         shape, work.mean if work else resolved.context_length, trained if resolved.is_lora else None,

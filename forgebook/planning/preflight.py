@@ -37,6 +37,7 @@ from forgebook.planning.history import Throughput, read_throughputs, record_thro
 from forgebook.planning.plan import Plan, plan, run_kind, running_figures
 from forgebook.planning.plan_report import verdict
 from forgebook.planning.prepare import Prepared
+from forgebook.planning.resharding import settle_resharding
 from forgebook.planning.trainable import with_label_rows
 from forgebook.runs.run import Run, display_path
 
@@ -86,6 +87,7 @@ def choose_checkpointing(prepared: Prepared) -> tuple[Prepared, list[str]]:
         return dataclasses.replace(prepared, config=config), ["gradient_checkpointing: true (the model has no plan)"]
     work = _work_of(prepared, has_padding(config, shape, device))
     config, notes = settle_checkpointing(config, shape, workers, work.longest, device, work.lengths)
+    config = settle_resharding(config, shape, workers, work.longest, device, work.lengths)
     return dataclasses.replace(prepared, config=config), notes
 
 

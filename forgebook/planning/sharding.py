@@ -17,7 +17,8 @@ __all__ = ["Sharding", "sharding_of"]
 class Sharding:
     """What DeepSpeed shards and offloads to the host; stage 0: plain data parallelism. Sizes in elements.
 
-    is_fsdp: FSDP2 shards instead, what stage 3 does, and has no buckets.
+    is_fsdp: FSDP2 shards instead, what stage 3 does, and has no buckets. keeps_gathered: the weights of all layers,
+    from the forward pass to the backward pass.
     bucket: gradients that are reduced together; buckets: buffers of that size. live: parameters gathered at a time;
     step: masters updated at a time.
     """
@@ -30,6 +31,7 @@ class Sharding:
     live: int = 0
     step: int = 0
     is_fsdp: bool = False
+    keeps_gathered: bool = False
 
 
 def sharding_of(config: FinetuneConfig, hidden: int) -> Sharding:
@@ -38,7 +40,9 @@ def sharding_of(config: FinetuneConfig, hidden: int) -> Sharding:
     hidden: the model's hidden size.
     """
     if config.sharding == "fsdp":
-        return Sharding(stage=3, is_fsdp=True)
+        moves = config.fsdp.cpu_offload
+        keeps = config.fsdp.reshard_after_forward is False
+        return Sharding(3, offload_optimizer=moves, offload_param=moves, is_fsdp=True, keeps_gathered=keeps)
     settings = read_deepspeed_config(config.deepspeed, config.source)
     if settings is None:
         return Sharding()

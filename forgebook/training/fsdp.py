@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from forgebook.errors import ModelError
@@ -39,11 +39,19 @@ __all__ = [
 CLIP_EPSILON = 1e-6  # as torch's clip_grad_norm_
 
 
-def shard(wrapped: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+def shard(
+    wrapped: nn.Module,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    reshards: bool = True,
+    offloads: bool = False,
+) -> None:
     """Divide the weights of a wrapped model among the ranks, decoder layer by decoder layer, in place. Collective.
 
     wrapped: holds the same model on each rank, or its rows as `models.parts` reads them; its forward pass gathers what
-    it needs.
+    it needs. reshards: a layer's weights are freed after its forward pass, not kept for its backward pass. offloads:
+    the parts, their gradients and moments are in the host's memory.
 
     Raises ModelError for a model that computes with several dtypes.
     """
@@ -62,13 +70,14 @@ def shard(wrapped: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
     settings: dict[str, Any] = {
         "mesh": init_device_mesh(device.type, (dist.get_world_size(),)),
         "mp_policy": MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False),
+        "offload_policy": CPUOffloadPolicy(pin_memory=device.type == "cuda") if offloads else OffloadPolicy(),
     }
     layer_classes = set(causal._no_split_modules or ())
     for module in reversed(list(causal.modules())):  # the inner ones first
         if type(module).__name__ in layer_classes:
-            fully_shard(module, **settings)
+            fully_shard(module, reshard_after_forward=reshards, **settings)
     fully_shard(wrapped, **settings)
-    _give_parts(read, device)
+    _give_parts(read, torch.device("cpu") if offloads else device)
     for buffer_owner in wrapped.modules():
         for name, buffer in buffer_owner.named_buffers(recurse=False):
             buffer_owner._buffers[name] = buffer.to(device)
@@ -159,7 +168,10 @@ def with_whole_root(wrapped: nn.Module) -> Iterator[None]:
 
 def gathered(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor whole: gathered from all ranks if it is sharded. Collective."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    # Parts in the host's memory are gathered by the devices.
+    return tensor.to(tensor.device_mesh.device_type).full_tensor()
 
 
 @torch.no_grad()
@@ -168,10 +180,12 @@ def clip_gradients(trained: Sequence[torch.nn.Parameter], max_norm: float) -> to
 
     One sum over the ranks, where torch's clip_grad_norm_ has one for each tensor.
     """
-    gradients = [p.grad.to_local() for p in trained if isinstance(p.grad, DTensor)]
-    squares = torch.stack(torch._foreach_norm(gradients)).square().sum()
+    shards = [p.grad for p in trained if isinstance(p.grad, DTensor)]
+    gradients = [shard.to_local() for shard in shards]
+    # Of parts in the host's memory, too, the sum is one of the devices.
+    squares = torch.stack(torch._foreach_norm(gradients)).square().sum().to(shards[0].device_mesh.device_type)
     dist.all_reduce(squares)
     norm = squares.sqrt()
     if math.isfinite(max_norm):
-        torch._foreach_mul_(gradients, (max_norm / (norm + CLIP_EPSILON)).clamp(max=1.0))
+        torch._foreach_mul_(gradients, (max_norm / (norm + CLIP_EPSILON)).clamp(max=1.0).to(gradients[0].device))
     return norm

@@ -177,7 +177,10 @@ def make_worker(config: ResolvedConfig, accelerator: Accelerator, steps: int = 1
     group = _sequence_group(model, config.sequence_parallel)
     wrapped: Any = SupervisedLM(model, reads_images=processor is not None, sequence_group=group)
     if config.sharding == "fsdp":
-        fsdp.shard(wrapped, getattr(torch, config.dtype), accelerator.device)
+        fsdp.shard(
+            wrapped, getattr(torch, config.dtype), accelerator.device,
+            reshards=config.fsdp.reshard_after_forward is not False, offloads=config.fsdp.cpu_offload,
+        )  # fmt: skip
     # One group where nothing decays, as runs of earlier versions saved it.
     is_uniform = config.weight_decay == 0 or config.decay_norms_and_biases
     undecayed = set() if is_uniform else optimizers.undecayed_names(model)

@@ -26,6 +26,7 @@ UNREAD_KEYS = [
     ({"num_devices": 0, "max_failures": 1, "address": "auto"}, {"num_devices": 2}),
     ({"num_devices": 0, "worker_resources": {"A": 1}, "trainer_resources": {"B": 1}}, {"num_devices": 2}),
     ({"liger_kernel": {"enabled": False, "kwargs": {"rope": True}}}, {"liger_kernel": {"kwargs": {"rope": True}}}),
+    ({"fsdp": {"cpu_offload": True}}, {"sharding": "fsdp", "num_devices": 2}),
     ({"tf32": True}, {"tf32": True, "dtype": "float32"}),
     (
         {"preference_tuning_config": {"loss": "ipo", "label_smoothing": 0.1}},

@@ -130,6 +130,21 @@ def test_fused_kernels_save_what_a_gpu_measured():
     assert tensors(liger_kernel={"enabled": "auto"}) == tensors()  # not known where the plan is made
 
 
+def test_fsdp_keeps_gathered_weights_or_moves_its_parts_to_the_host():
+    """Of 8B parameters on 4 GPUs in bfloat16: 14 GB of layers stay, or 4 + 4 + 8 bytes / 4 of each go to the host."""
+    settings = {"sharding": "fsdp", "num_devices": 4, "lora_config": None, "gradient_checkpointing": True}
+    blocks = [{}, {"reshard_after_forward": False}, {"cpu_offload": True}]
+    freed, kept, moved = (
+        memory_of(big(**settings, fsdp=block), shape_of(LLAMA_8B), workers=4, length=512) for block in blocks
+    )
+    shape = shape_of(LLAMA_8B)
+    layers = 2 * (shape.parameters - 2 * shape.embedding_parameters)
+    assert kept.weights - freed.weights == pytest.approx(layers * 31 / 32, rel=0.01)
+    assert freed.optimizer == kept.optimizer == pytest.approx(2 * shape.parameters, rel=0.001)
+    assert moved.optimizer == moved.gradients == 0 and moved.weights == freed.weights - shape.parameters
+    assert moved.host - 2 * 2**30 == pytest.approx(4 * shape.parameters, rel=0.001) and moved.host > freed.host
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_workers_that_share_each_example_hold_the_activations_of_a_slice(checkpointing):
     """Half of 8,192 positions each, as of 4,096, and the same weights."""

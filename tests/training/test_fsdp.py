@@ -34,7 +34,10 @@ def order_of(run) -> list[str]:
 def test_losses_and_checkpoints_are_those_of_ddp(without_ray, make_config, method, dtype, near):
     """With accumulation, clipping and recomputed activations; the same names, shapes and dtypes are saved."""
     settings = {"lora_config": method, "dtype": dtype, "gradient_checkpointing": True, "learning_rate": 3e-4, **TWO}
-    runs = [fine_tune(make_config(sharding=one, run_name=one, **settings)) for one in ("none", "fsdp")]
+    # Between the cases, each way to free weights and to hold parts.
+    block = {"reshard_after_forward": method is None, "cpu_offload": dtype == "float32"}
+    blocks = {"none": {}, "fsdp": {"fsdp": block}}
+    runs = [fine_tune(make_config(sharding=one, run_name=one, **settings, **blocks[one])) for one in blocks]
     ddp, fsdp = ([*losses_of(run), read_json(run.summary)["eval_loss"]] for run in runs)
     assert len(ddp) == 4 and fsdp == pytest.approx(ddp, abs=near)
     norms = [[row["grad_norm"] for row in read_metrics(run.metrics) if "grad_norm" in row] for run in runs]
@@ -117,6 +120,13 @@ def use_shards(rank: int) -> dict:
         for p in [*own, *plain.parameters()]:
             p.mul_(2)
         outcomes["outdated"] = abs(float(wrapped(inputs[0]) - plain(inputs[0]))) > 1e-4
+    kept = Wrapped()
+    fsdp.shard(kept, torch.float32, cpu, reshards=False, offloads=True)
+    losses = [model(inputs[rank]) for model in (wrapped, kept)]
+    outcomes["freed"] = [fsdp.is_shard(model.model.first.weight) for model in (wrapped, kept)]
+    for loss in losses:
+        loss.backward()
+    outcomes["freed at last"] = fsdp.is_shard(kept.model.first.weight)
     try:
         fsdp.shard(Wrapped(), torch.bfloat16, cpu)
     except ModelError as refused:
@@ -144,6 +154,10 @@ def test_a_gradient_that_is_not_finite_or_zero_on_one_rank_shows_on_all(outcomes
 
 def test_no_forward_pass_computes_with_outdated_weights(outcomes):
     assert [each["outdated"] for each in outcomes] == [False, False]
+
+
+def test_weights_are_freed_after_the_forward_pass_or_kept_for_the_backward_pass(outcomes):
+    assert [(each["freed"], each["freed at last"]) for each in outcomes] == [([True, False], True)] * 2
 
 
 def test_a_model_of_several_dtypes_is_refused(outcomes):
