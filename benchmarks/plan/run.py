@@ -38,6 +38,7 @@ BASE = {"dtype": "float32", "deepspeed": None, "gradient_checkpointing": False, 
 SMALL_BUCKETS = {stage: {"config_path": f"benchmarks/plan/small_buckets_zero_{stage}.json"} for stage in (1, 2)}
 # glibc keeps freed memory by rules of its own; with fixed thresholds what is measured is what tensors hold.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+KEPT = {"reshard_after_forward": False}
 # name: shape, rows, length, workers, settings
 CASES = {
     "full": ("110M", 2, 256, 1, {}),
@@ -66,6 +67,8 @@ CASES = {
     "full, FSDP2, accumulation": ("40M", 1, 256, 2, {"sharding": "fsdp", "gradient_accumulation_steps": 2}),
     "full, FSDP2, bfloat16": ("110M", 1, 256, 2, {"sharding": "fsdp", "dtype": "bfloat16"}),
     "full, FSDP2, checkpointing": ("40M", 4, 512, 2, {"sharding": "fsdp", "gradient_checkpointing": True}),
+    "full, FSDP2, weights kept": ("110M", 1, 256, 2, {"sharding": "fsdp", "fsdp": KEPT}),
+    "full, FSDP2, offload": ("110M", 1, 256, 2, {"sharding": "fsdp", "fsdp": {"cpu_offload": True}}),
     "LoRA, FSDP2, 2 workers": ("170M", 2, 256, 2, {"sharding": "fsdp", "lora_config": LORA}),
     "LoRA, FSDP2, checkpointing": (
         "110M",
