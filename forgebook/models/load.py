@@ -309,12 +309,17 @@ def load_start(config: FinetuneConfig, tokenizer) -> PreTrainedModel:
 
 
 def parameter_counts(model) -> tuple[int, int]:
-    """Count (all, trainable) parameters; ZeRO-3's partitioned ones at their full size.
+    """Count (all, trainable) parameters; ZeRO-3's partitioned and 4-bit packed ones at their full size.
 
     Raises ModelError if nothing is trainable.
     """
-    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+    sizes = [(_full_size(p), p.requires_grad) for p in model.parameters()]
     trainable = sum(size for size, trains in sizes if trains)
     if not trainable:
         raise ModelError("no parameter is trainable: is the adapter of initial_adapter_model_ckpt_path frozen?")
     return sum(size for size, _ in sizes), trainable
+
+
+def _full_size(parameter) -> int:
+    packed = getattr(parameter, "quant_state", None)  # bitsandbytes holds two 4-bit weights in one byte
+    return packed.shape.numel() if packed is not None else getattr(parameter, "ds_numel", parameter.numel())

@@ -124,6 +124,13 @@ def losses_by_hand(config, tokenizer, kind, dtype) -> list[float]:
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_quantized_weights_are_counted_as_the_parameters_that_they_are(kind):
+    whole = adapters.add_lora(load.load_model(str(TINY_MODEL)), LORA)
+    quantized = adapters.add_lora(load.load_model(str(TINY_MODEL), quantization=kind), LORA)
+    assert load.parameter_counts(quantized) == load.parameter_counts(whole)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_the_base_is_packed_and_frozen_and_the_rest_is_as_it_was(kind):
     model = adapters.add_lora(load.load_model(str(TINY_MODEL), quantization=kind), LORA)
     packed = {name for name, p in model.named_parameters() if p.dtype in (torch.uint8, torch.int8)}
