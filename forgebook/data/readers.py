@@ -29,8 +29,8 @@ from forgebook.errors import DataError
 __all__ = ["FileChunk", "chunks_of", "read_chunk", "split_source"]
 
 # What one task reads at once: large enough to be worth a task, small enough to share work evenly.
-CHUNK_BYTES = 2**20
-CHUNK_ROWS = 1_250
+CHUNK_BYTES = 2 * 2**20
+CHUNK_ROWS = 2_500
 # A longer line is rejected: it is a file without line ends, and tokenizing it would take hours.
 LONGEST_LINE = 16 * 2**20
 DELIMITERS = ",\t;"  # of CSV; the one that the header has most of

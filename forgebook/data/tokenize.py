@@ -55,8 +55,8 @@ __all__ = ["EncodingOptions", "TokenizedSet", "encode_examples", "tokenize", "to
 CACHE_VERSION = 16
 # Examples per call of the tokenizer: enough for all its threads.
 TOKENIZER_BATCH = 512
-# Sources of more chunks than this (of about 1 MB) are worth a Ray cluster.
-CHUNKS_HERE = 256
+# Sources of more chunks than this (of about 2 MB) are worth a Ray cluster.
+CHUNKS_HERE = 128
 # Tasks whose loss is on the last answer alone.
 LAST_ANSWER_TASKS = ("classification", "preference_tuning")
 # Rendered to see what a template does, and which date it prints.

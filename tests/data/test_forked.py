@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -25,6 +26,7 @@ def two_cores(monkeypatch):
 def test_results_come_in_order_from_several_processes():
     def call(number, item):  # a closure, which cannot be pickled
         time.sleep(0.05 * (number == 0))
+        assert threading.current_thread() is not threading.main_thread()  # where limits on templates cost more
         return number, item * 2, os.getpid()
 
     results = list(forked.map_forked(call, ["a", "b", "c", "d"]))
