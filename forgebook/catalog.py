@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from forgebook.errors import ConfigError, ModelError, near_miss, shown_value
-from forgebook.layer_counts import CountedDecoder, LayerKind, counted_from
+from forgebook.layer_counts import CountedDecoder, ImageLoad, LayerKind, counted_from
 
 __all__ = [
     "TINY_MODEL",
@@ -94,7 +94,7 @@ class Shape:
     """The shape of a decoder: all that its parameters, activations and FLOPs depend on.
 
     towers: parameters of vision and audio towers and projectors, which are loaded, but no text passes through them.
-    counted: the layers of a family whose parameters do not follow from the other figures.
+    counted: the layers of a family whose parameters do not follow from the other figures. images: of a run with images.
     """
 
     model_type: str
@@ -113,6 +113,7 @@ class Shape:
     mlp_bias: bool = False
     towers: int = 0
     counted: CountedDecoder | None = None
+    images: ImageLoad | None = None
 
     @property
     def family(self) -> Family:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["CountedDecoder", "LayerKind", "counted_from"]
+__all__ = ["CountedDecoder", "ImageLoad", "LayerKind", "counted_from"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,28 @@ class LayerKind:
     def expert_parameters(self) -> int:
         """Count the weights of all experts of one layer."""
         return sum(count * inputs * outputs for _, count, inputs, outputs in self.experts)
+
+
+@dataclass(frozen=True)
+class ImageLoad:
+    """The vision tower of a run with images.
+
+    layers, hidden, inner: of the tower. patches: that it computes per token of an example. parameters: its own, with
+    the projector's; trained: those of them that train. is_frozen: whether nothing before the projector trains.
+    """
+
+    layers: int
+    hidden: int
+    inner: int
+    patches: float
+    parameters: int
+    trained: int
+    is_frozen: bool
+
+    @property
+    def flops_per_token(self) -> float:
+        """Count the FLOPs of the tower per token of an example."""
+        return (2 if self.is_frozen else 6) * self.parameters * self.patches
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,7 @@ def _second_interrupt_ends() -> Iterator[None]:
 def plan_command(arguments: list[str]) -> int:
     """Print memory, time and cost before the run."""
     parsed = parse_arguments("plan", arguments)
+    from forgebook.models.image_load import with_images
     from forgebook.models.shapes import find_shape
     from forgebook.planning.hardware import cpu_share, hardware_in, has_gpu
     from forgebook.planning.history import read_throughputs
@@ -95,7 +96,7 @@ def plan_command(arguments: list[str]) -> int:
         config, hardware, data, choices = _choose(config)
     else:
         hardware, data = hardware_in(config), count_data(config)
-    shape = find_shape(config.model_id)
+    shape = with_images(find_shape(config.model_id), config, data.pixels if data else 0.0)
     if parsed.options["fit"]:
         config = _write_fitting(config, shape, hardware, data)
     throughputs, warning = read_throughputs()
@@ -140,6 +141,7 @@ def _choose(
     config: FinetuneConfig,
 ) -> tuple[FinetuneConfig, tuple[int, Gpu] | None, Statistics | None, list[Choice]]:
     """Choose what CONFIG leaves open, from a quick count of the data; return (config, hardware, data, choices)."""
+    from forgebook.models.image_load import with_images
     from forgebook.planning.auto_config import choose, choose_task, core_shape, first_rows
     from forgebook.planning.hardware import hardware_in, local_hardware
     from forgebook.planning.token_count import count_data, data_is_here
@@ -148,6 +150,7 @@ def _choose(
     config = choose_task(config, first_rows(config.train_path) if data_is_here(config.train_path) else [])
     hardware = hardware_in(config) or local_hardware()
     data = count_data(config)
+    shape = with_images(shape, config, data.pixels if data else 0.0)
     config, choices = choose(config, shape, hardware, data)
     if hardware is not None:  # the config may use fewer of its GPUs
         hardware = (max(1, config.num_devices), hardware[1])

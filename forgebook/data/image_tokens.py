@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from forgebook.data.chat_template import RenderedText
     from forgebook.data.messages import Message
 
-__all__ = ["ImageTokens", "PlacedImage", "files_of"]
+__all__ = ["ImageTokens", "PlacedImage", "Resized", "files_of"]
 
 Sizes = tuple[tuple[int, int], ...]
 
@@ -39,12 +39,30 @@ class PlacedImage:
     stop: int
 
 
+@dataclass(frozen=True)
+class Resized:
+    """What a processor makes of an image: so many parts of this size, in pixels."""
+
+    parts: int
+    width: int
+    height: int
+
+    @property
+    def pixels(self) -> int:
+        """Count the pixels of all parts."""
+        return self.parts * self.width * self.height
+
+    def __str__(self) -> str:
+        return (f"{self.parts} of " if self.parts > 1 else "") + f"{self.width} x {self.height}"
+
+
 class ImageTokens:
     """What a processor makes of images, for examples that are encoded. store: where `check_image` keeps them."""
 
     def __init__(self, processor: Any, store: Path | None = None):
         self.processor, self.store = processor, store
         self._texts = functools.lru_cache(maxsize=4096)(self._processed)
+        self._sizes = functools.lru_cache(maxsize=4096)(self._resized)
 
     def __reduce__(self) -> tuple[type[ImageTokens], tuple[Any, Path | None]]:
         """Copy and send it without what it remembers."""
@@ -98,19 +116,26 @@ class ImageTokens:
         spans = [(moved(start), moved(end)) for start, end in rendered.spans]
         return dataclasses.replace(rendered, text=text, spans=spans, images=images)
 
-    def resized(self, file: ImageFile) -> str:
-        """Describe what the processor makes of an image: how many parts of which size, in pixels."""
+    def token_counts(self, files: list[ImageFile]) -> list[int]:
+        """Count the tokens of each of an example's images."""
+        texts = self._texts(tuple((file.width, file.height) for file in files)) if files else []
+        return [len(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+
+    def resized(self, file: ImageFile) -> Resized:
+        """Return what the processor makes of an image."""
+        return self._sizes(file.width, file.height)
+
+    def _resized(self, width: int, height: int) -> Resized:
         from PIL import Image as pillow
 
-        picture = pillow.new("RGB", (file.width, file.height))
+        picture = pillow.new("RGB", (width, height))
         outputs = self.processor(images=[[picture]], text=[self.processor.image_token], return_tensors="pt")
         shape = outputs["pixel_values"].shape
         if "image_grid_thw" in outputs:  # patches in one dimension
             patch = self.processor.image_processor.patch_size
             _, rows, columns = outputs["image_grid_thw"][0].tolist()
-            return f"{columns * patch} x {rows * patch}"
-        parts = shape[:-3].numel()
-        return (f"{parts} of " if parts > 1 else "") + f"{shape[-1]} x {shape[-2]}"
+            return Resized(1, columns * patch, rows * patch)
+        return Resized(shape[:-3].numel(), shape[-1], shape[-2])
 
     def _processed(self, sizes: Sizes) -> list[str]:
         """Return what the processor writes for each of an example's images, by their (width, height)."""

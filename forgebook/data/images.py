@@ -40,6 +40,7 @@ __all__ = [
     "as_address",
     "check_image",
     "image_identity",
+    "image_size",
     "is_same",
     "open_image",
     "read_image",
@@ -57,6 +58,7 @@ MOST_BYTES = 64 * 2**20
 WEB = ("http://", "https://")
 WAIT_SECONDS = 30
 BASE64 = "data:"
+ORIENTATION = 0x0112  # in the metadata; above 4 the picture lies on its side
 
 
 @dataclass(frozen=True)
@@ -182,6 +184,19 @@ def is_same(file: ImageFile) -> bool:
         return not file.path or os.stat(file.path).st_mtime_ns == file.modified
     except OSError:
         return False
+
+
+def image_size(image: Image) -> tuple[int, int]:
+    """Read the width and height of an image off its header. Raises DataError."""
+    from PIL import Image as pillow
+
+    try:
+        source: Any = io.BytesIO(image.data or _read(image.uri)) if image.data or "://" in image.uri else image.uri
+        with pillow.open(source, formats=FORMATS) as picture:
+            turned = picture.getexif().get(ORIENTATION, 1) > 4
+            return picture.size[::-1] if turned else picture.size
+    except Exception as error:  # as of `_decode`
+        raise DataError(f"{image.uri}: no size can be read ({first_line(error)})") from None
 
 
 def open_image(file: ImageFile, store: Path | None) -> Picture:

@@ -27,7 +27,7 @@ def image_report(whole: Tokens, images: ImageTokens) -> dict[str, Any]:
             "pixels": f"{width} x {height}",
             "images": count,
             "tokens": tokens,
-            "resized": images.resized(first[width, height]),
+            "resized": str(images.resized(first[width, height])),
         }
         for (width, height, tokens), count in by_size.most_common(LISTED_SIZES)
     ]
@@ -39,6 +39,7 @@ def image_report(whole: Tokens, images: ImageTokens) -> dict[str, Any]:
         "most_in_an_example": max(map(len, per_example), default=0),
         "pixels_p50": int(np.percentile(pixels, 50, method="inverted_cdf")),
         "pixels_max": max(pixels),
+        "resized_pixels": sum(images.resized(one.file).pixels for one in listed),
         "sizes": sizes,
     }
 

@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING
 from forgebook.config.blocks import labels_of
 from forgebook.data.batching import group_size
 from forgebook.models.adapters import needs_whole_base
+from forgebook.planning.image_memory import with_tower
 from forgebook.planning.loss_chunk import loss_chunk
 from forgebook.planning.sharding import Sharding, sharding_of
-from forgebook.planning.trainable import adapted_layers, trainable_parameters, trains_label_rows
+from forgebook.planning.trainable import adapted_layers, trained_parameters, trains_label_rows
 
 if TYPE_CHECKING:
     from forgebook.catalog import Shape
@@ -153,9 +154,8 @@ def memory_of(
     sharding = sharding_of(config, shape.hidden)
     if not on_gpu:  # the worker's memory is the host's: offloading has nowhere to move anything to
         sharding = replace(sharding, offload_optimizer=False, offload_param=False)
-    width = WIDTHS[config.dtype]
-    labels = len(labels_of(config.classifier_config))
-    trained = trainable_parameters(config.lora_config, shape, labels)
+    width, labels = WIDTHS[config.dtype], len(labels_of(config.classifier_config))
+    trained = trained_parameters(config, shape)
     run = _Run(
         config, shape, sharding, max(1, workers), width, trained, labels, config.train_batch_size_per_device, length,
         on_gpu, lengths,
@@ -217,7 +217,7 @@ def _fsdp_memory(run: _Run) -> Memory:
     lora = run.config.lora_config or {}
     trains_tables = is_full or "lm_head" in (lora.get("modules_to_save") or [])
     table = shape.embedding_parameters * width * (trains_tables or trains_label_rows(lora or None, run.labels))
-    saved, working, one_layer = _activations(run)
+    saved, working, one_layer = with_tower(_activations(run), run)
     part, earlier = run.trained * 4 // workers, run.trained * 4 * run.accumulates
     first = gathered + earlier + saved + max(_chunk(run), working) + table
     # At the end: the gradient of a shared table is the sum of two, and is then copied into its float32 buffer.
@@ -266,7 +266,7 @@ def _backward(run: _Run, gradients: int, buffers: int) -> int:
     head = run.shape.embedding_parameters * run.width
     head *= not run.config.is_lora or "lm_head" in (lora.get("modules_to_save") or [])
     shared = head * run.shape.tied  # waits for the other half of its sum
-    saved, working, layer = _activations(run)
+    saved, working, layer = with_tower(_activations(run), run)
     # PEFT trains a label's row in a copy of the whole table, whose gradient is a table, too.
     table = run.shape.embedding_parameters * run.width * trains_label_rows(run.config.lora_config, run.labels)
     first = saved + max(_chunk(run), working) + head + 2 * table

@@ -35,10 +35,11 @@ from forgebook.planning.memory import WIDTHS, Memory, memory_of
 from forgebook.planning.resharding import settle_resharding
 from forgebook.planning.sharding import sharding_of
 from forgebook.planning.token_count import Statistics
-from forgebook.planning.trainable import trainable_parameters, with_label_rows
+from forgebook.planning.trainable import trained_parameters, with_label_rows
 
 if TYPE_CHECKING:
     from forgebook.config.schema import FinetuneConfig, ResolvedConfig
+    from forgebook.layer_counts import ImageLoad
 
 __all__ = [
     "MFU",
@@ -119,7 +120,7 @@ def flops_per_token(shape: Shape, length: float, adapter: int | None = None, has
     attention = 6 * shape.layers * shape.heads * shape.head_dim * length
     reference = 2 * active if has_reference else 0
     weights = 6.0 * active if adapter is None else 4.0 * active + 6 * adapter
-    return weights + attention + reference
+    return weights + attention + reference + (shape.images.flops_per_token if shape.images else 0)
 
 
 def utilization(tokens_per_second: float, flops_of_token: float, gpus: int, peak: float) -> float:
@@ -178,7 +179,7 @@ def plan(
     longest, lengths = (work.longest, work.lengths) if work else (resolved.context_length, ())
     resolved, checkpointing = settle_checkpointing(resolved, shape, workers, longest, device, lengths)
     resolved = settle_resharding(resolved, shape, workers, longest, device, lengths)
-    trained = trainable_parameters(resolved.lora_config, shape, len(labels_of(resolved.classifier_config)))
+    trained = trained_parameters(resolved, shape)
     flops_of_token = flops_per_token(
         shape, work.mean if work else resolved.context_length, trained if resolved.is_lora else None,
         needs_reference(resolved.preference_tuning_config),
@@ -236,6 +237,13 @@ def plan(
         priced=catalog.priced,
         notes=(*checkpointing, *_notes(resolved, shape, requested, workers, gpu, need, work, data)),
     )
+
+
+def _about_images(load: ImageLoad) -> str:
+    """Describe what of a vision tower trains."""
+    if not load.trained:
+        return f"{load.parameters:,} parameters of the vision encoder and its projector are frozen"
+    return f"{load.trained:,} of the {load.parameters:,} parameters of the vision encoder and its projector train"
 
 
 @dataclass(frozen=True)
@@ -323,7 +331,9 @@ def _notes(
     notes = []
     if workers != max(1, requested):
         notes.append(f"num_devices is {requested} in the config; planned for {workers}")
-    if shape.towers:
+    if shape.images is not None:
+        notes.append(_about_images(shape.images))
+    elif shape.towers:
         notes.append(f"{shape.towers:,} parameters of vision and audio towers are loaded and frozen: no text uses them")
     if shape.context is not None and config.context_length > shape.context and config.rope_scaling is None:
         notes.append(f"context_length {config.context_length:,} is beyond the model's {shape.context:,} positions")

@@ -25,6 +25,7 @@ from forgebook.data import batching
 from forgebook.errors import ModelError, ResourceError
 from forgebook.models.adapters import check_lora
 from forgebook.models.families import check_positions
+from forgebook.models.image_load import with_images
 from forgebook.models.load import check_attention, check_slices, load_skeleton
 from forgebook.models.saved_adapters import check_reach
 from forgebook.models.shapes import find_shape
@@ -44,6 +45,7 @@ from forgebook.runs.run import Run, display_path
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from forgebook.catalog import Shape
     from forgebook.config.schema import FinetuneConfig
 
 __all__ = ["check_plan", "check_settings", "compare_run", "plan_run", "record_run"]
@@ -81,7 +83,7 @@ def choose_checkpointing(prepared: Prepared) -> tuple[Prepared, list[str]]:
     hardware = hardware_for(config)
     workers, device = hardware or (max(1, config.num_devices), None)
     try:
-        shape = find_shape(config.model_id)
+        shape = _shape_of(prepared)
     except ModelError:  # without a shape there is no plan
         config = config.resolve(gradient_checkpointing=True)
         return dataclasses.replace(prepared, config=config), ["gradient_checkpointing: true (the model has no plan)"]
@@ -98,13 +100,20 @@ def plan_run(prepared: Prepared) -> tuple[Plan | None, str]:
     """
     config = prepared.config
     try:
-        shape = find_shape(config.model_id)
+        shape = _shape_of(prepared)
     except ModelError as error:
         return None, f"no plan: {error}"
     throughputs, warning = read_throughputs()
     hardware = hardware_for(config)
     work = _work_of(prepared, has_padding(config, shape, hardware[1] if hardware else None))
     return plan(config, shape, hardware, work=work, throughputs=throughputs), warning
+
+
+def _shape_of(prepared: Prepared) -> Shape:
+    """Find the shape of a run's model, with what its images take."""
+    config, train = prepared.config, prepared.report["train"]
+    pixels = train.get("images", {}).get("resized_pixels", 0) / train["tokens"]
+    return with_images(find_shape(config.model_id), config, pixels)
 
 
 def _work_of(prepared: Prepared, padded: bool) -> Work:

@@ -18,8 +18,10 @@ from forgebook.config.data_block import HeldOut
 from forgebook.data import readers
 from forgebook.data.batching import group_size
 from forgebook.data.data_sources import find_sources
+from forgebook.data.images import IMAGE
 from forgebook.data.row_formats import Example, parse_chunk
 from forgebook.errors import DataError
+from forgebook.planning.image_count import image_counter
 from forgebook.runs import object_store
 
 if TYPE_CHECKING:
@@ -38,12 +40,14 @@ TOKENS_PER_MESSAGE = 5
 class Statistics:
     """Tokens of the training examples, by example: two for a preference pair.
 
-    scale: how many times as many examples there are, if only a part was counted. how: the way of counting.
+    scale: how many times as many examples there are, if only a part was counted. how: the way of counting. pixels: of
+    images, as the processor resizes them, per token of all examples.
     """
 
     lengths: tuple[int, ...]
     scale: float
     how: str
+    pixels: float = 0.0
 
     @property
     def examples(self) -> int:
@@ -76,17 +80,21 @@ def count_data(config: FinetuneConfig) -> Statistics | None:
         return None
     assert config.task is not None  # filled in when the config is checked
     count, how = _counter(config.model_id)
+    images = image_counter(config)
     labels = labels_of(config.classifier_config)
     sources = find_sources(config.train_path)
     chunks = [(source.weight, chunk) for source in sources for chunk in readers.split_source(source)]
     lengths: list[int] = []
-    read = 0
+    pixels = read = 0
     until = time.monotonic() + COUNTING_SECONDS
     for _, chunk in chunks:
         if lengths and time.monotonic() > until:
             break
         parsed = parse_chunk(chunk, config.task, labels)
-        lengths += [length for item in parsed if not isinstance(item, DataError) for length in count(item[0])]
+        for example in (item[0] for item in parsed if not isinstance(item, DataError)):
+            added, seen = images(example) if images else (0, 0)
+            lengths += [length + added for length in count(example)]
+            pixels += seen
         read += 1
     if not lengths:
         return None
@@ -95,7 +103,7 @@ def count_data(config: FinetuneConfig) -> Statistics | None:
     scale = sum(weight for weight, _ in chunks) / read * (1 - held_out)
     if config.max_examples is not None:
         scale = min(scale, config.max_examples * group_size(config.task) / len(lengths))
-    return Statistics(tuple(lengths), scale, how + part)
+    return Statistics(tuple(lengths), scale, how + part, pixels / sum(lengths))
 
 
 def data_is_here(path: DataPath | HeldOut) -> bool:
@@ -127,7 +135,7 @@ def _counter(model_id: str) -> tuple[Callable[[Example], list[int]], str]:
             return math.ceil(sum(map(len, texts)) / CHARACTERS_PER_TOKEN)
 
     def of_messages(messages: list[dict[str, Any]], extra: str) -> int:
-        texts = [message.get("content") or "" for message in messages]
+        texts = [(message.get("content") or "").replace(IMAGE, "") for message in messages]
         texts += [
             str(message[key]) for message in messages for key in ("reasoning_content", "tool_calls") if message.get(key)
         ]

@@ -9,12 +9,14 @@ import itertools
 import re
 from typing import TYPE_CHECKING, Any
 
+from forgebook.config.blocks import labels_of
 from forgebook.models.lora_targets import EXPERT_LAYERS, EXPERT_PARTS, ROUTERS
 
 if TYPE_CHECKING:
     from forgebook.catalog import Shape
+    from forgebook.config.schema import FinetuneConfig
 
-__all__ = ["adapted_layers", "trainable_parameters", "trains_label_rows", "with_label_rows"]
+__all__ = ["adapted_layers", "trainable_parameters", "trained_parameters", "trains_label_rows", "with_label_rows"]
 
 
 def trainable_parameters(lora: dict[str, Any] | None, shape: Shape, labels: int = 0) -> int:
@@ -33,6 +35,12 @@ def trainable_parameters(lora: dict[str, Any] | None, shape: Shape, labels: int 
         # One vector per label, in the embeddings and, if it is a separate layer, in the output layer.
         count += labels * shape.hidden * (1 if shape.tied else 2)
     return count
+
+
+def trained_parameters(config: FinetuneConfig, shape: Shape) -> int:
+    """Count the trainable parameters of a config: as `trainable_parameters`, and those of its vision tower."""
+    count = trainable_parameters(config.lora_config, shape, len(labels_of(config.classifier_config)))
+    return count + (shape.images.trained if shape.images else 0)
 
 
 def trains_label_rows(lora: dict[str, Any] | None, labels: int) -> bool:

@@ -1,0 +1,43 @@
+"""The tokens of an example's images before anything is tokenized, by their sizes alone.
+
+count = image_counter(config)       None for a task without images
+tokens, pixels = count(example)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from forgebook.data.images import IMAGES, ImageFile, image_size
+from forgebook.data.row_formats import Example
+from forgebook.errors import DataError
+
+if TYPE_CHECKING:
+    from forgebook.config.schema import FinetuneConfig
+
+__all__ = ["image_counter"]
+
+
+def image_counter(config: FinetuneConfig) -> Callable[[Example], tuple[int, int]] | None:
+    """Make a function from an example to the tokens of its images and their pixels as the processor resizes them.
+
+    An image that cannot be read counts nothing: `prepare` names it.
+    """
+    if config.vision_language_config is None:
+        return None
+    from forgebook.data.image_tokens import ImageTokens
+    from forgebook.models.processor import processor_of
+    from forgebook.models.tokenizer import tokenizer_of
+
+    images = ImageTokens(processor_of(config, tokenizer_of(config)))
+
+    def count(example: Example) -> tuple[int, int]:
+        found = (image for message in example.messages or () for image in message.get(IMAGES) or ())
+        try:
+            files = [ImageFile("", "", *image_size(image)) for image in found]
+            return sum(images.token_counts(files)), sum(images.resized(file).pixels for file in files)
+        except DataError:
+            return 0, 0
+
+    return count
