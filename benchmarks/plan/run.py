@@ -69,6 +69,7 @@ CASES = {
     "full, FSDP2, checkpointing": ("40M", 4, 512, 2, {"sharding": "fsdp", "gradient_checkpointing": True}),
     "full, FSDP2, weights kept": ("110M", 1, 256, 2, {"sharding": "fsdp", "fsdp": KEPT}),
     "full, FSDP2, offload": ("110M", 1, 256, 2, {"sharding": "fsdp", "fsdp": {"cpu_offload": True}}),
+    "LoRA, FSDP2, weights kept": ("170M", 2, 256, 2, {"sharding": "fsdp", "lora_config": LORA, "fsdp": KEPT}),
     "LoRA, FSDP2, 2 workers": ("170M", 2, 256, 2, {"sharding": "fsdp", "lora_config": LORA}),
     "LoRA, FSDP2, checkpointing": (
         "110M",
