@@ -104,11 +104,19 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "--lazy", folder], check=True)
 
 
-def test_a_disk_that_fills_up_during_a_run(small_disk, make_config, write_rows):
+@pytest.mark.parametrize(
+    "devices",
+    [
+        {"train_batch_size_per_device": 4},
+        pytest.param({"train_batch_size_per_device": 2, "num_devices": 2, "sharding": "fsdp"}, marks=pytest.mark.slow),
+    ],
+    ids=["here", "two workers, FSDP2"],
+)
+def test_a_disk_that_fills_up_during_a_run(small_disk, make_config, write_rows, devices):
     """What is complete stays; once there is room, the same command ends with the same losses."""
     settings = {
         "train_path": write_rows(uneven_rows(48), "many.jsonl"), "num_epochs": 2, "lora_config": LORA,
-        "train_batch_size_per_device": 4, "checkpoint_and_evaluation_frequency": {"unit": "steps", "frequency": 6},
+        "checkpoint_and_evaluation_frequency": {"unit": "steps", "frequency": 6}, **devices,
     }  # fmt: skip
     undisturbed = losses_of(fine_tune(make_config(run_name="undisturbed", **settings)))
     config = make_config(run_name="disturbed", storage_path=str(small_disk), **settings)
