@@ -143,14 +143,20 @@ def test_a_terminal_sees_a_bar(here):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("sharding", "lora"), [("none", "null"), ("zero_2", "{r: 4, lora_dropout: 0.1}"), ("zero_3", "{r: 4}")]
+    ("sharding", "lora", "devices"),
+    [
+        ("none", "null", ["train_batch_size_per_device=2"]),
+        ("zero_2", "{r: 4, lora_dropout: 0.1}", ["train_batch_size_per_device=2"]),
+        ("zero_3", "{r: 4}", ["train_batch_size_per_device=2"]),
+        ("fsdp", "{r: 4, lora_dropout: 0.1}", ["train_batch_size_per_device=1", "num_devices=2"]),
+    ],
 )
-def test_a_killed_command_continues_to_the_same_losses(here, sharding, lora):
-    """SIGKILL of the whole process between two saved states, then the same command again."""
+def test_a_killed_command_continues_to_the_same_losses(here, sharding, lora, devices):
+    """SIGKILL of the process, on Ray of the driver, between two saved states, then the same command again."""
     (here / "train.jsonl").write_text("".join(ROW.replace('"q"', f'"{"q " * (1 + k % 7)}"') for k in range(48)))
     command = [
-        sys.executable, str(REPOSITORY / "main.py"), "c.yaml", f"deepspeed={sharding}", f"lora_config={lora}",
-        "num_epochs=2", "train_batch_size_per_device=2", "learning_rate=1e-3", "checkpoint_and_evaluation_frequency="
+        sys.executable, str(REPOSITORY / "main.py"), "c.yaml", f"sharding={sharding}", f"lora_config={lora}",
+        *devices, "num_epochs=2", "learning_rate=1e-3", "checkpoint_and_evaluation_frequency="
         "{unit: steps, frequency: 10}",
     ]  # fmt: skip
     undisturbed = subprocess.run([*command, "run_name=undisturbed"], capture_output=True, text=True, cwd=here)
