@@ -13,13 +13,13 @@ __all__ = ["COLUMN_ROLES", "DataPath", "DataSource", "HeldOut", "ValidPath", "as
 
 # What a column may hold. Each line is one kind of example; those in the second part may stand beside it.
 _SHAPES = (
-    (("user", "assistant"), ("system", "tools")),
-    (("messages",), ("system", "tools")),
+    (("user", "assistant"), ("system", "tools", "images")),
+    (("messages",), ("system", "tools", "images")),
     (("text", "label"), ("system",)),
     (("text",), ()),
     (("chosen", "rejected"), ("user", "system", "tools")),
 )
-COLUMN_ROLES = ("system", "user", "assistant", "messages", "tools", "text", "label", "chosen", "rejected")
+COLUMN_ROLES = ("system", "user", "assistant", "messages", "tools", "text", "label", "chosen", "rejected", "images")
 
 
 def as_written(value: object) -> str:

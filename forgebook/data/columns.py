@@ -91,7 +91,7 @@ def map_row(raw: Any, mapping: ColumnMapping) -> Any:
 
 def _as_format(values: dict[str, Any]) -> dict[str, Any]:
     """Turn the values of roles into the keys that `row_formats` reads."""
-    beside = {"system": values.get("system"), "tools": values.get("tools")}
+    beside = {key: values.get(key) for key in ("system", "tools", "images")}
     if "messages" in values:
         return {"messages": values["messages"], **beside}
     if "chosen" in values:
@@ -114,7 +114,11 @@ def _value(raw: dict[str, Any], role: str, template: str) -> Any:
             if role not in OPTIONAL:
                 _refuse_missing(raw, role, template)
             return None
-        return value if role in (*CONVERSATIONS, "rejected", "user", "tools", "label") else _text(value, template)
+        return (
+            value
+            if role in (*CONVERSATIONS, "rejected", "user", "tools", "label", "images")
+            else _text(value, template)
+        )
     parts = [(literal, name) for literal, name, _, _ in string.Formatter().parse(template)]
     cells = {name: _column(raw, name) for _, name in parts if name}
     # An empty cell is an empty part of the text; a text of empty cells alone is missing.

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from forgebook.data.json_values import brief
 from forgebook.errors import DataError, StorageError, TrainingError, first_line
 from forgebook.runs import object_store
-from forgebook.runs.atomic import atomic_file
+from forgebook.runs.atomic import atomic_file, link_or_copy
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
@@ -39,6 +39,7 @@ __all__ = [
     "ImageFile",
     "as_address",
     "check_image",
+    "collect_image",
     "image_identity",
     "image_size",
     "is_same",
@@ -215,6 +216,14 @@ def open_image(file: ImageFile, store: Path | None) -> Picture:
             "another run"
         )
     return _decode(data, file.path)
+
+
+def collect_image(file: ImageFile, source: Path, store: Path) -> None:
+    """Put an image into a store, linked where the disk allows it, else copied. source: the store of its example."""
+    target = _stored(store, file.digest)
+    if not target.exists():
+        kept = _stored(source, file.digest)
+        link_or_copy(kept if kept.exists() else Path(file.path), target)
 
 
 def thumbnail(image: Image, side: int = 96) -> str:

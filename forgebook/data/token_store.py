@@ -14,8 +14,6 @@ import functools
 import hashlib
 import itertools
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from forgebook.data.image_tokens import PlacedImage
-from forgebook.data.images import ImageFile
-from forgebook.runs.atomic import atomic_file
+from forgebook.data.images import ImageFile, collect_image
+from forgebook.runs.atomic import link_or_copy
 
 if TYPE_CHECKING:
     from forgebook.data.masking import Encoded
@@ -300,18 +298,17 @@ def load_view(path: Path) -> Tokens:
 
 
 def collect_shards(path: Path, folder: Path) -> None:
-    """Give a saved view shards of its own in `folder`, linked where the disk allows it, else copied."""
+    """Give a saved view shards of its own in `folder`, and images beside it: linked if the disk allows, or copied."""
     folder.mkdir(parents=True, exist_ok=True)
 
     def collect(shard: str) -> str:
         source = Path(shard)
         target = folder / (source.name if source.parent == folder else f"{source.parent.name}-{source.name}")
         if not target.exists():
-            with atomic_file(target) as temporary:
-                try:
-                    os.link(source, temporary)
-                except OSError:
-                    shutil.copyfile(source, temporary)
+            link_or_copy(source, target)
+        if source.parent != folder:
+            for file in image_files(source):
+                collect_image(file, image_store(source.parent.parent), image_store(folder.parent))
         return str(target)
 
     relocate_view(path, collect)

@@ -17,7 +17,7 @@ from typing import Any
 
 from forgebook.errors import StorageError, first_line, shown_value
 
-__all__ = ["atomic_file", "atomic_folder", "delete_folder", "parse_object", "read_json", "write_json"]
+__all__ = ["atomic_file", "atomic_folder", "delete_folder", "link_or_copy", "parse_object", "read_json", "write_json"]
 
 
 @contextlib.contextmanager
@@ -33,6 +33,15 @@ def atomic_file(target: Path) -> Iterator[Path]:
             shutil.rmtree(temporary)
         else:
             temporary.unlink(missing_ok=True)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file another name, linked where the disk allows it, else copied."""
+    with atomic_file(target) as temporary:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
 
 
 @contextlib.contextmanager

@@ -1,5 +1,9 @@
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from forgebook.config.data_block import DataSource
+from forgebook.data.examples import read_examples
 from forgebook.data.image_parts import image_base, image_count
 from forgebook.data.images import IMAGE, Image
 from forgebook.data.row_formats import parse_row
@@ -93,3 +97,17 @@ def test_relative_paths_begin_at_the_folder_of_the_data(tmp_path):
     assert image_base(str(tmp_path / "rows.jsonl")) == str(tmp_path)
     assert image_base("s3://bucket/set/rows.jsonl") == "s3://bucket/set"
     assert image_base("hf://owner/set:train") is None
+
+
+def test_a_column_of_images_can_be_mapped(tmp_path):
+    """As a set of questions about documents on the hub: question, answer, and the hub's image feature."""
+    pq.write_table(
+        pa.table({"query": ["What?"], "reply": ["A"], "page": [{"bytes": b"xy", "path": "p.png"}], "id": [7]}),
+        tmp_path / "rows.parquet",
+    )
+    columns = {"user": "query", "assistant": "reply", "images": "page"}
+    [example] = read_examples(DataSource(path=str(tmp_path / "rows.parquet"), columns=columns), "vision_language")
+    assert example.messages[0] == {"role": "user", "content": f"{IMAGE}What?", "images": [Image("p.png", b"xy")]}
+    columns["images"] = "scans/{id}.png"
+    [example] = read_examples(DataSource(path=str(tmp_path / "rows.parquet"), columns=columns), "vision_language")
+    assert example.messages[0]["images"] == [Image(f"{tmp_path}/scans/7.png")]

@@ -1,13 +1,18 @@
 """What is checked, kept and reported of a set with images before a run."""
 
+import base64
 import json
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 
 from conftest import TINY_MODEL
 from forgebook.config.schema import FinetuneConfig
+from forgebook.data import token_store
 from forgebook.data.examples import read_examples
+from forgebook.data.images import open_image
 from forgebook.errors import DataError, ModelError
 from forgebook.planning.image_report import image_line
 from forgebook.planning.prepare import prepare, report_rows
@@ -117,3 +122,22 @@ def test_bytes_of_a_row_are_kept_for_training(config_of, tmp_path):
     train = prepared(config_of([], train_path=str(tmp_path / "rows.parquet"))).train
     [placed] = train.images_of(0)
     assert placed.file.path == "" and [path.read_bytes() for path in train.store_of(0).glob("*/*")] == [data]
+
+
+def test_images_go_where_the_shards_of_a_run_go(config_of, tmp_path):
+    """As before workers on other machines start, which see the run's folder alone."""
+    data = base64.b64encode(draw(tmp_path / "1.png", "b").read_bytes()).decode()
+    draw(tmp_path / "0.png", "a")
+    rows = [image_row("q", "a", "0.png"), image_row("q", "b", f"data:image/png;base64,{data}")]
+    train, folder = prepared(config_of(rows)).train, tmp_path / "runs/one/tokens"
+    token_store.save_view(train, folder / "train.npz")
+    token_store.collect_shards(folder / "train.npz", folder / "shards")
+    shutil.rmtree(tmp_path / "runs/.tokens")
+    (tmp_path / "0.png").unlink()
+    shutil.move(folder, tmp_path / "elsewhere")
+    moved = tmp_path / "elsewhere"
+    token_store.relocate_view(moved / "train.npz", lambda shard: str(moved / "shards" / Path(shard).name))
+    collected = token_store.load_view(moved / "train.npz")
+    for k in range(2):
+        [placed] = collected.images_of(k)
+        assert open_image(placed.file, collected.store_of(k)).size == (40, 30)
