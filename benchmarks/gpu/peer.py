@@ -56,6 +56,9 @@ class Clock(TrainerCallback):
         self.times: list[float] = []
         self.first = 0.0
 
+    def on_train_begin(self, *words, **more) -> None:
+        self.times.append(time.perf_counter())
+
     def on_step_end(self, *words, **more) -> None:
         if GPU:
             torch.cuda.synchronize()
@@ -67,7 +70,7 @@ with open(data, encoding="utf-8") as lines:
     given = [json.loads(line) for line in lines]
 rows = given if "dpo" in options else [encode(row["messages"]) for row in given]
 clock, is_packed = Clock(), "packed" in options
-micro = 4 if is_packed else 16
+micro = 1 if is_packed else 16
 common = {
     "output_dir": "runs/benchmark-gpu/peer", "per_device_train_batch_size": micro, "num_train_epochs": 1,
     "learning_rate": 1e-5 if "full" in options else 1e-4, "report_to": "none", "save_strategy": "no", "bf16": GPU,
@@ -130,10 +133,11 @@ if GPU:
     torch.cuda.reset_peak_memory_stats()
 trainer.train()
 # The first five steps warm up; of all others, the mean.
-warm = min(5, len(clock.times) - 1)
-seconds = (clock.times[-1] - clock.times[warm - 1]) / (len(clock.times) - warm)
+steps = len(clock.times) - 1
+warm = min(5, steps - 1)
+seconds = (clock.times[-1] - clock.times[warm]) / (steps - warm)
 sides = [encode(row[side]) for row in given for side in ("chosen", "rejected")] if "dpo" in options else rows
-tokens = sum(len(row["input_ids"]) for row in sides) / len(clock.times)
+tokens = sum(len(row["input_ids"]) for row in sides) / steps
 peak = torch.cuda.max_memory_allocated() / 1e9 if GPU else None
 print(json.dumps({
     "tokens_per_second": round(tokens / seconds), "milliseconds_per_step": round(1000 * seconds, 1),

@@ -6,7 +6,7 @@
 
 TRAIN.jsonl: conversations, such as GSM8K's; the first 640. 16 examples per optimizer step, one epoch of 40 steps,
 bfloat16 on a GPU. LoRA is of rank 8 on all linear layers, without dropout. Runs that are packed have lines of 4,096
-tokens, four per step. A pair of DPO is an answer and that of the next conversation. Tokens exclude padding; the first
+tokens, one per step. A pair of DPO is an answer and that of the next conversation. Tokens exclude padding; the first
 five steps do not count. MFU: 4 FLOPs per parameter and token for LoRA, 6 for full fine-tuning, of the catalog's peak;
 attention, adapters and recomputation are not counted. Seconds to the first step are from the start of the process.
 
@@ -40,7 +40,7 @@ SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, head size
     "tiny": (64, 128, 2, 4, 2, 16),
 }
 LORA = ["lora_config.r=8", "lora_config.lora_alpha=16", "lora_config.target_modules=all-linear"]
-PACKED = ["padding=packed", "context_length=4096", "train_batch_size_per_device=4"]
+PACKED = ["padding=packed", "context_length=4096", "train_batch_size_per_device=1"]
 # name: shape, settings. With nothing else set, kernels are those that `auto` finds.
 OURS = {
     "lora": ("8b", LORA),
