@@ -227,7 +227,8 @@ _TABLE = (
             Option("data", "held-out examples; default: the run's validation file", expand_path),
             Option(
                 "metric",
-                "exact_match, gsm8k, tool_calls, classification, preference, perplexity or judge; default: by task",
+                "exact_match, anls, gsm8k, tool_calls, classification, preference, perplexity or judge; default: by "
+                "task",
             ),
             Option("rows", "only the first N examples", at_least(1)),
             CHECKPOINT,
@@ -249,7 +250,7 @@ _TABLE = (
         "Answer prompts, to the terminal or to a file.",
         A_MODEL,
         (
-            Option("data", "a file of prompts: examples with messages", expand_path),
+            Option("data", "a file of prompts: examples with messages, also with images", expand_path),
             Option("out", "write JSON lines to this file; an interrupted command resumes", expand_path),
             Option("rows", "only the first N prompts", at_least(1)),
             CHECKPOINT,
@@ -264,8 +265,8 @@ _TABLE = (
     Command(
         "chat",
         "RUN [checkpoint=epoch-2] [system=TEXT] [temperature=0.7] [top_p=0.9] [key=value ...]",
-        "Chat with a model in the terminal. /reset clears the conversation, /exit or Ctrl-D ends it, Ctrl-C ends an "
-        "answer.",
+        "Chat with a model in the terminal. /image PATH shows it an image with the next message, /reset clears the "
+        "conversation, /exit or Ctrl-D ends it, Ctrl-C ends an answer.",
         A_MODEL,
         (
             CHECKPOINT,

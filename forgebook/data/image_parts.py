@@ -9,10 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from forgebook.data.images import IMAGE, IMAGES, read_image
+from forgebook.data.images import IMAGE, IMAGES, as_address, read_image
 from forgebook.errors import DataError
 
-__all__ = ["image_base", "image_count", "place_images", "split_images"]
+__all__ = ["PART_TYPES", "PROMPTS", "TASK", "as_parts", "image_base", "image_count", "place_images", "split_images"]
 
 Message = dict[str, Any]
 
@@ -21,6 +21,7 @@ COLUMNS = ("images", "image", "image_path", "image_paths")
 PART_TYPES = ("image_url", "image", "input_image")  # OpenAI's chats, transformers, OpenAI's responses
 PART_KEYS = ("image_url", "image", "url", "path", "bytes")
 TASK = "vision_language"
+PROMPTS = "prompts"  # in the place of a task: rows to answer, for any model
 
 
 def split_images(message: Message, at: str) -> Message:
@@ -69,7 +70,7 @@ def place_images(raw: dict, messages: list[Message], task: str, base: str | None
     beside = {key: raw[key] for key in COLUMNS if raw.get(key)}
     has_marks = any(PLACEHOLDER in message["content"] for message in messages)
     has_parts = any(message.get(IMAGES) for message in messages)
-    if task != TASK:
+    if task not in (TASK, PROMPTS):
         if has_parts:
             field = next(image[1] for message in messages for image in message.get(IMAGES) or ())
             raise DataError(f"{field}: an image, and task: {task} reads text alone: add vision_language_config: {{}}")
@@ -79,6 +80,8 @@ def place_images(raw: dict, messages: list[Message], task: str, base: str | None
                 "vision_language_config: {}, or remove the row"
             )
         return set()
+    if task == PROMPTS and not beside and not has_parts:
+        return set()  # a prompt may be about the word
     if len(beside) > 1:
         raise DataError(f"{' and '.join(beside)} both hold images: keep one of them")
     key = next(iter(beside), "")
@@ -133,3 +136,17 @@ def _find_places(messages: list[Message], has_parts: bool, beside: int) -> None:
 def image_count(messages: list[Message] | None) -> int:
     """Count the images of a conversation."""
     return sum(len(message.get(IMAGES) or ()) for message in messages or ())
+
+
+def as_parts(messages: list[Message]) -> list[Message]:
+    """Write messages with images as JSON can hold them, so that they are read again as they are: as content lists."""
+    return [_with_parts(message) if message.get(IMAGES) else message for message in messages]
+
+
+def _with_parts(message: Message) -> Message:
+    first, *others = message["content"].split(IMAGE)
+    parts = [{"type": "text", "text": first}] if first else []
+    for image, text in zip(message[IMAGES], others, strict=True):
+        parts.append({"type": "image_url", "image_url": {"url": as_address(image)}})
+        parts += [{"type": "text", "text": text}] if text else []
+    return {key: value for key, value in message.items() if key != IMAGES} | {"content": parts}

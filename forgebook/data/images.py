@@ -33,8 +33,11 @@ if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
 __all__ = [
+    "BASE64",
+    "FORMATS",
     "IMAGE",
     "IMAGES",
+    "WEB",
     "Image",
     "ImageFile",
     "as_address",
@@ -45,6 +48,7 @@ __all__ = [
     "is_same",
     "open_image",
     "read_image",
+    "shown_content",
     "thumbnail",
 ]
 
@@ -118,6 +122,15 @@ def read_image(value: Any, field: str, base: str | None) -> Image:
 def as_address(image: Image) -> str:
     """Write an image so that `read_image` reads the same one from anywhere."""
     return image.uri if not image.data else f"{BASE64}image;base64,{base64.b64encode(image.data).decode()}"
+
+
+def shown_content(message: dict[str, Any]) -> str:
+    """Return a message's content to read, with the name of each image where it stands."""
+    content = message["content"]
+    for image in message.get(IMAGES) or ():
+        name = "" if isinstance(image, Image) and image.data else getattr(image, "uri", "") or image.path
+        content = content.replace(IMAGE, f"[image {name}]" if name else "[image]", 1)
+    return content
 
 
 def _decoded(content: str, field: str) -> bytes:

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from forgebook.data.columns import MappedRow
-from forgebook.data.image_parts import image_base, place_images
+from forgebook.data.image_parts import PROMPTS, image_base, place_images
 from forgebook.data.json_values import brief
 from forgebook.data.messages import (
     TOOL_KEYS,
@@ -48,6 +48,7 @@ TEXT_OR_JSON_KEYS = ("prompt", "completion", "chosen", "rejected")
 ALPACA_QUESTION = ("instruction", "input", "history")
 QUESTION_KEYS = ("prompt", "question", "query")  # of a pair
 SHARED_KEYS = {"system", *TOOL_KEYS}
+UNMASKED = ("causal_lm", PROMPTS)  # they need no answer
 NAME_KEY = "messages[].name"  # of a turn that is no tool's result
 # OpenAI's fine-tuning API names the parts of a pair like this; "input" holds messages and tools.
 OPENAI_PAIR = ("input", "preferred_output", "non_preferred_output")
@@ -131,7 +132,7 @@ def parse_row(
             if messages is not None:
                 image_keys = place_images(raw, messages, task, base)
                 check_media(raw, messages)
-                check_conversation(messages, needs_answer=task != "causal_lm")
+                check_conversation(messages, needs_answer=task not in UNMASKED)
         if example.messages is not None and example.rejected is not None:
             check_pair(example.messages, example.rejected)
         if task == "classification" and example.messages is not None:
@@ -183,13 +184,13 @@ def _detect(raw: Any, where: str, task: str) -> tuple[Example, RowNotes]:
         messages = without_filled_arguments(_with_system(raw, messages), tools)
         example = Example(where, messages=messages, tools=tools)
         return example, _notes(name, raw, {*used} | SHARED_KEYS, ignored)
-    if task == "causal_lm" and isinstance(raw.get("text"), str) and raw["text"]:
+    if task in UNMASKED and isinstance(raw.get("text"), str) and raw["text"]:
         return Example(where, text=raw["text"]), _notes("text", raw, {"text"}, ignored)
     if has_pair:
         raise DataError("a pair of 'chosen' and 'rejected': set task: preference_tuning to train on it")
     if "messages" in raw:
         raise DataError(f"messages is {brief(raw['messages'])}; expected a non-empty list of {{role, content}}")
-    also = " or a non-empty 'text'" if task == "causal_lm" else ""
+    also = " or a non-empty 'text'" if task in UNMASKED else ""
     fix = "; a 'text' is for task: causal_lm" if isinstance(raw.get("text"), str) and not also else ""
     raise _unknown(f"no 'messages' (its keys: {_names(raw)}): add a list of messages{also}{fix}", raw)
 
@@ -243,7 +244,7 @@ def _conversation(raw: dict, ignored: set[str], task: str) -> tuple[str, tuple[s
         prompt = _as_messages(raw["prompt"], "prompt", "user", ignored)
         completion = _as_messages(raw["completion"], "completion", "assistant", ignored)
         messages, count = _joined(prompt, completion, "completion")
-        if task != "causal_lm":
+        if task not in UNMASKED:
             messages = _with_prompt_unsupervised(messages, count)
         return "prompt/completion", ("prompt", "completion"), messages
     return None

@@ -84,8 +84,9 @@ def _read(path: Path, header: str) -> dict[str, str]:
 
 
 def prompt_key(messages: list[Message], tools: list[dict] | None) -> str:
-    """Return a hash of what a model is given."""
-    return _hash(json.dumps([messages, tools], sort_keys=True, ensure_ascii=False))[:KEY_LENGTH]
+    """Return a hash of what a model is given; of an image, of its bytes."""
+    written = json.dumps([messages, tools], sort_keys=True, ensure_ascii=False, default=lambda image: image.digest)
+    return _hash(written)[:KEY_LENGTH]
 
 
 def _hash(text: str) -> str:

@@ -5,6 +5,7 @@
 
 metric           examples                               right is
 exact_match      end with an assistant's turn           the reference, outer white space aside
+anls             the same; documents and their images   the reference; slips of reading cost a part (ANLS)
 gsm8k            the same                               the number after ####
 tool_calls       with tools; every assistant turn       the reference's calls in every turn of a conversation
 judge            end with an assistant's turn           what a language model prefers (forgebook/evaluation/judge.py)
@@ -18,15 +19,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gc
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from forgebook.config.blocks import GenerationConfig, labels_of
 from forgebook.config.parse import load_config, load_resolved
 from forgebook.data import tokenize, tool_accuracy
 from forgebook.data.examples import read_examples, validation_source
+from forgebook.data.image_parts import image_count
 from forgebook.data.row_formats import Example
 from forgebook.data.tools import calls_of_message
 from forgebook.errors import ConfigError, DataError
@@ -42,10 +47,12 @@ from forgebook.evaluation.results import (
     make_evaluation,
     message_text,
     share_score,
+    statistic_score,
 )
 from forgebook.inference import loading
 from forgebook.inference.batch import engine_for
 from forgebook.inference.loading import LoadedModel
+from forgebook.inference.prompt_images import check_images
 from forgebook.inference.vllm_model import VllmModel, load_in_vllm
 from forgebook.models.identity import model_identity
 from forgebook.models.tokenizer import locate
@@ -56,7 +63,7 @@ if TYPE_CHECKING:
 
 __all__ = ["both_models", "evaluate"]
 
-METRICS = ("exact_match", "gsm8k", "tool_calls", "judge", "classification", "preference", "perplexity")
+METRICS = ("exact_match", "anls", "gsm8k", "tool_calls", "judge", "classification", "preference", "perplexity")
 LIKELIHOOD_METRICS = METRICS[-3:]
 # How many tokens an answer may have: half as many again as the longest reference, but not this many more, and at least
 # as many as LEAST_TOKENS. An answer that does not stop is cut there, and its time is most of an evaluation's.
@@ -107,6 +114,9 @@ def evaluate(
     task = _task_of(chosen, config.task)
     labels = labels_of(classifier) if task == "classification" else ()
     examples = read_examples(source, task, rows, labels)
+    has_images = any(image_count(example.messages) for example in examples)
+    if has_images and chosen in ("judge", *LIKELIHOOD_METRICS):
+        raise ConfigError(f"metric={chosen} reads text alone, and {source} has images: use exact_match or anls")
     if classifier and chosen == "classification":
         from forgebook.evaluation import likelihood_metrics
 
@@ -125,9 +135,13 @@ def evaluate(
     if not turns:
         raise DataError("no assistant turn of these examples follows a prompt, so there is nothing to answer")
     folder = run.folder / "evaluation"
-    if engine_for(engine, _tuned(run, checkpoint), 2 * len(turns)) == "vllm":
+    if engine_for(engine, _tuned(run, checkpoint), 2 * len(turns), has_images) == "vllm":
         models = both_models(run, checkpoint, in_vllm=True)
-    compared, limits = _answer(turns, chosen == "tool_calls", max_new_tokens, models, folder, on_progress, on_note)
+    with tempfile.TemporaryDirectory() as store:
+        turns = [_with_open_images(turn, Path(store)) for turn in turns]
+        compared, limits = _answer(
+            turns, chosen == "tool_calls", max_new_tokens, models, folder, Path(store), on_progress, on_note
+        )
     if judge is not None and chosen == "judge":
         evaluation = _judged(turns, compared, judge, on_progress)
     else:
@@ -140,7 +154,7 @@ def _task_of(metric: str, task: str) -> str:
     if metric == "perplexity" and task == "causal_lm":
         return "causal_lm"
     tasks = {"classification": "classification", "preference": "preference_tuning"}
-    return tasks.get(metric, "instruction_tuning")
+    return tasks.get(metric, "vision_language" if task == "vision_language" else "instruction_tuning")
 
 
 def both_models(run: Run, checkpoint: str | None = None, in_vllm: bool = False) -> Models:
@@ -182,9 +196,10 @@ def _load_models(
 
 @dataclass(frozen=True)
 class _Turn:
-    """One turn to answer. example: the number of its conversation, which may have several."""
+    """One turn to answer. example: the number of its conversation, which may have several; where: file:line of it."""
 
     example: int
+    where: str
     messages: list[dict[str, Any]]
     tools: list[dict] | None
     reference: dict[str, Any]
@@ -197,7 +212,15 @@ def _turns(number: int, example: Example, every: bool) -> list[_Turn]:
         raise DataError(f"{example.where}: messages: must end with the assistant's turn that answers are compared with")
     places = [k for k, m in enumerate(messages) if m["role"] == "assistant" and m.get("weight") != 0]
     places = places if every else [len(messages) - 1]
-    return [_Turn(number, messages[:k], example.tools, messages[k]) for k in places if k]
+    return [_Turn(number, example.where, messages[:k], example.tools, messages[k]) for k in places if k]
+
+
+def _with_open_images(turn: _Turn, store: Path) -> _Turn:
+    """Check the images of a turn's prompt. Raises DataError with its file:line."""
+    try:
+        return dataclasses.replace(turn, messages=check_images(turn.messages, store))
+    except DataError as error:
+        raise DataError(f"{turn.where}: {error}") from None
 
 
 def _answer(
@@ -206,10 +229,11 @@ def _answer(
     limit: int | None,
     models: Models,
     folder: Path,
+    store: Path,
     on_progress: OnProgress,
     on_note: Callable[[str], None],
 ) -> tuple[Comparison, dict[str, int]]:
-    """Let both models answer every turn, and save each answer in a folder.
+    """Let both models answer every turn, and save each answer in a folder. store: where images are kept.
 
     limit: tokens per answer; None: by the longest reference. Returns the answers and the limit as evaluation.json has
     it.
@@ -239,6 +263,7 @@ def _answer(
         if answered := len(turns) - len(missing):
             on_note(f"{answered} of {len(turns)} answers of the {name} model are in {display_path(saved.path)}")
         on_progress(name, answered, len(turns))
+        of_images: Any = {} if isinstance(loaded, VllmModel) else {"image_store": store}
         loaded.answer(
             [turns[k].messages for k in missing],
             tools=[turns[k].tools for k in missing],
@@ -246,6 +271,7 @@ def _answer(
             max_new_tokens=limits["max_new_tokens"],
             on_progress=functools.partial(_report_answers, on_progress, name, answered, len(turns)),
             on_answer=functools.partial(_save, saved, [keys[k] for k in missing]),
+            **of_images,
         )
         answers[name] = [saved[key] for key in keys]
         del loaded
@@ -279,8 +305,14 @@ def _scored(metric: str, turns: list[_Turn], compared: Comparison, count: int) -
     # A conversation is right if every turn of it is; it counts once, under the kind of its first mistake.
     by_example = [_first_of_each(turns, one, count) for one in kinds]
     before, after = ([kind is None for kind in one] for one in by_example)
-    score = share_score(metric, before, after)
-    return make_evaluation(metric, [score], compared, kinds, rows=count, kinds_by_example=by_example)
+    scores = [share_score("exact_match" if metric == "anls" else metric, before, after)]
+    if metric == "anls":
+        points = [
+            [statistics.anls(*pair) for pair in zip(answers, compared.references, strict=True)]
+            for answers in (compared.base, compared.tuned)
+        ]
+        scores.insert(0, statistic_score("anls", np.mean, points[:1], points[1:], statistics.RESAMPLES))
+    return make_evaluation(metric, scores, compared, kinds, rows=count, kinds_by_example=by_example)
 
 
 def _mistake(metric: str, turn: _Turn, answer: str) -> str | None:
@@ -294,6 +326,8 @@ def _mistake(metric: str, turn: _Turn, answer: str) -> str | None:
         return "no number after ####" if statistics.gsm8k_number(answer) is None else "wrong number"
     if statistics.is_exact(answer, reference):
         return None
+    if metric == "anls" and (similarity := statistics.anls(answer, reference)):
+        return "close" if similarity < 1 else "case or spaces"
     answer, reference = answer.strip(), reference.strip()
     if not answer:
         return "empty"

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from forgebook.data.images import shown_content
 from forgebook.evaluation import statistics
 from forgebook.evaluation.statistics import Column, Difference, Figure
 from forgebook.runs import atomic
@@ -141,7 +142,7 @@ def conversation_text(messages: list[dict[str, Any]]) -> str:
     """Return a conversation as readable text: a single question alone, else each turn after its role."""
     turns = [message for message in messages if message["role"] != "system"]
     if len(turns) == 1:
-        return turns[0]["content"]
+        return shown_content(turns[0])
     return "\n".join(f"[{message['role']}] {message_text(message)}" for message in turns)
 
 
@@ -149,7 +150,7 @@ def message_text(message: dict[str, Any]) -> str:
     """Return a message's content followed by its tool calls."""
     calls = [call["function"] for call in message.get("tool_calls") or []]
     written = [json.dumps({"name": c["name"], "arguments": c["arguments"]}, ensure_ascii=False) for c in calls]
-    return "\n".join(part for part in (message["content"], *written) if part)
+    return "\n".join(part for part in (shown_content(message), *written) if part)
 
 
 def figure_lines(evaluation: Evaluation) -> list[str]:

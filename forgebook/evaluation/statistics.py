@@ -17,6 +17,7 @@ import numpy as np
 __all__ = [
     "Difference",
     "Figure",
+    "anls",
     "bootstrap",
     "compare_shares",
     "compare_statistics",
@@ -31,6 +32,7 @@ CONFIDENCE = 0.95
 Z = 1.959963984540054  # the normal distribution holds 95% within so many standard deviations
 RESAMPLES = 9_999
 # The rule of the data set's authors, github.com/openai/grade-school-math.
+ANLS_THRESHOLD = 0.5  # up to here an answer is another one, and no slip of reading
 GSM8K_NUMBER = re.compile(r"#### (\-?[0-9\.\,]+)")
 
 # One value per example: numbers or truth values [examples], or probabilities [examples, labels].
@@ -58,6 +60,27 @@ class Difference:
 def is_exact(answer: str, reference: str) -> bool:
     """Return whether an answer is its reference, outer white space aside."""
     return answer.strip() == reference.strip()
+
+
+def anls(answer: str, reference: str) -> float:
+    """Return the normalized Levenshtein similarity of an answer to its reference: 0 up to 0.5; case does not count.
+
+    ANLS is its mean (Biten et al. 2019, Scene Text Visual Question Answering, arXiv 1905.13648).
+    """
+    first, second = (" ".join(text.lower().split()) for text in (answer, reference))
+    longest = max(len(first), len(second))
+    similarity = 1 - _edits(first, second) / longest if longest else 1.0
+    return similarity if similarity > ANLS_THRESHOLD else 0.0
+
+
+def _edits(first: str, second: str) -> int:
+    """Count the characters to insert, remove or replace between two texts (Levenshtein)."""
+    row = list(range(len(second) + 1))
+    for k, character in enumerate(first, 1):
+        before, row[0] = row[0], k
+        for j, other in enumerate(second, 1):
+            before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (character != other))
+    return row[-1]
 
 
 def gsm8k_number(text: str) -> str | None:

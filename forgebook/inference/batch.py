@@ -10,17 +10,21 @@ the prompt's number, "reference" the answer in the prompts' file, "by" the model
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from forgebook.data.examples import read_examples
-from forgebook.errors import ResourceError, StorageError
+from forgebook.data.image_parts import PROMPTS, as_parts, image_count
+from forgebook.errors import DataError, ResourceError, StorageError
 from forgebook.inference import generate, loading
 from forgebook.inference.generate import OnAnswers
+from forgebook.inference.prompt_images import check_images, read_conversation
 from forgebook.inference.sampling import Sampling
 from forgebook.inference.vllm_model import load_in_vllm
 from forgebook.models import adapters
@@ -48,12 +52,16 @@ OnProgress = Callable[[int, int, int, float], None]
 
 @dataclass(frozen=True)
 class Prompt:
-    """A conversation to answer. number: its place in the file, from 0; reference: the file's own answer."""
+    """A conversation to answer.
+
+    number: its place in the file, from 0; reference: the file's own answer; where: file:line of it.
+    """
 
     number: int
     messages: list[dict[str, Any]]
     tools: list[dict] | None = None
     reference: str | None = None
+    where: str = field(default="", compare=False)
 
 
 def read_prompts(path: str, count: int | None = None) -> list[Prompt]:
@@ -62,21 +70,23 @@ def read_prompts(path: str, count: int | None = None) -> list[Prompt]:
     Raises DataError for an example that is a text.
     """
     prompts = []
-    for number, example in enumerate(read_examples(path, "causal_lm", count)):
+    for number, example in enumerate(read_examples(path, PROMPTS, count)):
         messages = example.conversation
         has_answer = messages[-1]["role"] == "assistant"
         reference = messages[-1]["content"] if has_answer else None
-        prompts.append(Prompt(number, messages[:-1] if has_answer else messages, example.tools, reference))
+        messages = messages[:-1] if has_answer else messages
+        prompts.append(Prompt(number, messages, example.tools, reference, example.where))
     return prompts
 
 
-def engine_for(requested: str, source: str, count: int) -> str:
+def engine_for(requested: str, source: str, count: int, has_images: bool = False) -> str:
     """Choose what answers `count` prompts: vLLM where it is installed, can load the model and is worth its start.
 
     Raises ConfigError for an unknown engine, and for engine=vllm where vLLM is missing or cannot.
     """
     is_worth_it = count > MIN_PROMPTS_FOR_VLLM and _has_gpu()
-    return choose_engine(requested, lambda: _obstacle_for_vllm(source), is_worth_it)
+    obstacle = "prompts with images are answered by transformers here" if has_images else None
+    return choose_engine(requested, lambda: obstacle or _obstacle_for_vllm(source), is_worth_it)
 
 
 def _has_gpu() -> bool:
@@ -115,7 +125,7 @@ def answer(
     num_devices: 0 answers in this process; else this many Ray workers, each with a GPU if the cluster has any.
     on_progress: called at each step in this process; vLLM and Ray workers report complete answers alone.
     """
-    engine = engine_for(engine, source, len(prompts))
+    engine = engine_for(engine, source, len(prompts), any(image_count(prompt.messages) for prompt in prompts))
     if num_devices:
         answers = _answer_on_ray(source, prompts, sampling, engine, num_devices)
     else:
@@ -133,20 +143,30 @@ def _load(source: str, sampling: Sampling, engine: str) -> AnswerPrompts:
     [loaded] = loading.load_together([source])
 
     def answer_prompts(prompts: list[Prompt], on_progress: OnAnswers) -> Iterator[tuple[int, str]]:
-        with loaded.active() as model:
+        with loaded.active() as model, tempfile.TemporaryDirectory() as store:
             for k, text in generate.answer_in_batches(
                 model,
                 loaded.tokenizer,
-                [prompt.messages for prompt in prompts],
+                [_open_images(prompt, Path(store)) for prompt in prompts],
                 sampling,
                 prompt_format=loaded.prompt_format,
                 tools=[prompt.tools for prompt in prompts],
                 numbers=[prompt.number for prompt in prompts],
                 on_progress=on_progress,
+                images=loaded.images,
+                image_store=Path(store),
             ):
                 yield prompts[k].number, text
 
     return answer_prompts
+
+
+def _open_images(prompt: Prompt, store: Path) -> list[dict[str, Any]]:
+    """Return a prompt's messages with their images checked. Raises DataError with file:line."""
+    try:
+        return check_images(prompt.messages, store)
+    except DataError as error:
+        raise DataError(f"{prompt.where}: {error}" if prompt.where else str(error)) from None
 
 
 def _load_in_vllm(source: str, sampling: Sampling) -> AnswerPrompts:
@@ -175,6 +195,7 @@ class _Worker:
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         prompts = [Prompt(**json.loads(prompt)) for prompt in batch["prompt"]]
+        prompts = [dataclasses.replace(one, messages=read_conversation(one.messages)) for one in prompts]
         answers = list(self.answer_prompts(prompts, lambda done, tokens, begun: None))
         return {"number": [number for number, _ in answers], "text": [text for _, text in answers]}
 
@@ -198,7 +219,7 @@ def _answer_on_ray(
     # Tasks are grouped by length, the longest first, so that the last ones are short.
     ordered = sorted(prompts, key=lambda prompt: -sum(len(message["content"]) for message in prompt.messages))
     size = min(BATCHES_PER_TASK * (sampling.batch_size or TASK_BATCH), -(-len(ordered) // workers))
-    items = [{"prompt": json.dumps(asdict(prompt))} for prompt in ordered]
+    items = [{"prompt": json.dumps(vars(prompt) | {"messages": as_parts(prompt.messages)})} for prompt in ordered]
     answers = ray.data.from_items(items, override_num_blocks=-(-len(items) // size)).map_batches(
         _Worker,
         batch_size=size,
@@ -256,7 +277,7 @@ def write_answers(
 
 def _line(prompt: Prompt, text: str, by: str) -> str:
     line: dict[str, Any] = {"row": prompt.number}
-    line["messages"] = [*prompt.messages, {"role": "assistant", "content": text}]
+    line["messages"] = [*as_parts(prompt.messages), {"role": "assistant", "content": text}]
     optional = {"tools": prompt.tools, "reference": prompt.reference}
     line |= {key: value for key, value in optional.items() if value is not None}
     return json.dumps(line | {"by": by}, ensure_ascii=False)
@@ -275,7 +296,7 @@ def _read_answers(path: Path, prompts: dict[int, Prompt], by: str) -> dict[int, 
         except (ValueError, KeyError, TypeError):
             raise StorageError(f"{path}:{line_number}: not a line of answers: choose another out=FILE") from None
         prompt = prompts.get(number)
-        if prompt is None or (prompt.messages, prompt.tools) != (messages[:-1], row.get("tools")):
+        if prompt is None or (as_parts(prompt.messages), prompt.tools) != (messages[:-1], row.get("tools")):
             raise StorageError(
                 f"{path}:{line_number} answers another prompt than prompt {number}: choose another out=FILE"
             )

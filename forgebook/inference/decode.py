@@ -15,7 +15,7 @@ import inspect
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import DynamicCache
@@ -23,6 +23,10 @@ from transformers import DynamicCache
 from forgebook.errors import ModelError
 from forgebook.inference.cache import add_rows, keep_rows, rows_cache
 from forgebook.inference.sampling import Sampler, TokenSampling, generator_of
+
+if TYPE_CHECKING:
+    from forgebook.data.image_batches import StoredImage
+    from forgebook.inference.prompt_images import PromptImages
 
 __all__ = ["Request", "decode"]
 
@@ -37,7 +41,7 @@ class Request:
     """A prompt to continue. add_token is called with each new token; it returns whether the answer has ended.
 
     add_chances: called before it, if not None, with the token's log-probability and those of the `top` most likely
-    tokens, by their ids; of the model's own distribution, before temperature and limits.
+    tokens, by their ids; of the model's own distribution, before temperature and limits. images: of the prompt.
     """
 
     input_ids: list[int]
@@ -45,32 +49,43 @@ class Request:
     add_token: Callable[[int], bool]
     add_chances: Callable[[float, dict[int, float]], None] | None = None
     top: int = 0
+    images: tuple[StoredImage, ...] = ()
 
 
 @dataclass
 class _Row:
-    """One answer in progress. index: of its request; ids: prompt and answer; processors: of its model's settings."""
+    """One answer in progress.
+
+    index: of its request; ids: prompt and answer; processors: of its model's settings. shift: of the positions of its
+    answer's tokens, where an image takes fewer positions than it has tokens (Qwen's and GLM's models).
+    """
 
     index: int
     request: Request
     ids: list[int]
     generator: torch.Generator | None
     processors: Any
+    shift: int = 0
 
 
 @torch.inference_mode()
 def decode(
-    model, requests: Sequence[Request], batch_size: int, on_step: Callable[[int], None] = lambda tokens: None
+    model,
+    requests: Sequence[Request],
+    batch_size: int,
+    on_step: Callable[[int], None] = lambda tokens: None,
+    images: PromptImages | None = None,
 ) -> Iterator[int]:
     """Yield the index of each request when its answer has ended; the longest prompts are answered first.
 
-    batch_size: answers at a time. on_step: called with the number of tokens that a step added.
+    batch_size: answers at a time. on_step: called with the number of tokens that a step added. images: of the model,
+    where prompts have some.
 
     Raises torch.OutOfMemoryError, and ModelError for an architecture with a cache of its own kind.
     """
     # The longest first: memory runs out at the start or never, and no prompt that joins is longer than the batch.
     waiting = deque(sorted(range(len(requests)), key=lambda k: -len(requests[k].input_ids)))
-    batch = _Batch(model, min(batch_size, len(requests)))
+    batch = _Batch(model, min(batch_size, len(requests)), images)
     while waiting or batch.rows:
         free = batch.size - len(batch.rows)
         if waiting and (not batch.rows or (batch.takes_more and free >= FREE_SHARE * batch.size)):
@@ -90,9 +105,9 @@ def decode(
 class _Batch:
     """Answers in progress, at most `size`. takes_more: whether prompts can join before all of them have ended."""
 
-    def __init__(self, model, size: int):
+    def __init__(self, model, size: int, images: PromptImages | None):
         self.size, self.rows = size, list[_Row]()
-        self._model = model
+        self._model, self._images = model, images
         self._inner = model.get_base_model() if hasattr(model, "peft_config") else model
         if not self._inner._supports_default_dynamic_cache():
             raise ModelError(
@@ -112,9 +127,10 @@ class _Batch:
         columns = max(len(row.ids) for row in rows)
         ids = torch.tensor([[0] * (columns - len(row.ids)) + row.ids for row in rows])
         mask = torch.tensor([[0] * (columns - len(row.ids)) + [1] * len(row.ids) for row in rows])
+        of_images = self._image_inputs(rows, ids)
         ids, mask = ids.to(self._mask.device), mask.to(self._mask.device)
         computed = DynamicCache(config=self._inner.config)
-        logits = self._forward(ids, mask, (mask.cumsum(1) - 1).clamp(min=0), computed)
+        logits = self._forward(ids, mask, self._positions(rows, ids, mask, of_images), computed, of_images)
         if self.takes_more:
             add_rows(self._cache, computed)
         else:
@@ -130,8 +146,11 @@ class _Batch:
         """Add a token to each answer; return all rows."""
         self._mask = torch.cat([self._mask, self._mask.new_ones((len(self.rows), 1))], dim=1)
         newest = torch.tensor([row.ids[-1:] for row in self.rows], device=self._mask.device)
+        positions = self._mask.sum(1, keepdim=True) - 1
+        if any(row.shift for row in self.rows):
+            positions = positions + torch.tensor([[row.shift] for row in self.rows], device=self._mask.device)
         with getattr(self._inner, "_optimize_model_for_decode", contextlib.nullcontext)():
-            logits = self._forward(newest, self._mask, self._mask.sum(1, keepdim=True) - 1, self._cache)
+            logits = self._forward(newest, self._mask, positions, self._cache, {})
         _add_tokens(self.rows, logits)
         return self.rows
 
@@ -150,10 +169,39 @@ class _Batch:
         self._mask = self._mask[:, unused:]
         keep_rows(self._cache, sources, unused)
 
-    def _forward(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache) -> torch.Tensor:
+    def _image_inputs(self, rows: list[_Row], ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return what the forward pass takes of the images of prompts; nothing if there are none."""
+        if self._images is None or not any(row.request.images for row in rows):
+            return {}
+        inputs = self._images.inputs([row.request.images for row in rows], ids)
+        return {name: value.to(self._mask.device) for name, value in inputs.items()}
+
+    def _positions(
+        self, rows: list[_Row], ids: torch.Tensor, mask: torch.Tensor, of_images: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """Return the positions of prompts' tokens, in time, height and width where images have these; note the shifts.
+
+        Such a model would compute them itself, and remember those of the last batch alone.
+        """
+        indexed = getattr(getattr(self._inner, "model", None), "get_rope_index", None)
+        if not of_images or indexed is None:
+            return (mask.cumsum(1) - 1).clamp(min=0)
+        positions, shifts = indexed(input_ids=ids, attention_mask=mask, **of_images)
+        for row, shift in zip(rows, shifts.flatten().tolist(), strict=True):
+            row.shift = int(shift)
+        return positions
+
+    def _forward(
+        self,
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        positions: torch.Tensor,
+        cache: DynamicCache,
+        of_images: dict[str, torch.Tensor],
+    ) -> torch.Tensor:
         """Return [rows, vocabulary] the logits of the next tokens."""
         inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, self._cache_name: cache}
-        return self._model(**inputs, use_cache=True, return_dict=True, **self._last_only).logits[:, -1]
+        return self._model(**inputs, **of_images, use_cache=True, return_dict=True, **self._last_only).logits[:, -1]
 
     def _start(self, index: int, request: Request) -> _Row:
         generator = generator_of(request.sampling, self._model.device)

@@ -16,12 +16,17 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from forgebook.config.blocks import GenerationConfig
 from forgebook.inference import loading
 from forgebook.inference.decode import Request, decode
 from forgebook.inference.sampling import StopStrings, TokenSampling
 from forgebook.models import adapters, families
+
+if TYPE_CHECKING:
+    from forgebook.data.image_batches import StoredImage
+    from forgebook.inference.prompt_images import TemporaryStore
 
 __all__ = ["Engine", "GenerationRequest", "Job", "QueueFull", "ServedModel", "TokenChance"]
 
@@ -54,7 +59,7 @@ class GenerationRequest:
 
     stop: texts that end the answer, in addition to the model's own. keep_special: leave special tokens in the text;
     some models mark tool calls with them. top_chances: note each token's log-probability, and those of so many of the
-    most likely ones; None notes nothing.
+    most likely ones; None notes nothing. images: of the prompt; store: where those are.
     """
 
     model: str
@@ -64,6 +69,8 @@ class GenerationRequest:
     stop: tuple[str, ...] = ()
     keep_special: bool = False
     top_chances: int | None = None
+    images: tuple[StoredImage, ...] = ()
+    store: TemporaryStore | None = None
 
 
 @dataclass(frozen=True)
@@ -256,11 +263,12 @@ def _generate(served: ServedModel, jobs: list[Job]) -> None:
             job.add_token,
             job.add_chances if job.request.top_chances is not None else None,
             job.request.top_chances or 0,
+            job.request.images,
         )
         for job in jobs
     ]
     with served.loaded.active() as model:
-        for _ in decode(model, requests, len(requests)):
+        for _ in decode(model, requests, len(requests), images=served.loaded.images):
             pass
 
 

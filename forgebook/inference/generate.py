@@ -9,12 +9,16 @@ Prompts are those of training (`data/masking.py`). What ends an answer is in the
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from forgebook.config.blocks import PromptFormat
-from forgebook.data import chat_template, masking
+from forgebook.data import chat_template
 from forgebook.errors import ResourceError
+from forgebook.inference.prompt_images import EncodedPrompt, PromptImages, encode_prompt
 from forgebook.inference.sampling import Sampling, StopStrings, TokenSampling, prompt_seed
 
 __all__ = ["OnAnswers", "answer_in_batches", "complete"]
@@ -34,6 +38,8 @@ def complete(
     on_progress: OnAnswers = lambda done, tokens, begun: None,
     on_answer: Callable[[int, str], None] = lambda index, text: None,
     keep_special: bool = False,
+    images: PromptImages | None = None,
+    image_store: Path | None = None,
     **sampling: Any,
 ) -> list[str]:
     """Answer each conversation, which ends with a user's turn; greedily unless a temperature is set.
@@ -41,6 +47,7 @@ def complete(
     tools: for each conversation the tools that it lists, as in its training example.
     on_progress: called at each step. on_answer: called with a conversation's index and its complete answer.
     keep_special: leave special tokens in the answers, except those that end them; some models mark tool calls so.
+    images, image_store: as in `answer_in_batches`.
     sampling: the fields of `Sampling`.
 
     Returns the answers' texts.
@@ -55,6 +62,8 @@ def complete(
         tools=tools,
         keep_special=keep_special,
         on_progress=on_progress,
+        images=images,
+        image_store=image_store,
     )
     for k, text in finished:
         answers[k] = text
@@ -74,35 +83,61 @@ def answer_in_batches(
     numbers: Sequence[int] | None = None,
     streamer: Any = None,
     on_progress: OnAnswers = lambda done, tokens, begun: None,
+    images: PromptImages | None = None,
+    image_store: Path | None = None,
 ) -> Iterator[tuple[int, str]]:
     """Yield (index of a conversation, its answer) in the order in which answers end; the longest prompts come first.
 
     numbers: each conversation's number in the set of which these are a part; its seed is derived from it.
     on_progress: called at each step.
     streamer: a transformers streamer, which gets each token; for a single conversation only.
+    images: of the model, for conversations with some. image_store: where those that were checked are; None keeps their
+    bytes until the last answer.
 
     Raises ResourceError if the GPU runs out of memory.
     """
+    if not conversations:
+        return
+    tools = tools or [None] * len(conversations)
+    numbers = range(len(conversations)) if numbers is None else numbers
+    with tempfile.TemporaryDirectory() if image_store is None else contextlib.nullcontext(image_store) as store:
+        prompts = [
+            encode_prompt(messages, tokenizer, images, Path(store), prompt_format, offered)
+            for messages, offered in zip(conversations, tools, strict=True)
+        ]
+        yield from _decode(model, tokenizer, prompts, sampling, keep_special, numbers, streamer, on_progress, images)
+
+
+def _decode(
+    model,
+    tokenizer,
+    prompts: list[EncodedPrompt],
+    sampling: Sampling,
+    keep_special: bool,
+    numbers: Sequence[int],
+    streamer: Any,
+    on_progress: OnAnswers,
+    images: PromptImages | None,
+) -> Iterator[tuple[int, str]]:
+    """Yield (index of a prompt, its answer); see `answer_in_batches`."""
     import torch
 
     from forgebook.inference.cache import rows_that_fit
     from forgebook.inference.decode import Request, decode
 
-    encoded = [
-        masking.encode_prompt(messages, tokenizer, prompt_format, offered)
-        for messages, offered in zip(conversations, tools or [None] * len(conversations), strict=True)
-    ]
-    if not encoded:
-        return
-    numbers = range(len(encoded)) if numbers is None else numbers
     ends = model.generation_config
-    answers = [_Answer(ends, tokenizer, sampling.max_new_tokens, streamer) for _ in encoded]
+    answers = [_Answer(ends, tokenizer, sampling.max_new_tokens, streamer) for _ in prompts]
     requests = [
-        Request(ids, TokenSampling(sampling.temperature, sampling.top_p, seed=seed), answer.add_token)
-        for ids, answer, seed in zip(encoded, answers, (prompt_seed(sampling.seed, n) for n in numbers), strict=True)
+        Request(
+            prompt.input_ids,
+            TokenSampling(sampling.temperature, sampling.top_p, seed=prompt_seed(sampling.seed, number)),
+            answer.add_token,
+            images=prompt.images,
+        )
+        for prompt, answer, number in zip(prompts, answers, numbers, strict=True)
     ]
-    longest = max(map(len, encoded))
-    batch_size = min(sampling.batch_size or rows_that_fit(model, longest + sampling.max_new_tokens), len(encoded))
+    longest = max(len(prompt.input_ids) for prompt in prompts)
+    batch_size = min(sampling.batch_size or rows_that_fit(model, longest + sampling.max_new_tokens), len(prompts))
     tokens = done = tokens_of_done = 0
 
     def report(added: int = 0) -> None:
@@ -111,9 +146,9 @@ def answer_in_batches(
         on_progress(done, tokens, (tokens - tokens_of_done) / sampling.max_new_tokens)
 
     if streamer is not None:
-        streamer.put(torch.tensor(encoded[0]))
+        streamer.put(torch.tensor(prompts[0].input_ids))
     try:
-        for k in decode(model, requests, batch_size, report):
+        for k in decode(model, requests, batch_size, report, images):
             done, tokens_of_done = done + 1, tokens_of_done + len(answers[k].ids)
             yield k, _text(answers[k].ids, ends, tokenizer, keep_special)
             report()

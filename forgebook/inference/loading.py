@@ -25,6 +25,7 @@ from forgebook.data import chat_template, masking
 from forgebook.data.prompt_formats import read_prompt_format
 from forgebook.errors import CheckpointError, ModelError, first_line
 from forgebook.inference.generate import complete
+from forgebook.inference.prompt_images import PromptImages, read_conversation
 from forgebook.models import adapters, load, saved_adapters
 from forgebook.models.template_settings import set_template_defaults
 from forgebook.models.tokenizer import copy_of, load_tokenizer, locate, readable_model_errors, refuse_pickled
@@ -48,7 +49,7 @@ class LoadedModel:
     """One of several models that share the weights of a base; `active()` switches the shared weights to it.
 
     adapter: the name of its adapter on the model; None is the base itself. generation_config: what ends its answers.
-    source: what it was loaded from.
+    source: what it was loaded from. images: what it makes of those of prompts.
     """
 
     model: Any
@@ -57,6 +58,7 @@ class LoadedModel:
     adapter: str | None
     generation_config: Any
     source: str = ""
+    images: PromptImages | None = None
 
     @property
     def dtype(self) -> str:
@@ -79,10 +81,13 @@ class LoadedModel:
         prompt_format: PromptFormat | None = None,
         **sampling: Any,
     ) -> list[str]:
-        """Answer conversations, with the model's own prompt format unless another is passed; see `complete`."""
-        prompt_format = prompt_format or self.prompt_format
+        """Answer conversations, with the model's own prompt format unless another is passed; see `complete`.
+
+        A content may be a list of parts, also of images, whose relative paths begin at the current folder.
+        """
+        prompt_format, read = prompt_format or self.prompt_format, list(map(read_conversation, conversations))
         with self.active() as model:
-            return complete(model, self.tokenizer, conversations, prompt_format=prompt_format, **sampling)
+            return complete(model, self.tokenizer, read, prompt_format=prompt_format, images=self.images, **sampling)
 
 
 # Finding and loading ---------------------------------------------------------------------------------
@@ -153,6 +158,7 @@ def load_together(
     model = load.load_model(
         base, dtype=dtype, attention=attention, attention_is_required=False, device_map="auto", **overrides
     )
+    held_in = str(model.dtype).removeprefix("torch.")
     tokenizers = [load_tokenizer(str(source)) for source in sources]
     vocabulary = model.get_input_embeddings().num_embeddings
     sizes = {max(len(tokenizer), vocabulary) for tokenizer in tokenizers}
@@ -169,7 +175,8 @@ def load_together(
             set_template_defaults(tokenizer, defaults.chat_template_kwargs)
         prompt_format, sequences = _prompting(source, config.generation_config if config else defaults)
         ends = _generation_config(source, model.generation_config, tokenizer, prompt_format, sequences)
-        loaded.append(LoadedModel(model, tokenizer, prompt_format, name, ends, str(source)))
+        images = PromptImages(base, tokenizer, held_in)
+        loaded.append(LoadedModel(model, tokenizer, prompt_format, name, ends, str(source), images))
     return loaded
 
 

@@ -14,10 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from forgebook.data import masking
+from forgebook.data.image_parts import PROMPTS, image_count
+from forgebook.data.images import IMAGES
 from forgebook.data.row_formats import parse_row
 from forgebook.data.tools import CALL_MARKS, read_tool_calls
 from forgebook.errors import DataError, shown_value
+from forgebook.inference.prompt_images import EncodedPrompt, TemporaryStore, encode_prompt
+from forgebook.inference.request_images import with_bytes, without_images
 from forgebook.inference.sampling import LEAST, StopStrings, TokenSampling, prompt_seed
 
 if TYPE_CHECKING:
@@ -162,13 +165,8 @@ def engine_request(request: ChatRequest, models: Mapping[str, ServedModel]) -> G
     served = models[request.model]
     loaded = served.loaded
     _check_length(request, served)
-    try:
-        example, _ = parse_row({"messages": request.messages, "tools": request.offered_tools}, "request", "causal_lm")
-        if not _is_text([example.conversation, example.tools]):  # in a call's arguments, JSON within JSON
-            raise DataError("arguments hold half a surrogate pair, which is no text")
-        ids = masking.encode_prompt(example.conversation, loaded.tokenizer, loaded.prompt_format, example.tools)
-    except (DataError, RecursionError) as error:
-        raise ApiError(400, str(error), "messages", "invalid_value") from None
+    prompt, store = _encode(request, served)
+    ids = prompt.input_ids
     room = served.context - len(ids)
     requested = request.max_completion_tokens or request.max_tokens
     if room < (requested or 1):
@@ -182,6 +180,8 @@ def engine_request(request: ChatRequest, models: Mapping[str, ServedModel]) -> G
     return GenerationRequest(
         model=served.name,
         input_ids=ids,
+        images=prompt.images,
+        store=store,
         max_new_tokens=requested or min(room, loaded.generation_config.max_new_tokens or room),
         sampling=_token_sampling(request, loaded.generation_config),
         stop=tuple(request.stop or ()),
@@ -190,9 +190,34 @@ def engine_request(request: ChatRequest, models: Mapping[str, ServedModel]) -> G
     )
 
 
+def _encode(request: ChatRequest, served: ServedModel) -> tuple[EncodedPrompt, TemporaryStore | None]:
+    """Encode a request's conversation, with the images of its messages in a store. Raises ApiError (400)."""
+    loaded = served.loaded
+    try:
+        raw = {"messages": with_bytes(request.messages), "tools": request.offered_tools}
+        example, _ = parse_row(raw, "request", PROMPTS)
+        messages = example.conversation
+        texts = [{key: value for key, value in message.items() if key != IMAGES} for message in messages]
+        if not _is_text([texts, example.tools]):  # in a call's arguments, JSON within JSON
+            raise DataError("arguments hold half a surrogate pair, which is no text")
+        # Also where a message has other names than OpenAI's for its parts.
+        if not all(image.data for message in messages for image in message.get(IMAGES) or ()):
+            raise DataError("an image must be a part of content: image_url with a data URI or an http(s) address")
+        store = TemporaryStore() if image_count(messages) else None
+        path = None if store is None else store.path
+        return encode_prompt(
+            messages, loaded.tokenizer, loaded.images, path, loaded.prompt_format, example.tools
+        ), store
+    except (DataError, RecursionError) as error:
+        raise ApiError(400, str(error), "messages", "invalid_value") from None
+
+
 def _check_length(request: ChatRequest, served: ServedModel) -> None:
     """Raise ApiError for a prompt that is too long to be tokenized, let alone for the context."""
-    length, limit = _json_length([request.messages, request.offered_tools]), served.context * CHARACTERS_PER_TOKEN
+    length, limit = (
+        _json_length([without_images(request.messages), request.offered_tools]),
+        served.context * CHARACTERS_PER_TOKEN,
+    )
     if length > limit:
         raise ApiError(
             400,

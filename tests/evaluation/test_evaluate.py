@@ -17,6 +17,7 @@ from forgebook.evaluation.judge import Judge
 from forgebook.launch.fine_tune import fine_tune
 from forgebook.runs.metrics import read_metrics
 from forgebook.runs.run import Run
+from support_vision import draw, image_row, save_vision_model
 
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
 
@@ -266,3 +267,36 @@ def test_a_share_that_was_held_out_is_evaluated(learn, write_rows):
     Path(source["path"]).unlink()
     measured = evaluate(run, max_new_tokens=2)
     assert measured.rows == 4 == len(run.held_out.read_text().splitlines())
+
+
+@pytest.mark.slow
+def test_answers_about_images_are_compared(learn, tmp_path):
+    """The images alone say which answer is right: the questions are the same."""
+    import helpers
+
+    paths = [draw(tmp_path / f"{k}.png", f"n{k}", (40, 30), color) for k, color in enumerate(["navy", "maroon"] * 3)]
+    rows = [image_row("Which color?", f"a {('navy', 'maroon')[k % 2]} card", str(path)) for k, path in enumerate(paths)]
+    adapted = {"r": 8, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]}
+    run = learn(
+        "colors", rows, task="vision_language", vision_language_config={}, lora_config=adapted, learning_rate=1e-2,
+        num_epochs=60, model_id=save_vision_model("SmolVLM", tmp_path / "model"),
+    )  # fmt: skip
+    wrong = tmp_path / "held-out.jsonl"
+    wrong.write_text(
+        "".join(json.dumps(row) + "\n" for row in [*rows[:3], image_row("Which color?", "a navy cart", str(paths[0]))])
+    )
+    found = evaluate(run, path=str(wrong), metric="anls", max_new_tokens=24)
+    anls, exact = found.scores
+    assert (anls.name, exact.name) == ("anls", "exact_match") and (exact.before.value, exact.after.value) == (0, 0.75)
+    assert anls.after.value == pytest.approx((3 + 10 / 11) / 4) and found.kinds["close"] == (0, 1)
+    assert found.comparison.prompts[0] == f"[image {paths[0]}]Which color?"
+    # Answers are found by the bytes of an image: another one under its name is answered anew.
+    draw(paths[1], "n0", (40, 30), "navy")
+    assert evaluate(run, path=str(wrong), max_new_tokens=24).comparison.tuned[1] == "a navy card"
+    asked = [[{"role": "user", "content": rows[2]["messages"][0]["content"]}]]
+    assert helpers.load_for_generation(run.folder).answer(asked, max_new_tokens=24) == ["a navy card"]
+    with pytest.raises(ConfigError, match="metric=perplexity reads text alone"):
+        evaluate(run, path=str(wrong), metric="perplexity")
+    paths[2].write_bytes(paths[2].read_bytes()[:60])
+    with pytest.raises(DataError, match=r"held-out.jsonl:3: messages\[0\]: image: .*2.png: a damaged image"):
+        evaluate(run, path=str(wrong))

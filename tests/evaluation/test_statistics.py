@@ -8,6 +8,7 @@ import pytest
 from conftest import REPOSITORY
 from forgebook.evaluation.statistics import (
     Figure,
+    anls,
     bootstrap,
     compare_shares,
     compare_statistics,
@@ -130,3 +131,20 @@ def test_labels_and_truth_are_swapped_example_by_example():
 
     before, after, difference = compare_statistics(accuracy, [coin, truth], [good, truth], 999)
     assert (before.value, after.value) == (0, 1) and difference.p < 0.01
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "score"),
+    [
+        ("12.50 EUR", "12.50 eur", 1.0),
+        (" a  b ", "a b", 1.0),
+        ("12.60", "12.50", 0.8),
+        ("abd", "abcd", 0.75),
+        ("ab", "abcd", 0.0),  # half of it, where the published rule begins to count nothing
+        ("", "abc", 0.0),
+        ("abc", "xyz", 0.0),
+    ],
+)
+def test_anls_costs_slips_of_reading_a_part(answer, reference, score):
+    assert anls(answer, reference) == pytest.approx(score)
+    assert anls(reference, answer) == pytest.approx(score)
