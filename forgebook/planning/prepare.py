@@ -24,6 +24,7 @@ from forgebook.data.image_tokens import ImageTokens
 from forgebook.data.token_store import Tokens
 from forgebook.errors import DataError
 from forgebook.models.families import native_context_length
+from forgebook.models.image_load import with_images
 from forgebook.models.processor import processor_of
 from forgebook.models.tokenizer import locate, tokenizer_of, tokenizer_source
 from forgebook.models.versions import model_versions
@@ -89,7 +90,7 @@ def prepare(config: FinetuneConfig, run: Run, on_progress: Callable[[str, int, i
     _check_examples(config, paths, sets, notes, run)
     choices: list[Choice] = []
     if config.is_default:
-        config, choices = _choose(config, sets)
+        config, choices = _choose(config, sets, images)
     resolved = _fill_gaps(config, sets, run.name)
     starts = resolved.initial_adapter_model_ckpt_path, resolved.initial_base_model_ckpt_path
     source = tokenizer_source(resolved.model_id, *starts)
@@ -273,12 +274,16 @@ def _padding(config: ResolvedConfig, train: Tokens) -> dict[str, Any]:
     return {"sequences": len(sequences), "padding_share": round(share, 4)}
 
 
-def _choose(config: FinetuneConfig, sets: dict[str, Tokens]) -> tuple[FinetuneConfig, list[Choice]]:
+def _choose(
+    config: FinetuneConfig, sets: dict[str, Tokens], images: ImageTokens | None
+) -> tuple[FinetuneConfig, list[Choice]]:
     """Choose what --default leaves open, from the tokens of the data and the hardware of the config or machine."""
     statistics = Statistics(tuple(sets["train"].lengths.tolist()), 1.0, "the tokenized examples")
     longest_valid = int(sets["valid"].lengths.max()) if "valid" in sets else 0
     hardware = hardware_in(config) or local_hardware()
-    return auto_config.choose(config, auto_config.core_shape(config.model_id), hardware, statistics, longest_valid)
+    pixels = image_report(sets["train"], images)["resized_pixels"] / statistics.tokens if images else 0.0
+    shape = with_images(auto_config.core_shape(config.model_id), config, pixels)
+    return auto_config.choose(config, shape, hardware, statistics, longest_valid)
 
 
 def _fill_gaps(config: FinetuneConfig, sets: dict[str, Tokens], run_name: str) -> ResolvedConfig:

@@ -11,6 +11,7 @@ from forgebook.data.data_sources import find_sources
 from forgebook.data.image_batches import Pixels
 from forgebook.data.image_tokens import ImageTokens
 from forgebook.data.tokenize import EncodingOptions, tokenize
+from forgebook.errors import TrainingError
 from forgebook.models.load import load_model
 from forgebook.models.processor import load_processor
 from forgebook.models.tokenizer import load_tokenizer
@@ -90,3 +91,40 @@ def test_the_loss_is_that_of_plain_transformers(family, rows, tmp_path):
     assert ours.item() == pytest.approx((sum(parts) / units).item(), abs=1e-5)
     # However the batch is divided, also where a part has no image.
     assert ((total([0, 1]) + total([2]) + total([3])) / units).item() == pytest.approx(ours.item(), abs=1e-5)
+
+
+def test_an_image_after_the_last_answer_in_the_loss_is_not_computed(rows, tmp_path):
+    path, written = rows
+    first = written[0]["messages"]
+    later = image_row("And now?", "No.", "1.png")["messages"]
+    whole = {"messages": [*first, later[0], later[1] | {"weight": 0}]}
+    data = path.parent / "later.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in (written[0], whole)))
+    source = save_vision_model("SmolVLM", tmp_path / "model")
+    tokenizer = load_tokenizer(source)
+    images = ImageTokens(load_processor(source, tokenizer), tmp_path / ".tokens/images")
+    options = EncodingOptions("vision_language")
+    tokens, _ = tokenize(find_sources(str(data)), tokenizer, options, tmp_path / ".tokens", images=images)
+    assert [len(tokens.images_of(k)) for k in range(2)] == [1, 2]
+    pixels = Pixels(images.processor, "float32")
+    examples = ExampleSet(tokens, tokenizer.pad_token_id, torch.device("cpu"), pixels=pixels)
+    one, two = (examples.batch([np.array([k])]) for k in range(2))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_an_image_that_changes_during_a_run_stops_it(tmp_path):
+    draw(tmp_path / "0.png", "old")
+    (tmp_path / "rows.jsonl").write_text(json.dumps(image_row("q", "a", "0.png")))
+    source = save_vision_model("SmolVLM", tmp_path / "model")
+    tokenizer = load_tokenizer(source)
+    images = ImageTokens(load_processor(source, tokenizer), tmp_path / ".tokens/images")
+    options = EncodingOptions("vision_language")
+    sources = find_sources(str(tmp_path / "rows.jsonl"))
+    tokens, _ = tokenize(sources, tokenizer, options, tmp_path / ".tokens", images=images)
+    pixels = Pixels(images.processor, "float32")
+    examples = ExampleSet(tokens, tokenizer.pad_token_id, torch.device("cpu"), pixels=pixels)
+    first = examples.batch([np.array([0])])
+    draw(tmp_path / "0.png", "new")
+    with pytest.raises(TrainingError, match="was changed after its example was tokenized"):
+        examples.batch([np.array([0])])
+    assert first["pixel_values"].shape[1:] == (5, 3, 28, 28)
