@@ -34,7 +34,7 @@ from forgebook.errors import ConfigError, StorageError
 from forgebook.inference import chat_page, openai_api
 from forgebook.inference.connections import BODY_SECONDS, http_settings
 from forgebook.inference.openai_api import ApiError
-from forgebook.inference.vllm_command import obstacle_for_vllm, vllm_command
+from forgebook.inference.vllm_command import obstacle_for_vllm, reads_images, vllm_command
 from forgebook.models.vllm_support import choose_engine, runs_eagerly
 from forgebook.runs import run
 
@@ -69,7 +69,8 @@ def serve(
     """Serve runs until Ctrl-C or SIGTERM.
 
     names: runs or checkpoint folders. port: 0 takes a free one. key: what clients send as `Authorization: Bearer`.
-    engine: transformers, vllm, or auto: vLLM where it is installed and can load all of them. dtype: None is the run's.
+    engine: transformers, vllm, or auto: vLLM where it is installed and can load all of them, and none
+    reads images. dtype: None is the run's.
     ui: also serve the base models, and a page at / that compares answers; not with vLLM.
 
     Raises ConfigError for an address that other machines can reach without a key, StorageError for a port in use.
@@ -83,7 +84,9 @@ def serve(
     folders = name_models(names)
     if ui and engine == "vllm":
         raise ConfigError("serve: --ui is a page of this endpoint, not of vLLM's: leave engine=vllm out")
-    if not ui and choose_engine(engine, lambda: obstacle_for_vllm(folders)) == "vllm":
+    # vLLM fetches images from any address, so that it serves these only where it is named.
+    is_worth_it = not any(reads_images(folder) for folder in folders.values())
+    if not ui and choose_engine(engine, lambda: obstacle_for_vllm(folders), is_worth_it) == "vllm":
         command = vllm_command(folders, host=host, port=port, dtype=dtype)
         if runs_eagerly():
             command.append("--enforce-eager")

@@ -1,8 +1,16 @@
 """Answers about images: those of plain transformers, alike in a batch and alone, and of the trained run."""
 
+import base64
+import gc
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import openai
 import pytest
 import torch
 from PIL import Image
+from test_server import running
 
 from conftest import TINY_MODEL
 from forgebook.errors import DataError
@@ -99,3 +107,39 @@ def test_what_is_wrong_with_an_image_is_reported_with_its_message(tmp_path, pict
 def test_relative_paths_begin_at_a_folder():
     [message] = read_conversation(asked("What?", "a.png"), "/data")
     assert message["images"][0].uri == "/data/a.png"
+
+
+@pytest.mark.parametrize("family", ["SmolVLM", "Qwen 2.5 VL"])
+def test_served_answers_are_those_of_generate(family, pictures, tmp_path, monkeypatch):
+    """OpenAI's own client sends data URIs, at the same time and one streamed; no path reaches the disk."""
+    folder = Path(save_vision_model(family, tmp_path / "scans"))
+    uris = [f"data:image/png;base64,{base64.b64encode(Path(path).read_bytes()).decode()}" for path in pictures]
+    asked_of_server = [*conversations(uris)[:3], asked("And this one here?", uris[2])]
+    expected = load_together([folder], "float32")[0].answer(
+        [*conversations(pictures)[:3], asked("And this one here?", pictures[2])], max_new_tokens=10
+    )
+    with running({"scans": folder}) as (address, _):
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=60)
+
+        def answer(messages, **settings):
+            return client.chat.completions.create(model="scans", messages=messages, max_tokens=10, **settings)
+
+        with ThreadPoolExecutor(4) as pool:
+            answers = list(pool.map(lambda one: answer(one).choices[0].message.content, asked_of_server))
+        assert answers == expected
+        chunks = answer(asked_of_server[1], stream=True)
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == expected[1]
+        for bad in (
+            asked("What?", pictures[0]),
+            asked("What?", f"file://{pictures[0]}"),
+            asked("What?", after=[pictures[0]]),
+            asked("What?", f"{address}/health"),
+            [{"from": "user", "value": asked("What?", f"file://{pictures[0]}")[0]["content"]}],
+            [{"role": "user", "content": "What?", "images": [pictures[0]]}],
+            [{"role": "assistant", "content": [{"type": "image_url", "image_url": {"url": uris[0]}}]}, *asked("So?")],
+        ):
+            with pytest.raises(openai.BadRequestError) as caught:
+                answer(bad)
+            assert caught.value.param == "messages"
+        gc.collect()
+        assert not list(Path(tempfile.gettempdir()).glob("forgebook-images-*/*"))  # kept no longer than an answer

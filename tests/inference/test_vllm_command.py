@@ -120,3 +120,11 @@ def test_a_prompt_format_must_be_merged_into_the_template_first(make_folder):
     assert obstacle_for_vllm({"one": folder}).startswith("one has a prompt format")
     (folder / "chat_template.jinja").write_text(as_chat_template(read_prompt_format(folder)))
     assert obstacle_for_vllm({"one": folder}) is None
+
+
+def test_a_model_that_reads_images_gets_no_memory_for_videos(make_folder):
+    folder = make_folder("scans")
+    assert "--limit-mm-per-prompt" not in vllm_command({"scans": folder}, host="127.0.0.1", port=1)
+    (folder / "preprocessor_config.json").write_text("{}")
+    command = vllm_command({"scans": folder}, host="127.0.0.1", port=1)
+    assert command[command.index("--limit-mm-per-prompt") + 1] == '{"video": 0}'
