@@ -222,15 +222,23 @@ class Engine:
             return [job for job in (*self._running, *self._waiting) if job.finish is None]
 
     def _work(self) -> None:
-        while batch := self._next_batch():
-            try:
-                _generate(self.models[batch[0].request.model], batch)
-            except Exception as error:  # whatever goes wrong (memory, say) ends these answers, not the server
-                name = batch[0].request.model
-                print(f"generating with {name} failed: {type(error).__name__}: {error}", flush=True)
-            for job in batch:
-                if job.finish is None:
-                    job.end("error")
+        while self._answer_next():
+            pass
+
+    def _answer_next(self) -> bool:
+        """Answer the next batch; return whether there was one. While waiting, none is referred to any more."""
+        batch = self._next_batch()
+        if not batch:
+            return False
+        try:
+            _generate(self.models[batch[0].request.model], batch)
+        except Exception as error:  # whatever goes wrong (memory, say) ends these answers, not the server
+            name = batch[0].request.model
+            print(f"generating with {name} failed: {type(error).__name__}: {error}", flush=True)
+        for job in batch:
+            if job.finish is None:
+                job.end("error")
+        return True
 
     def _next_batch(self) -> list[Job]:
         """Wait for requests; return the oldest and those that wait for the same model; empty once stopped."""

@@ -139,7 +139,7 @@ def test_labels_and_truth_are_swapped_example_by_example():
         ("12.50 EUR", "12.50 eur", 1.0),
         (" a  b ", "a b", 1.0),
         ("12.60", "12.50", 0.8),
-        ("abd", "abcd", 0.75),
+        ("12,5", "12.5", 0.75),
         ("ab", "abcd", 0.0),  # half of it, where the published rule begins to count nothing
         ("", "abc", 0.0),
         ("abc", "xyz", 0.0),
