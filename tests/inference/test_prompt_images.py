@@ -2,6 +2,9 @@
 
 import base64
 import gc
+import io
+import json
+import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,11 +17,15 @@ from PIL import Image
 from test_server import running
 
 from conftest import TINY_MODEL
+from forgebook.data.examples import read_examples
 from forgebook.errors import DataError
+from forgebook.inference.batch import read_prompts, write_answers
+from forgebook.inference.chat import chat
 from forgebook.inference.loading import load_together
 from forgebook.inference.prompt_images import read_conversation
+from forgebook.inference.sampling import Sampling
 from forgebook.models.processor import load_processor
-from support_vision import FAMILIES, draw, save_vision_model
+from support_vision import FAMILIES, draw, image_row, save_vision_model
 
 SIZES = [(40, 30), (90, 28), (28, 60)]
 
@@ -148,3 +155,24 @@ def test_served_answers_are_those_of_generate(family, pictures, tmp_path, monkey
             gc.collect()
             time.sleep(0.05)
             assert time.monotonic() < until, kept
+
+
+def test_prompts_of_a_file_and_of_a_chat_have_images(pictures, tmp_path, monkeypatch, capsys):
+    source = save_vision_model("Qwen 2.5 VL", tmp_path / "scans")
+    rows = [image_row("What?", "seven", pictures[0]), {"messages": asked("And this?", pictures[1])}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prompts = read_prompts(str(tmp_path / "rows.jsonl"))
+    [loaded] = load_together([source])
+    expected = loaded.answer([asked("What?", pictures[0]), asked("And this?", pictures[1])], max_new_tokens=6)
+    out = tmp_path / "answers.jsonl"
+    assert write_answers(out, source, prompts[:1], Sampling(max_new_tokens=6)) == 1
+    assert write_answers(out, source, prompts, Sampling(max_new_tokens=6)) == 1  # the first is there
+    answers = read_examples(str(out), "vision_language")  # they can be trained on as they are
+    assert [one.messages[-1]["content"] for one in answers] == expected
+    assert [one.messages[0]["images"][0].uri for one in answers] == pictures[:2]
+    lines = [f"/image {pictures[0]}", "What?", "/image gone.png", "/exit"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+    chat(loaded, Sampling(max_new_tokens=6))
+    printed = capsys.readouterr().out
+    assert f"(an image of 40 x 30 pixels, with your next message)\n{expected[0]}\n" in printed
+    assert "gone.png does not exist)" in printed
