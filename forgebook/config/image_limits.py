@@ -36,6 +36,12 @@ IMAGE_LIMITS: tuple[tuple[str, Callable[[FinetuneConfig], bool], str, str], ...]
         "remove lora_config, or set train_projector: true instead",
     ),
     (
+        "eval_generation",
+        lambda config: config.eval_generation is not None,
+        "eval_generation lets the model answer during training, and would show it no images",
+        "remove it, and let evaluate answer after training",
+    ),
+    (
         "generation_config",
         lambda config: config.generation_config.prompt_format is not None,
         "a prompt_format writes no images",

@@ -61,6 +61,7 @@ def add_lora(model: PreTrainedModel, lora_config: dict[str, Any]):
     from forgebook.models.peft_library import LoraConfig, get_peft_model, without_unused_bitsandbytes
 
     towers = tower_modules(model)
+    _refuse_no_targets(model, lora_config)
     try:
         config = LoraConfig(**{"task_type": "CAUSAL_LM", **_without_routers(model, lora_config)})
         if towers:
@@ -73,6 +74,18 @@ def add_lora(model: PreTrainedModel, lora_config: dict[str, Any]):
     use_low_rank_products(adapted)
     use_fused_products(adapted)
     return adapted
+
+
+def _refuse_no_targets(model: PreTrainedModel, lora_config: dict[str, Any]) -> None:
+    """Raise ModelError if no layers are named and PEFT names none for this architecture: it knows some forty."""
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
+
+    named = lora_config.get("target_modules") or lora_config.get("target_parameters")
+    if not named and model.config.model_type not in KNOWN:
+        raise ModelError(
+            f"lora_config names no target_modules, and PEFT has no default for {model.config.model_type}: add "
+            "target_modules: all-linear"
+        )
 
 
 def _without_routers(model: PreTrainedModel, lora_config: dict[str, Any]) -> dict[str, Any]:

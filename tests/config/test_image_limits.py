@@ -14,3 +14,8 @@ def test_they_are_rows_of_the_table_only_where_there_are_images():
     assert messages.isdisjoint(rule.message for rule in broken_rules(packed))
     images = config_for("org/model", padding="packed", vision_language_config={})
     assert {rule.message for rule in broken_rules(images)} == {"padding: packed does not pack examples with images"}
+
+
+def test_answers_during_training_would_see_no_images():
+    answers = config_for("org/model", vision_language_config={}, eval_generation={"prompts": 2})
+    assert ("vision_language_config", "eval_generation") in [rule.keys for rule in broken_rules(answers)]

@@ -33,6 +33,12 @@ def test_a_lora_config_that_does_not_fit_is_an_error(settings):
         adapters.add_lora(load.load_model(str(TINY_MODEL)), settings)
 
 
+def test_layers_are_named_where_peft_knows_none(tmp_path):
+    model = load.load_model(save_family("OLMo 3", tmp_path))
+    with pytest.raises(ModelError, match=r"names no target_modules.*add target_modules: all-linear"):
+        adapters.add_lora(model, {"r": 4})
+
+
 def test_rope_scaling_reaches_the_model():
     model = load.load_model(str(TINY_MODEL), rope_scaling={"rope_type": "linear", "factor": 2.0})
     assert model.config.rope_parameters["factor"] == 2.0
