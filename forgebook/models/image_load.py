@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from forgebook.catalog import Shape
+from forgebook.catalog import Shape, read_catalog
 from forgebook.errors import ModelError
 from forgebook.layer_counts import ImageLoad
 from forgebook.models.families import projector_modules, tower_modules
@@ -24,12 +24,18 @@ __all__ = ["with_images"]
 def with_images(shape: Shape, config: FinetuneConfig, pixels: float) -> Shape:
     """Add to the shape of a config's model what its images take; the shape as it is for another task.
 
-    pixels: per token of an example, as the processor resizes images. Raises ModelError.
+    pixels: per token of an example, as the processor resizes images. A known shape stays as it is where the model's
+    config cannot be read. Raises ModelError for a model that is neither known nor readable.
     """
     settings = config.vision_language_config
     if settings is None:
         return shape
-    model = load_skeleton(locate(config.model_id))
+    try:
+        model = load_skeleton(locate(config.model_id))
+    except ModelError:
+        if config.model_id.lower() in read_catalog().shapes:
+            return shape
+        raise
     vision = getattr(model.config, "vision_config", None)
     hidden = _first(vision, "hidden_size", "embed_dim")
     layers = _first(vision, "num_hidden_layers", "depth", "num_layers")

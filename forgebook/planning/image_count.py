@@ -1,6 +1,6 @@
 """The tokens of an example's images before anything is tokenized, by their sizes alone.
 
-count = image_counter(config)       None for a task without images
+count, how = image_counter(config)      None for a task without images
 tokens, pixels = count(example)
 """
 
@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from forgebook.data.images import IMAGES, ImageFile, image_size
+from forgebook.data.images import IMAGES, Image, ImageFile, image_size
 from forgebook.data.row_formats import Example
-from forgebook.errors import DataError
+from forgebook.errors import DataError, ModelError
 
 if TYPE_CHECKING:
     from forgebook.config.schema import FinetuneConfig
@@ -19,10 +19,14 @@ if TYPE_CHECKING:
 __all__ = ["image_counter"]
 
 
-def image_counter(config: FinetuneConfig) -> Callable[[Example], tuple[int, int]] | None:
+# Of an image where the model's processor is not on this machine: about what Gemma 3 and Qwen-VL take for a small photo.
+ASSUMED_TOKENS = 256
+
+
+def image_counter(config: FinetuneConfig) -> tuple[Callable[[Example], tuple[int, int]], str] | None:
     """Make a function from an example to the tokens of its images and their pixels as the processor resizes them.
 
-    An image that cannot be read counts nothing: `prepare` names it.
+    Also describes how it counts, where it assumes. An image that cannot be read counts nothing: `prepare` names it.
     """
     if config.vision_language_config is None:
         return None
@@ -30,14 +34,19 @@ def image_counter(config: FinetuneConfig) -> Callable[[Example], tuple[int, int]
     from forgebook.models.processor import processor_of
     from forgebook.models.tokenizer import tokenizer_of
 
-    images = ImageTokens(processor_of(config, tokenizer_of(config)))
+    def images_of(example: Example) -> list[Image]:
+        return [image for message in example.messages or () for image in message.get(IMAGES) or ()]
+
+    try:
+        images = ImageTokens(processor_of(config, tokenizer_of(config)))
+    except ModelError:
+        return lambda example: (ASSUMED_TOKENS * len(images_of(example)), 0), f", {ASSUMED_TOKENS} tokens per image"
 
     def count(example: Example) -> tuple[int, int]:
-        found = (image for message in example.messages or () for image in message.get(IMAGES) or ())
         try:
-            files = [ImageFile("", "", *image_size(image)) for image in found]
+            files = [ImageFile("", "", *image_size(image)) for image in images_of(example)]
             return sum(images.token_counts(files)), sum(images.resized(file).pixels for file in files)
         except DataError:
             return 0, 0
 
-    return count
+    return count, ""

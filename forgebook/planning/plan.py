@@ -333,6 +333,8 @@ def _notes(
         notes.append(f"num_devices is {requested} in the config; planned for {workers}")
     if shape.images is not None:
         notes.append(_about_images(shape.images))
+    elif config.vision_language_config is not None:
+        notes.append("what the encoder computes is not counted: the model's config is not on this machine")
     elif shape.towers:
         notes.append(f"{shape.towers:,} parameters of vision and audio towers are loaded and frozen: no text uses them")
     if shape.context is not None and config.context_length > shape.context and config.rope_scaling is None:

@@ -80,7 +80,7 @@ def count_data(config: FinetuneConfig) -> Statistics | None:
         return None
     assert config.task is not None  # filled in when the config is checked
     count, how = _counter(config.model_id)
-    images = image_counter(config)
+    images, about_images = image_counter(config) or (None, "")
     labels = labels_of(config.classifier_config)
     sources = find_sources(config.train_path)
     chunks = [(source.weight, chunk) for source in sources for chunk in readers.split_source(source)]
@@ -103,7 +103,7 @@ def count_data(config: FinetuneConfig) -> Statistics | None:
     scale = sum(weight for weight, _ in chunks) / read * (1 - held_out)
     if config.max_examples is not None:
         scale = min(scale, config.max_examples * group_size(config.task) / len(lengths))
-    return Statistics(tuple(lengths), scale, how + part, pixels / sum(lengths))
+    return Statistics(tuple(lengths), scale, how + about_images + part, pixels / sum(lengths))
 
 
 def data_is_here(path: DataPath | HeldOut) -> bool:

@@ -4,7 +4,13 @@ import json
 
 import pytest
 
+from conftest import config_for
+from forgebook.catalog import hardware_of
 from forgebook.config.schema import FinetuneConfig
+from forgebook.models.image_load import with_images
+from forgebook.models.shapes import find_shape
+from forgebook.planning.image_count import ASSUMED_TOKENS
+from forgebook.planning.plan import plan
 from forgebook.planning.prepare import prepare
 from forgebook.planning.token_count import count_data
 from forgebook.runs import run
@@ -33,3 +39,17 @@ def test_images_count_by_their_sizes_alone(family, tmp_path, monkeypatch):
     assert estimated == [estimated[2] - around, estimated[2] - 2 * around, estimated[2]]
     pixels = prepared.report["train"]["images"]["resized_pixels"]
     assert counted.pixels * sum(counted.lengths) == pytest.approx(pixels)
+
+
+def test_a_model_that_is_not_here_takes_an_assumed_number_of_tokens_per_image(tmp_path):
+    """`plan` downloads nothing: a known model has a plan on a machine that cannot reach the hub."""
+    draw(tmp_path / "0.png", "0", (40, 30))
+    rows = [image_row("q", "a", "0.png", "0.png"), image_row("q", "a")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = config_for("Qwen/Qwen3-VL-8B-Instruct", train_path=str(tmp_path / "rows.jsonl"), vision_language_config={})
+    counted = count_data(config)
+    assert counted.lengths[0] - counted.lengths[1] == 2 * ASSUMED_TOKENS and "256 tokens per image" in counted.how
+    shape = find_shape(config.model_id)
+    assert with_images(shape, config, 0.0) is shape
+    planned = plan(config, shape, hardware_of("1xA100-80G"), counted)
+    assert "what the encoder computes is not counted: the model's config is not on this machine" in planned.notes
