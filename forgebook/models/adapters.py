@@ -78,10 +78,10 @@ def add_lora(model: PreTrainedModel, lora_config: dict[str, Any]):
 
 def _refuse_no_targets(model: PreTrainedModel, lora_config: dict[str, Any]) -> None:
     """Raise ModelError if no layers are named and PEFT names none for this architecture: it knows some forty."""
-    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
+    from forgebook.models.peft_library import KNOWN_TARGETS
 
     named = lora_config.get("target_modules") or lora_config.get("target_parameters")
-    if not named and model.config.model_type not in KNOWN:
+    if not named and model.config.model_type not in KNOWN_TARGETS:
         raise ModelError(
             f"lora_config names no target_modules, and PEFT has no default for {model.config.model_type}: add "
             "target_modules: all-linear"

@@ -11,6 +11,7 @@ import contextlib
 from forgebook.models.unused_packages import without_unused
 
 __all__ = [
+    "KNOWN_TARGETS",
     "LoraConfig",
     "LoraLayer",
     "LoraLinear",
@@ -29,6 +30,7 @@ with without_unused("bitsandbytes"):
     from peft.tuners.lora.layer import Linear as LoraLinear
     from peft.tuners.lora.layer import ParamWrapper
     from peft.utils import transformers_weight_conversion
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN_TARGETS
 is_bnb_available.cache_clear()  # its answer is that of the block
 is_bnb_4bit_available.cache_clear()
 

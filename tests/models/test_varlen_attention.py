@@ -35,6 +35,7 @@ LACKING = {
     "LFM 2": "layers of conv",
     "LFM 2 MoE": "layers of conv",
     "DeepSeek V3": "keys and values are of different sizes",
+    "GLM 4.7 Flash": "keys and values are of different sizes",
 }
 
 
