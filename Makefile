@@ -13,7 +13,7 @@ export OMP_WAIT_POLICY := passive
 # Three processes share the tests of two cores: much of their time is waiting, for Ray and for other processes to start.
 PARALLEL := -n 3
 
-.PHONY: help quickstart test test-fast vllm test-engines models coverage coverage-floors check configs notebooks tiny-model clean
+.PHONY: help quickstart test test-fast vllm test-engines models coverage coverage-floors check configs notebooks tiny-model tiny-vision-model clean
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
@@ -79,6 +79,12 @@ tiny-model: .venv/run ## train the embedded model again, from scratch (about hal
 	python main.py training_configs/tiny/pretrain.yaml on_existing=overwrite
 	cp runs/pretrain/checkpoints/*/{config,generation_config,tokenizer,tokenizer_config}.json tiny_model/
 	cp runs/pretrain/checkpoints/*/{model.safetensors,chat_template.jinja} tiny_model/
+
+tiny-vision-model: .venv/run ## train the vision tower of the embedded vision-language model again (about 6 minutes)
+	PYTHONPATH=data python tiny_vision_model/pretrain.py runs/tower-1 --steps 260
+	PYTHONPATH=data python tiny_vision_model/pretrain.py runs/tower-2 --start runs/tower-1 --steps 220 --seed 1
+	PYTHONPATH=data python tiny_vision_model/pretrain.py runs/tower-3 --start runs/tower-2 --steps 200 --seed 2
+	PYTHONPATH=data python tiny_vision_model/pretrain.py tiny_vision_model --start runs/tower-3 --steps 800 --seed 3
 
 clean: ## remove runs and caches
 	rm -rf runs .pytest_cache .ruff_cache .mypy_cache .coverage

@@ -125,14 +125,18 @@ def write_split(folder: Path, split: str, count: int, seed: int) -> None:
     (folder / f"{split}.jsonl").write_text("".join(rows), encoding="utf-8")
 
 
+COUNTS = {"train": 2000, "valid": 40, "test": 200}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    for split, count in {"train": 400, "valid": 40, "test": 200}.items():
+    for split, count in COUNTS.items():
         write_split(given.folder, split, count, given.seed)
-    print(f"wrote {given.folder}: 400 receipts to train on, 40 to validate, 200 of other shops, goods and layouts")
+    train, valid, test = COUNTS.values()
+    print(f"wrote {given.folder}: {train:,} receipts to train on; of other shops, goods and layouts {valid} and {test}")
 
 
 if __name__ == "__main__":

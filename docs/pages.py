@@ -197,6 +197,7 @@ def llms_page() -> str:
     first = re.sub(r"\*\*", "", paragraphs_of(REPOSITORY / "README.md")[0])
     start = ["README.md", "CONFIG.md", "DATA.md", "SUPPORT.md", "CLUSTERS.md", "FAILURES.md"]
     start += ["training_configs/README.md", "deepspeed_configs/README.md", "tiny_model/README.md"]
+    start += ["tiny_vision_model/README.md"]
     develop = ["AGENTS.md", "CONTRIBUTING.md", "SECURITY.md"]
     lines = ["# Forgebook", "", f"> {first}", "", "## Guide and reference", ""]
     lines += [page_line(REPOSITORY / name) for name in start]

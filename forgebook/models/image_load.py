@@ -13,7 +13,7 @@ from forgebook.errors import ModelError
 from forgebook.layer_counts import ImageLoad
 from forgebook.models.families import projector_modules, tower_modules
 from forgebook.models.load import load_skeleton
-from forgebook.models.tokenizer import locate
+from forgebook.models.tokenizer import is_here, locate
 
 if TYPE_CHECKING:
     from forgebook.config.schema import FinetuneConfig
@@ -25,17 +25,14 @@ def with_images(shape: Shape, config: FinetuneConfig, pixels: float) -> Shape:
     """Add to the shape of a config's model what its images take; the shape as it is for another task.
 
     pixels: per token of an example, as the processor resizes images. A known shape stays as it is where the model's
-    config cannot be read. Raises ModelError for a model that is neither known nor readable.
+    config is not on this machine, for a plan asks no hub. Raises ModelError for another model that cannot be read.
     """
     settings = config.vision_language_config
     if settings is None:
         return shape
-    try:
-        model = load_skeleton(locate(config.model_id))
-    except ModelError:
-        if config.model_id.lower() in read_catalog().shapes:
-            return shape
-        raise
+    if config.model_id.lower() in read_catalog().shapes and not is_here(config.model_id):
+        return shape
+    model = load_skeleton(locate(config.model_id))
     vision = getattr(model.config, "vision_config", None)
     hidden = _first(vision, "hidden_size", "embed_dim")
     layers = _first(vision, "num_hidden_layers", "depth", "num_layers")

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "copy_of",
+    "is_here",
     "label_pieces",
     "load_tokenizer",
     "locate",
@@ -70,6 +71,19 @@ def copy_of(model: str) -> str:
     """Return the folder of a hub's model in a mirror on this machine; the name as it is where there is none."""
     folder = model_folder(model)
     return str(folder) if hub_id_of(folder) else model
+
+
+def is_here(model: str) -> bool:
+    """Report whether a model's config can be read without the hub: in a folder, a mirror or the hub's own cache."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    if is_remote(model) or model_folder(model).is_dir():
+        return True
+    try:
+        return isinstance(try_to_load_from_cache(model, "config.json"), str)
+    except HFValidationError:  # a path, of a folder that is not there
+        return False
 
 
 def _fetch_repo(repo: HubRepo) -> str:

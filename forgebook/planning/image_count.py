@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from forgebook.data.images import IMAGES, Image, ImageFile, image_size
 from forgebook.data.row_formats import Example
-from forgebook.errors import DataError, ModelError
+from forgebook.errors import DataError
 
 if TYPE_CHECKING:
     from forgebook.config.schema import FinetuneConfig
@@ -32,15 +32,15 @@ def image_counter(config: FinetuneConfig) -> tuple[Callable[[Example], tuple[int
         return None
     from forgebook.data.image_tokens import ImageTokens
     from forgebook.models.processor import processor_of
-    from forgebook.models.tokenizer import tokenizer_of
+    from forgebook.models.tokenizer import is_here, tokenizer_of
 
     def images_of(example: Example) -> list[Image]:
         return [image for message in example.messages or () for image in message.get(IMAGES) or ()]
 
-    try:
-        images = ImageTokens(processor_of(config, tokenizer_of(config)))
-    except ModelError:
+    if not is_here(config.model_id):
         return lambda example: (ASSUMED_TOKENS * len(images_of(example)), 0), f", {ASSUMED_TOKENS} tokens per image"
+
+    images = ImageTokens(processor_of(config, tokenizer_of(config)))
 
     def count(example: Example) -> tuple[int, int]:
         try:
