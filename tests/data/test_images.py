@@ -139,3 +139,14 @@ def test_images_are_read_over_http(tmp_path):
         server.shutdown()
         server.server_close()
     assert open_image(file, tmp_path / "store").size == (40, 30)
+
+
+def test_an_image_beside_rows_in_a_bucket_is_read_and_kept(s3, tmp_path):
+    s3.put_object(Bucket="forgebook", Key="set/images/a.png", Body=png((50, 20)))
+    image = read_image({"url": "images/a.png"}, "f", "s3://forgebook/set")
+    file = check_image(image, tmp_path)
+    assert (file.width, file.height, file.path) == (50, 20, "")
+    s3.delete_object(Bucket="forgebook", Key="set/images/a.png")
+    assert open_image(file, tmp_path).size == (50, 20)  # as it was checked
+    with pytest.raises(DataError, match=r"s3://forgebook/set/images/a\.png"):
+        check_image(image, tmp_path)
