@@ -26,6 +26,7 @@ from forgebook.data.truncation import fit_tokens
 from forgebook.errors import ConfigError, DataError
 from forgebook.evaluation.logprobs import log_probabilities
 from forgebook.inference.loading import LoadedModel, load_together
+from forgebook.runs.run import display_path
 
 __all__ = ["losses", "make_loss_judge", "robust_limit"]
 
@@ -57,7 +58,7 @@ def make_loss_judge(
         count = settings.examples_per_reason
         lists = {"highest loss": order[: -count - 1 : -1], "lowest loss": order[:count]}
         report: dict[str, Any] = {
-            "model": _shown(source),
+            "model": display_path(Path(source)),
             "measured": len(found),
             "not_measured": len(numbers) - len(found),
             "median_loss": float(np.median(list(found.values()))),
@@ -69,12 +70,6 @@ def make_loss_judge(
         return Judged(high, report)
 
     return judge
-
-
-def _shown(source: str) -> str:
-    """Name a model as the reports do: a folder below this one by its relative path."""
-    folder = Path(source)
-    return str(folder.relative_to(Path.cwd())) if folder.is_relative_to(Path.cwd()) else source
 
 
 def losses(

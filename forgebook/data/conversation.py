@@ -66,7 +66,7 @@ class Conversation:
     ):
         self.tokenizer, self.prompt_format, self.settings = tokenizer, prompt_format, settings or {}
         self.written = messages, tools
-        # Their places are in the contents; the template is not told which they are.
+        # A content says where its images stand; which images these are is nothing for the template.
         messages = [{key: value for key, value in one.items() if key != IMAGES} for one in messages]
         self.source = source = _template_source(tokenizer, tools) if prompt_format is None else ""
         facts = template_facts(tokenizer, source, bool(tools)) if source else NO_TEMPLATE

@@ -12,7 +12,16 @@ from typing import Any
 from forgebook.data.images import IMAGE, IMAGES, as_address, read_image
 from forgebook.errors import DataError
 
-__all__ = ["PART_TYPES", "PROMPTS", "TASK", "as_parts", "image_base", "image_count", "place_images", "split_images"]
+__all__ = [
+    "PROMPTS",
+    "TASK",
+    "as_parts",
+    "image_base",
+    "image_count",
+    "is_image_part",
+    "place_images",
+    "split_images",
+]
 
 Message = dict[str, Any]
 
@@ -36,11 +45,11 @@ def split_images(message: Message, at: str) -> Message:
         raise DataError(f"{at}.content has the code point U+FDD0, which is no character: remove it")
     if message.get(IMAGES):
         raise DataError(f"{at}.{IMAGES}: write each image as a part of content, as {{type: image, image: PATH}}")
-    if not isinstance(content, list) or not any(map(_is_image, content)):
+    if not isinstance(content, list) or not any(map(is_image_part, content)):
         return {}
     images, parts = [], []
     for k, part in enumerate(content):
-        if not _is_image(part):
+        if not is_image_part(part):
             parts.append(part)
             continue
         key = next((key for key in PART_KEYS if part.get(key)), None)
@@ -50,7 +59,8 @@ def split_images(message: Message, at: str) -> Message:
     return {"content": parts, IMAGES: images}
 
 
-def _is_image(part: Any) -> bool:
+def is_image_part(part: Any) -> bool:
+    """Report whether a part of a content is an image, by any of the names for one."""
     return isinstance(part, dict) and part.get("type") in PART_TYPES
 
 

@@ -18,14 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from forgebook.data.images import IMAGES, ImageFile, check_image
+from forgebook.data.images import IMAGES, Image, ImageFile, check_image
 from forgebook.errors import DataError, first_line
 
 if TYPE_CHECKING:
     from forgebook.data.chat_template import RenderedText
     from forgebook.data.messages import Message
 
-__all__ = ["ImageTokens", "PlacedImage", "Resized", "files_of"]
+__all__ = ["ImageTokens", "PlacedImage", "Resized", "check_images", "files_of"]
 
 Sizes = tuple[tuple[int, int], ...]
 
@@ -76,18 +76,8 @@ class ImageTokens:
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     def checked(self, messages: list[Message]) -> list[Message]:
-        """Open the images of messages. Raises DataError with the number of the message and of its image."""
-        checked = []
-        for k, message in enumerate(messages):
-            files = []
-            for number, image in enumerate(message.get(IMAGES) or (), 1):
-                try:
-                    files.append(check_image(image, self.store))
-                except DataError as error:
-                    of = f"image {number} of {len(message[IMAGES])}" if len(message[IMAGES]) > 1 else "image"
-                    raise DataError(f"messages[{k}]: {of}: {error}") from None
-            checked.append(message | {IMAGES: files} if files else message)
-        return checked
+        """Open the images of messages; see `check_images`."""
+        return check_images(messages, self.store)
 
     def expanded(self, rendered: RenderedText, files: list[ImageFile]) -> RenderedText:
         """Write all tokens of a text's images in the place of the one that the template writes for each.
@@ -152,6 +142,24 @@ class ImageTokens:
         except Exception as error:  # a processor raises whatever its arithmetic does
             listed = ", ".join(f"{width} x {height}" for width, height in sizes)
             raise DataError(f"the model's processor rejects images of {listed} pixels: {first_line(error)}") from None
+
+
+def check_images(messages: list[Message], store: Path | None) -> list[Message]:
+    """Open those images of messages that are not checked yet; `store` keeps those that are no local files.
+
+    Raises DataError with the number of the message and of its image.
+    """
+    checked = []
+    for k, message in enumerate(messages):
+        images, files = message.get(IMAGES) or (), []
+        for number, image in enumerate(images, 1):
+            try:
+                files.append(check_image(image, store) if isinstance(image, Image) else image)
+            except DataError as error:
+                of = f"image {number} of {len(images)}" if len(images) > 1 else "image"
+                raise DataError(f"messages[{k}]: {of}: {error}") from None
+        checked.append(message | {IMAGES: files} if files else message)
+    return checked
 
 
 def files_of(messages: list[Message]) -> list[ImageFile]:

@@ -249,6 +249,8 @@ def print_example(example: PreviewedExample, console: Console) -> None:
 def example_as_json(example: PreviewedExample) -> str:
     """Write an example as one line of JSON: input_ids, labels (-100 outside the loss) and text."""
     ids = example.encoded.input_ids
-    labels = [token if in_loss else -100 for token, in_loss in zip(ids, example.encoded.loss_mask, strict=True)]
+    labels = [
+        token if in_loss else batching.IGNORED for token, in_loss in zip(ids, example.encoded.loss_mask, strict=True)
+    ]
     text = "".join(piece for piece, _, _ in example.pieces)
     return json.dumps({"input_ids": ids, "labels": labels, "text": text}, ensure_ascii=False)

@@ -18,10 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from forgebook.data.content_parts import in_parts
 from forgebook.data.data_sources import Source
-from forgebook.data.images import IMAGE, IMAGES, as_address, image_identity
-from forgebook.data.messages import Message
+from forgebook.data.image_parts import as_parts
+from forgebook.data.images import IMAGES, image_identity
 from forgebook.data.readers import split_source
 from forgebook.data.row_formats import Example, parse_chunk
 from forgebook.data.token_store import Tokens
@@ -121,17 +120,6 @@ def as_row(example: Example) -> dict[str, Any]:
     if example.messages is None:
         return {"text": example.text}
     tools = {"tools": example.tools} if example.tools else {}
-    messages = [message | {"content": _parts(message)} for message in example.messages]
-    messages = [{key: value for key, value in message.items() if key != IMAGES} for message in messages]
     if example.rejected is not None:
         return {"chosen": example.messages, "rejected": example.rejected, **tools}
-    return {"messages": messages, **tools}
-
-
-def _parts(message: Message) -> str | list[dict[str, str]]:
-    """Write a content that has images as a list of parts, with addresses that hold anywhere."""
-    images = iter(message.get(IMAGES) or ())
-    if IMAGE not in message["content"]:
-        return message["content"]
-    [whole] = in_parts([message], ())
-    return [part if part["type"] == "text" else part | {"image": as_address(next(images))} for part in whole["content"]]
+    return {"messages": as_parts(example.messages), **tools}

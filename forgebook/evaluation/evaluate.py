@@ -32,6 +32,7 @@ from forgebook.config.parse import load_config, load_resolved
 from forgebook.data import tokenize, tool_accuracy
 from forgebook.data.examples import read_examples, validation_source
 from forgebook.data.image_parts import image_count
+from forgebook.data.image_tokens import check_images
 from forgebook.data.row_formats import Example
 from forgebook.data.tools import calls_of_message
 from forgebook.errors import ConfigError, DataError
@@ -52,7 +53,6 @@ from forgebook.evaluation.results import (
 from forgebook.inference import loading
 from forgebook.inference.batch import engine_for
 from forgebook.inference.loading import LoadedModel
-from forgebook.inference.prompt_images import check_images
 from forgebook.inference.vllm_model import VllmModel, load_in_vllm
 from forgebook.models.identity import model_identity
 from forgebook.models.tokenizer import locate

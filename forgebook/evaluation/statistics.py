@@ -31,8 +31,8 @@ __all__ = [
 CONFIDENCE = 0.95
 Z = 1.959963984540054  # the normal distribution holds 95% within so many standard deviations
 RESAMPLES = 9_999
-# The rule of the data set's authors, github.com/openai/grade-school-math.
 ANLS_THRESHOLD = 0.5  # up to here an answer is another one, and no slip of reading
+# The rule of the data set's authors, github.com/openai/grade-school-math.
 GSM8K_NUMBER = re.compile(r"#### (\-?[0-9\.\,]+)")
 
 # One value per example: numbers or truth values [examples], or probabilities [examples, labels].
@@ -67,20 +67,10 @@ def anls(answer: str, reference: str) -> float:
 
     ANLS is its mean (Biten et al. 2019, Scene Text Visual Question Answering, arXiv 1905.13648).
     """
-    first, second = (" ".join(text.lower().split()) for text in (answer, reference))
-    longest = max(len(first), len(second))
-    similarity = 1 - _edits(first, second) / longest if longest else 1.0
+    from rapidfuzz.distance import Levenshtein
+
+    similarity = Levenshtein.normalized_similarity(*(" ".join(text.lower().split()) for text in (answer, reference)))
     return similarity if similarity > ANLS_THRESHOLD else 0.0
-
-
-def _edits(first: str, second: str) -> int:
-    """Count the characters to insert, remove or replace between two texts (Levenshtein)."""
-    row = list(range(len(second) + 1))
-    for k, character in enumerate(first, 1):
-        before, row[0] = row[0], k
-        for j, other in enumerate(second, 1):
-            before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (character != other))
-    return row[-1]
 
 
 def gsm8k_number(text: str) -> str | None:

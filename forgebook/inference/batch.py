@@ -21,10 +21,11 @@ from typing import Any
 
 from forgebook.data.examples import read_examples
 from forgebook.data.image_parts import PROMPTS, as_parts, image_count
+from forgebook.data.image_tokens import check_images
 from forgebook.errors import DataError, ResourceError, StorageError
 from forgebook.inference import generate, loading
 from forgebook.inference.generate import OnAnswers
-from forgebook.inference.prompt_images import check_images, read_conversation
+from forgebook.inference.prompt_images import read_conversation
 from forgebook.inference.sampling import Sampling
 from forgebook.inference.vllm_model import load_in_vllm
 from forgebook.models import adapters

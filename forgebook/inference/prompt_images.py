@@ -21,8 +21,7 @@ from typing import TYPE_CHECKING, Any
 from forgebook.data import masking
 from forgebook.data.image_batches import Pixels, StoredImage
 from forgebook.data.image_parts import TASK, image_count, place_images
-from forgebook.data.image_tokens import ImageTokens
-from forgebook.data.images import IMAGES, Image, check_image
+from forgebook.data.image_tokens import ImageTokens, check_images
 from forgebook.data.messages import Message, read_messages
 from forgebook.errors import DataError
 from forgebook.models.processor import load_processor, reads_images
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
 
     from forgebook.config.blocks import PromptFormat
 
-__all__ = ["EncodedPrompt", "PromptImages", "TemporaryStore", "check_images", "encode_prompt", "read_conversation"]
+__all__ = ["EncodedPrompt", "PromptImages", "TemporaryStore", "encode_prompt", "read_conversation"]
 
 
 @dataclass(frozen=True)
@@ -61,21 +60,6 @@ def read_conversation(messages: list[Message], base: str | None = ".") -> list[M
     read = read_messages(messages, "messages", set())
     place_images({}, read, TASK, base and str(Path(base).resolve()))
     return read
-
-
-def check_images(messages: list[Message], store: Path) -> list[Message]:
-    """Open the images of messages; those that are no local files are kept in a store. Raises DataError."""
-    checked = []
-    for k, message in enumerate(messages):
-        images, files = message.get(IMAGES) or (), []
-        for number, image in enumerate(images, 1):
-            try:
-                files.append(check_image(image, store) if isinstance(image, Image) else image)
-            except DataError as error:
-                of = f"image {number} of {len(images)}" if len(images) > 1 else "image"
-                raise DataError(f"messages[{k}]: {of}: {error}") from None
-        checked.append(message | {IMAGES: files} if files else message)
-    return checked
 
 
 def encode_prompt(

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 from forgebook.data import images
-from forgebook.data.image_parts import PART_TYPES
+from forgebook.data.image_parts import is_image_part
 from forgebook.data.images import read_image
 from forgebook.data.json_values import brief
 from forgebook.errors import DataError
@@ -38,14 +38,10 @@ NAT64 = ipaddress.ip_network("64:ff9b::/96")
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
-def _is_image(part: Any) -> bool:
-    return isinstance(part, dict) and part.get("type") in PART_TYPES
-
-
 def without_images(messages: list[Any]) -> list[Any]:
     """Return a request's messages without the parts that are images: the text that a prompt is made of."""
     return [
-        message | {"content": [part for part in message["content"] if not _is_image(part)]}
+        message | {"content": [part for part in message["content"] if not is_image_part(part)]}
         if isinstance(message, dict) and isinstance(message.get("content"), list)
         else message
         for message in messages
@@ -64,7 +60,7 @@ def with_bytes(messages: list[Any], is_allowed: Callable[[Address], bool] | None
             continue
         parts = []
         for j, part in enumerate(message["content"]):
-            if not _is_image(part):
+            if not is_image_part(part):
                 parts.append(part)
                 continue
             count += 1

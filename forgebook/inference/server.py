@@ -34,7 +34,7 @@ from forgebook.errors import ConfigError, StorageError
 from forgebook.inference import chat_page, openai_api
 from forgebook.inference.connections import BODY_SECONDS, http_settings
 from forgebook.inference.openai_api import ApiError
-from forgebook.inference.vllm_command import obstacle_for_vllm, reads_images, vllm_command
+from forgebook.inference.vllm_command import obstacle_for_vllm, trained_on_images, vllm_command
 from forgebook.models.vllm_support import choose_engine, runs_eagerly
 from forgebook.runs import run
 
@@ -85,7 +85,7 @@ def serve(
     if ui and engine == "vllm":
         raise ConfigError("serve: --ui is a page of this endpoint, not of vLLM's: leave engine=vllm out")
     # vLLM fetches images from any address, so that it serves these only where it is named.
-    is_worth_it = not any(reads_images(folder) for folder in folders.values())
+    is_worth_it = not any(trained_on_images(folder) for folder in folders.values())
     if not ui and choose_engine(engine, lambda: obstacle_for_vllm(folders), is_worth_it) == "vllm":
         command = vllm_command(folders, host=host, port=port, dtype=dtype)
         if runs_eagerly():

@@ -12,10 +12,10 @@ from forgebook.models.tokenizer import copy_of, load_tokenizer
 from forgebook.models.vllm_support import vllm_ignores, vllm_max_rank, vllm_serves_saved
 from forgebook.runs.checksums import check_files
 
-__all__ = ["obstacle_for_vllm", "reads_images", "vllm_command"]
+__all__ = ["obstacle_for_vllm", "trained_on_images", "vllm_command"]
 
 
-def reads_images(folder: Path) -> bool:
+def trained_on_images(folder: Path) -> bool:
     """Report whether a checkpoint is of a run that trained on images, or a model with a processor of them."""
     config = run_config(folder)
     if config is not None:
@@ -81,7 +81,7 @@ def vllm_command(folders: dict[str, Path], *, host: str, port: int, dtype: str |
         command += ["--chat-template", str(template)]
         if "<tool_call>" in template.read_text():
             command += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
-    if reads_images(first):  # those of videos would take memory for nothing
+    if trained_on_images(first):  # those of videos would take memory for nothing
         command += ["--limit-mm-per-prompt", json.dumps({"video": 0})]
     config = run_config(first)
     if dtype := dtype or (config.dtype if config else None):

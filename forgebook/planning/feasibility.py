@@ -36,6 +36,7 @@ __all__ = [
     "Work",
     "capacity",
     "cheapest_change",
+    "comfortable",
     "device_of",
     "fit",
     "fits",
@@ -207,6 +208,14 @@ def fits(need: Memory, device: Gpu | Cpu) -> bool:
     return need.total <= capacity(device)
 
 
+def comfortable(device: Gpu | Cpu) -> int:
+    """Return the bytes that a plan may fill where something else would take less.
+
+    A plan may be wrong by a tenth; a worker without GPU shares its memory with whatever else the machine runs.
+    """
+    return int(capacity(device) * (0.5 if isinstance(device, Cpu) else 0.9))
+
+
 def settle_checkpointing(
     config: ResolvedConfig,
     shape: Shape,
@@ -226,8 +235,7 @@ def settle_checkpointing(
         return _settled(config, True, "the hardware is not known")
     choice: bool | str = True
     reason = "it does not fit with less"
-    # A plan may be wrong by a tenth; a worker without GPU shares its memory with whatever else the machine runs.
-    room = int(capacity(device) * (0.5 if isinstance(device, Cpu) else 0.9))
+    room = comfortable(device)
     # The products of experts are not kept, and what Llama 4's return is changed in place.
     choices: list[bool | str] = [False, True] if shape.experts > 1 else [False, "selective", True]
     choices += [] if isinstance(device, Cpu) else ["offload"]  # without a GPU, memory is the host's anyway
@@ -251,12 +259,7 @@ def _settled(config: ResolvedConfig, choice: bool | str, reason: str) -> tuple[R
 
 
 def cheapest_change(
-    config: FinetuneConfig,
-    shape: Shape,
-    workers: int,
-    length: int,
-    device: Gpu | Cpu,
-    lengths: Sequence[int] = (),
+    config: FinetuneConfig, shape: Shape, workers: int, length: int, device: Gpu | Cpu, lengths: Sequence[int] = ()
 ) -> tuple[tuple[str, ...], Memory | None]:
     """Search the changes that make a run fit, cheapest first; return them as `key=value`, with the memory then.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from forgebook.planning.feasibility import capacity
+from forgebook.planning.feasibility import capacity, comfortable
 from forgebook.planning.hardware import Cpu
 from forgebook.planning.memory import memory_of
 
@@ -37,7 +37,7 @@ def settle_resharding(
     if device is not None:
         need = memory_of(kept, shape, workers=workers, length=length, on_gpu=on_gpu, lengths=lengths).total
         reason = f"without, it takes {need / 1e9:,.1f} GB of {capacity(device) / 1e9:,.1f}"
-        if need <= int(capacity(device) * (0.9 if on_gpu else 0.5)):  # as for gradient checkpointing
+        if need <= comfortable(device):
             return kept.explained({"fsdp.reshard_after_forward": reason})
     freed = config.resolve(fsdp={**config.fsdp.model_dump(), "reshard_after_forward": True})
     return freed.explained({"fsdp.reshard_after_forward": reason})
