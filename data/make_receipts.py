@@ -136,7 +136,7 @@ def main() -> None:
     for split, count in COUNTS.items():
         write_split(given.folder, split, count, given.seed)
     train, valid, test = COUNTS.values()
-    print(f"wrote {given.folder}: {train:,} receipts to train on; of other shops, goods and layouts {valid} and {test}")
+    print(f"wrote {given.folder}: {train:,} receipts to train on, {valid} to validate, {test} of other shops to test")
 
 
 if __name__ == "__main__":

@@ -50,8 +50,10 @@ def values_of(node: dict[str, Any]) -> str:
         return f"[block](#{name.lower()})"
     for key in ("anyOf", "oneOf"):
         if key in node:
-            texts = [values_of(item) for item in node[key] if not item.get("pattern", "").startswith("\\$")]
-            return " or ".join(dict.fromkeys(texts))
+            texts = [values_of(item) for item in node[key] if not is_variable(item)]
+            return " or ".join(dict.fromkeys(texts)).replace("true or false or", "true, false or")
+    if "const" in node:
+        return f"`{node['const']}`"
     if "enum" in node:
         return ", ".join(f"`{value}`" for value in node["enum"])
     kind = node.get("type")
@@ -66,6 +68,11 @@ def values_of(node: dict[str, Any]) -> str:
     bounds = {"exclusiveMinimum": "above", "minimum": "from", "exclusiveMaximum": "below", "maximum": "to"}
     limits = [f"{word} {node[key]}" for key, word in bounds.items() if key in node and abs(node[key]) < 2**63]
     return " ".join([names.get(str(kind), str(kind)), *limits])
+
+
+def is_variable(node: dict[str, Any]) -> bool:
+    """Report whether a schema stands for `${VARIABLE}` alone, which any key takes."""
+    return node.get("type") == "string" and node.get("pattern", "").startswith("\\$")
 
 
 def key_row(key: str, node: dict[str, Any], is_required: bool) -> str:

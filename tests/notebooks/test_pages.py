@@ -179,3 +179,14 @@ def test_pages_use_the_words_of_the_field(path):
     prose = re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL)
     found = {f"{match[0]!r}: write {better}" for word, better in WORDING.items() for match in re.finditer(word, prose)}
     assert not found, found
+
+
+def test_the_reference_names_all_values_of_a_key():
+    lines = (REPOSITORY / "CONFIG.md").read_text().splitlines()
+    for key, values in {
+        "gradient_checkpointing": "true, false or `auto`, `selective`, `offload`",
+        "reshard_after_forward": "true, false or `auto`",
+        "enabled": "true, false or `auto`",
+        "torch_compile": "true, false or block",
+    }.items():
+        assert any(line.startswith(f"| `{key}` | {values} |") for line in lines), key
