@@ -126,6 +126,7 @@ def train(model, tokenizer: PreTrainedTokenizerBase, steps: int, rate: float, se
 
 
 def save(model: Idefics3ForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    model.config.text_config._name_or_path = ""  # where the language model lay on this machine
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)

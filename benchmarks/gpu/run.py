@@ -17,6 +17,7 @@ of the measurement. What is not in the file has not been measured.
 import argparse
 import itertools
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -167,6 +168,9 @@ def main() -> None:
     parser.add_argument("--runs", nargs="+", choices=[*OURS, *PEERS], default=[*OURS, *PEERS])
     parser.add_argument("--no-save", action="store_true", help="print, and leave results.json as it is")
     given = parser.parse_args()
+    # Figures alone go to standard output: libraries log to it, too.
+    figures = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     WORK.mkdir(parents=True, exist_ok=True)
     make_data(given.train)
     where, gpu = environment(), this_gpu()
@@ -177,7 +181,7 @@ def main() -> None:
         if gpu is not None and gpu.peak is not None and "failed" not in result:
             flops = flops_per_token(model, is_full="full" in name)
             result["mfu"] = round(result["tokens_per_second"] * flops / gpu.peak, 3)
-        print(json.dumps(result), flush=True)
+        print(json.dumps(result), file=figures, flush=True)
         if not given.no_save:
             results = json.loads(RESULTS.read_text())
             kept = [row for row in results["runs"] if (row["run"], row["shape"]) != (name, shape)]

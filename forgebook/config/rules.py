@@ -277,7 +277,8 @@ RULES: tuple[Rule, ...] = (
     Rule(
         ("eval_generation", "task"),
         lambda config, zero: (
-            config.eval_generation is not None and config.task not in ("instruction_tuning", "preference_tuning")
+            config.eval_generation is not None
+            and config.task not in ("instruction_tuning", "preference_tuning", "vision_language")
         ),
         "eval_generation needs examples with answers",
         "set task: instruction_tuning, or remove eval_generation",

@@ -266,6 +266,8 @@ def _load_model(
     if adapter is not None:
         model = saved_adapters.continue_lora(model, adapter, config.lora_config or {}, config.rope_scaling)
     elif config.lora_config is not None:
+        # Rows of new tokens may have been drawn by now, more or fewer by dtype: the adapter starts from the seed alone.
+        torch.manual_seed(config.seed)
         model = adapters.add_lora(model, config.lora_config | new_token_settings | _projector_settings(config, model))
     else:
         _freeze(model, config.vision_language_config)

@@ -38,6 +38,7 @@ BROKEN = [
         {"vision_language_config": {}, "generation_config": {"prompt_format": FORMAT}},
         ["a prompt_format writes no images"],
     ),
+    ({"vision_language_config": {}, "eval_generation": {}, "valid_path": "v"}, ["and would show it no images"]),
     ({"vision_language_config": {}, "liger_kernel": {"enabled": True}}, ["Liger's kernels are compared on text"]),
     ({"vision_language_config": {}, "torch_compile": True}, ["torch_compile does not work with images"]),
     ({"task": "classification"}, ["needs classifier_config"]),

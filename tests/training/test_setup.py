@@ -23,6 +23,7 @@ from forgebook.training.setup import (
     make_worker,
     prompt_format_text,
 )
+from support_families import save_family
 from support_models import save_gemma3
 from support_ranks import run_two_ranks
 
@@ -103,6 +104,20 @@ TAGS_ALONE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}{% if add_generation_prompt %}"
     "<|assistant|>{% endif %}"
 )
+
+
+def test_an_adapter_starts_from_the_seed_alone(make_config, tmp_path):
+    """Of a model with too few rows for its tokenizer, whose new ones are drawn first: other numbers in each dtype."""
+    model = save_family("Llama 3", tmp_path / "model", vocab_size=512, hidden_size=512)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(TINY_MODEL / name, model)
+    starts = []
+    for dtype in ("float32", "float16"):
+        torch.manual_seed(42)  # as a run does before it loads the model
+        starts.append(dict(make(make_config(model_id=model, dtype=dtype, lora_config=LORA)).model.named_parameters()))
+    exact, half = starts
+    names = [name for name in exact if "lora_A" in name]
+    assert names and all(torch.allclose(half[name].float(), exact[name], atol=1e-3) for name in names)
 
 
 @pytest.mark.parametrize(("template", "stops"), [(None, 2), (TAGS_ALONE, [2, 4])], ids=["own end", "next tag"])
