@@ -71,7 +71,10 @@ def parse_arguments(name: str, arguments: Sequence[str], *, extra: Sequence[str]
         raise ConfigError(f"{name} takes no argument, got {plain[0]!r}")
     if unknown:
         choices = ", ".join(f"{key}=" for key in own) or "none"
-        raise ConfigError(f"{name}: unknown option {unknown[0]}{near_miss(unknown[0], own)} (options: {choices})")
+        raise ConfigError(
+            f"{name}: unknown option {unknown[0]}{near_miss(unknown[0], own)} (options: {choices}); usage: "
+            f"{name} {command.usage}"
+        )
     target, rest = expand_path(plain[0]), plain[1:]
     misplaced = next((argument for argument in rest if argument in COMMANDS), None)
     if misplaced and command.takes_config_keys:

@@ -36,7 +36,7 @@ after a run
   python main.py serve RUN ... [--ui] [port=8000]       an OpenAI-compatible endpoint; --ui: with a chat page
   python main.py models [show RUN | delete RUN]         the fine-tuned models, here or in a bucket
   python main.py push RUN OWNER/NAME [private=true]     the best checkpoint to the Hugging Face hub, with a card
-  python main.py export MODEL OUT.gguf [type=q8_0]      full weights as a GGUF file (ollama=true: and a Modelfile)
+  python main.py export RUN OUT.gguf [type=q8_0]        a GGUF file for llama.cpp (ollama=true: and a Modelfile)
 
 RUN is a run's folder or s3:// URI, or its name under runs/. `python main.py COMMAND --help` lists a command's options;
 CONFIG.md describes the keys of a config.

@@ -104,25 +104,32 @@ def push_command(arguments: list[str]) -> int:
 def export_command(arguments: list[str]) -> int:
     """Write a GGUF file, and a Modelfile for Ollama."""
     parsed = parse_arguments("export", arguments, extra=["a file to write after the MODEL, such as model.gguf"])
+    if parsed.target.endswith(".gguf"):
+        raise ConfigError(f"export: the MODEL comes first: export {parsed.rest[0]} {parsed.target}")
     from pathlib import Path
 
+    from forgebook.catalog import model_folder
     from forgebook.export.gguf import check_exportable, export_gguf
-    from forgebook.reporting.console import make_console, show_stages
+    from forgebook.reporting.console import quiet_descriptors, show_stages
     from forgebook.runs.atomic import atomic_file
-    from forgebook.runs.run import best_checkpoint, find_run
+    from forgebook.runs.download import cache_folder
+    from forgebook.runs.run import display_path, find_checkpoint
 
-    folder, out, kind = Path(parsed.target), Path(parsed.rest[0]), parsed.options["type"]
-    if not (folder / "config.json").is_file():
-        folder = best_checkpoint(find_run(parsed.target))
-    check_exportable(folder, kind)
+    folder, out, kind = model_folder(parsed.target), Path(parsed.rest[0]), parsed.options["type"]
+    if "checkpoint" in parsed.options or not (folder / "config.json").is_file():
+        folder = find_checkpoint(parsed.target, parsed.options.get("checkpoint"))
+    check_exportable(folder, out, kind)
     modelfile = None
     if parsed.options["ollama"]:
         from forgebook.export.ollama import read_modelfile
 
         # Before minutes of converting: it is refused where Ollama cannot write the model's prompts.
         modelfile = read_modelfile(folder, out.name)
-    with show_stages(make_console(), f"converting {folder}"):
-        written = export_gguf(folder, out, kind)
+    with (
+        quiet_descriptors(cache_folder() / "export.log") as output,
+        show_stages(output, f"converting {display_path(folder)}") as show,
+    ):
+        written = export_gguf(folder, out, kind, on_stage=show)
     print(f"wrote {written}")
     if modelfile is not None:
         path = out.with_suffix(".Modelfile")

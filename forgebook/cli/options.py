@@ -319,12 +319,14 @@ _TABLE = (
     ),
     Command(
         "export",
-        "MODEL OUT.gguf [type=q8_0] [ollama=true]",
-        "Write full weights as a GGUF file with llama.cpp's converter, from $LLAMA_CPP or the PATH.",
-        "MODEL: a folder written by merge, or a full fine-tuning RUN",
+        "MODEL OUT.gguf [type=q8_0] [ollama=true] [checkpoint=NAME]",
+        "Write a model as a GGUF file with llama.cpp's converter, from $LLAMA_CPP or the PATH. An adapter is merged "
+        "into its base first, which takes as much disk space as the base.",
+        "MODEL: a run's folder or name, or a checkpoint or model folder",
         (
             Option("type", "f32, f16, bf16, q8_0 (the default), ...", default="q8_0"),
             Option("ollama", "true: also OUT.Modelfile, with the prompt template and the stop tokens", switch, "false"),
+            CHECKPOINT,
         ),
     ),
     Command(

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from forgebook.data.chat_template import render
 from forgebook.errors import DataError, ModelError
+from forgebook.models.tokenizer import readable_model_errors
 from forgebook.models.vllm_support import unserved_settings
-from forgebook.runs.atomic import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,15 +64,21 @@ class _Parts:
 
 
 def read_modelfile(source: Path, gguf: str) -> str:
-    """Read off a full model how Ollama runs it: the text of a Modelfile beside the GGUF file of that name.
+    """Read off a model how Ollama runs it: the text of a Modelfile beside the GGUF file of that name.
+
+    source: a folder of full weights, or of an adapter.
 
     Raises ModelError if no template of Ollama's writes what the model's own one does.
     """
-    from forgebook.inference.loading import load_ends, run_config
+    from transformers import AutoConfig
+
+    from forgebook.inference.loading import base_of, load_ends, run_config
 
     generation_config, tokenizer, prompt_format = load_ends(str(source))
-    config, sizes = run_config(source), read_json(source / "config.json")
-    native = sizes.get("text_config", sizes).get("max_position_embeddings", CONTEXT)
+    config, base = run_config(source), base_of(source)[0]
+    with readable_model_errors(base, "model"):
+        sizes = AutoConfig.from_pretrained(base, trust_remote_code=False).get_text_config()
+    native = getattr(sizes, "max_position_embeddings", None) or CONTEXT
     context = (config.context_length if config else None) or min(native, CONTEXT)
     return modelfile(gguf, tokenizer, prompt_format, generation_config, context)
 

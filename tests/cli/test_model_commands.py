@@ -54,6 +54,11 @@ def test_a_deletion_that_nobody_can_confirm_is_refused(run, capsys, monkeypatch,
         (["push", "a"], "push needs a repository after the RUN: OWNER/NAME"),
         (["push", "a", "o/n", "private=maybe"], "push: private must be true or false, got 'maybe'"),
         (["export", "a"], "export needs a file to write after the MODEL"),
+        (["export", "a.gguf", "a"], "the MODEL comes first: export a a.gguf"),
+        (
+            ["export", "a", "out=a.gguf"],
+            "unknown option out (options: type=, ollama=, checkpoint=); usage: export MODEL",
+        ),
     ],
 )
 def test_mistakes_are_one_sentence(run, capsys, arguments, message):
@@ -70,10 +75,12 @@ def test_push_hands_on_the_run_and_its_options(run, capsys, monkeypatch):
     assert "pushed to URL" in capsys.readouterr().out
 
 
-def test_export_takes_a_model_folder_or_the_best_checkpoint_of_a_run(run, monkeypatch):
+def test_export_takes_a_model_folder_or_the_best_checkpoint_of_a_run(run, monkeypatch, tmp_path):
     exported = []
+    (tmp_path / "convert_hf_to_gguf.py").touch()
+    monkeypatch.setenv("LLAMA_CPP", str(tmp_path))
     shutil.copytree(TINY_MODEL, run.checkpoints / "epoch-1", dirs_exist_ok=True)
-    monkeypatch.setattr("forgebook.export.gguf.export_gguf", lambda *words: exported.append(words))
+    monkeypatch.setattr("forgebook.export.gguf.export_gguf", lambda *words, on_stage: exported.append(words))
     assert main(["export", "a", "a.gguf"]) == main(["export", str(TINY_MODEL), "b.gguf", "type=f16"]) == 0
     assert [(str(folder), str(out), kind) for folder, out, kind in exported] == [
         (str(run.checkpoints / "epoch-1"), "a.gguf", "q8_0"),
