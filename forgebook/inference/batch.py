@@ -124,7 +124,8 @@ def answer(
     """Yield (number of the prompt, answer) in the order in which they are ready.
 
     num_devices: 0 answers in this process; else this many Ray workers, each with a GPU if the cluster has any.
-    on_progress: called at each step in this process; vLLM and Ray workers report complete answers alone.
+    on_progress: called at each step in this process; vLLM and Ray workers report complete answers alone, the latter
+    without tokens.
     """
     engine = engine_for(engine, source, len(prompts), any(image_count(prompt.messages) for prompt in prompts))
     if num_devices:
@@ -180,7 +181,7 @@ def _load_in_vllm(source: str, sampling: Sampling) -> AnswerPrompts:
             [prompt.tools for prompt in prompts],
             [prompt.number for prompt in prompts],
             sampling,
-            on_finished=lambda done: on_progress(done, 0, 0.0),
+            on_finished=lambda done, tokens: on_progress(done, tokens, 0.0),
         )
         for k, text, _ in answers:
             yield prompts[k].number, text

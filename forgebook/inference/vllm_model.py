@@ -8,8 +8,11 @@ Prompts are passed as the token ids of training, and answers end as in `generate
 
 from __future__ import annotations
 
+import atexit
 import gc
 import io
+import logging
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -50,16 +53,16 @@ class VllmModel:
         numbers: Sequence[int],
         sampling: Sampling,
         keep_special: bool = False,
-        on_finished: Callable[[int], None] = lambda done: None,
+        on_finished: Callable[[int, int], None] = lambda done, tokens: None,
     ) -> Iterator[tuple[int, str, int]]:
         """Yield (index of a conversation, its answer, tokens of it).
 
         numbers: each conversation's number in its set; its seed is derived from it. on_finished: called with how many
-        answers are complete, also while the others of their chunk are not.
+        answers are complete and about how many tokens they have, also while the others of their chunk are not.
         """
         from vllm import SamplingParams
 
-        ends = self.generation_config
+        ends, tokens = self.generation_config, 0
         for start in range(0, len(conversations), CHUNK):
             part = range(start, min(start + CHUNK, len(conversations)))
             inputs = [
@@ -84,8 +87,9 @@ class VllmModel:
                 )
                 for k in part
             ]
-            bar = _counting_bar(start, on_finished)
+            bar = _counting_bar(start, tokens, on_finished)
             outputs = self.llm.generate(inputs, settings, lora_request=self.adapter, use_tqdm=bar)
+            tokens += sum(len(output.outputs[0].token_ids) for output in outputs)
             for k, output in zip(part, outputs, strict=True):
                 yield k, output.outputs[0].text, len(output.outputs[0].token_ids)
 
@@ -100,22 +104,18 @@ class VllmModel:
         on_answer: Callable[[int, str], None],
     ) -> None:
         """Answer conversations greedily; see `generate.complete`."""
-        sampling, tokens = Sampling(max_new_tokens), 0
-        numbers = range(len(conversations))
         answers = self.answer_in_order(
-            conversations, tools, numbers, sampling, keep_special, lambda finished: on_progress(finished, 0, 0.0)
-        )
-        for done, (k, text, count) in enumerate(answers, 1):
+            conversations, tools, range(len(conversations)), Sampling(max_new_tokens), keep_special,
+            lambda finished, tokens: on_progress(finished, tokens, 0.0),
+        )  # fmt: skip
+        for k, text, _ in answers:
             on_answer(k, text)
-            tokens += count
-            if done % CHUNK == 0 or done == len(conversations):  # those of a chunk come at once
-                on_progress(done, tokens, 0.0)
 
 
-def _counting_bar(done: int, on_finished: Callable[[int], None]) -> type:
+def _counting_bar(done: int, tokens: int, on_finished: Callable[[int, int], None]) -> type:
     """Make what vLLM shows progress with: a bar that prints nothing, and calls `on_finished` for each answer.
 
-    done: how many were complete before. vLLM takes the class, and has no other way to tell.
+    done, tokens: how many were complete before. vLLM takes the class, and has no other way to tell.
     """
     from tqdm import tqdm
 
@@ -125,7 +125,9 @@ def _counting_bar(done: int, on_finished: Callable[[int], None]) -> type:
 
         def update(self, n: float | None = 1) -> bool | None:
             shown = super().update(n)
-            on_finished(done + int(self.n))
+            speed = re.search(r"output: ([\d.]+) tok", str(self.postfix))  # the only count of tokens that it shares
+            new = round(float(speed[1]) * self.format_dict["elapsed"]) if speed else 0
+            on_finished(done + int(self.n), tokens + new)
             return shown
 
     return Bar
@@ -170,4 +172,7 @@ def _start(base: str, sources: Sequence[str], dtype: str | None) -> Any:
     lora_configs = [config for source in sources if (config := adapters.read_lora_config(source))]
     if lora_configs:
         options |= {"enable_lora": True, "max_lora_rank": vllm_max_rank(lora_configs), "max_loras": len(lora_configs)}
-    return LLM(model=base, tokenizer=sources[-1], **options)
+    llm = LLM(model=base, tokenizer=sources[-1], **options)
+    # It ends its processes when this one ends, and warns of each that was slow to.
+    atexit.register(logging.getLogger("vllm").setLevel, logging.ERROR)
+    return llm
