@@ -169,30 +169,32 @@ def workers_of(run: Run) -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("sharding", "shard"), [({"deepspeed": "zero_3"}, "rank_{}_"), ({"sharding": "fsdp"}, "__{}_0.distcp")]
+    ("name", "sharding", "shard"),
+    [("zero", {"deepspeed": "zero_3"}, "rank_{}_"), ("fsdp", {"sharding": "fsdp"}, "__{}_0.distcp")],
+    ids=["zero_3", "fsdp"],
 )
-def test_nodes_that_share_a_bucket_alone(nodes, bucket, make_config, write_rows, sharding, shard):
+def test_nodes_that_share_a_bucket_alone(nodes, bucket, make_config, write_rows, name, sharding, shard):
     """Full parameter with ZeRO-3 or FSDP2, rows and run in a bucket; a node dies and another comes: as one process.
 
     The second node sees nothing of the first one's disk where the run is: both upload their own shards.
     """
     settings = {"train_path": write_rows(uneven_rows(96), "many.jsonl"), "num_epochs": 3, "learning_rate": 3e-4}
     alone = fine_tune(make_config(run_name="alone", **settings))
-    config = make_config(run_name="both", num_devices=2, train_batch_size_per_device=4, **sharding, **settings)
-    for name in ("train", "valid"):
-        object_store.write_file(f"s3://forgebook/{name}.jsonl", Path(getattr(config, f"{name}_path")).read_bytes())
+    config = make_config(run_name=name, num_devices=2, train_batch_size_per_device=4, **sharding, **settings)
+    for split in ("train", "valid"):
+        object_store.write_file(f"s3://forgebook/{split}.jsonl", Path(getattr(config, f"{split}_path")).read_bytes())
     words = [
         *command(config), "storage_path=s3://forgebook/runs", "train_path=s3://forgebook/train.jsonl",
         "valid_path=s3://forgebook/valid.jsonl",
     ]  # fmt: skip
     process = nodes.popen(words, **bucket)
-    wait_until(process, lambda: list(nodes.hidden[2].glob("cache/runs/*/both/logs/progress.jsonl")))
+    wait_until(process, lambda: list(nodes.hidden[2].glob(f"cache/runs/*/{name}/logs/progress.jsonl")))
     assert process.poll() is None, process.communicate()[0]
-    [log] = nodes.hidden[2].glob("cache/runs/*/both/logs/progress.jsonl")
+    [log] = nodes.hidden[2].glob(f"cache/runs/*/{name}/logs/progress.jsonl")
     run = Run(log.parent.parent)
     until_step(process, run, 14)
-    state = [name for name in object_store.list_files("s3://forgebook/runs/both") if name.startswith("resume/")]
-    assert all(any(shard.format(rank) in name for name in state) for rank in (0, 1))
+    state = [path for path in object_store.list_files(f"s3://forgebook/runs/{name}") if path.startswith("resume/")]
+    assert all(any(shard.format(rank) in path for path in state) for rank in (0, 1))
     nodes.kill(2)
     nodes.start(2)
     printed = process.communicate(timeout=480)[0]
@@ -203,9 +205,9 @@ def test_nodes_that_share_a_bucket_alone(nodes, bucket, make_config, write_rows,
     summary = read_json(run.summary)
     assert summary["workers"] == 2 and summary["zero_stage"] == (3 if "deepspeed" in sharding else None)
     assert (run.logs / "worker-1.log").exists()
-    assert object_store.read_manifest(f"s3://forgebook/runs/both/{summary['best_checkpoint']}")
-    names = object_store.list_files("s3://forgebook/runs/both")
-    assert not any(name.startswith((".", "checkpoint_manager")) for name in names if "/" not in name)
+    assert object_store.read_manifest(f"s3://forgebook/runs/{name}/{summary['best_checkpoint']}")
+    paths = object_store.list_files(f"s3://forgebook/runs/{name}")
+    assert not any(path.startswith((".", "checkpoint_manager")) for path in paths if "/" not in path)
 
 
 @pytest.mark.slow

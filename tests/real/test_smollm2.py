@@ -108,7 +108,9 @@ def test_a_classifier_learns_labels_that_are_new_tokens(make_config, write_rows)
     )  # fmt: skip
     run = fine_tune(config)
     evaluation = read_metrics(run.metrics)[-1]
-    assert evaluation["eval_loss"] < 0.7 and evaluation["eval_accuracy"] > 0.8  # chance: 0.69 and 0.5
+    # Chance: 0.69, 0.5 and 0.5. After so few steps the threshold between the labels depends on seed and processor: five
+    # runs on two machines ended at accuracies of 0.70 to 0.88.
+    assert evaluation["eval_loss"] < 0.6 and evaluation["eval_accuracy"] > 0.6 and evaluation["eval_rocauc"] > 0.9
     prompts = [row["messages"][:1] for row in rows[64:66]]
     answers = load_for_generation(best_checkpoint(run)).answer(prompts, max_new_tokens=1)
     assert set(answers) <= {"[[ham]]", "[[spam]]"}
