@@ -33,6 +33,7 @@ def generate_command(arguments: list[str]) -> int:
     if bool(texts) == ("data" in options):
         raise ConfigError("generate needs prompts: data=FILE or -p TEXT, one of the two")
     _refuse_rest("generate", parsed)
+    _note_loading(parsed.target)
     sampling = _sampling(parsed)
     from pathlib import Path
 
@@ -77,6 +78,7 @@ def chat_command(arguments: list[str]) -> int:
     """Hold a conversation in the terminal."""
     parsed = parse_arguments("chat", arguments)
     _refuse_rest("chat", parsed)
+    _note_loading(parsed.target)
     sampling = _sampling(parsed)
     from forgebook.inference.loading import find_model, load_together
 
@@ -87,6 +89,12 @@ def chat_command(arguments: list[str]) -> int:
 
     chat(loaded, sampling, parsed.options.get("system"))
     return 0
+
+
+def _note_loading(name: str) -> None:
+    """Name what is being loaded, in a terminal: to a pipe or a file go the answers alone."""
+    if sys.stdout.isatty():
+        print(f"loading {name}", flush=True)
 
 
 def _sampling(parsed: Arguments) -> Sampling:
@@ -198,6 +206,7 @@ def serve_command(arguments: list[str]) -> int:
         raise ConfigError("serve: key and key_file are both there: keep key_file")
     _hide_key(options.get("key", ""))
     key = _read_key(options["key_file"]) if "key_file" in options else options.get("key")
+    print(f"loading {', '.join([parsed.target, *parsed.rest])}", flush=True)
     from forgebook.inference.server import clean_key, serve
 
     key = clean_key(key) or os.environ.get("FORGEBOOK_API_KEY")

@@ -1,6 +1,8 @@
 """evaluate, generate, chat, merge, serve: what they hand to the engine, and what they refuse."""
 
+import io
 import json
+import sys
 
 import pytest
 
@@ -34,7 +36,16 @@ def test_mistakes_are_one_sentence(capsys, arguments, message):
 def test_only_answers_go_to_a_pipe(capsys, monkeypatch):
     monkeypatch.setattr("forgebook.reporting.console.SHORT_WAIT_SECONDS", 0)
     assert main(["generate", "tiny", "-p", "say flim", "max_new_tokens=4"]) == 0
-    assert "prompts" not in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "prompts" not in printed and "loading" not in printed
+
+
+@pytest.mark.parametrize("command", [["generate", "tiny", "-p", "say flim", "max_new_tokens=4"], ["chat", "tiny"]])
+def test_a_terminal_sees_what_is_loaded(command, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert main(command) == 0
+    assert capsys.readouterr().out.startswith("loading tiny\n")
 
 
 def test_one_prompt_prints_its_answer_and_several_a_table(capsys, tmp_path):
@@ -49,11 +60,12 @@ def test_one_prompt_prints_its_answer_and_several_a_table(capsys, tmp_path):
     assert alone in json.dumps(json.loads((tmp_path / "a.jsonl").read_text()), ensure_ascii=False)
 
 
-def test_serve_hands_on_its_options_and_the_key_of_the_environment(monkeypatch):
+def test_serve_hands_on_its_options_and_the_key_of_the_environment(monkeypatch, capsys):
     served = []
     monkeypatch.setattr("forgebook.inference.server.serve", lambda names, **options: served.append((names, options)))
     monkeypatch.setenv("FORGEBOOK_API_KEY", "secret")
     assert main(["serve", "a", "b", "port=0", "dtype=float32"]) == main(["serve", "a", "key=other"]) == 0
+    assert capsys.readouterr().out == "loading a, b\nloading a\n"
     assert served == [
         (
             ["a", "b"],
