@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import math
 import os
@@ -15,7 +16,6 @@ import socket
 import sys
 import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ from forgebook.models.families import freeze_towers, projector_modules
 from forgebook.models.processor import processor_of
 from forgebook.models.sequence_parallel import SequenceGroup
 from forgebook.models.tokenizer import label_pieces, locate, tokenizer_of
+from forgebook.models.unused_packages import without_unused
 from forgebook.training import classification, distributed, fsdp, kernels, liger, optimizers, sharded_state
 from forgebook.training.losses import SupervisedLM
 
@@ -195,7 +196,9 @@ def make_worker(config: ResolvedConfig, accelerator: Accelerator, steps: int = 1
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         model.train()
         optimizer = optimizers.deepspeed_adamw(config.optimizer, groups, **hyperparameters)
-        deepspeed_engine, optimizer = accelerator.prepare(wrapped, optimizer)
+        # accelerate would import bitsandbytes, two seconds, to see whether the optimizer is one of its.
+        with without_unused("bitsandbytes"):
+            deepspeed_engine, optimizer = accelerator.prepare(wrapped, optimizer)
         engine = deepspeed_engine
         return Worker(accelerator, tokenizer, model, engine, optimizer, engine, parameters, notes, processor)
     if config.sharding != "fsdp" and config.quantization is None:  # quantized weights were loaded where they stay
@@ -244,7 +247,7 @@ def _load_model(
         # Rows of new tokens start from those of others, and copies of embeddings are made of whole ones.
         is_copied = settings is None or bool(labels) or bool(settings.get("modules_to_save"))
         rows = DeviceMesh.from_group(sharded_state.background_group(), "cpu")
-        in_parts = partial(parts.read_in_parts, rows=rows, tokens=math.inf if is_copied else len(tokenizer))
+        in_parts = functools.partial(parts.read_in_parts, rows=rows, tokens=math.inf if is_copied else len(tokenizer))
     model: Any = load.load_model(
         base,
         dtype=config.dtype,
@@ -341,8 +344,12 @@ def build_extensions(settings: dict[str, Any], on_cpu: bool) -> None:
     folder = extensions_folder()
     folder.mkdir(parents=True, exist_ok=True)
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
+    import cpuinfo  # type: ignore[import-untyped]
     from deepspeed.accelerator import get_accelerator
 
+    # DeepSpeed asks it two or three times for the same processor, and each answer takes a second.
+    if not hasattr(cpuinfo.get_cpu_info, "cache_info"):
+        cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
     with open(folder / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for torch_lock in folder.glob("*/lock"):
