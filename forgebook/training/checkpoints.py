@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from forgebook.errors import CheckpointError, ForgebookError
@@ -286,24 +287,24 @@ def save_start(model, path: Path, is_resumed: bool) -> dict[str, torch.Tensor] |
 # A bucket that the workers write themselves -----------------------------------------------------------
 
 
-def publish(run: Run, folder: Path, name: str) -> None:
+def publish(run: Run, folder: Path, name: str, group: dist.ProcessGroup | None = None) -> None:
     """Upload a folder of the run to its bucket as `name`, where the workers do that themselves. Collective.
 
     Each machine sends its own files; rank 0 marks the folder as complete once all of them are there. Before that it
-    sends the metrics of the steps before the folder was saved.
+    sends the metrics of the steps before the folder was saved. group: of all ranks, in a thread beside training.
     """
     if run.uri is None:
         return
     uri = f"{run.uri}/{folder.parent.name}/{name}"
-    with distributed.raised_everywhere():
+    with distributed.raised_everywhere(group):
         if distributed.is_main():
             worker_upload.start_folder(uri)
     files: object_store.Manifest = {}
-    with distributed.raised_everywhere():
+    with distributed.raised_everywhere(group):
         if distributed.is_first_here():
             files = worker_upload.send_folder(folder, uri)
-    manifests = distributed.gathered(files)
-    with distributed.raised_everywhere():
+    manifests = distributed.gathered(files, group)
+    with distributed.raised_everywhere(group):
         if distributed.is_main():
             worker_upload.send_run_files(run.folder, run.uri)
             worker_upload.finish_folder(uri, {name: size for files in manifests for name, size in files.items()})

@@ -59,17 +59,17 @@ def is_first_here() -> bool:
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
-def gathered(value: T) -> list[T]:
-    """List a value of every rank, by rank. Collective."""
+def gathered(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """List a value of every rank, by rank. Collective. group: of all ranks, for a thread beside the one that trains."""
     if world_size() == 1:
         return [value]
     values: list[T] = [value] * world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group)
     return values
 
 
 @contextlib.contextmanager
-def raised_everywhere() -> Iterator[None]:
+def raised_everywhere(group: dist.ProcessGroup | None = None) -> Iterator[None]:
     """Raise on every rank what any rank raises within the block; otherwise the others would wait for it forever.
 
     A ForgebookError is raised as it is: what went wrong is the same on all ranks. Any other error of one rank, a GPU
@@ -77,7 +77,7 @@ def raised_everywhere() -> Iterator[None]:
     a single process raises the original. An interrupted rank stays interrupted and the others raise a TrainingError.
 
     Collective. All ranks must leave the block before any error is raised, so no rank may wait for another inside it
-    in a collective that the other can miss.
+    in a collective that the other can miss. group: as in `gathered`.
     """
     error: BaseException | None = None
     try:
@@ -85,18 +85,18 @@ def raised_everywhere() -> Iterator[None]:
     except (Exception, KeyboardInterrupt, SystemExit) as raised:
         error = raised
     if world_size() > 1:
-        error = _shared(error)
+        error = _shared(error, group)
     if error is not None:
         raise error
 
 
-def _shared(error: BaseException | None) -> BaseException | None:
+def _shared(error: BaseException | None, group: dist.ProcessGroup | None) -> BaseException | None:
     """Exchange the ranks' errors; return what this rank raises: its own interrupt, or the error of the first rank."""
     # Other errors travel as text: not all of them can be pickled, and their tracebacks hold on to GPU memory.
     own = error if error is None or isinstance(error, ForgebookError) else describe(error)
     errors: list[ForgebookError | str | None] = [None] * world_size()
     try:
-        dist.all_gather_object(errors, own)
+        dist.all_gather_object(errors, own, group)
     except Exception as lost:  # another worker has died: whoever started the workers restarts all of them
         return error or lost
     first = next((each for each in errors if each is not None), None)

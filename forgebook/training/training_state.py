@@ -86,22 +86,22 @@ def save_state(
                 torch.save({"model": trained, "optimizer": optimizer.state_dict()}, aside / "state.pt")
         if is_fsdp:
             write = _shards_writer(run, saved, aside, target.name, sharded_state.named_state(model, optimizer))
-            if background is not None and run.uri is None:
+            if background is not None:
                 background.start(write)
                 return
             with distributed.raised_everywhere():
                 write()
-        else:
-            with distributed.raised_everywhere(), write_errors(run.resume):
-                if distributed.is_main():
-                    _write_position(saved, aside)
+            return
+        with distributed.raised_everywhere(), write_errors(run.resume):
+            if distributed.is_main():
+                _write_position(saved, aside)
         publish(run, aside, target.name)
     except Exception:  # on all ranks: half a state fills the disk for nothing
         if is_writer:
             shutil.rmtree(aside, ignore_errors=True)
         raise
     with distributed.raised_everywhere():
-        if is_writer and (run.uri or not is_fsdp):
+        if is_writer:
             _finish(run, aside, target.name)
 
 
@@ -110,17 +110,20 @@ def _shards_writer(
 ) -> Callable[[], None]:
     """Copy a state to the host's memory, and return what writes it: in a thread, if training continues meanwhile."""
     copy, group = sharded_state.copied(state), sharded_state.background_group()
+    is_writer = distributed.is_first_here() if run.uri else distributed.is_main()
 
     def write() -> None:
         try:
-            with write_errors(run.resume):
-                sharded_state.write_state(copy, aside, group)  # on rank 0 it returns when all ranks have written
+            with distributed.raised_everywhere(group), write_errors(run.resume):
+                sharded_state.write_state(copy, aside, group)
                 if distributed.is_main():
                     _write_position(position, aside)
-                    if run.uri is None:
-                        _finish(run, aside, name)
+            publish(run, aside, name, group)
+            with distributed.raised_everywhere(group), write_errors(run.resume):
+                if is_writer:
+                    _finish(run, aside, name)
         except Exception:
-            if distributed.is_main():
+            if is_writer:
                 shutil.rmtree(aside, ignore_errors=True)
             raise
 

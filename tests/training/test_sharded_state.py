@@ -1,5 +1,6 @@
 """The training state of FSDP2: exact, and fit for any number of workers and any sharding."""
 
+import os
 import threading
 import time
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 
 from conftest import LORA, losses_of, uneven_rows
 from forgebook.launch.fine_tune import fine_tune
+from forgebook.runs import upload
 from support_ranks import run_two_ranks
 
 TWO = {"num_devices": 2, "train_batch_size_per_device": 2, "gradient_accumulation_steps": 2}
@@ -53,6 +55,49 @@ class Wrapped(torch.nn.Module):
 
     def forward(self, inputs):
         return self.model(inputs).square().sum()
+
+
+def save_to_bucket(rank: int, folder: str, uri: str) -> dict:
+    """Two machines, each with a folder of its own, save twice to a bucket that answers slowly, and train meanwhile."""
+    from forgebook.runs import object_store
+    from forgebook.runs.run import Run
+    from forgebook.training import fsdp
+    from forgebook.training.background_save import BackgroundSave
+    from forgebook.training.optimizers import AdamW
+    from forgebook.training.training_state import Position, save_state
+
+    os.environ["LOCAL_RANK"] = "0"  # the first of its machine
+    run, saving = Run(Path(folder) / str(rank), uri), BackgroundSave()
+    run.resume.mkdir(parents=True)
+    wrapped = Wrapped()
+    fsdp.shard(wrapped, torch.float32, torch.device("cpu"))
+    model, optimizer = wrapped.model, AdamW([{"params": list(wrapped.parameters())}], lr=0.1)
+    send, may_send = object_store.upload_files, threading.Event()
+    object_store.upload_files = lambda *arguments: may_send.wait(30) and send(*arguments)
+
+    def step():
+        wrapped(torch.ones(3, 6) * (rank + 1)).backward()  # with collectives of its own
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    save_state(run, Position(1), model, optimizer, background=saving)
+    step()
+    absent = upload.newest_state(upload.complete_folders(uri, object_store.list_files(uri)))
+    torch.distributed.barrier()
+    may_send.set()
+    save_state(run, Position(2), model, optimizer, background=saving)
+    step()
+    saving.wait()
+    torch.distributed.barrier()
+    names = object_store.list_files(uri)
+    left = [path.name for path in run.resume.iterdir()]
+    return {
+        "absent": absent,
+        "newest": upload.newest_state(upload.complete_folders(uri, names)),
+        "names": sorted(names),
+        "left": left,
+    }
 
 
 def save_and_read(rank: int, folder: str) -> dict:
@@ -150,3 +195,12 @@ def test_a_failed_save_is_raised_on_both_and_leaves_the_earlier_state(outcomes):
 
 def test_a_state_of_other_weights_is_refused(outcomes):
     assert all("is the state of other weights" in each["other"] for each in outcomes)
+
+
+def test_training_does_not_wait_for_a_bucket(s3, tmp_path):
+    """Step 1 is trained on while no bucket has its state; that of step 2, of both machines, takes its place."""
+    for each in run_two_ranks(save_to_bucket, tmp_path, str(tmp_path), "s3://forgebook/runs/one"):
+        assert each["absent"] is None and each["newest"] == "resume/step-2" and not each["left"]
+        states = {name for name in each["names"] if name.startswith("resume/")}
+        assert {name.split("/")[1] for name in states} == {"step-2"}
+        assert {f"resume/step-2/__{rank}_0.distcp" for rank in (0, 1)} <= states
