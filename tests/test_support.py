@@ -95,8 +95,29 @@ def support_page() -> str:
         "", "## Models", "",
         "Any decoder in transformers. [tests/oracles/families.md](tests/oracles/families.md) lists the families that",
         "are tested: loading, LoRA, full fine-tuning, the plan's counts, loss masks, vLLM.",
+        "[tests/oracles/peers.md](tests/oracles/peers.md) runs the public tests of chat templates and LoRA that TRL,",
+        "axolotl and PEFT have against this engine, and says how many agree and why the others do not.",
+        "",
+        *engine_lines(json.loads((REPOSITORY / "benchmarks/real/results.json").read_text())["engines"]),
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
+
+
+def engine_lines(measured: dict) -> list[str]:
+    """Write how far the engines agree. measured: what benchmarks/real/run.py measured of vLLM."""
+    first = f"{measured['equal_in_their_first_32_tokens']} of {measured['answers']} in their first 32 tokens"
+    whole = f"{measured['equal_answers']} whole, of at most {measured['max_new_tokens']} tokens"
+    median = f"they share {measured['tokens_to_the_first_difference']['median']:.0f} (median)"
+    return [
+        "## Engines", "",
+        "Greedy answers of SmolLM2 135M and adapters on it, on a CPU, compared with those of transformers. In bfloat16",
+        "the engines round differently, which decides between tokens that are about as likely.",
+        "",
+        "| engine | numbers | equal answers | measured by |", "|---|---|---|---|",
+        "| vLLM | float32 | 20 of 20, 32 tokens each | [tests/engines](tests/engines/test_vllm.py) |",
+        f"| vLLM | bfloat16 | {first}; {whole}; {median} | [benchmarks/real](benchmarks/real/results.json) |",
+        "| llama.cpp | f16, beside float32 | 10 of 10, 32 tokens each | [tests/real](tests/real/test_llama_cpp.py) |",
+    ]  # fmt: skip
 
 
 def test_the_page_is_the_table():

