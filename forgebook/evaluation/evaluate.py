@@ -134,6 +134,9 @@ def evaluate(
     turns = [turn for k, example in enumerate(examples) for turn in _turns(k, example, chosen == "tool_calls")]
     if not turns:
         raise DataError("no assistant turn of these examples follows a prompt, so there is nothing to answer")
+    numbers = (statistics.gsm8k_number(message_text(turn.reference)) for turn in turns)
+    if metric is None and chosen == "exact_match" and all(number is not None for number in numbers):
+        on_note("every reference has a number after ####: metric=gsm8k compares it alone, exact_match the whole answer")
     folder = run.folder / "evaluation"
     if engine_for(engine, _tuned(run, checkpoint), 2 * len(turns), has_images) == "vllm":
         models = both_models(run, checkpoint, in_vllm=True)

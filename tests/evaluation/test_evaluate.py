@@ -77,7 +77,9 @@ def test_a_run_learns_its_rows_by_heart(by_heart):
     ("metric", "kind"), [(None, "different"), ("gsm8k", "wrong number")], ids=["exact_match", "gsm8k"]
 )
 def test_right_and_wrong_answers_are_counted_and_shown(by_heart, held_out, metric, kind):
-    found = evaluate(by_heart, path=held_out, metric=metric, max_new_tokens=24)
+    notes = []
+    found = evaluate(by_heart, path=held_out, metric=metric, max_new_tokens=24, on_note=notes.append)
+    assert any("metric=gsm8k compares it alone" in note for note in notes) == (metric is None)
     [score] = found.scores
     assert (score.before.value, score.after.value) == (0, 0.75) and score.difference.value == 0.75
     assert score.after.low == pytest.approx(0.3006, abs=1e-4) and score.after.high == pytest.approx(0.9544, abs=1e-4)
