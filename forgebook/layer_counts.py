@@ -37,13 +37,18 @@ class LayerKind:
 class ImageLoad:
     """The vision tower of a run with images.
 
-    layers, hidden, inner: of the tower. patches: that it computes per token of an example. parameters: its own, with
-    the projector's; trained: those of them that train. is_frozen: whether nothing before the projector trains.
+    layers, hidden: of the tower. kept: numbers per patch that one layer keeps for its backward pass; forward, backward:
+    the most that it holds at once without one, and that its backward pass adds. pixels: numbers of a patch. patches:
+    that it computes per token of an example. parameters: its own, with the projector's; trained: those of them that
+    train. is_frozen: whether nothing before the projector trains.
     """
 
     layers: int
     hidden: int
-    inner: int
+    kept: int
+    forward: int
+    backward: int
+    pixels: int
     patches: float
     parameters: int
     trained: int

@@ -277,3 +277,20 @@ def s3(door):
     import boto3
 
     return boto3.client("s3")
+
+
+@pytest.fixture
+def google(monkeypatch):
+    """A bucket `forgebook` on an emulator of Google's storage over HTTP."""
+    import socket
+
+    from gcp_storage_emulator.server import create_server
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = create_server("127.0.0.1", port, in_memory=True, default_bucket="forgebook")
+    server.start()
+    monkeypatch.setenv("CLOUD_STORAGE_EMULATOR_ENDPOINT", f"http://127.0.0.1:{port}")
+    yield
+    server.stop()

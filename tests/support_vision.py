@@ -117,17 +117,37 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def save_vision_model(name: str, folder: Path) -> str:
-    """Save a random model of a family that reads images, as it is published; return its folder."""
+def save_vision_model(name: str, folder: Path, dtype: str = "float32", **larger: dict[str, Any]) -> str:
+    """Save a random model of a family that reads images, as it is published; return its folder.
+
+    larger: see `save_vision_files`.
+    """
     import torch
+
+    from forgebook.models.load import auto_class
+
+    config = save_vision_files(name, folder, **larger)
+    torch.manual_seed(0)
+    model = auto_class(config).from_config(config)
+    assert type(model).__name__ == config.architectures[0]
+    model.generation_config.pad_token_id = 0
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
+    return str(folder)
+
+
+def save_vision_files(name: str, folder: Path, **larger: dict[str, Any]) -> Any:
+    """Save all files of such a model but its weights; return its config.
+
+    larger: settings in the place of those of `text`, `tower`, `pixels`, `processor` and `config`.
+    """
     import transformers
     from transformers import CONFIG_MAPPING, AutoTokenizer
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as READS_IMAGES
 
     from conftest import TINY_MODEL
-    from forgebook.models.load import auto_class
 
     about = FAMILIES[name]
+    tower = about["tower"] | larger.get("tower", {})
     tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
     tokenizer.add_special_tokens({"additional_special_tokens": about["tokens"]})
     tokenizer.chat_template = about["template"]
@@ -139,6 +159,7 @@ def save_vision_model(name: str, folder: Path) -> str:
     text = TEXT | {"vocab_size": len(tokenizer)} | about.get("layers", {})
     text |= {"model_type": about["text"]} if about["text"] else {}
     text |= {"rope_parameters": about["rope"]} if "rope" in about else {}
+    text |= larger.get("text", {})
     marks = {"image_token_id": ids[about["image"]], "image_token_index": ids[about["image"]]}
     for key, token in (
         ("vision_start_token_id", "<|vision_start|>"), ("vision_end_token_id", "<|vision_end|>"),
@@ -147,19 +168,16 @@ def save_vision_model(name: str, folder: Path) -> str:
     ):  # fmt: skip
         marks |= {key: ids[token]} if token in ids else {}
     config = CONFIG_MAPPING[about["type"]](
-        text_config=text, vision_config=about["tower"], architectures=[READS_IMAGES[about["type"]]],
-        bos_token_id=1, eos_token_id=2, pad_token_id=0, **about["config"], **marks,
+        text_config=text, vision_config=tower, architectures=[READS_IMAGES[about["type"]]],
+        bos_token_id=1, eos_token_id=2, pad_token_id=0, **about["config"] | larger.get("config", {}), **marks,
     )  # fmt: skip
-    torch.manual_seed(0)
-    model = auto_class(config).from_config(config)
-    assert type(model).__name__ == READS_IMAGES[about["type"]]
-    model.generation_config.pad_token_id = 0
-    model.save_pretrained(folder)
+    config.save_pretrained(folder)
     kind, settings = about["pixels"]
-    getattr(transformers, kind)(**settings).save_pretrained(folder)
+    getattr(transformers, kind)(**settings | larger.get("pixels", {})).save_pretrained(folder)
     kind, settings = about["processor"]
-    (Path(folder) / "processor_config.json").write_text(json.dumps({"processor_class": kind, **settings}))
-    return str(folder)
+    settings = {"processor_class": kind, **settings, **larger.get("processor", {})}
+    (Path(folder) / "processor_config.json").write_text(json.dumps(settings))
+    return config
 
 
 def draw(path: Path, text: str = "", size: tuple[int, int] = (40, 30), color: str = "navy") -> Path:

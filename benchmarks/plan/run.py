@@ -267,14 +267,19 @@ def result_of(case: str, measured: int) -> dict:
     }  # fmt: skip
 
 
+def environment() -> dict:
+    """Describe the machine and the packages that all cases depend on."""
+    return {
+        "cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(),
+        "python": platform.python_version(), "torch": version("torch"), "transformers": version("transformers"),
+    }  # fmt: skip
+
+
 def write_results(target: str, found: dict[str, dict], failed: list[str]) -> dict:
     """Write what is measured so far, in the order of the cases, with its environment; return the summary."""
     results = [found[case] for case in CASES if case in found]
     summary = {
-        **summary_of(results), "failed": failed,
-        "cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(),
-        "python": platform.python_version(), "torch": version("torch"), "transformers": version("transformers"),
-        "deepspeed": version("deepspeed"),
+        **summary_of(results), "failed": failed, **environment(), "deepspeed": version("deepspeed"),
     }  # fmt: skip
     if target:
         Path(target).write_text(json.dumps({"summary": summary, "results": results}, indent=1) + "\n")

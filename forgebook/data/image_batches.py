@@ -9,6 +9,8 @@ a line with a blank image, and nothing of that line is in the loss.
 
 from __future__ import annotations
 
+import copy
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,18 +21,21 @@ from forgebook.data.image_tokens import PlacedImage
 from forgebook.data.images import open_image
 from forgebook.errors import TrainingError
 
-__all__ = ["Pixels", "StoredImage"]
+__all__ = ["MOST_AHEAD", "Pixels", "StoredImage"]
 
 StoredImage = tuple[PlacedImage, Path]
 BLANK = (64, 64)
+MOST_AHEAD = 4  # batches of pixels that wait for their step, at most
+MASK = "pixel_attention_mask"  # SmolVLM's: of 8 bytes per pixel as its processor returns it, which any kind will do for
 TYPES = ("mm_token_type_ids", "token_type_ids")  # of the positions, by which some models know images
 
 
 class Pixels:
-    """What a model's forward pass takes beside token ids. dtype: of its weights."""
+    """What a model's forward pass takes beside token ids, for several threads. dtype: of its weights."""
 
     def __init__(self, processor: Any, dtype: str):
         self.processor, self.dtype = processor, dtype
+        self._own = threading.local()  # a call changes how the processor's tokenizer pads
         text = processor(images=[[self._blank()]], text=[processor.image_token])["input_ids"][0]
         self.blank_ids = np.asarray(text, np.int64)
 
@@ -50,7 +55,9 @@ class Pixels:
 
         opened = [[open_image(one.file, store) for one, store in line] for line in images if line]
         opened = opened or [[self._blank()]]
-        processor, token = self.processor, self.processor.image_token
+        if not hasattr(self._own, "processor"):
+            self._own.processor = copy.deepcopy(self.processor)
+        processor, token = self._own.processor, self.processor.image_token
         outputs = processor(
             images=opened, text=[token * len(line) for line in opened], padding=True, return_tensors="pt"
         )
@@ -63,6 +70,8 @@ class Pixels:
             for name, value in outputs.items()
             if name not in ("input_ids", "attention_mask", *TYPES)
         }
+        if MASK in inputs:
+            inputs[MASK] = inputs[MASK].bool()
         if name := next((name for name in TYPES if name in outputs), None):
             inputs[name] = torch.tensor(processor.create_mm_token_type_ids(input_ids.tolist()))
         return inputs

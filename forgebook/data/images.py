@@ -277,7 +277,7 @@ def _read(uri: str) -> bytes:
     """Read the bytes of an image. Raises DataError."""
     try:
         if uri.startswith(object_store.SCHEMES):
-            return _bounded(object_store.read_file(uri), uri)
+            return _bounded(object_store.read_at_most(uri, MOST_BYTES), uri)
         if uri.startswith(WEB):
             with urllib.request.urlopen(uri, timeout=WAIT_SECONDS) as response:
                 return _bounded(response.read(MOST_BYTES + 1), uri)
@@ -297,7 +297,7 @@ def _read(uri: str) -> bytes:
         raise DataError(f"the image {uri} cannot be read: {reason}") from None
 
 
-def _bounded(data: bytes, uri: str) -> bytes:
-    if len(data) > MOST_BYTES:
+def _bounded(data: bytes | None, uri: str) -> bytes:
+    if data is None or len(data) > MOST_BYTES:
         raise DataError(f"{uri}: an image of more than {MOST_BYTES // 2**20} MB: make it smaller")
     return data

@@ -151,10 +151,22 @@ def hub_dataset(uri: str, revision: str | None = None) -> Any:
     import datasets
 
     try:
-        return datasets.load_dataset("/".join(owner_and_name), config, split=split, revision=revision)
+        dataset = datasets.load_dataset("/".join(owner_and_name), config, split=split, revision=revision)
+        _leave_images(dataset.info.features)
+        return dataset
     except Exception as error:  # the library raises whatever its readers, the hub and the network raise
         reason = first_line(error)
         raise StorageError(f"{uri} could not be loaded: {reason}") from None
+
+
+def _leave_images(feature: Any) -> None:
+    """Let the images of a data set be read as their bytes and paths, which `data.images` checks and decodes."""
+    if hasattr(feature, "decode"):
+        feature.decode = False
+    inner = feature if isinstance(feature, dict | list) else getattr(feature, "feature", [])
+    inner = list(inner.values()) if isinstance(inner, dict) else inner
+    for part in inner if isinstance(inner, list) else [inner]:
+        _leave_images(part)
 
 
 def hub_revision(dataset: Any) -> str | None:

@@ -5,16 +5,17 @@
 The base is always loaded from its own weights, unquantized, in the dtype they were published in. Each layer is merged
 in float32 and rounded once. The written model is then loaded with plain transformers and compared with the adapter and
 the base, token by token, before the folder gets its name: in the dtype of the weights, and again in float32 if it
-differs by more there than rounding of the weights explains.
+differs by more there than rounding of the weights explains. Examples with images are compared with their pixels.
 """
 
 from __future__ import annotations
 
 import gc
 import shutil
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,10 +25,13 @@ from forgebook.config.blocks import PromptFormat, labels_of
 from forgebook.config.parse import load_config
 from forgebook.data import masking
 from forgebook.data.examples import read_examples, validation_source
+from forgebook.data.image_batches import Pixels
+from forgebook.data.image_tokens import ImageTokens
 from forgebook.data.prompt_formats import as_chat_template, read_prompt_format
 from forgebook.errors import CheckpointError, ConfigError, DataError, ModelError, StorageError
 from forgebook.inference.loading import base_of, load_for_generation, run_config
 from forgebook.models import adapters, load, saved_adapters
+from forgebook.models.processor import load_processor
 from forgebook.models.tokenizer import load_tokenizer, readable_model_errors, refuse_pickled
 from forgebook.models.unused_packages import without_unused
 from forgebook.models.vllm_support import vllm_loads
@@ -51,8 +55,14 @@ BUILT_IN = (
     "Explain in one sentence why the sky is blue.",
 )
 
-# The ids of an example, and the positions whose predictions are compared.
-Compared = tuple[list[int], list[int]]
+
+@dataclass(frozen=True)
+class Compared:
+    """An example's ids, the positions whose predictions are compared, and what a forward pass takes of its images."""
+
+    ids: list[int]
+    positions: list[int]
+    images: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -273,37 +283,60 @@ def _write_template(out: Path) -> None:
 def _compared_examples(folder: Path, tokenizer) -> tuple[list[Compared], str]:
     """Choose examples and the positions in them whose predictions are compared; describe both."""
     prompt_format = read_prompt_format(folder)
-    encoded, origin = _validation_examples(folder, tokenizer, prompt_format), "examples of the run's validation file"
-    if not encoded:
+    with tempfile.TemporaryDirectory() as store:
+        examples, reads_images = _validation_examples(folder, tokenizer, prompt_format, Path(store))
+    origin = "examples of the run's validation file"
+    if not examples:
         origin = "built-in prompts"
         conversations = [[{"role": "user", "content": text}] for text in BUILT_IN]
         prompts = [masking.encode_prompt(messages, tokenizer, prompt_format) for messages in conversations]
-        encoded = [masking.Encoded(ids, [True] * len(ids)) for ids in prompts]
-    examples = []
-    for one in encoded:
-        ids, mask = one.input_ids[:EXAMPLE_TOKENS], one.loss_mask[:EXAMPLE_TOKENS]
-        # The prediction of token k is made at k - 1. An example cut before its answer is compared at its prompt.
-        positions = [k - 1 for k in range(1, len(ids)) if mask[k]] or list(range(len(ids) - 1))
-        examples.append((ids, positions[-COMPARED:]))
-    return examples, f"{sum(len(positions) for _, positions in examples)} tokens of {len(examples)} {origin}"
+        examples = [_compared(masking.Encoded(ids, [True] * len(ids))) for ids in prompts]
+    if reads_images:
+        origin += f", {sum(bool(one.images) for one in examples)} of them with images"
+    return examples, f"{sum(len(one.positions) for one in examples)} tokens of {len(examples)} {origin}"
 
 
-def _validation_examples(folder: Path, tokenizer, prompt_format: PromptFormat | None) -> list[masking.Encoded]:
-    """Encode the first examples of the run's validation file; none if there is no such file any more."""
+def _validation_examples(
+    folder: Path, tokenizer, prompt_format: PromptFormat | None, store: Path
+) -> tuple[list[Compared], bool]:
+    """Encode the first examples of the run's validation file, none if there is no such file any more.
+
+    Also return whether the run reads images. store: where those are kept that are no local files.
+    """
     try:
         found = run.find_run(str(folder.parent.parent))
         config = load_config(found.config)
+    except (ConfigError, StorageError):
+        return [], False
+    reads_images = config.vision_language_config is not None
+    try:
         source = validation_source(found, config.valid_path)
         if source is None or config.task is None:
-            return []
+            return [], reads_images
         labels = labels_of(config.classifier_config)
         examples = read_examples(source, config.task, EXAMPLES, labels, "drop")
+        images = ImageTokens(load_processor(base_of(folder)[0], tokenizer), store) if reads_images else None
+        chats = [(one.messages, one.tools) for one in examples if one.messages is not None]
+        chats = [(images.checked(messages), tools) for messages, tools in chats] if images else chats
     except (ConfigError, DataError, StorageError):
-        return []
+        return [], reads_images
     texts = [masking.encode_text(one.text, tokenizer) for one in examples if one.text is not None]
-    chats = [(one.messages, one.tools) for one in examples if one.messages is not None]
-    encoded = masking.encode_many(chats, tokenizer, prompt_format, rewritten_turns="expand")
-    return texts + [pieces[-1] for pieces in encoded if not isinstance(pieces, DataError)]
+    encoded = masking.encode_many(chats, tokenizer, prompt_format, rewritten_turns="expand", images=images)
+    valid = texts + [pieces[-1] for pieces in encoded if not isinstance(pieces, DataError)]
+    pixels = Pixels(images.processor, "float32") if images else None
+    return [_compared(one, pixels, store) for one in valid], reads_images
+
+
+def _compared(one: masking.Encoded, pixels: Pixels | None = None, store: Path | None = None) -> Compared:
+    """Choose what is compared of an encoded example, which is cut behind its images."""
+    stop = max(EXAMPLE_TOKENS, *(image.stop + COMPARED for image in one.images), 0)
+    ids, mask = one.input_ids[:stop], one.loss_mask[:stop]
+    # The prediction of token k is made at k - 1. An example cut before its answer is compared at its prompt.
+    positions = [k - 1 for k in range(1, len(ids)) if mask[k]] or list(range(len(ids) - 1))
+    inputs = {}
+    if pixels is not None and store is not None and one.images:
+        inputs = pixels.inputs([[(image, store) for image in one.images]], torch.tensor([ids]))
+    return Compared(ids, positions[-COMPARED:], inputs)
 
 
 def _with_and_without_adapter(model, examples: list[Compared]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -321,8 +354,11 @@ def _log_probabilities(model, examples: list[Compared]) -> list[torch.Tensor]:
     """
     model.to("cuda" if torch.cuda.is_available() and _fits_gpu(model) else "cpu")
     log_probabilities = []
-    for ids, positions in examples:
-        logits = model(input_ids=torch.tensor([ids], device=model.device)).logits[0, positions]
+    for one in examples:
+        inputs = {"input_ids": torch.tensor([one.ids]), **one.images}
+        sent = {name: value.to(model.device) for name, value in inputs.items()}
+        sent = {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in sent.items()}
+        logits = model(**sent).logits[0, one.positions]
         log_probabilities.append(torch.log_softmax(logits.double(), -1).cpu())
     return log_probabilities
 

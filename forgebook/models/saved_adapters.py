@@ -112,6 +112,7 @@ def attach_adapter(model: Any, source: str, name: str = "default", **settings: A
     settings: of PEFT's from_pretrained. Raises ModelError if it cannot be read, or has no weights for layers that it is
     of: it was trained on a model whose layers have other names.
     """
+    from forgebook.models.checkpointing import let_inputs_be
     from forgebook.models.expert_adapters import quiet_about_experts, use_low_rank_products
     from forgebook.models.fused_lora import use_fused_products
     from forgebook.models.peft_library import PeftModel, without_unused_bitsandbytes
@@ -122,7 +123,8 @@ def attach_adapter(model: Any, source: str, name: str = "default", **settings: A
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         try:
             if not hasattr(model, "peft_config"):
-                model = PeftModel.from_pretrained(model, source, adapter_name=name, **settings)
+                base, model = model, PeftModel.from_pretrained(model, source, adapter_name=name, **settings)
+                let_inputs_be(base)
                 use_low_rank_products(model)
                 use_fused_products(model)
                 return model

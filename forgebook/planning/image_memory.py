@@ -1,23 +1,20 @@
 """Bytes of activations in a vision tower, which are there before those of the text, or as long as they.
 
 saved, working, layer = with_tower(activations of the text, run)
+bytes = at_tower(run)               when the backward pass has come to it
+
+How much a layer keeps is counted on the model's class (models/image_load.py). Of frozen weights nothing is kept: no
+input of theirs requires a gradient (models/checkpointing.py: let_inputs_be).
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from forgebook.layer_counts import ImageLoad
+__all__ = ["at_tower", "with_tower"]
 
-__all__ = ["with_tower"]
-
-# Numbers per patch that a layer keeps for its backward pass, in multiples of its width: the inputs of both norms and
-# what they return, queries, keys and values, the output of attention, which is what the product after it needs; a part
-# is freed before the peak. The MLP keeps its product and the activation of it. Measured on a CPU: SmolVLM's tower.
-SAVED_OF_HIDDEN, SAVED_OF_INNER = 7, 2
-# Without a backward pass: the input of an MLP, and that of its norm.
-FORWARD_OF_HIDDEN = 2
-CHANNELS, PATCH = 3, 14
+# Batches of pixels in the device's memory: of this step and the next; of a CPU also one that is being made.
+BATCHES, BATCHES_ON_CPU = 2, 3
 
 
 def with_tower(activations: tuple[int, int, int], run: Any) -> tuple[int, int, int]:
@@ -26,24 +23,40 @@ def with_tower(activations: tuple[int, int, int], run: Any) -> tuple[int, int, i
     run: what `memory.memory_of` counts.
     """
     saved, working, layer = activations
-    if run.shape.images is None:
+    load = run.shape.images
+    if load is None:
         return activations
-    kept, forward = _tower_bytes(run.shape.images, run.tokens, run.width, bool(run.config.gradient_checkpointing))
-    return max(saved + kept, forward), working, layer
+    patches = load.patches * run.tokens * run.width
+    kept, one = _kept(run)
+    # Before there is anything of the text. Some towers copy the pixels; embeddings of patches begin with them, too.
+    forward = patches * (_pixels(run) + max(load.forward + load.pixels, 2 * load.pixels + 2 * load.hidden))
+    return max(saved + kept, int(forward)), working, layer if load.is_frozen else max(layer, one)
 
 
-def _tower_bytes(load: ImageLoad, tokens: int, width: int, is_recomputed: bool) -> tuple[int, int]:
-    """Count the bytes that a tower saves for the backward pass, and those that its forward pass holds at once.
+def at_tower(run: Any) -> int:
+    """Count the bytes when the backward pass comes to a tower that trains: the text's gradients are there by then."""
+    load = run.shape.images
+    if load is None or load.is_frozen:
+        return 0
+    kept, one = _kept(run)
+    return (run.trained - load.trained) * run.width + kept + one
 
-    tokens: of a micro batch. width: bytes of a number. is_recomputed: whether layers are, in the backward pass.
-    """
-    patches = load.patches * tokens
-    layer = patches * width * (SAVED_OF_HIDDEN * load.hidden + SAVED_OF_INNER * load.inner)
-    pixels = patches * width * CHANNELS * PATCH**2
-    if load.is_frozen:  # what enters the projector stays if that trains
-        moment = patches * width * (FORWARD_OF_HIDDEN * load.hidden + SAVED_OF_INNER * load.inner)
-        kept = 2 * patches * width * load.hidden if load.trained else 0
-        return int(pixels + kept), int(pixels + moment)
-    if is_recomputed:
-        return int(pixels + load.layers * patches * width * load.hidden), int(pixels + layer)
-    return int(pixels + load.layers * layer), int(pixels + layer)
+
+def _pixels(run: Any) -> int:
+    """Count the numbers of pixels that are there all the time, per patch of a batch."""
+    return run.shape.images.pixels * (BATCHES if run.on_gpu else BATCHES_ON_CPU)
+
+
+def _kept(run: Any) -> tuple[int, int]:
+    """Count the bytes that a tower keeps for the backward pass, and those that this adds for one layer."""
+    load = run.shape.images
+    patches = load.patches * run.tokens * run.width
+    # What enters the last norm, and the projector.
+    ends = 2 * load.hidden if load.trained else 0
+    if load.is_frozen:
+        return int(patches * (_pixels(run) + ends)), 0
+    if run.config.gradient_checkpointing:  # layers are recomputed one at a time
+        each, again = load.hidden, load.kept + load.backward
+    else:
+        each, again = load.kept, load.backward
+    return int(patches * (_pixels(run) + ends + load.layers * each)), int(patches * again)

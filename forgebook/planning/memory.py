@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from forgebook.config.blocks import labels_of
 from forgebook.data.batching import group_size
 from forgebook.models.adapters import needs_whole_base
-from forgebook.planning.image_memory import with_tower
+from forgebook.planning.image_memory import at_tower, with_tower
 from forgebook.planning.loss_chunk import loss_chunk
 from forgebook.planning.sharding import Sharding, sharding_of
 from forgebook.planning.trainable import adapted_layers, trained_parameters, trains_label_rows
@@ -273,7 +273,7 @@ def _backward(run: _Run, gradients: int, buffers: int) -> int:
     last = max(layer, head, table) + shared
     if sharding.stage == 0:
         if run.workers == 1 and not run.accumulates:  # gradients come while activations go, and stay where they are
-            return max(first, gradients + last - head)
+            return max(first, gradients + last - head, at_tower(run))
         return gradients + max(first, last)
     # In a bucket, gradients of several workers' parts are interleaved: DeepSpeed sorts them into a copy.
     bucket = min(sharding.bucket, run.trained)

@@ -1,6 +1,5 @@
 """Buckets: s3:// (any S3-compatible endpoint through AWS_ENDPOINT_URL) and gs://, listed, read and written.
 
-list_files(uri)              -> {name: bytes}
 upload_folder(folder, uri)              a manifest, written last, marks the folder complete
 download_folder(uri, folder) -> bool    what the manifest names, or nothing
 
@@ -42,6 +41,7 @@ __all__ = [
     "list_folders",
     "make_manifest",
     "open_bucket",
+    "read_at_most",
     "read_file",
     "read_manifest",
     "remove_files",
@@ -118,10 +118,12 @@ def list_files(uri: str) -> dict[str, int]:
 def file_version(uri: str) -> str:
     """Ask what a file is now: its ETag or generation, its size, else its modification time."""
     bucket, path = _calls(uri)
-    with _readable_errors(uri), bucket.open_input_file(path) as file:
+    # A stream: pyarrow opens Google's files for random access without releasing the GIL, so that no limit applies.
+    with _readable_errors(uri), bucket.open_input_stream(path) as file:
         about = {key.lower(): value for key, value in (file.metadata() or {}).items()}
-        known = [os.fsdecode(about[key]) for key in ("etag", "versionid", "generation") if about.get(key)]
-        return " ".join([*known, str(file.size())]) if known else _dated(bucket.get_file_info(path))
+        known = [about[key] for key in ("etag", "versionid", "generation") if about.get(key)]
+        size = about.get("size") or about.get("content-length") or b""
+        return " ".join(map(os.fsdecode, [*known, size])) if known else _dated(bucket.get_file_info(path))
 
 
 def folder_version(uri: str) -> tuple[str, list[str]]:
@@ -159,11 +161,9 @@ def _listing(uri: str, recursive: bool) -> list[Any]:
 
 def has_file(uri: str) -> bool:
     """Check whether there is a file at a URI."""
-    from pyarrow import fs
-
     bucket, path = _calls(uri)
     with _readable_errors(uri):
-        return bucket.get_file_info(path).type == fs.FileType.File
+        return bucket.get_file_info(path).is_file
 
 
 def read_file(uri: str) -> bytes:
@@ -171,6 +171,13 @@ def read_file(uri: str) -> bytes:
     bucket, path = _calls(uri)
     with _readable_errors(uri), bucket.open_input_stream(path) as source:
         return source.read()
+
+
+def read_at_most(uri: str, most: int) -> bytes | None:
+    """Read a file into memory; return None, and fetch nothing of it, if it has more than `most` bytes."""
+    bucket, path = _calls(uri)
+    with _readable_errors(uri):
+        return read_file(uri) if (bucket.get_file_info(path).size or 0) <= most else None
 
 
 def write_file(uri: str, content: bytes) -> None:

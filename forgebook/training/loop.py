@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from forgebook.config.blocks import EarlyStopping
 from forgebook.config.schema import ResolvedConfig
 from forgebook.data import batching as batches
 from forgebook.data import token_store as tokens
+from forgebook.data.forked import cores
 from forgebook.data.image_batches import Pixels
 from forgebook.errors import StoppedError, TrainingError
 from forgebook.models.checkpointing import check_kept
@@ -36,10 +37,10 @@ from forgebook.training.evaluation_answers import EvaluationAnswers, metric_key
 from forgebook.training.losses import check_isolation, check_slices
 from forgebook.training.objectives import Objective
 from forgebook.training.out_of_memory import explain_out_of_memory
-from forgebook.training.profiler import StepProfiler, phase
+from forgebook.training.profiler import StepProfiler
 from forgebook.training.reference import ExampleSet, with_reference
 from forgebook.training.setup import base_overrides, make_accelerator, make_worker, prompt_format_text
-from forgebook.training.step import Ahead, Counts, MicroBatch, QueuedStep, queue_step, read_steps
+from forgebook.training.step import Ahead, Counts, QueuedStep, queue_step, read_steps
 from forgebook.training.step_metrics import EpochSums, StepMemory, check_step
 from forgebook.training.stop_check import check_stops
 from forgebook.training.training_state import Position
@@ -118,6 +119,8 @@ def train_loop(config: ResolvedConfig, run: Run, report: Report = lambda metrics
         train, pad_id, device, pad_to, packed=config.padding == "packed", one_line=takes_segments and pad_to is None,
         pixels=pixels,
     )  # fmt: skip
+    if train_set.threads:
+        progress.stage(f"images are prepared in {train_set.threads} of {cores()} cores, as many batches ahead")
     train_set = with_reference(config, run, worker, train_set, "training", progress)
     evaluate = None
     if valid is not None:
@@ -184,7 +187,7 @@ def train_loop(config: ResolvedConfig, run: Run, report: Report = lambda metrics
     planned_shares = max(1, config.num_devices) // config.sequence_parallel
     accumulation = math.ceil(config.gradient_accumulation_steps * planned_shares / shares)
 
-    @lru_cache(maxsize=1)
+    @lru_cache(maxsize=2)  # batches made ahead may be of the next epoch
     def steps_of(epoch: int) -> list[list[batches.Sequence]]:
         by_length = batches.groups_by_length(config.task)
         return batches.epoch_batches(
@@ -197,7 +200,7 @@ def train_loop(config: ResolvedConfig, run: Run, report: Report = lambda metrics
     def parts_of(number: int) -> Parts:
         return batches.split_batch(examples_of(number), train, shares, accumulation)[share]
 
-    ahead = Ahead(_micro_batches(train_set, parts_of, range(step, last_step)))
+    ahead = Ahead(train_set.batches(part for number in range(step, last_step) for part in parts_of(number)))
     sums, memory = EpochSums(**start.epoch_sums), StepMemory(worker)
     profiler = StepProfiler(run, config.profile and accelerator.is_main_process)
     saving = BackgroundSave()
@@ -337,15 +340,6 @@ def _is_enough(early_stopping: EarlyStopping | None, losses: dict[str, float | N
 
 
 # The steps ----------------------------------------------------------------------------------------------
-
-
-def _micro_batches(train: ExampleSet, parts_of: Callable[[int], Parts], steps: range) -> Iterator[MicroBatch]:
-    """Yield the micro batches of some steps, each made when the loop takes it."""
-    for number in steps:
-        for part in parts_of(number):
-            with phase("batch"):
-                batch = train.batch(part)
-            yield batch, train.reference_of(part)
 
 
 def _counts(objective: Objective, train: tokens.Tokens, sequences: list[batches.Sequence]) -> Counts:

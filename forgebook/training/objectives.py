@@ -146,10 +146,10 @@ def evaluate(
     sums = torch.zeros(1 + len(names), dtype=torch.float64, device=accelerator.device)
     predictions: list[tuple[list[float], int]] = []
     worker.wrapped.eval()
-    for start in range(0, len(sequences), batch_size):
-        batch = sequences[start : start + batch_size]
-        [part] = batching.split_batch(batch, valid.tokens, shares, 1)[share]
-        measurement = objective.measure(worker.wrapped, valid.batch(part), valid.reference_of(part), label_ids)
+    groups = (sequences[start : start + batch_size] for start in range(0, len(sequences), batch_size))
+    parts = (batching.split_batch(group, valid.tokens, shares, 1)[share][0] for group in groups)
+    for batch, reference in valid.batches(parts):
+        measurement = objective.measure(worker.wrapped, batch, reference, label_ids)
         sums += measurement.figures(names)
         predictions += measurement.predictions
     worker.wrapped.train()

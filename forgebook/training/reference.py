@@ -11,8 +11,10 @@ be learned from, and full weights have not moved yet.
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,7 +32,9 @@ from forgebook.errors import TrainingError, first_line
 from forgebook.models import load
 from forgebook.models.tokenizer import tokenizer_of
 from forgebook.runs import atomic
+from forgebook.training.batches_ahead import in_order, threads_for
 from forgebook.training.losses import SupervisedLM
+from forgebook.training.profiler import phase
 
 if TYPE_CHECKING:
     from forgebook.config.blocks import LogprobProcessor
@@ -64,6 +68,24 @@ class ExampleSet:
 
     def batch(self, part: list[batching.Sequence]) -> batching.Batch:
         """Return the tensors of some sequences."""
+        return self.sent(self.on_host(part))
+
+    @property
+    def threads(self) -> int:
+        """Return how many threads make batches ahead; 0 where there are no images."""
+        return threads_for(self.device.type == "cuda") if self.pixels else 0
+
+    def batches(self, parts: Iterable[list[batching.Sequence]]) -> Iterator[tuple[batching.Batch, torch.Tensor | None]]:
+        """Yield the batch of each part, and the reference's log-probabilities of its examples, when it is taken."""
+        parts, to_make = itertools.tee(parts)
+        made = in_order(self.on_host, to_make, self.threads)
+        for part in parts:
+            with phase("batch"):
+                batch = self.sent(next(made))
+            yield batch, self.reference_of(part)
+
+    def on_host(self, part: list[batching.Sequence]) -> batching.Batch:
+        """Make the tensors of some sequences in the host's memory, in any thread."""
         images = batching.images_of(self.tokens, part) if self.pixels else []
         filler = self.pixels.blank_ids if self.pixels and not any(images) else None
         batch = batching.collate(
@@ -71,6 +93,10 @@ class ExampleSet:
         )
         if self.pixels:
             batch |= self.pixels.inputs(images, batch["input_ids"])
+        return batch
+
+    def sent(self, batch: batching.Batch) -> batching.Batch:
+        """Copy the tensors of a batch to the device."""
         segments = batch.pop("segments", None)
         sent: batching.Batch = {name: self._sent(tensor) for name, tensor in batch.items()}
         return sent if segments is None else {**sent, "segments": (self._sent(segments[0]), segments[1])}

@@ -128,3 +128,20 @@ def test_an_image_that_changes_during_a_run_stops_it(tmp_path):
     with pytest.raises(TrainingError, match="was changed after its example was tokenized"):
         examples.batch([np.array([0])])
     assert first["pixel_values"].shape[1:] == (5, 3, 28, 28)
+
+
+def test_batches_made_in_several_threads_are_those_made_one_by_one(rows, tmp_path, monkeypatch):
+    path, _ = rows
+    source = save_vision_model("SmolVLM", tmp_path / "model")
+    tokenizer = load_tokenizer(source)
+    images = ImageTokens(load_processor(source, tokenizer), tmp_path / ".tokens/images")
+    options = EncodingOptions("vision_language")
+    tokens, _ = tokenize(find_sources(str(path)), tokenizer, options, tmp_path / ".tokens", images=images)
+    examples = ExampleSet(
+        tokens, tokenizer.pad_token_id, torch.device("cpu"), pixels=Pixels(images.processor, "float32")
+    )
+    parts = [[np.array([k % len(tokens)]), np.array([(k + 1) % len(tokens)])][: 1 + k % 2] for k in range(12)]
+    monkeypatch.setattr("forgebook.training.reference.threads_for", lambda on_gpu: 4)
+    for part, (batch, _) in zip(parts, examples.batches(parts), strict=True):
+        alone = examples.batch(part)
+        assert batch.keys() == alone.keys() and all(torch.equal(batch[name], alone[name]) for name in alone)

@@ -56,6 +56,20 @@ def test_the_tokens_are_those_of_the_familys_processor(family, tmp_path):
     assert encoded.input_ids[: len(prompt.input_ids)] == prompt.input_ids and prompt.images == encoded.images
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tag", ["", "<|end|> "], ids=["plain", "special tokens as text"])
+def test_the_place_of_an_image_holds_its_tokens_and_no_others(family, tag, tmp_path):
+    tokenizer = load_tokenizer(save_vision_model(family, tmp_path / "model"))
+    processor = load_processor(str(tmp_path / "model"), tokenizer)
+    images = ImageTokens(processor)
+    messages = images.checked(talk(tmp_path, f"see {tag}{IMAGE}now {IMAGE}", "It.", f"Or{IMAGE}?", "This."))
+    [[encoded]] = masking.encode_many([(messages, None)], tokenizer, images=images)
+    for one in encoded.images:
+        inputs = {"images": [[PIL.Image.open(one.file.path)]], "text": [processor.image_token]}
+        [alone] = processor(**inputs, add_special_tokens=False)["input_ids"]
+        assert encoded.input_ids[one.start : one.stop] == list(alone)
+
+
 def as_written(message, is_plain):
     if is_plain and message["role"] != "user":
         return message

@@ -1,6 +1,7 @@
 import base64
 import http.server
 import io
+import json
 import struct
 import threading
 import zlib
@@ -9,9 +10,11 @@ import pytest
 from PIL import Image as pillow
 
 from forgebook.data import images
-from forgebook.data.images import Image, as_address, check_image, is_same, open_image, read_image
+from forgebook.data.examples import read_examples
+from forgebook.data.images import Image, as_address, check_image, image_size, is_same, open_image, read_image
 from forgebook.errors import DataError, TrainingError
-from support_vision import draw
+from forgebook.runs import object_store
+from support_vision import draw, image_row
 
 
 def png(size=(40, 30)) -> bytes:
@@ -149,4 +152,32 @@ def test_an_image_beside_rows_in_a_bucket_is_read_and_kept(s3, tmp_path):
     s3.delete_object(Bucket="forgebook", Key="set/images/a.png")
     assert open_image(file, tmp_path).size == (50, 20)  # as it was checked
     with pytest.raises(DataError, match=r"s3://forgebook/set/images/a\.png"):
+        check_image(image, tmp_path)
+
+
+def test_a_large_object_of_a_bucket_is_not_fetched(door, s3, tmp_path, monkeypatch):
+    s3.put_object(Bucket="forgebook", Key="large.png", Body=png() + bytes(2000))
+    monkeypatch.setattr(images, "MOST_BYTES", 1000)
+    asked = []
+    door.answers = lambda method, path: asked.append(method)
+    with pytest.raises(DataError, match="more than 0 MB: make it smaller"):
+        check_image(Image("s3://forgebook/large.png"), tmp_path)
+    assert asked and "GET" not in asked
+
+
+def test_an_image_beside_rows_in_a_bucket_of_google_is_read_and_kept(google, tmp_path, monkeypatch):
+    object_store.write_file("gs://forgebook/set/images/a.png", png((50, 20)))
+    rows = json.dumps(image_row("q", "a", "images/a.png")) + "\n"
+    object_store.write_file("gs://forgebook/set/rows.jsonl", rows.encode())
+    [example] = read_examples("gs://forgebook/set/rows.jsonl", "vision_language")
+    [image] = example.messages[0]["images"]
+    assert image == Image("gs://forgebook/set/images/a.png") and image_size(image) == (50, 20)
+    file = check_image(image, tmp_path)
+    object_store.remove_folder("gs://forgebook/set")
+    assert open_image(file, tmp_path).size == (50, 20)
+    with pytest.raises(DataError, match=r"gs://forgebook/set/images/a\.png could not be read: nothing has that name"):
+        check_image(image, tmp_path)
+    object_store.write_file("gs://forgebook/set/images/a.png", png() + bytes(2000))
+    monkeypatch.setattr(images, "MOST_BYTES", 1000)
+    with pytest.raises(DataError, match="make it smaller"):
         check_image(image, tmp_path)

@@ -13,7 +13,9 @@ from forgebook.config.data_block import DataSource
 from forgebook.data import readers
 from forgebook.data.data_sources import Source, find_sources
 from forgebook.data.examples import read_examples
+from forgebook.data.images import check_image
 from forgebook.errors import DataError, StorageError
+from support_vision import draw
 
 ROWS = [chat(f"question {k}", f"answer {k}") for k in range(5)]
 
@@ -112,6 +114,29 @@ def test_a_hub_data_set_is_read_with_datasets(tmp_path):
         read_examples(f"hf://{tmp_path}:no-such-split")
     with pytest.raises(StorageError, match="could not be loaded"):
         read_examples("hf://no-such-owner/no-such-set/main:train")
+
+
+@pytest.mark.parametrize("kind", ["folder of images", "Parquet", "Parquet, lists"])
+def test_images_of_a_hub_data_set_are_read_as_they_are_stored(kind, tmp_path):
+    import datasets
+
+    paths = [str(draw(tmp_path / f"drawn/{k}.png", size=(40 + k, 30))) for k in range(3)]
+    talk = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "It."}]
+    if kind == "folder of images":
+        rows = [{"file_name": f"{k}.png", "messages": talk} for k in range(3)]
+        (tmp_path / "drawn/metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        folder = tmp_path / "drawn"
+    else:
+        image, listed = datasets.Image(), kind == "Parquet, lists"
+        columns = {"images": [[path] for path in paths]} if listed else {"image": paths}
+        table = datasets.Dataset.from_dict(columns | {"messages": [talk] * 3})
+        table = table.cast_column(*(("images", datasets.List(image)) if listed else ("image", image)))
+        folder = tmp_path / "set"
+        folder.mkdir()
+        table.to_parquet(folder / "train.parquet")
+    examples = read_examples(f"hf://{folder}:train", "vision_language")
+    read = [check_image(one, tmp_path / "store") for row in examples for one in row.messages[0]["images"]]
+    assert [(file.width, file.height) for file in read] == [(40, 30), (41, 30), (42, 30)]
 
 
 def test_globs_and_mixes(tmp_path):

@@ -12,11 +12,13 @@ from forgebook.errors import ModelError
 from forgebook.models import checkpointing, fused_lora
 from forgebook.models.adapters import add_lora
 from forgebook.models.checkpointing import check_kept
+from forgebook.models.families import freeze_towers
 from forgebook.models.load import load_model
 from forgebook.planning.hardware import TensorMemory
 from forgebook.planning.memory import memory_of
 from forgebook.training.losses import SupervisedLM
 from support_families import FAMILIES, save_family
+from support_vision import save_vision_model
 
 WIDE = {"hidden_size": 320, "intermediate_size": 960, "num_hidden_layers": 6, "head_dim": 80}
 
@@ -142,3 +144,15 @@ def test_the_plan_knows_its_memory(lora, tmp_path):
     (most, most_planned), (measured, planned), (least, least_planned) = held.values()
     assert measured == pytest.approx(planned, rel=0.1) and least < 0.75 * measured < 0.75 * most, held
     assert most_planned - least_planned == pytest.approx(most - least, rel=0.1), held
+
+
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_a_frozen_tower_is_not_passed_through_backward(lora, tmp_path):
+    """transformers and PEFT let the embeddings of patches require gradients where layers are recomputed."""
+    model = load_model(save_vision_model("SmolVLM", tmp_path), dtype="float32", gradient_checkpointing=True)
+    if lora is None:
+        freeze_towers(model)
+    else:
+        model = add_lora(model, lora)
+    features = model.get_image_features(torch.ones(1, 1, 3, 28, 28)).pooler_output
+    assert not features[0].requires_grad

@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -175,21 +174,6 @@ def test_a_run_deleted_from_the_bucket_is_deleted_here(run_folder):
     write(run_folder / "config.yaml", f"{CONFIG_HEADER}\na: 1\n")
     upload.download_run(URI, run_folder)
     assert not run_folder.exists()
-
-
-@pytest.fixture
-def google(monkeypatch):
-    """A bucket `forgebook` on an emulator of Google's storage over HTTP."""
-    from gcp_storage_emulator.server import create_server
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    server = create_server("127.0.0.1", port, in_memory=True, default_bucket="forgebook")
-    server.start()
-    monkeypatch.setenv("CLOUD_STORAGE_EMULATOR_ENDPOINT", f"http://127.0.0.1:{port}")
-    yield
-    server.stop()
 
 
 def test_a_run_in_a_bucket_of_google(google, run_folder, tmp_path):

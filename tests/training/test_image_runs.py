@@ -115,6 +115,7 @@ def test_an_adapter_is_of_the_language_model_and_holds_the_projector_if_that_tra
     assert (folder / "preprocessor_config.json").exists() and (folder / "processor_config.json").exists()
     merged = merge_run(str(folder), tmp_path / "merged")
     assert merged.kl_merged < 1e-6 < merged.kl_base
+    assert merged.compared.endswith("8 examples of the run's validation file, 8 of them with images")
     assert (tmp_path / "merged/processor_config.json").exists()
 
 
