@@ -9,7 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["CountedDecoder", "ImageLoad", "LayerKind", "counted_from"]
+__all__ = ["MLP_NAMES", "CountedDecoder", "ImageLoad", "LayerKind", "counted_from"]
+
+MLP_NAMES = ("mlp", "feed_forward", "ffn")  # what published decoders call it in their layers
 
 
 @dataclass(frozen=True)

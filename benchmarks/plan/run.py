@@ -71,6 +71,9 @@ CASES = {
     "full, FSDP2, offload": ("110M", 1, 256, 2, {"sharding": "fsdp", "fsdp": {"cpu_offload": True}}),
     "LoRA, FSDP2, weights kept": ("170M", 2, 256, 2, {"sharding": "fsdp", "lora_config": LORA, "fsdp": KEPT}),
     "LoRA, FSDP2, 2 workers": ("170M", 2, 256, 2, {"sharding": "fsdp", "lora_config": LORA}),
+    "LoRA, tiled MLP": ("40M", 4, 1024, 1, {"lora_config": LORA, "tiled_mlp": True}),
+    "full, tiled MLP, checkpointing": ("40M", 4, 1024, 1, {"tiled_mlp": True, "gradient_checkpointing": True}),
+    "full, FSDP2, tiled MLP": ("40M", 2, 1024, 2, {"sharding": "fsdp", "tiled_mlp": True}),
     "LoRA, FSDP2, checkpointing": (
         "110M",
         2,

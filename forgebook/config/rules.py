@@ -172,6 +172,25 @@ RULES: tuple[Rule, ...] = (
         "torch_compile does not work with sharding: fsdp, which replaces the weights of every layer as it runs",
         "remove it, or set sharding: zero_2 or none",
     ),
+    # Tiles
+    Rule(
+        ("tiled_mlp", "deepspeed"),
+        lambda config, zero: config.tiled_mlp and zero.stage == 3,
+        "tiled_mlp does not work with ZeRO-3, whose workers would gather weights for different numbers of tiles",
+        "set sharding: fsdp or zero_2, or remove tiled_mlp",
+    ),
+    Rule(
+        ("tiled_mlp", "torch_compile"),
+        lambda config, zero: config.tiled_mlp and bool(config.torch_compile),
+        "tiled_mlp does not work with torch_compile, which would compile each number of tiles",
+        "remove one of them",
+    ),
+    Rule(
+        ("tiled_mlp", "gradient_checkpointing"),
+        lambda config, zero: config.tiled_mlp and config.gradient_checkpointing == "selective",
+        "gradient_checkpointing: selective keeps the products that tiled_mlp computes again",
+        "set gradient_checkpointing: true, or remove tiled_mlp",
+    ),
     # float16
     Rule(
         ("dtype", "deepspeed"),

@@ -178,6 +178,9 @@ class FinetuneConfig(StrictBlock):
     """Recompute activations in the backward pass: true is about a third slower and takes far less memory; selective
     keeps the results of matrix products and attention, about half of the memory; offload is true with the inputs of
     layers in the host's memory. auto: the least that fits."""
+    tiled_mlp: Annotated[bool, Mark.NO_EFFECT] = False
+    """Compute each MLP in tiles of as many tokens as the model is wide, and again in the backward pass: for contexts
+    whose inner activations do not fit."""
     attention: Annotated[
         Literal["auto", "flash_attention_2", "flash_attention_3", "varlen", "sdpa", "flex", "eager"], Mark.AUTO
     ] = "auto"

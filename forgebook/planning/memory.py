@@ -24,6 +24,7 @@ from forgebook.data.batching import group_size
 from forgebook.models.adapters import needs_whole_base
 from forgebook.planning.image_memory import at_tower, with_tower
 from forgebook.planning.loss_chunk import loss_chunk
+from forgebook.planning.mlp_memory import mlp_bytes
 from forgebook.planning.sharding import Sharding, sharding_of
 from forgebook.planning.trainable import adapted_layers, trained_parameters, trains_label_rows
 
@@ -325,13 +326,16 @@ def _base_bytes(shape: Shape, quantization: str | None, width: int) -> int:
 def _activations(run: _Run) -> tuple[int, int, int]:
     """Count the bytes saved for the backward pass, what that pass allocates in addition, and one layer's of both."""
     config, shape, width = run.config, run.shape, run.width
-    layers = [run.tokens * _saved_per_token(run, kind) for kind in shape.kinds]
+    mlps = [mlp_bytes(config, shape, kind, width, run.is_fused) for kind in shape.kinds]
+    tiled = [mlp * config.tiled_mlp for mlp, _ in mlps]
+    layers = [run.tokens * (_saved_per_token(run, kind) - mlp) for kind, mlp in zip(shape.kinds, tiled, strict=True)]
     layer = max(layers)
     all_layers = sum(len(kind.layers) * saved for kind, saved in zip(shape.kinds, layers, strict=True))
     # The backward pass of the MLP holds three gradients of its inner width, that of a norm works in float32. Liger
     # writes those of the MLP over what was saved, and keeps float32 in registers.
-    working = run.tokens * (2 * width * shape.hidden + (1 if run.is_fused else 3) * width * shape.inner)
-    working += 0 if run.is_fused else run.tokens * 8 * shape.hidden
+    mlp, of_mlp = max(mlps)
+    of_mlp = min(run.tokens, shape.hidden) * (mlp + of_mlp) if config.tiled_mlp else run.tokens * of_mlp
+    working = of_mlp + run.tokens * (2 * width + 8 * (not run.is_fused)) * shape.hidden
     has_no_kernel = shape.counted is not None and shape.counted.eager
     if config.attention == "eager" or (config.attention == "auto" and has_no_kernel):
         square = run.sequences * shape.heads * run.length**2
@@ -343,7 +347,8 @@ def _activations(run: _Run) -> tuple[int, int, int]:
         working += max(inputs * outputs for kind in shape.kinds for _, inputs, outputs in kind.linears) * width
     last_norm = run.tokens * shape.hidden * (4 + 3 * width)
     if config.gradient_checkpointing == "selective":  # saved: each layer's input and what its products return
-        kept = [run.tokens * width * (shape.hidden + _returned_per_token(run, kind)) for kind in shape.kinds]
+        returned = [shape.heads * shape.head_dim + sum(outputs for *_, outputs in kind.linears) for kind in shape.kinds]
+        kept = [run.tokens * width * (shape.hidden + each) for each in returned]
         all_kept = sum(len(kind.layers) * saved for kind, saved in zip(shape.kinds, kept, strict=True))
         # One layer is complete at a time; what it keeps is counted.
         again = max(0, *(whole - part for whole, part in zip(layers, kept, strict=True))) + working
@@ -386,15 +391,10 @@ def _saved_per_token(run: _Run, kind: LayerKind) -> int:
     return saved + (0 if run.fuses_lora else sum(width * rank for _, rank, _ in layer))
 
 
-def _returned_per_token(run: _Run, kind: LayerKind) -> int:
-    """Count the numbers per token that the linear layers and the attention of one decoder layer return."""
-    return sum(outputs for _, _, outputs in kind.linears) + run.shape.heads * run.shape.head_dim
-
-
 def _chunk(run: _Run) -> int:
     """Count the bytes of a chunk of logits: in the weights' dtype and in float32."""
     # The loss has a gradient of its own, computed in place; a softcap leaves it to autograd, which saves more.
     float32_copies = 4 if run.shape.softcap else 1
     positions = run.sequences if run.config.task == "classification" else run.tokens  # the label's alone
-    bytes_each = run.shape.vocab * (run.width + 4 * float32_copies)
-    return min(loss_chunk(run.on_gpu, bytes_each), positions) * bytes_each
+    each = run.shape.vocab * (run.width + 4 * float32_copies)
+    return min(loss_chunk(run.on_gpu, each), positions) * each

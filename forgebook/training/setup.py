@@ -36,7 +36,7 @@ from forgebook.config.deepspeed_file import read_deepspeed_config
 from forgebook.config.schema import ResolvedConfig
 from forgebook.data import masking
 from forgebook.errors import ModelError, TrainingError
-from forgebook.models import adapters, load, parts, saved_adapters, sequence_parallel
+from forgebook.models import adapters, load, parts, saved_adapters, sequence_parallel, tiled_mlp
 from forgebook.models.attention import SEGMENTED
 from forgebook.models.families import freeze_towers, projector_modules
 from forgebook.models.processor import processor_of
@@ -274,6 +274,8 @@ def _load_model(
         model = adapters.add_lora(model, config.lora_config | new_token_settings | _projector_settings(config, model))
     else:
         _freeze(model, config.vision_language_config)
+    if config.tiled_mlp:
+        tiled_mlp.tile_mlps(model)
     if config.neftune_noise_alpha is not None:
         from transformers.integrations.neftune import activate_neftune  # which imports the Trainer and PEFT
 

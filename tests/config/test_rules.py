@@ -73,6 +73,9 @@ BROKEN = [
         {"sequence_parallel": 2, "num_devices": 2, "sharding": "fsdp", "attention": "eager"},
         ["exchanges positions for heads"],
     ),
+    ({"tiled_mlp": True, "deepspeed": "zero_3"}, ["workers would gather weights for different numbers of tiles"]),
+    ({"tiled_mlp": True, "torch_compile": True, "deepspeed": "none"}, ["would compile each number of tiles"]),
+    ({"tiled_mlp": True, "gradient_checkpointing": "selective", "deepspeed": "none"}, ["tiled_mlp computes again"]),
     ({"dtype": "float16"}, ["dtype: float16 does not work with DeepSpeed"]),
     ({"dtype": "float16", "sharding": "fsdp"}, ["dtype: float16 does not work with sharding: fsdp"]),
     *(
@@ -114,6 +117,7 @@ WORKS = [
     {"sharding": "zero_2", "quantization": "nf4", "lora_config": LORA},
     {"sharding": "zero_2", "deepspeed": "zero_2"},
     {"sharding": "none", "optimizer": "muon"},
+    {"tiled_mlp": True, "sharding": "fsdp", "gradient_checkpointing": True},
     {"optimizer": "adamw_8bit", "deepspeed": "zero_3"},
     {"optimizer": "muon", "deepspeed": "none"},
     {"best_metric": "tool_calls", "metrics": ["tool_calls"], "eval_generation": {}, **ANSWERS},

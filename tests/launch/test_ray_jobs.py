@@ -50,45 +50,55 @@ def head(tmp_path_factory):
     folder = tmp_path_factory.mktemp("head")
     (folder / "token").write_text(secrets.token_hex(32))
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token")}
-    # A socket's path may have 107 characters: Ray's folder has to be near the root.
-    session, port = Path(f"/tmp/ray-{os.getpid()}"), free_port()
-    command = [
-        sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=2",
-        f"--port={free_port()}", f"--dashboard-port={port}", f"--dashboard-agent-listen-port={free_port()}",
-        f"--ray-client-server-port={free_port()}", f"--temp-dir={session}", "--disable-usage-stats",
-    ]  # fmt: skip
-    log = folder / "head.log"
-    with open(log, "w") as output:
-        process = subprocess.Popen(
-            command, env=os.environ | token, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
-    address = f"http://127.0.0.1:{port}"
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            for name, value in token.items():
-                patch.setenv(name, value)
-            wait_for_agent(address, process, log)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in token.items():
+            patch.setenv(name, value)
+        with started_head(folder) as address:
             yield address
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
-        process.wait()
-        shutil.rmtree(session, ignore_errors=True)
 
 
-def wait_for_agent(address: str, process, log: Path) -> None:
-    """Wait until the head takes jobs: its dashboard answers before its agent does."""
+@contextlib.contextmanager
+def started_head(folder: Path):
+    """Start a head; another one if Ray's own time limit, a minute, ends the first on a busy machine."""
+    # A socket's path may have 107 characters: Ray's folder has to be near the root.
+    session, log = Path(f"/tmp/ray-{os.getpid()}"), folder / "head.log"
+    for is_last in (False, True):
+        port = free_port()
+        command = [
+            sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=2",
+            f"--port={free_port()}", f"--dashboard-port={port}", f"--dashboard-agent-listen-port={free_port()}",
+            f"--ray-client-server-port={free_port()}", f"--temp-dir={session}", "--disable-usage-stats",
+        ]  # fmt: skip
+        with open(log, "w") as output:
+            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            takes_jobs = wait_for_agent(address := f"http://127.0.0.1:{port}", process)
+            if not takes_jobs and not is_last:
+                continue
+            assert takes_jobs, log.read_text()
+            yield address
+            return
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+            process.wait()
+            shutil.rmtree(session, ignore_errors=True)
+
+
+def wait_for_agent(address: str, process) -> bool:
+    """Wait until the head takes jobs, or has ended: its dashboard answers before its agent does."""
     from forgebook.launch.ray_jobs import _client
 
     for _ in range(120):
-        assert process.poll() is None, log.read_text()
+        if process.poll() is not None:
+            return False
         try:
             client = _client(address)
             client.submit_job(entrypoint="true")
-            return
+            return True
         except Exception:
             time.sleep(1)
-    raise AssertionError("the head takes no jobs")
+    return False
 
 
 @pytest.mark.slow
