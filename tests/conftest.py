@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import sys
 import tempfile
 import textwrap
 import time
@@ -23,6 +24,7 @@ os.environ.setdefault("FORGEBOOK_TESTS_BEGAN", str(time.time()))
 os.environ.setdefault("FORGEBOOK_CACHE", tempfile.mkdtemp(prefix="forgebook-tests-"))
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+SLOW_FILES: set[Path] = set()  # which have tests that start Ray's workers, or take long
 TINY_MODEL = REPOSITORY / "tiny_model"
 
 
@@ -44,8 +46,19 @@ def pytest_xdist_make_scheduler(config, log):
 
 def pytest_collection_modifyitems(items):
     """Put files with slow tests first, and notebooks last, of which CI may skip some on a slow machine."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: ("test_notebook_runs_unmodified" in item.nodeid, item.path not in slow))
+    SLOW_FILES.update(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: (is_notebook(item), item.path not in SLOW_FILES))
+
+
+def pytest_runtest_setup(item):
+    """End Ray with the last file that shares it: its processes poll, idle as they are."""
+    shares = item.path in SLOW_FILES and not is_notebook(item)
+    if "ray" in sys.modules and not shares and "ray_session" not in item.fixturenames:
+        sys.modules["ray"].shutdown()
+
+
+def is_notebook(item) -> bool:
+    return "test_notebook_runs_unmodified" in item.nodeid
 
 
 @pytest.fixture(scope="session")
