@@ -58,9 +58,9 @@ def test_config_says_how_it_is_run(path):
     assert path.read_text().startswith("#") and f"python main.py {name(path)}" in path.read_text()
 
 
-def test_runs_have_names_of_their_own():
-    names = [load_config(path).run_name for path in CONFIGS]
-    assert len(set(names)) == len(names)
+def test_runs_have_folders_of_their_own():
+    configs = [load_config(path) for path in CONFIGS]
+    assert len({(config.storage_path, config.run_name) for config in configs}) == len(configs)
 
 
 @pytest.mark.parametrize("path", PLANNED, ids=name)
