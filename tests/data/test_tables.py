@@ -2,6 +2,7 @@
 
 import types
 
+import datasets
 import pyarrow as pa
 import pytest
 
@@ -56,7 +57,7 @@ def test_the_commit_of_a_hub_data_set():
 )
 def test_the_name_and_config_of_a_hub_data_set(monkeypatch, uri, name, config):
     """What is passed to `datasets.load_dataset`."""
-    asked = []
-    monkeypatch.setattr("datasets.load_dataset", lambda *words, **named: asked.append((*words, named["split"])))
-    tables.hub_dataset(uri)
+    asked, rows = [], datasets.Dataset.from_list([{"text": "a"}])
+    monkeypatch.setattr("datasets.load_dataset", lambda *words, **named: asked.append((*words, named["split"])) or rows)
+    assert tables.hub_dataset(uri) is rows
     assert asked == [(name, config, "train")]

@@ -139,7 +139,7 @@ def test_a_rank_that_cannot_load_waits_for_the_others_unless_they_wait_in_the_lo
     """Under ZeRO-3 they do: it would wait in one collective, they in another, forever."""
     shared = []
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    monkeypatch.setattr(distributed, "_shared", lambda error: shared.append(error) or error)
+    monkeypatch.setattr(distributed, "_shared", lambda error, group: shared.append(error) or error)
     monkeypatch.setattr(setup, "is_deepspeed_zero3_enabled", lambda: zero_3)
     monkeypatch.setattr(setup, "_load_model", lambda *args, **options: 1 / 0)
     with pytest.raises(ZeroDivisionError):
