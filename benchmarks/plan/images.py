@@ -17,7 +17,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests"), str(Path(__file__).parent)]
 
-from run import ALLOCATOR, LORA, Peak, anonymous_bytes, environment, summary_of  # noqa: E402
+from run import ALLOCATOR, LORA, Peak, anonymous_bytes, compared, environment, summary_of  # noqa: E402
 
 from support_vision import save_vision_files, save_vision_model  # noqa: E402
 
@@ -174,12 +174,10 @@ def worker_config(folder: str):
 
 def result_of(case: str, folder: str, measured: int) -> dict:
     """Set what was measured beside the plan."""
-    need = planned(case, folder)
     model, rows, images, length, settings = CASES[case]
     return {
         "case": case, "model": model, "rows": rows, "images": images, "length": length, "settings": settings,
-        "planned": need.tensors, "measured": measured, "error": round(need.tensors / measured - 1, 4),
-        "terms": {name: size for name, size in need.terms.items() if name != "overhead"},
+        **compared(planned(case, folder), measured),
     }  # fmt: skip
 
 

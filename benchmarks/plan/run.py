@@ -265,6 +265,13 @@ def result_of(case: str, measured: int) -> dict:
     shape, rows, length, workers, settings = CASES[case]
     return {
         "case": case, "model": shape, "rows": rows, "length": length, "workers": workers, "settings": settings,
+        **compared(need, measured),
+    }  # fmt: skip
+
+
+def compared(need, measured: int) -> dict:
+    """Compare planned memory with what was measured, the process's own libraries left out."""
+    return {
         "planned": need.tensors, "measured": measured, "error": round(need.tensors / measured - 1, 4),
         "terms": {name: size for name, size in need.terms.items() if name != "overhead"},
     }  # fmt: skip

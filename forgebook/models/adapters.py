@@ -56,7 +56,7 @@ def add_lora(model: PreTrainedModel, lora_config: dict[str, Any]):
 
     It reaches no vision or audio tower: a text trains nothing there. Nor does all-linear reach routers.
     """
-    from forgebook.models.checkpointing import let_inputs_be
+    from forgebook.models.checkpointing import drop_input_gradients
     from forgebook.models.expert_adapters import quiet_about_experts, use_low_rank_products
     from forgebook.models.fused_lora import use_fused_products
     from forgebook.models.peft_library import LoraConfig, get_peft_model, without_unused_bitsandbytes
@@ -71,7 +71,7 @@ def add_lora(model: PreTrainedModel, lora_config: dict[str, Any]):
             adapted = in_dtype_of_base(get_peft_model(model, config, autocast_adapter_dtype=False))
     except (ValueError, TypeError, NotImplementedError) as error:
         raise ModelError(f"lora_config does not fit this model: {first_line(error)}") from None
-    let_inputs_be(model)
+    drop_input_gradients(model)
     _refuse_tuples(adapted)
     use_low_rank_products(adapted)
     use_fused_products(adapted)

@@ -3,7 +3,7 @@
 model.activation_checkpointing_enable(checkpointing_settings("selective"))     or True: recompute all
 check_kept(wrapped, device)                                                    before the first step
 offload_inputs(model)                                                          of the layers, beside checkpointing
-let_inputs_be(model)                                                           after both, and after an adapter is added
+drop_input_gradients(model)                                                    after both, and after an adapter is added
 
 The products of experts are recomputed in each of them.
 """
@@ -21,7 +21,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from forgebook.errors import ModelError
 from forgebook.models.families import decoder_of
 
-__all__ = ["check_kept", "checkpointing_settings", "let_inputs_be", "offload_inputs"]
+__all__ = ["check_kept", "checkpointing_settings", "drop_input_gradients", "offload_inputs"]
 
 # Operators whose results are kept: products, and fused attention. Not bmm: attention without a fused kernel would keep
 # matrices of length^2. Nor the grouped products of experts, to which some models add their biases in place.
@@ -38,7 +38,7 @@ def checkpointing_settings(kind: bool | str) -> dict[str, Any]:
     return settings | ({"context_fn": _contexts} if kind == "selective" else {})
 
 
-def let_inputs_be(model: Any) -> None:
+def drop_input_gradients(model: Any) -> None:
     """Undo that transformers and PEFT let embeddings require gradients, which reentrant checkpointing alone needs.
 
     Those of patches, too: a frozen vision tower would be recomputed and passed through backward, for nothing.

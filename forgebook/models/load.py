@@ -144,7 +144,7 @@ def load_model(
     import torch
     from transformers import AutoConfig
 
-    from forgebook.models.checkpointing import checkpointing_settings, let_inputs_be, offload_inputs
+    from forgebook.models.checkpointing import checkpointing_settings, drop_input_gradients, offload_inputs
 
     if dtype == "bfloat16" and not torch.cuda.is_available() and cpu_bfloat16.is_needed():
         cpu_bfloat16.use_float32_products()
@@ -182,7 +182,7 @@ def load_model(
     if gradient_checkpointing:
         settings = checkpointing_settings(gradient_checkpointing)
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
-        let_inputs_be(model)
+        drop_input_gradients(model)
     if gradient_checkpointing == "offload":
         offload_inputs(model)
     return model

@@ -112,7 +112,7 @@ def attach_adapter(model: Any, source: str, name: str = "default", **settings: A
     settings: of PEFT's from_pretrained. Raises ModelError if it cannot be read, or has no weights for layers that it is
     of: it was trained on a model whose layers have other names.
     """
-    from forgebook.models.checkpointing import let_inputs_be
+    from forgebook.models.checkpointing import drop_input_gradients
     from forgebook.models.expert_adapters import quiet_about_experts, use_low_rank_products
     from forgebook.models.fused_lora import use_fused_products
     from forgebook.models.peft_library import PeftModel, without_unused_bitsandbytes
@@ -124,7 +124,7 @@ def attach_adapter(model: Any, source: str, name: str = "default", **settings: A
         try:
             if not hasattr(model, "peft_config"):
                 base, model = model, PeftModel.from_pretrained(model, source, adapter_name=name, **settings)
-                let_inputs_be(base)
+                drop_input_gradients(base)
                 use_low_rank_products(model)
                 use_fused_products(model)
                 return model

@@ -19,7 +19,6 @@ from torch.utils.checkpoint import checkpoint
 
 from forgebook.errors import ModelError
 from forgebook.layer_counts import MLP_NAMES
-from forgebook.models.families import decoder_of
 
 __all__ = ["tile_mlps"]
 
@@ -30,8 +29,8 @@ def tile_mlps(model: Any) -> None:
     Raises ModelError for a model whose MLPs route tokens to experts, or that has none under a known name.
     """
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    decoder = decoder_of(causal)
-    mlps = [module for name, module in decoder.named_modules() if name.rpartition(".")[2] in MLP_NAMES]
+    # Not those of a vision tower, which sees patches.
+    mlps = [module for name, module in causal.get_decoder().named_modules() if name.rpartition(".")[2] in MLP_NAMES]
     tiled = [mlp for mlp in mlps if _takes_hidden_alone(mlp)]
     if any("expert" in name for mlp in mlps for name, _ in mlp.named_modules()):
         raise ModelError("tiled_mlp is for dense MLPs, and those of this model route tokens to experts: remove it")

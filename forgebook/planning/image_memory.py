@@ -4,7 +4,7 @@ saved, working, layer = with_tower(activations of the text, run)
 bytes = at_tower(run)               when the backward pass has come to it
 
 How much a layer keeps is counted on the model's class (models/image_load.py). Of frozen weights nothing is kept: no
-input of theirs requires a gradient (models/checkpointing.py: let_inputs_be).
+input of theirs requires a gradient (models/checkpointing.py: drop_input_gradients).
 """
 
 from __future__ import annotations

@@ -196,7 +196,7 @@ def make_worker(config: ResolvedConfig, accelerator: Accelerator, steps: int = 1
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         model.train()
         optimizer = optimizers.deepspeed_adamw(config.optimizer, groups, **hyperparameters)
-        # accelerate would import bitsandbytes, two seconds, to see whether the optimizer is one of its.
+        # accelerate would import bitsandbytes, which is slow, to see whether the optimizer is one of its.
         with without_unused("bitsandbytes"):
             deepspeed_engine, optimizer = accelerator.prepare(wrapped, optimizer)
         engine = deepspeed_engine

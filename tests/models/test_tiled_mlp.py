@@ -61,6 +61,14 @@ def test_nothing_as_wide_as_the_mlp_is_kept_of_all_tokens(compute):
     assert compute("Llama 3", tiles=True)[2] == 0
 
 
+def test_a_vision_tower_stays_as_it_is(tmp_path):
+    model = load_model(save_family("Gemma 3", tmp_path / "model"), dtype="float32", attention="sdpa")
+    tiled_mlp.tile_mlps(model)
+    is_tiled = {name: "forward" in vars(module) for name, module in model.named_modules() if name.endswith(".mlp")}
+    assert {"vision" not in name for name in is_tiled} == {True, False}
+    assert all(tiled is ("vision" not in name) for name, tiled in is_tiled.items())
+
+
 @pytest.mark.slow
 def test_two_workers_of_fsdp2_train_alike_with_tiles(without_ray, make_config):
     """A batch has some 330 tokens, the tiny model a width of 256."""
