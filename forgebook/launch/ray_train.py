@@ -36,6 +36,10 @@ __all__ = ["run_on_ray"]
 # How often a run with min_devices looks for machines that came back; taking them in is a restart from its last state.
 RESIZE_SECONDS = 15.0
 STOP_SECONDS = 20.0  # for workers to end after Ctrl-C, before they are killed
+# Parts of Ray Train that start a process each, some three seconds of a core while the workers start: one hands out data
+# of Ray Data, of which there is none; one frees what a dead controller held, in a cluster that outlives it.
+_IDLE_CALLBACKS = frozenset({"DatasetsCallback"})
+_CLEANER = "PlacementGroupCleanerCallback"
 
 
 def run_on_ray(config: ResolvedConfig, run: Run, output: Console, uploads: contextlib.ExitStack) -> dict[str, Any]:
@@ -115,13 +119,21 @@ def _fit(job: Job, use_gpu: bool, per_worker: dict[str, float], output: Console)
 
     from forgebook.launch import ray_worker
 
+    idle = _IDLE_CALLBACKS if cluster.is_joined() else _IDLE_CALLBACKS | {_CLEANER}
+
     class Trainer(TorchTrainer):
-        """Ray Train that leaves Ctrl-C to Python: its own handler ends the process with exit code 1 and no message."""
+        """Ray Train without processes that would do nothing, which leaves Ctrl-C to Python.
+
+        Its own handler of Ctrl-C ends the process with exit code 1 and no message.
+        """
 
         controller: Any = None
 
         def _register_sigint_handler(self, controller: Any) -> None:
             self.controller = controller
+
+        def _create_default_callbacks(self) -> list[Any]:
+            return [one for one in super()._create_default_callbacks() if type(one).__name__ not in idle]
 
     config, run = job.config, job.run
     file_system, path = job.storage()

@@ -114,7 +114,8 @@ def make_accelerator(config: ResolvedConfig) -> Accelerator:
         # Gradients live in DDP's communication buckets: otherwise each exists twice.
         buckets = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
         return Accelerator(cpu=on_cpu, kwargs_handlers=[buckets])
-    build_extensions(settings, on_cpu)
+    with without_unused("mlflow"):  # its tuner, which nobody asks for, would import it: a second
+        build_extensions(settings, on_cpu)
     # DeepSpeed reads its rank from the environment even if there is one process.
     for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, str(value))

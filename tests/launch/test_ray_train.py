@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import ray
 from safetensors.torch import load_file
 
 from conftest import LORA, REPOSITORY, TINY_MODEL, losses_of, uneven_rows
@@ -83,6 +84,8 @@ def test_a_killed_worker_changes_nothing(ray_session, make_config, write_rows, s
     killer.start()
     fine_tune(config)
     killer.join()
+    started = {actor["ActorClassName"] for actor in ray._private.state.actors().values()}
+    assert "TrainController" in started and not started & {"DatasetManager", "PlacementGroupCleaner"}
     assert killed, "the worker had ended before it could be killed"
     progress = (run.logs / "progress.jsonl").read_text()
     assert progress.count('"training"') == 2 and '"start": 15,' in progress
