@@ -37,7 +37,7 @@ def text_of(line: str) -> Text:
     """Highlight what stands ⟦in brackets⟧, as a terminal does with tokens in the loss."""
     text = Text()
     for k, part in enumerate(re.split("[⟦⟧]", line)):
-        text.append(part, "black on #98d8a0" if k % 2 else "")
+        text.append(part, "#101418 on #98d8a0" if k % 2 else "")
     return text
 
 

@@ -45,6 +45,7 @@ __all__ = [
 ]
 
 POLL_SECONDS = 0.2
+PAGE_WIDTH = 96  # of tables without a terminal: what a code block on GitHub shows without scrolling
 # Without a terminal a run prints about this many lines, a long one a line at least every so many seconds. In a
 # notebook, which keeps them, it prints the evaluations, and steps only where these are far apart.
 LINES_PER_RUN, SECONDS_PER_LINE, SECONDS_PER_LINE_IN_NOTEBOOK = 12, 300, 60
@@ -57,7 +58,7 @@ def make_console() -> Console:
     """
     if sys.stdout.isatty() and not _is_in_notebook():
         return Console(highlight=False, soft_wrap=True)
-    return Console(highlight=False, soft_wrap=True, force_terminal=False, width=110)
+    return Console(highlight=False, soft_wrap=True, force_terminal=False, width=PAGE_WIDTH)
 
 
 def _is_in_notebook() -> bool:
