@@ -1,5 +1,6 @@
-"""Take the pictures of trackers and of Ray's dashboard, from the tools themselves while they show a run.
+"""Take the pictures of the chat page, of trackers and of Ray's dashboard, while they show a run.
 
+python docs/pictures.py chat http://127.0.0.1:8000           serve runs/readme --ui, the run of README.ipynb
 python docs/pictures.py tensorboard http://127.0.0.1:6006    the runs of cookbooks/serve_and_monitor
 python docs/pictures.py mlflow http://127.0.0.1:5000
 python docs/pictures.py wandb runs/serve/wandb               needs `pip install pyte`, a terminal in memory
@@ -9,6 +10,7 @@ python docs/pictures.py ray http://127.0.0.1:8265 JOB        while JOB runs; tok
 import copy
 import fcntl
 import io
+import json
 import os
 import pty
 import re
@@ -74,6 +76,18 @@ class Page:
         with tempfile.NamedTemporaryFile(suffix=".png") as file:
             self.browser.screenshot(Path(file.name))
             return Image.open(io.BytesIO(Path(file.name).read_bytes())).convert("RGB")
+
+
+def chat(page: Page, address: str) -> None:
+    page.open(address, 1280, 600)
+    with open(DOCS.parent / "data/quickstart/train.jsonl") as lines:
+        system, user, _ = json.loads(next(lines))["messages"]
+    page.browser.type("#system", system["content"])
+    page.browser.type("#message", user["content"] + support_browser.ENTER)
+    page.browser.wait("document.querySelectorAll('.turn .meta:not(:empty)').length == 2")
+    page.browser.hover(".token")
+    time.sleep(1)
+    save("chat", page.picture())
 
 
 def tensorboard(page: Page, address: str) -> None:
@@ -181,7 +195,7 @@ def main() -> None:
         return wandb(*arguments)
     support_browser.FLAGS += ["--hide-scrollbars", f"--blink-settings={MOUSE}"]
     with support_browser.open_browser() as browser:
-        {"tensorboard": tensorboard, "mlflow": mlflow, "ray": ray}[name](Page(browser), *arguments)
+        {"chat": chat, "tensorboard": tensorboard, "mlflow": mlflow, "ray": ray}[name](Page(browser), *arguments)
 
 
 if __name__ == "__main__":
