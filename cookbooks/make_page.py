@@ -35,7 +35,9 @@ def one_text(outputs: list) -> list:
     joined: list = []
     for output in outputs:
         if output.output_type == "stream":
-            output.text = TERMINAL_CODE.sub("", output.text).replace("\r\n", "\n")  # a subprocess has a terminal
+            output.text = TERMINAL_CODE.sub("", output.text).replace(
+                "\r\n", "\n"
+            )  # a subprocess has a terminal
             if joined and joined[-1].output_type == "stream" and joined[-1].name == output.name:
                 joined[-1].text += output.text
                 continue
@@ -53,7 +55,9 @@ def markdown_of(path: Path) -> tuple[str, dict[str, bytes]]:
         output = notebook.cells[int(match[2])].outputs[int(match[3])]
         return f"![{output.metadata.get('image/png', {}).get('alt', 'figure')}]({match[1]})"
 
-    return FIGURE.sub(with_text, text).replace("\r\n", "\n").strip() + "\n", resources["outputs"]
+    return FIGURE.sub(with_text, text).replace("\r\n", "\n").strip() + "\n", resources[
+        "outputs"
+    ]
 
 
 def write_markdown(path: Path) -> None:
@@ -67,9 +71,13 @@ def write_markdown(path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("notebooks", nargs="+", type=Path)
-    parser.add_argument("--only-markdown", action="store_true", help="of the outputs that are there")
+    parser.add_argument(
+        "--only-markdown", action="store_true", help="of the outputs that are there"
+    )
     given = parser.parse_args()
     for path in given.notebooks:
         if not given.only_markdown:

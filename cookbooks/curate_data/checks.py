@@ -18,4 +18,7 @@ def agrees_with_the_message(row: dict) -> bool | str:
         if str(record[field]) not in question:
             return f"the message does not say {field} {record[field]!r}"
     words = WORDS.get(record["request"], ())
-    return any(word in question.lower() for word in words) or f"the message does not ask for {record['request']!r}"
+    return (
+        any(word in question.lower() for word in words)
+        or f"the message does not ask for {record['request']!r}"
+    )
