@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import os
+import select
 import sys
 from collections.abc import Callable, Sequence
 
@@ -74,6 +76,25 @@ RUNNERS: dict[str, Callable[[list[str]], int]] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code: 0 for a result worth having, 2 for a user's mistake."""
+    try:
+        return _run(arguments)
+    except BrokenPipeError:
+        if not _has_reader_left():
+            raise
+        return 141  # what a shell reports of a program that a closed pipe ends
+
+
+def _has_reader_left() -> bool:
+    """Tell whether nobody reads the output any more, as after `| head`; if so, drop the rest of it."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)
+    if not output.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     name = next((argument for argument in arguments if not argument.startswith("-")), None)
     if name is None:

@@ -119,6 +119,16 @@ def test_the_command_as_a_process(here):
     assert again.returncode == 0 and "is complete already" in again.stdout
 
 
+def test_a_reader_that_leaves_early_gets_no_traceback():
+    """As `head` does."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, str(REPOSITORY / "main.py"), "schema"]
+    ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (141, "")
+
+
 def test_a_terminal_sees_a_bar(here):
     """The same command on a pseudo-terminal: a live bar with loss, pace and time left."""
     controller, terminal = pty.openpty()
