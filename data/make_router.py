@@ -6,8 +6,8 @@ The questions are of seven kinds, with up to two conditions; each kind and each 
 The two models and the judge are simulated: the weak model's score falls fast with the difficulty, the strong one's
 slowly, both with noise, so that no router can be right every time. Scores go from 1 to 5; at 4 an answer will do.
 
-The test has things, frames and forms of words to itself: each kind's last form and half of the test's frames and
-things occur in no row of train.jsonl and valid.jsonl.
+The test has things, frames and forms of words to itself: half of its frames and things, and each kind's last form,
+which half of its rows have, occur in no row of train.jsonl and valid.jsonl.
 """
 
 import argparse
@@ -26,16 +26,37 @@ KINDS = {
     "plan": (2.8, 9),
     "work out": (3.4, 7),
 }
-# Each kind's last form is the test's.
+# Each kind's last form is the test's alone.
 FORMS = {
-    "greet": ["say hello to {name}", "say good night to {name}", "say thank you to {name}"],
-    "look up": ["tell me the price of a {item}", "find the price of the {item}", "look for the price of a {item}"],
-    "list": ["name three colors of a {item}", "list the parts of a {item}", "list some colors of the {item}"],
-    "write": ["write a letter about a {item}", "write {name} a note", "write a story about {name}"],
-    "compare": ["compare a {item} with a {other}", "compare the {item} and the {other}", "compare two {item}s"],
-    "plan": ["plan a week with {name}", "make a plan to repair a {item}", "plan how to sell a {item}"],
-    "work out": ["work out how a {item} works", "explain why a {item} stopped", "work out why the {item} is late"],
-}
+    "greet": [
+        "say hello to {name}", "say good night to {name}", "say good morning to {name}", "say goodbye to {name}",
+        "say thank you to {name}",
+    ],
+    "look up": [
+        "tell me the price of a {item}", "find the price of the {item}", "tell me what a {item} costs",
+        "find out what the {item} costs", "look for the price of a {item}",
+    ],
+    "list": [
+        "name three colors of a {item}", "list the parts of a {item}", "list three uses of the {item}",
+        "name the parts of the {item}", "list some colors of the {item}",
+    ],
+    "write": [
+        "write a letter about a {item}", "write {name} a note", "write a note about the {item}",
+        "write a song for {name}", "write a story about {name}",
+    ],
+    "compare": [
+        "compare a {item} with a {other}", "compare the {item} and the {other}",
+        "compare the prices of a {item} and a {other}", "compare this {item} with that {other}", "compare two {item}s",
+    ],
+    "plan": [
+        "plan a week with {name}", "make a plan to repair a {item}", "plan how to move a {item}",
+        "make a plan for {name}", "plan how to sell a {item}",
+    ],
+    "work out": [
+        "work out how a {item} works", "explain why a {item} stopped", "work out why the {item} stopped",
+        "explain how the {item} works", "work out why the {item} is late",
+    ],
+}  # fmt: skip
 CONDITIONS = ["in one sentence", "without the word {word}", "as a table", "with a reason for each step"]
 HARDER = 0.5  # by each condition
 FRAMES = [
@@ -62,7 +83,8 @@ def make_row(rng: random.Random, is_test: bool) -> dict:
     items = NEW_ITEMS if is_test and rng.random() < 0.5 else items
     item, other = rng.sample(items, 2)
     conditions = rng.sample(CONDITIONS, rng.choices((0, 1, 2), (5, 4, 2))[0])
-    ask = " ".join([rng.choice(forms[2:] if is_test else forms[:2]), *conditions])
+    form = forms[-1] if is_test and rng.random() < 0.5 else rng.choice(forms[:-1])
+    ask = " ".join([form, *conditions])
     frame = rng.choice(TEST_FRAMES if is_test and rng.random() < 0.5 else FRAMES)
     names = {"name": rng.choice(WORLD["first_names"]), "word": rng.choice(WORLD["adjectives"])}
     query = frame.format(ask=ask).format(item=item, other=other, **names)
