@@ -69,3 +69,13 @@ def test_a_run_on_a_cpu_gives_its_figures(write_rows):
         assert result["tokens_per_second"] > 0 and result["seconds_to_first_step"] > 1
         assert result["planned_gigabytes"] > 0 and result["peak_gigabytes"] > 0
     assert "mfu" not in lora  # the peak of a CPU is not known
+
+
+def test_every_way_to_the_loss_has_the_same_and_what_is_missing_is_named():
+    command = [sys.executable, "benchmarks/gpu/loss.py", "--shape", "tiny", "--full", "--rounds", "1"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = {line["way"]: line for line in map(json.loads, done.stdout.splitlines())}
+    assert list(lines)[:4] == ["ours", "ours, half", "ours, double", "plain"]
+    assert all(lines[way]["loss"] == pytest.approx(lines["plain"]["loss"], abs=0.02) for way in list(lines)[:4])
+    assert "ms" in lines["liger"] or "not measured" in lines["liger"]["note"]
