@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ __all__ = ["FileChunk", "chunks_of", "read_chunk", "split_source"]
 # What one task reads at once: large enough to be worth a task, small enough to share work evenly.
 CHUNK_BYTES = 2 * 2**20
 CHUNK_ROWS = 2_500
+EVEN = 4  # the parts of a file are a multiple of it, so that two or four processes end together
 # A longer line is rejected: it is a file without line ends, and tokenizing it would take hours.
 LONGEST_LINE = 16 * 2**20
 DELIMITERS = ",\t;"  # of CSV; the one that the header has most of
@@ -156,10 +158,13 @@ def _kind(path: Path, uri: str) -> str:
 
 
 def _split_lines(path: Path) -> Iterator[tuple[int, int, int]]:
-    """Yield (start, stop, number of the first line) of parts of about CHUNK_BYTES that end with a line."""
-    start, line = 0, 1
+    """Yield (start, stop, number of the first line) of parts, alike in size, that end with a line."""
+    size, start, line = path.stat().st_size, 0, 1
+    parts = max(1, math.ceil(size / CHUNK_BYTES))
+    if parts > 1:
+        parts = EVEN * math.ceil(parts / EVEN)
     with open(path, "rb") as file:
-        while block := file.read(CHUNK_BYTES):
+        while block := file.read(math.ceil(size / parts)):
             lines = block.count(b"\n")
             if not block.endswith(b"\n"):
                 lines += _skip_line(file)

@@ -160,6 +160,19 @@ def test_pieces_hold_every_line_once(tmp_path, monkeypatch):
     assert [(where, raw["n"]) for where, raw in read] == [(f"r.jsonl:{k + 1}", k) for k in range(50)]
 
 
+def test_the_pieces_of_a_file_are_alike_so_that_processes_end_together(tmp_path, monkeypatch):
+    """A file of little more than a piece is four small ones, not a large and a tiny one; a small file is one."""
+    monkeypatch.setattr(readers, "CHUNK_BYTES", 10_000)
+    path = tmp_path / "r.jsonl"
+    for rows, pieces in ((90, 1), (110, 4), (450, 8)):
+        path.write_text("\n".join(json.dumps({"x": "y" * 90}) for _ in range(rows)))
+        chunks = readers.split_source(Source(str(path)))
+        sizes = [chunk.stop - chunk.start for chunk in chunks]
+        assert len(sizes) == pieces and min(sizes) > 0.85 * max(sizes), sizes
+    path.write_text("")
+    assert readers.split_source(Source(str(path))) == []
+
+
 def test_columns_of_parquet_give_no_keys_that_were_not_written(tmp_path):
     """Peers' point 22: a column's type has the keys of all rows, and fills them with nulls."""
     called = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
