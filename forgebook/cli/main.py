@@ -79,13 +79,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(arguments)
     except BrokenPipeError:
-        if not _has_reader_left():
+        if not _reader_is_gone():
             raise
         return 141  # what a shell reports of a program that a closed pipe ends
 
 
-def _has_reader_left() -> bool:
-    """Tell whether nobody reads the output any more, as after `| head`; if so, drop the rest of it."""
+def _reader_is_gone() -> bool:
+    """Return whether nobody reads the output any more, as after `| head`; if so, drop the rest of it."""
     output = select.poll()
     output.register(sys.stdout.fileno(), 0)
     if not output.poll(0):
