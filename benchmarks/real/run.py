@@ -137,7 +137,12 @@ def measure_halves(halves: list[Path], test: Path, rows: int, held_out: int) -> 
             {"losses": losses, "best_checkpoint": Path(start).name, "steps": summary["steps"], **evaluated,
              "training": summary["training"], "process_gigabytes": process_gigabytes(summary)}
         )  # fmt: skip
-    return {"examples_of_each_half": rows, "epochs_of_each_half": 3, "max_new_tokens": 256, "stages": stages}
+    before = {side: stages[0][side] for side in ("before", "before_95")}
+    after = {side: stages[-1][side] for side in ("after", "after_95")}
+    return {
+        "examples": rows * len(halves), "held_out": held_out, **before, **after, "epochs_of_each_half": 3,
+        "max_new_tokens": 256, "stages": stages,
+    }  # fmt: skip
 
 
 def measure_methods(rows: int, held_out: int) -> dict:
