@@ -32,7 +32,7 @@ __all__ = ["FileChunk", "chunks_of", "read_chunk", "split_source"]
 # What one task reads at once: large enough to be worth a task, small enough to share work evenly.
 CHUNK_BYTES = 2 * 2**20
 CHUNK_ROWS = 2_500
-EVEN = 4  # the parts of a file are a multiple of it, so that two or four processes end together
+MULTIPLE = 4  # the parts of a file are a multiple of it, so that two or four processes end together
 # A longer line is rejected: it is a file without line ends, and tokenizing it would take hours.
 LONGEST_LINE = 16 * 2**20
 DELIMITERS = ",\t;"  # of CSV; the one that the header has most of
@@ -162,7 +162,7 @@ def _split_lines(path: Path) -> Iterator[tuple[int, int, int]]:
     size, start, line = path.stat().st_size, 0, 1
     parts = max(1, math.ceil(size / CHUNK_BYTES))
     if parts > 1:
-        parts = EVEN * math.ceil(parts / EVEN)
+        parts = MULTIPLE * math.ceil(parts / MULTIPLE)
     with open(path, "rb") as file:
         while block := file.read(math.ceil(size / parts)):
             lines = block.count(b"\n")
