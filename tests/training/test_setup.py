@@ -228,3 +228,19 @@ def test_two_workers_train_a_model_with_a_vision_tower(tmp_path):
         assert all(one[2] < one[0] for one in losses.values())
         for sharding in ("zero_2 lora", "zero_3 lora"):
             assert losses[sharding] == pytest.approx(losses["none lora"], rel=1e-3), sharding
+
+
+STARTED = """
+import sys
+from forgebook.config.parse import load_config
+from forgebook.training.setup import make_accelerator
+make_accelerator(load_config("training_configs/tiny/quickstart.yaml", ["num_devices=0", "deepspeed=zero_2"]).resolved())
+print("imported:", "deepspeed" in sys.modules, "mlflow" in sys.modules)
+"""
+
+
+@pytest.mark.slow
+def test_deepspeed_starts_without_importing_mlflow():
+    """Its tuner would, if it is installed: a second of each worker's start."""
+    started = subprocess.run([sys.executable, "-c", STARTED], cwd=REPOSITORY, capture_output=True, text=True)
+    assert "imported: True False" in started.stdout, started.stderr
