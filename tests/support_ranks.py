@@ -10,7 +10,6 @@ import datetime
 import json
 import multiprocessing
 import os
-import socket
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ multiprocessing.set_forkserver_preload(
 def run_two_ranks(scenario, folder: Path, *arguments) -> list:
     """Call `scenario(rank, *arguments)`, a function of a module, in two processes of one group; return their results.
 
-    A collective that one rank misses ends after a minute with an error, not never.
+    A collective that one rank misses ends after three minutes with an error, not never.
     """
     return _run_ranks(2, scenario, folder, *arguments)
 
@@ -39,10 +38,7 @@ def train_in_ranks(config, run, *_: Any) -> dict[str, Any]:
 
 
 def _run_ranks(count: int, scenario, folder: Path, *arguments) -> list:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = dict(os.environ) | {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    environment = dict(os.environ) | {"WORLD_SIZE": str(count)}
     mp.start_processes(
         _join, args=(environment, scenario, str(folder), *arguments), nprocs=count, start_method="forkserver"
     )
@@ -52,7 +48,10 @@ def _run_ranks(count: int, scenario, folder: Path, *arguments) -> list:
 def _join(rank: int, environment: dict[str, str], scenario, folder: str, *arguments) -> None:
     os.environ |= environment | {"RANK": str(rank), "LOCAL_RANK": str(rank), "GLOO_SOCKET_IFNAME": "lo"}
     torch.set_num_threads(1)  # as Ray's workers have: sums of more threads round otherwise
-    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+    # They meet in a file: between asking for a free port and listening on it, another process may take the port.
+    meet = f"file://{folder}/meeting"
+    world, timeout = int(environment["WORLD_SIZE"]), datetime.timedelta(seconds=180)
+    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=world, timeout=timeout)
     Path(folder, f"rank-{rank}.json").write_text(json.dumps(scenario(rank, *arguments)))
 
 

@@ -49,6 +49,7 @@ def test_it_trains_saves_and_reloads_or_says_why_not(results, method, task, shar
     if rule := refusal(method, task, sharding):
         assert str(rule) in found["refused"]
     else:
+        assert "refused" not in found, found["refused"]
         assert found["reloaded"] == pytest.approx(found["eval_loss"], rel=1e-5, abs=1e-5)
 
 

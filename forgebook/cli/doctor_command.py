@@ -24,7 +24,7 @@ def doctor_command(arguments: list[str]) -> int:
     config = load_noting_retired(parsed.target, parsed.rest, parsed.flags.default) if parsed.target else None
     from forgebook.reporting.doctor import config_findings, machine_findings
 
-    findings = list(machine_findings(config.storage_path, config.address) if config else machine_findings())
+    findings = list(machine_findings(config))
     steps: list[DebuggingStep] = []
     if config is not None:
         about_config = list(config_findings(config))

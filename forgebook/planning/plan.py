@@ -45,6 +45,7 @@ __all__ = [
     "MFU",
     "Plan",
     "cost_per_million_tokens",
+    "disk_of",
     "flops_per_token",
     "plan",
     "run_kind",
@@ -204,8 +205,7 @@ def plan(
         flops_per_second = _speed_of(one, kind, mfu, throughputs).flops_per_second
         per_second = workers * flops_per_second / flops_of_token if flops_per_second else None
         costs.append(_cost_on(one, workers, per_second, on_gpus, work))
-    saved = trained if resolved.is_lora else shape.parameters
-    checkpoint, disk = _disk_bytes(saved, trained, resolved.dtype, resolved.num_checkpoints_to_keep)
+    checkpoint, disk = disk_of(resolved, shape)
     return Plan(
         model_id=resolved.model_id,
         workers=workers,
@@ -298,17 +298,15 @@ def _cost_on(gpu: Gpu, workers: int, per_second: float | None, need: Memory, wor
     return GpuCost(gpu.name, fits(need, gpu), seconds, cost, per_million * work.positions / work.tokens)
 
 
-def _disk_bytes(saved: int, trained: int, dtype: str, copies: int) -> tuple[int, int]:
-    """Count the bytes of one checkpoint, and the most that a run stores at a time.
-
-    saved: parameters of a checkpoint; trained: of the training state; copies: checkpoints that are kept.
-    """
-    width = WIDTHS[dtype]
-    checkpoint = width * saved
+def disk_of(config: ResolvedConfig, shape: Shape) -> tuple[int, int]:
+    """Count the bytes of one checkpoint, and the most that a run stores at a time."""
+    width = WIDTHS[config.dtype]
+    trained = trained_parameters(config, shape)
+    checkpoint = width * (trained if config.is_lora else shape.parameters)
     # The training state holds weights, float32 masters of 16-bit weights, and two float32 moments. A new one, like a
     # new checkpoint, is complete before the old one is deleted.
     state = trained * (width + 12 if width == 2 else width + 8)
-    return checkpoint, checkpoint * (copies + 1) + 2 * state
+    return checkpoint, checkpoint * (config.num_checkpoints_to_keep + 1) + 2 * state
 
 
 def _vllm_verdict(lora_config: dict[str, Any] | None, shape: Shape, labels: int) -> str:

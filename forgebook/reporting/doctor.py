@@ -1,6 +1,6 @@
 """What this machine has for a run, and what a config's model and data are: `python main.py doctor [CONFIG]`.
 
-for finding in machine_findings():              versions, devices, attention kernels, disk, buckets, Ray
+for finding in machine_findings(config):        versions, devices, attention kernels, disk, buckets, Ray
 for finding in config_findings(config):         template, end of turn, examples, vocabulary
 finding.problem                                 what to do about it; empty if nothing
 
@@ -9,6 +9,7 @@ Nothing is downloaded but the tokenizer of CONFIG, and nothing is written or sta
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -22,7 +23,10 @@ from typing import TYPE_CHECKING
 
 from forgebook.errors import ForgebookError
 from forgebook.models.attention import AttentionFacts, attention_facts, attention_obstacles
+from forgebook.models.shapes import find_shape
+from forgebook.planning.feasibility import without_gaps
 from forgebook.planning.hardware import cpu_share, has_gpu, this_gpu
+from forgebook.planning.plan import disk_of
 from forgebook.ray_cluster import REPOSITORY
 from forgebook.runs import object_store
 from forgebook.runs.download import cache_folder
@@ -34,7 +38,7 @@ __all__ = ["Finding", "config_findings", "machine_findings"]
 
 NEEDED = ("torch", "transformers", "peft", "accelerate", "deepspeed", "ray", "datasets")
 OPTIONAL = ("flash-attn", "liger-kernel", "bitsandbytes", "vllm", "wandb", "mlflow-skinny", "tensorboard", "openai")
-LEAST_FREE = 10 * 10**9  # bytes: an 8B model's adapter run with its state; a smaller disk fills within hours
+LEAST_FREE = 10 * 10**9  # bytes, where no config says what is needed: an 8B model's adapter run with its state
 ANSWER_SECONDS = 3
 
 
@@ -47,14 +51,14 @@ class Finding:
     problem: str = ""
 
 
-def machine_findings(storage_path: str = "runs", address: str | None = None) -> Iterator[Finding]:
-    """Yield what this machine has. storage_path, address: of the config; address defaults to RAY_ADDRESS."""
+def machine_findings(config: FinetuneConfig | None = None) -> Iterator[Finding]:
+    """Yield what this machine has, for a config's run if one is given."""
     yield from _versions()
     yield _devices()
     yield from _kernels()
-    yield from _disks(storage_path)
-    yield _bucket(storage_path)
-    yield _ray(address)
+    yield from _disks(config)
+    yield _bucket(config.storage_path if config else "runs")
+    yield _ray(config.address if config else None)
 
 
 def _pins() -> dict[str, str]:
@@ -114,7 +118,9 @@ def _kernels() -> Iterator[Finding]:
     yield Finding("attention kernels", ", ".join(runs) + (f" ({'; '.join(others)})" if others else ""))
 
 
-def _disks(storage_path: str) -> Iterator[Finding]:
+def _disks(config: FinetuneConfig | None) -> Iterator[Finding]:
+    storage_path = config.storage_path if config else "runs"
+    needed = _needed_disk(config)
     places = {"cache": cache_folder()}
     if not object_store.is_remote(storage_path):
         places = {"storage_path": Path(storage_path)} | places
@@ -122,10 +128,21 @@ def _disks(storage_path: str) -> Iterator[Finding]:
         folder = folder.expanduser().absolute()
         existing = next(path for path in (folder, *folder.parents) if path.exists())
         free = shutil.disk_usage(existing).free
-        fix = f"less than {LEAST_FREE / 1e9:.0f} GB are free: make room, or set another {name}" * (free < LEAST_FREE)
+        fix = f"{needed[name] / 1e9:.1f} GB are needed: make room, or set another {name}" * (free < needed[name])
         if not os.access(existing, os.W_OK):
             fix = f"{existing} cannot be written to: set another {name}"
         yield Finding(f"disk of {name}", f"{free / 1e9:.1f} GB free at {existing}", fix)
+
+
+def _needed_disk(config: FinetuneConfig | None) -> dict[str, int]:
+    """Count the bytes that a run stores at most, as its plan does, and those of a model that it copies from a bucket."""
+    if config is not None:
+        with contextlib.suppress(ForgebookError):  # the model's own line says what is wrong with it
+            shape = find_shape(config.model_id)
+            _, stored = disk_of(without_gaps(config, shape, None), shape)
+            copied = 2 * shape.parameters if object_store.is_remote(str(config.model_id)) else 0
+            return {"storage_path": stored, "cache": copied}
+    return {"storage_path": LEAST_FREE, "cache": LEAST_FREE}
 
 
 def _bucket(storage_path: str) -> Finding:

@@ -19,32 +19,42 @@ def by_name(findings) -> dict:
 
 def test_this_machine(tmp_path, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    findings = by_name(machine_findings(str(tmp_path / "runs")))
+    findings = by_name(machine_findings(config_for("tiny", storage_path=str(tmp_path / "runs"))))
     assert findings["torch"].text == importlib.metadata.version("torch")
     assert "sdpa" in findings["attention kernels"].text and "flash_attention_2" in findings["attention kernels"].text
     assert f"GB free at {tmp_path}" in findings["disk of storage_path"].text
     assert findings["devices"].text and findings["Ray"].problem == findings["transformers"].problem == ""
 
 
-def test_another_version_than_the_tested_one_needs_a_fix(tmp_path, monkeypatch):
+def test_another_version_than_the_tested_one_needs_a_fix(monkeypatch):
     version = importlib.metadata.version
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.1.0" if name == "peft" else version(name))
-    assert "tested with" in by_name(machine_findings(str(tmp_path)))["peft"].problem
+    assert "tested with" in by_name(machine_findings())["peft"].problem
 
 
-def test_an_address_is_tried(tmp_path, monkeypatch):
+def test_a_disk_is_too_small_for_what_the_run_stores(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=3 * 10**9)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    assert "10.0 GB are needed" in by_name(machine_findings())["disk of cache"].problem
+    small = by_name(machine_findings(config_for("tiny", storage_path=str(tmp_path))))
+    assert small["disk of storage_path"].problem == small["disk of cache"].problem == ""
+    large = by_name(machine_findings(config_for("Qwen/Qwen3-8B", storage_path=str(tmp_path))))
+    assert "GB are needed: make room, or set another storage_path" in large["disk of storage_path"].problem
+
+
+def test_an_address_is_tried(monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
-        assert by_name(machine_findings(str(tmp_path), address))["Ray"].text == f"{address} answers"
-    assert "does not answer" in by_name(machine_findings(str(tmp_path), address))["Ray"].problem
+        assert by_name(machine_findings(config_for("tiny", address=address)))["Ray"].text == f"{address} answers"
+    assert "does not answer" in by_name(machine_findings(config_for("tiny", address=address)))["Ray"].problem
 
 
 def test_a_bucket_is_listed(s3):
-    findings = by_name(machine_findings("s3://forgebook/runs"))
+    findings = by_name(machine_findings(config_for("tiny", storage_path="s3://forgebook/runs")))
     assert findings["object store"].problem == "" and "can be listed" in findings["object store"].text
     assert "disk of storage_path" not in findings
-    missing = by_name(machine_findings("s3://no-such-bucket-here/runs"))
+    missing = by_name(machine_findings(config_for("tiny", storage_path="s3://no-such-bucket-here/runs")))
     assert "there is no such bucket" in missing["object store"].problem
 
 
