@@ -38,7 +38,9 @@ def train_in_ranks(config, run, *_: Any) -> dict[str, Any]:
 
 
 def _run_ranks(count: int, scenario, folder: Path, *arguments) -> list:
-    environment = dict(os.environ) | {"WORLD_SIZE": str(count)}
+    # accelerate wants an address to be set, whatever the processes meet by.
+    meeting = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    environment = dict(os.environ) | meeting
     mp.start_processes(
         _join, args=(environment, scenario, str(folder), *arguments), nprocs=count, start_method="forkserver"
     )
