@@ -28,13 +28,20 @@ NEW_THINGS = "boxes photos keys candles pears bottles letters toys".split()
 # What happens: the sentences of the training rows, then those of the test alone. {b} is the number.
 START = [
     ["{name} has {a} {things}.", "There are {a} {things} in the bag of {name}.", "At first {name} has {a} {things}.",
-     "{name} owns {a} {things}.", "In the morning {name} has {a} {things} in a bag."],
+     "{name} owns {a} {things}.", "In the morning {name} has {a} {things} in a bag.",
+     "At first there are {a} {things} with {name}.", "In the bag of {name} there are {a} {things}.",
+     "In the morning there are {a} {things} in a bag. It is the bag of {name}.", "At first {name} owns {a} {things}.",
+     "On {day} {name} owns {a} {things}.", "On {day} there are {a} {things} in the bag of {name}.",
+     "{a} {things} are in the bag of {name}."],
     ["At first there are {a} {things} in the bag of {name}.", "In the morning {name} owns {a} {things}."],
 ]  # fmt: skip
 GAIN = [
     ["{name} buys {b} more.", "{friend} gives {name} {b} more.", "Then {name} finds {b} more {things}.",
      "{name} gets {b} more {things} from {friend}.", "Later {friend} brings {b} more.",
-     "On {day} {name} makes {b} more {things}."],
+     "On {day} {name} makes {b} more {things}.", "Later {friend} gives {name} {b} more {things}.",
+     "On {day} {name} finds {b} more.", "Then {friend} brings {name} {b} more {things}.",
+     "Later {name} buys {b} more {things}.", "On {day} {name} gets {b} more from {friend}.",
+     "Then {name} makes {b} more."],
     ["On {day} {friend} gives {name} {b} more {things}.", "Later {name} finds {b} more.",
      "Then {name} buys {b} more {things} from {friend}."],
 ]  # fmt: skip
@@ -42,27 +49,38 @@ LOSS = [
     ["{name} gives {b} of them to {friend}.", "{name} loses {b} of the {things}.",
      "Then {friend} takes {b} of them away.",
      "{name} sells {b} of them on {day}.", "Later {b} of the {things} are lost.",
-     "On {day} {name} gives {b} {things} away."],
+     "On {day} {name} gives {b} {things} away.", "Then {name} loses {b} of them.",
+     "On {day} {name} sells {b} of the {things} to {friend}.", "Later {name} gives {b} of the {things} away.",
+     "On {day} {friend} takes {b} of the {things}.", "Later {name} gives {friend} {b} of them.",
+     "Then {name} sells {b} {things} to {friend}."],
     ["On {day} {name} loses {b} of them.", "Later {name} sells {b} of the {things} to {friend}.",
      "Then {name} gives {b} of them away."],
 ]  # fmt: skip
 NOW = [
     ["How many {things} does {name} have now?", "How many {things} are left with {name}?",
-     "How many does {name} have in the end?", "What number of {things} does {name} have now?"],
+     "How many does {name} have in the end?", "What number of {things} does {name} have now?",
+     "What number of them does {name} have in the end?", "How many of the {things} are left now?",
+     "What number of {things} does {name} own in the end?", "How many {things} are with {name} in the end?"],
     ["How many {things} does {name} have in the end?", "What number of {things} are left with {name}?"],
 ]  # fmt: skip
 OTHER = [
-    ["{friend} has {b} {things}.", "There are {b} {things} in the bag of {friend}.", "{friend} owns {b}."],
+    ["{friend} has {b} {things}.", "There are {b} {things} in the bag of {friend}.", "{friend} owns {b}.",
+     "In the bag of {friend} there are {b}.", "There are {b} with {friend}.", "{friend} has {b} of them in a bag.",
+     "With {friend} there are {b} {things}."],
     ["{friend} owns {b} {things}.", "There are {b} in the bag of {friend}."],
-]
+]  # fmt: skip
 MORE = [
     ["{friend} has {b} more than {name}.", "{friend} owns {b} {things} more than {name}.",
-     "In the bag of {friend} there are {b} more than {name} has."],
+     "In the bag of {friend} there are {b} more than {name} has.",
+     "There are {b} {things} more in the bag of {friend} than {name} has.", "With {friend} there are {b} more than with {name}.",
+     "{friend} has {b} of them more than {name} has.", "{friend} owns {b} {things} more than {name} owns."],
     ["{friend} owns {b} more than {name}.", "{friend} has {b} {things} more than {name}."],
 ]  # fmt: skip
 BOTH = [
     ["How many {things} do {name} and {friend} have together?", "How many {things} do they have together?",
-     "How many do both have together?"],
+     "How many do both have together?", "How many do both of them have together?",
+     "What number of {things} do they have together?", "What number do {name} and {friend} have together?",
+     "How many {things} do {name} and {friend} own together?"],
     ["How many do {name} and {friend} have together?", "How many {things} do both have together?"],
 ]  # fmt: skip
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
@@ -141,7 +159,7 @@ def make_rows(train_count: int, test_count: int, seed: int) -> tuple[list[dict],
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--train", type=int, default=2_400)
+    parser.add_argument("--train", type=int, default=3_000)
     parser.add_argument("--test", type=int, default=200)
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
