@@ -90,10 +90,15 @@ def print_run(output: Console, run: Run, prepared: Prepared, vllm: str | None) -
         output.print("  [yellow]trainer_resources are not reserved: Ray Train gives every worker the same[/yellow]")
 
 
+def _print_parts(output: Console, start: str, text: str) -> None:
+    """Print a text with a line for each of its parts: in one, pages and narrow terminals would cut it."""
+    output.print(start + text.replace("; ", "\n" + " " * len(start)))
+
+
 def print_plan(output: Console, plan: Plan | None, warnings: list[str]) -> None:
-    """Print the plan in one line, and its warnings."""
+    """Print the plan and its warnings."""
     if plan:
-        output.print(f"  plan   {plan_summary(plan)}")
+        _print_parts(output, "  plan   ", plan_summary(plan))
     for text in warnings:
         output.print(f"  [yellow]{escape(text)}[/yellow]")
 
@@ -153,7 +158,7 @@ def print_summary(output: Console, run: Run) -> None:
             "was halved"
         )
     if "planned" in summary:
-        output.print(f"  {compare_with_plan(summary['planned'], summary['measured'])}")
+        _print_parts(output, "  ", compare_with_plan(summary["planned"], summary["measured"]))
     warnings = summary.get("warnings", [])
     for text in warnings:
         output.print(f"  [yellow]{escape(text)}[/yellow]")
