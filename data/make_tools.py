@@ -5,7 +5,7 @@
 A row is {"system": the functions as text, "chat": the turns as text}. Three files:
 
     log.jsonl         what a model may learn from; about one row in fifteen is spoilt, each in one of seven ways
-    new_words.jsonl   the log's tools; last names, counts, times, labels and half of the cities are new, and no sentence
+    new_words.jsonl   the log's tools; last names, codes, times, labels and half of the cities are new, and no sentence
                       begins and ends as one of the log
     new_tools.jsonl   the same, and the thing of every tool is one that no tool of the log has, so its name is new too
 
@@ -28,10 +28,10 @@ END = " <|endoftext|>"
 VERBS = {
     "rent": (["name", "day"], ["rent", "hire"]),
     "repair": (["label", "day"], ["repair", "fix"]),
-    "order": (["city", "count"], ["order", "buy"]),
+    "order": (["city", "code"], ["order", "buy"]),
     "clean": (["day", "time"], ["clean", "wash"]),
     "send": (["name", "city"], ["send", "post"]),
-    "sell": (["name", "count"], ["sell"]),
+    "sell": (["name", "code"], ["sell"]),
     "paint": (["label"], ["paint"]),
     "find": (["label", "city"], ["find", "look for"]),
 }
@@ -52,14 +52,18 @@ Houston Phoenix Tucson Portland Oakland Fresno Tampa Miami Atlanta Raleigh Richm
 Dayton Quebec Calgary Regina Halifax Havana Caracas Medellin Cali Cusco Rosario Mendoza Recife Salvador Brasilia
 """.split()
 LOG_CITIES = [*WORLD["cities"], *MORE_CITIES]
-# Of each argument: its JSON type, then phrases that name its value.
+# Of towns that are made up: a syllable begins, goes on and ends with one of each.
+ONSETS = "b br c ch cl d dr f fl g gr h j k l m n p pl pr r s sh sl sp st t th tr v w z".split()
+VOWELS = "a e i o u ai ea ie ou".split()
+CODAS = "n r l s t m d rk nd st th".split()
+# Of each argument: phrases that name its value.
 ARGUMENTS = {
-    "name": ("string", ["for {}", "in the name of {}", "as a gift for {}"]),
-    "city": ("string", ["in {}", "near {}", "at my house in {}"]),
-    "day": ("string", ["on {}", "next {}", "by {}"]),
-    "time": ("string", ["at {}", "after {}", "before {}"]),
-    "count": ("integer", ["{} times", "in {} copies", "as {} items"]),
-    "label": ("string", ["with the label {}", "marked {}", "under the title {}"]),
+    "name": ["for {}", "in the name of {}", "as a gift for {}"],
+    "city": ["in {}", "near {}", "at my house in {}"],
+    "day": ["on {}", "next {}", "by {}"],
+    "time": ["at {}", "after {}", "before {}"],
+    "code": ["with the code {}", "as item {}", "under number {}"],
+    "label": ["with the label {}", "marked {}", "under the title {}"],
 }
 BEFORE = ["Please", "Can you", "Could you", "Would you", "Will you", "I want to", "I would like to", "Help me to",
           "I have to", "We need to", "My plan is to", "You should", "It is time to", "Is it possible to"]  # fmt: skip
@@ -91,7 +95,7 @@ Turns = list[tuple[str, str]]
 def schema(verb: str, thing: str) -> dict:
     """Describe a tool."""
     arguments, _ = VERBS[verb]
-    properties = {argument: {"type": ARGUMENTS[argument][0]} for argument in arguments}
+    properties = {argument: {"type": "string"} for argument in arguments}
     parameters = {"type": "object", "properties": properties}
     return {"name": f"{verb}_{thing}", "parameters": parameters}
 
@@ -101,7 +105,7 @@ def draw_values(verb: str, rng: random.Random, test: bool) -> dict:
     return {argument: draw_value(argument, rng, test) for argument in VERBS[verb][0]}
 
 
-def draw_value(argument: str, rng: random.Random, test: bool) -> str | int:
+def draw_value(argument: str, rng: random.Random, test: bool) -> str:
     """Draw an argument's value; the test's are not in the log, but for days and half of the cities."""
     if argument == "name":
         beginning = rng.randrange(len(BEGINNINGS))
@@ -113,18 +117,30 @@ def draw_value(argument: str, rng: random.Random, test: bool) -> str | int:
         kinds = [kind for kind in WORLD["animals"] if kind not in known] if test else known
         return f"{rng.choice(FIRST_NAMES)}'s {rng.choice(kinds)}"
     if argument == "city":
-        return rng.choice(NEW_CITIES if test and rng.random() < 0.5 else LOG_CITIES)
+        is_of_list = rng.random() < 0.5
+        if test:
+            return rng.choice(LOG_CITIES if is_of_list else NEW_CITIES)
+        # What occurs once must be copied: it cannot be learned by heart.
+        return rng.choice(LOG_CITIES) if is_of_list else make_up_town(rng)
     if argument == "day":
         return rng.choice(WORLD["days"])
     if argument == "time":
         hour, minute = divmod(rng.choice([time for time in range(60, 780) if (time % 7 == 0) == test]), 60)
         return f"{hour}:{minute:02}"
-    return rng.choice([count for count in range(2, 500) if (count % 7 == 0) == test])
+    return str(rng.choice([code for code in range(100, 1000) if (code % 7 == 0) == test]))
+
+
+def make_up_town(rng: random.Random) -> str:
+    """Make up the name of a town, of one or two syllables."""
+    syllables = [
+        rng.choice(ONSETS) + rng.choice(VOWELS) + rng.choice(["", *CODAS]) for _ in range(rng.choice([0, 1, 1]))
+    ]
+    return "".join([*syllables, rng.choice(ONSETS), rng.choice(VOWELS), rng.choice(CODAS)]).capitalize()
 
 
 def ask(verb: str, thing: str, values: dict, rng: random.Random, test: bool) -> str:
     """Write what a user says who wants this done with these values."""
-    phrases = [rng.choice(ARGUMENTS[argument][1]).format(value) for argument, value in values.items()]
+    phrases = [rng.choice(ARGUMENTS[argument]).format(value) for argument, value in values.items()]
     rng.shuffle(phrases)
     before, after = rng.randrange(len(BEFORE)), rng.randrange(len(AFTER))
     while ((before + after) % 4 == 0) != test:
@@ -140,19 +156,24 @@ def call(name: str, values: dict, rng: random.Random) -> Turns:
     return [("ASSISTANT", written), ("FUNCTION RESPONSE", result), ("ASSISTANT", f"Done. The number is {number}.")]
 
 
-def make_turns(verb: str, thing: str, rng: random.Random, test: bool) -> Turns:
-    """Write one conversation: some small talk, a wish that no tool can fulfil, a tool that is wanted, in this order."""
+def make_turns(offered: list[tuple[str, str]], rng: random.Random, test: bool) -> Turns:
+    """Write one conversation: some small talk, then one to four requests for one of the tools; in the test, one.
+
+    A request that no tool can do may come before it, after which some users of the log give up.
+    """
     said: Turns = []
     if rng.random() < 0.3:
         user, answer = rng.choice(sorted(SMALL_TALK[test].items()))
         said += [("USER", user), ("ASSISTANT", answer)]
-    if rng.random() < 0.25:
-        said += [("USER", ask(rng.choice(OTHER_VERBS), thing, {}, rng, test)), ("ASSISTANT", REFUSAL)]
-        if rng.random() < 0.15:
-            return said
-    values, spoken = draw_values(verb, rng, test), rng.choice(VERBS[verb][1])
-    said += [("USER", ask(spoken, thing, values, rng, test))]
-    return said + call(f"{verb}_{thing}", values, rng)
+    for _ in range(1 if test else rng.randint(1, 4)):
+        verb, thing = rng.choice(offered)
+        if rng.random() < 0.25:
+            said += [("USER", ask(rng.choice(OTHER_VERBS), thing, {}, rng, test)), ("ASSISTANT", REFUSAL)]
+            if not test and rng.random() < 0.15:
+                break
+        values, spoken = draw_values(verb, rng, test), rng.choice(VERBS[verb][1])
+        said += [("USER", ask(spoken, thing, values, rng, test)), *call(f"{verb}_{thing}", values, rng)]
+    return said
 
 
 def make_row(things: list[str], rng: random.Random, test: bool) -> Row:
@@ -164,7 +185,7 @@ def make_row(things: list[str], rng: random.Random, test: bool) -> Row:
     offered = [(verbs[0], thing), rng.choice([(verbs[1], thing), (verbs[0], other)])]
     rng.shuffle(offered)
     functions = "\n".join(json.dumps(schema(*each)) for each in offered)
-    return {"system": WITH_TOOLS + functions, "chat": as_text(make_turns(verbs[0], thing, rng, test))}
+    return {"system": WITH_TOOLS + functions, "chat": as_text(make_turns(offered, rng, test))}
 
 
 def as_text(turns: Turns) -> str:
@@ -191,7 +212,7 @@ def spoil(row: Row, rng: random.Random) -> Row:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--log", type=int, default=2_400)
+    parser.add_argument("--log", type=int, default=1_200)
     parser.add_argument("--test", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -72,7 +72,8 @@ OTHER = [
 MORE = [
     ["{friend} has {b} more than {name}.", "{friend} owns {b} {things} more than {name}.",
      "In the bag of {friend} there are {b} more than {name} has.",
-     "There are {b} {things} more in the bag of {friend} than {name} has.", "With {friend} there are {b} more than with {name}.",
+     "There are {b} {things} more in the bag of {friend} than {name} has.",
+     "With {friend} there are {b} more than with {name}.",
      "{friend} has {b} of them more than {name} has.", "{friend} owns {b} {things} more than {name} owns."],
     ["{friend} owns {b} more than {name}.", "{friend} has {b} {things} more than {name}."],
 ]  # fmt: skip

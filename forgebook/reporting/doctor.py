@@ -135,7 +135,7 @@ def _disks(config: FinetuneConfig | None) -> Iterator[Finding]:
 
 
 def _needed_disk(config: FinetuneConfig | None) -> dict[str, int]:
-    """Count the bytes that a run stores at most, as its plan does, and those of a model that it copies from a bucket."""
+    """Count the bytes that a run stores at most, as its plan does, and of a model that it copies from a bucket."""
     if config is not None:
         with contextlib.suppress(ForgebookError):  # the model's own line says what is wrong with it
             shape = find_shape(config.model_id)
