@@ -80,7 +80,7 @@ def price_rows(plan: Plan) -> list[list[str]]:
 
 
 def plan_summary(plan: Plan) -> str:
-    """Write a plan in one line: memory, time, cost, disk."""
+    """Write a plan in one line: memory, disk, time, cost."""
     need = plan.memory
     usable = f" of {format_bytes(plan.capacity)}" if plan.capacity else ""
     memory = f"{format_bytes(need.total)}{usable} per {_device(plan)}, most of it {need.largest}"
@@ -89,7 +89,7 @@ def plan_summary(plan: Plan) -> str:
         time = f"{format_duration(plan.seconds)} of steps{cost} {plan.assumption}"
     else:
         time = f"time unknown: {plan.assumption if plan.cpu else 'the config names no GPU of the catalog'}"
-    return f"{memory}; {time}; disk {format_bytes(plan.disk_bytes)}"
+    return f"{memory}; disk {format_bytes(plan.disk_bytes)}; {time}"
 
 
 def _device(plan: Plan) -> str:

@@ -15,7 +15,7 @@ from forgebook.planning import preflight, schedule
 from forgebook.planning.auto_config import choices_of
 from forgebook.planning.plan_report import choice_rows, compare_with_plan, plan_summary
 from forgebook.planning.prepare import Prepared, report_rows
-from forgebook.reporting.console import make_table
+from forgebook.reporting.console import PAGE_WIDTH, make_table
 from forgebook.reporting.divergence import all_warnings
 from forgebook.reporting.plots import plot_losses
 from forgebook.runs.atomic import read_json, write_json
@@ -91,8 +91,13 @@ def print_run(output: Console, run: Run, prepared: Prepared, vllm: str | None) -
 
 
 def _print_parts(output: Console, start: str, text: str) -> None:
-    """Print a text with a line for each of its parts: in one, pages and narrow terminals would cut it."""
-    output.print(start + text.replace("; ", "\n" + " " * len(start)))
+    """Print the parts of a text, as many in a line as a page shows without scrolling."""
+    first, *others = text.split("; ")
+    lines = [start + first]
+    for part in others:
+        joined = f"{lines[-1]}; {part}"
+        lines[-1:] = [joined] if len(joined) <= PAGE_WIDTH else [lines[-1], " " * len(start) + part]
+    output.print("\n".join(lines))
 
 
 def print_plan(output: Console, plan: Plan | None, warnings: list[str]) -> None:

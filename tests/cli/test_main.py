@@ -100,7 +100,8 @@ def test_the_command_as_a_process(here):
 
     mistake = run("c.yaml", "seeed=1")
     assert mistake.returncode == 2 and mistake.stdout == "" and "Traceback" not in mistake.stderr
-    done = run("c.yaml", "deepspeed=none", "valid_path=train.jsonl", "train_batch_size_per_device=2")
+    (here / "valid.jsonl").write_text(ROW.replace('"q"', '"another q"') * 4)
+    done = run("c.yaml", "deepspeed=none", "valid_path=valid.jsonl", "train_batch_size_per_device=2")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert any("evaluation loss" in line for line in lines) and any("best checkpoint" in line for line in lines)
@@ -115,7 +116,7 @@ def test_the_command_as_a_process(here):
     # A slow machine shows progress before it.
     assert written.stdout.endswith("4 of 4 prompts answered, 0 were there: answers.jsonl\n"), written.stderr
     assert len((here / "answers.jsonl").read_text().splitlines()) == 4
-    again = run("c.yaml", "deepspeed=none", "valid_path=train.jsonl", "train_batch_size_per_device=2")
+    again = run("c.yaml", "deepspeed=none", "valid_path=valid.jsonl", "train_batch_size_per_device=2")
     assert again.returncode == 0 and "is complete already" in again.stdout
 
 

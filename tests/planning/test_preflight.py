@@ -55,7 +55,7 @@ def test_planned_and_measured_figures_are_side_by_side(cache, make_config, capsy
     run = fine_tune(config)
     printed, summary = capsys.readouterr().out, read_json(run.summary)
     largest = read_json(run.plan)["memory"]["largest"]
-    assert "  plan   " in printed and f"per worker, most of it {largest}\n" in printed
+    assert "  plan   " in printed and f"per worker, most of it {largest}; " in printed
     assert "time unknown: no similar earlier run on this machine" in printed
     assert "memory per worker (model, optimizer, activations): planned " in printed and "tokens/s (excl" in printed
     planned, measured = summary["planned"], summary["measured"]
