@@ -178,7 +178,7 @@ def score_lines(score: Score, examples: str) -> list[str]:
     p = f"p = {score.difference.p:.2g}" if score.difference.p >= 0.001 else "p < 0.001"
     return [
         f"{score.name.replace('_', ' ')} on {examples}: {values}",
-        f"  95% intervals {ranges}; chance of so large a difference: {p} ({score.difference.test})",
+        f"  95% intervals {ranges}; difference: {p} ({score.difference.test})",
     ]
 
 
