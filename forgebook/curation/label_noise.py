@@ -83,7 +83,7 @@ def losses(
     Longer examples than the config's context length are cut as in training.
     """
     options = tokenize.EncodingOptions(
-        _task(config), loaded.prompt_format, config.train_on, config.rewritten_turns,
+        _task(config.task), loaded.prompt_format, config.train_on, config.rewritten_turns,
     )  # fmt: skip
     owners, pieces = [], []
     for number, encoded in enumerate(tokenize.encode_examples(examples, loaded.tokenizer, options)):
@@ -112,9 +112,9 @@ def robust_limit(values: np.ndarray, deviations: float) -> float:
     return median + deviations * DEVIATION * float(np.median(np.abs(values - median)))
 
 
-def _task(config: FinetuneConfig) -> str:
+def _task(task: str | None) -> str:
     """Return the task by which examples are encoded: a label is a text here, as the model may lack its token."""
-    return "instruction_tuning" if config.task in (None, "classification") else str(config.task)
+    return "instruction_tuning" if task in (None, "classification") else task
 
 
 def _report(on_progress: OnProgress, total: int, done: int) -> None:

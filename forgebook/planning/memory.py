@@ -326,7 +326,7 @@ def _base_bytes(shape: Shape, quantization: str | None, width: int) -> int:
 def _activations(run: _Run) -> tuple[int, int, int]:
     """Count the bytes saved for the backward pass, what that pass allocates in addition, and one layer's of both."""
     config, shape, width = run.config, run.shape, run.width
-    mlps = [mlp_bytes(config, shape, kind, width, run.is_fused) for kind in shape.kinds]
+    mlps = [mlp_bytes(config.lora_config, shape, kind, width, run.is_fused) for kind in shape.kinds]
     tiled = [mlp * config.tiled_mlp for mlp, _ in mlps]
     layers = [run.tokens * (_saved_per_token(run, kind) - mlp) for kind, mlp in zip(shape.kinds, tiled, strict=True)]
     layer = max(layers)

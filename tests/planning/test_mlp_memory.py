@@ -16,9 +16,9 @@ ATTENTION_ALONE = LORA | {"target_modules": ["q_proj", "v_proj"]}
 )
 def test_gate_its_activation_up_and_what_a_trained_product_gets(lora, saved):
     shape = shape_of(MODEL)
-    config = config_for(MODEL, lora_config=lora)
-    assert mlp_bytes(config, shape, shape.kinds[0], 2, False) == (saved * 2 * 14336, 3 * 2 * 14336)
-    assert mlp_bytes(config, shape, shape.kinds[0], 2, True) == ((saved - 1) * 2 * 14336, 2 * 14336)
+    lora = config_for(MODEL, lora_config=lora).lora_config
+    assert mlp_bytes(lora, shape, shape.kinds[0], 2, False) == (saved * 2 * 14336, 3 * 2 * 14336)
+    assert mlp_bytes(lora, shape, shape.kinds[0], 2, True) == ((saved - 1) * 2 * 14336, 2 * 14336)
 
 
 @pytest.mark.parametrize("recomputes", [False, True], ids=["kept", "recomputed"])
