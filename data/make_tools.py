@@ -52,7 +52,7 @@ Houston Phoenix Tucson Portland Oakland Fresno Tampa Miami Atlanta Raleigh Richm
 Dayton Quebec Calgary Regina Halifax Havana Caracas Medellin Cali Cusco Rosario Mendoza Recife Salvador Brasilia
 """.split()
 LOG_CITIES = [*WORLD["cities"], *MORE_CITIES]
-# Of towns that are made up: a syllable begins, goes on and ends with one of each.
+# Syllables of invented towns: a first consonant, a vowel, a last consonant.
 ONSETS = "b br c ch cl d dr f fl g gr h j k l m n p pl pr r s sh sl sp st t th tr v w z".split()
 VOWELS = "a e i o u ai ea ie ou".split()
 CODAS = "n r l s t m d rk nd st th".split()
@@ -117,11 +117,11 @@ def draw_value(argument: str, rng: random.Random, test: bool) -> str:
         kinds = [kind for kind in WORLD["animals"] if kind not in known] if test else known
         return f"{rng.choice(FIRST_NAMES)}'s {rng.choice(kinds)}"
     if argument == "city":
-        is_of_list = rng.random() < 0.5
+        is_listed = rng.random() < 0.5
         if test:
-            return rng.choice(LOG_CITIES if is_of_list else NEW_CITIES)
-        # What occurs once must be copied: it cannot be learned by heart.
-        return rng.choice(LOG_CITIES) if is_of_list else make_up_town(rng)
+            return rng.choice(LOG_CITIES if is_listed else NEW_CITIES)
+        # An invented name occurs once: it cannot be memorized, it has to be copied.
+        return rng.choice(LOG_CITIES) if is_listed else invent_town(rng)
     if argument == "day":
         return rng.choice(WORLD["days"])
     if argument == "time":
@@ -130,8 +130,8 @@ def draw_value(argument: str, rng: random.Random, test: bool) -> str:
     return str(rng.choice([code for code in range(100, 1000) if (code % 7 == 0) == test]))
 
 
-def make_up_town(rng: random.Random) -> str:
-    """Make up the name of a town, of one or two syllables."""
+def invent_town(rng: random.Random) -> str:
+    """Invent the name of a town, of one or two syllables."""
     syllables = [
         rng.choice(ONSETS) + rng.choice(VOWELS) + rng.choice(["", *CODAS]) for _ in range(rng.choice([0, 1, 1]))
     ]

@@ -26,7 +26,7 @@ multiprocessing.set_forkserver_preload(
 def run_two_ranks(scenario, folder: Path, *arguments) -> list:
     """Call `scenario(rank, *arguments)`, a function of a module, in two processes of one group; return their results.
 
-    A collective that one rank misses ends after three minutes with an error, not never.
+    A collective that one rank misses ends after a minute with an error, not never.
     """
     return _run_ranks(2, scenario, folder, *arguments)
 
@@ -52,7 +52,7 @@ def _join(rank: int, environment: dict[str, str], scenario, folder: str, *argume
     torch.set_num_threads(1)  # as Ray's workers have: sums of more threads round otherwise
     # They meet in a file: between asking for a free port and listening on it, another process may take the port.
     meet = f"file://{folder}/meeting"
-    world, timeout = int(environment["WORLD_SIZE"]), datetime.timedelta(seconds=180)
+    world, timeout = int(environment["WORLD_SIZE"]), datetime.timedelta(seconds=60)
     dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=world, timeout=timeout)
     Path(folder, f"rank-{rank}.json").write_text(json.dumps(scenario(rank, *arguments)))
 

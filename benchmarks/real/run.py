@@ -54,10 +54,10 @@ PYTHONS = {"transformers": sys.executable, "vllm": str(REPOSITORY / ".venv-vllm/
 RECORDS = [REPOSITORY / "data/quickstart" / f"{name}.jsonl" for name in ("train", "test")]
 
 
-def head(source: Path, count: int, target: Path) -> Path:
-    """Copy the first rows of a file."""
+def head(source: Path, count: int, target: Path, after: int = 0) -> Path:
+    """Copy the first rows of a file, or those after some."""
     with source.open(encoding="utf-8") as lines:
-        target.write_text("".join(islice(lines, count)), encoding="utf-8")
+        target.write_text("".join(islice(lines, after, after + count)), encoding="utf-8")
     return target
 
 
@@ -121,9 +121,7 @@ def measure_halves(halves: list[Path], test: Path, rows: int, held_out: int) -> 
     """Train three epochs on rows of each half of GSM8K, the second from the first one's adapter; evaluate both."""
     data = REPOSITORY / "runs/real-halves-data"
     data.mkdir(parents=True, exist_ok=True)
-    tested, valid = head(test, held_out, data / "test.jsonl"), data / "valid.jsonl"
-    with test.open(encoding="utf-8") as lines:
-        valid.write_text("".join(islice(lines, held_out, held_out + 60)), encoding="utf-8")
+    tested, valid = head(test, held_out, data / "test.jsonl"), head(test, 60, data / "valid.jsonl", after=held_out)
     stages, start = [], "null"
     for number, half in enumerate(halves, 1):
         train = head(half, rows, data / f"half-{number}.jsonl")
@@ -152,9 +150,8 @@ def measure_methods(rows: int, held_out: int) -> dict:
     """Fine-tune for records by LoRA and in full, each at three rates; evaluate each at the rate of the lowest loss."""
     data = REPOSITORY / "runs/real-methods-data"
     data.mkdir(parents=True, exist_ok=True)
-    lines = RECORDS[0].read_text(encoding="utf-8").splitlines(keepends=True)
-    (data / "train.jsonl").write_text("".join(lines[:rows]), encoding="utf-8")
-    (data / "valid.jsonl").write_text("".join(lines[rows : rows + 60]), encoding="utf-8")
+    head(RECORDS[0], rows, data / "train.jsonl")
+    head(RECORDS[0], 60, data / "valid.jsonl", after=rows)
     test, methods = head(RECORDS[1], held_out, data / "test.jsonl"), {}
     for method, rates in METHODS.items():
         words = [f"train_path={data}/train.jsonl", f"valid_path={data}/valid.jsonl", "max_steps=null"]
@@ -176,9 +173,7 @@ def measure_tools(train: Path, tests: list[Path], rows: int, held_out: int) -> d
     """Train on conversations with tools, and evaluate on others: each file of `tests` by its name."""
     data = REPOSITORY / "runs/real-tools-data"
     data.mkdir(parents=True, exist_ok=True)
-    used, valid = head(train, rows, data / "train.jsonl"), data / "valid.jsonl"
-    with train.open(encoding="utf-8") as lines:
-        valid.write_text("".join(islice(lines, rows, rows + 40)), encoding="utf-8")
+    used, valid = head(train, rows, data / "train.jsonl"), head(train, 40, data / "valid.jsonl", after=rows)
     run, summary = train_here(
         "real-tools", f"train_path={used}", f"valid_path={valid}", "max_steps=null", "context_length=1024"
     )

@@ -9,7 +9,6 @@ Nothing is downloaded but the tokenizer of CONFIG, and nothing is written or sta
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import os
 import platform
@@ -128,21 +127,28 @@ def _disks(config: FinetuneConfig | None) -> Iterator[Finding]:
         folder = folder.expanduser().absolute()
         existing = next(path for path in (folder, *folder.parents) if path.exists())
         free = shutil.disk_usage(existing).free
-        fix = f"{needed[name] / 1e9:.1f} GB are needed: make room, or set another {name}" * (free < needed[name])
+        least = needed[name] if needed else LEAST_FREE
+        why = f"the run may take {least / 1e9:.1f} GB" if needed else f"less than {least / 1e9:.0f} GB are free"
+        fix = f"{why}: make room, or set another {name}" * (free < least)
         if not os.access(existing, os.W_OK):
             fix = f"{existing} cannot be written to: set another {name}"
         yield Finding(f"disk of {name}", f"{free / 1e9:.1f} GB free at {existing}", fix)
 
 
-def _needed_disk(config: FinetuneConfig | None) -> dict[str, int]:
-    """Count the bytes that a run stores at most, as its plan does, and of a model that it copies from a bucket."""
-    if config is not None:
-        with contextlib.suppress(ForgebookError):  # the model's own line says what is wrong with it
-            shape = find_shape(config.model_id)
-            _, stored = disk_of(without_gaps(config, shape, None), shape)
-            copied = 2 * shape.parameters if object_store.is_remote(str(config.model_id)) else 0
-            return {"storage_path": stored, "cache": copied}
-    return {"storage_path": LEAST_FREE, "cache": LEAST_FREE}
+def _needed_disk(config: FinetuneConfig | None) -> dict[str, int] | None:
+    """Count the bytes that a run stores at most, as its plan does, and of a model that it copies from a bucket.
+
+    None without a config, or where the model's shape is not known.
+    """
+    if config is None:
+        return None
+    try:
+        shape = find_shape(config.model_id)
+        _, stored = disk_of(without_gaps(config, shape, None), shape)
+    except ForgebookError:  # the model's own line says what is wrong with it
+        return None
+    copied = 2 * shape.parameters if object_store.is_remote(str(config.model_id)) else 0  # weights of 16 bits
+    return {"storage_path": stored, "cache": copied}
 
 
 def _bucket(storage_path: str) -> Finding:
