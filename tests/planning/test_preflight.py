@@ -13,6 +13,7 @@ from forgebook.models.shapes import find_shape
 from forgebook.planning.history import read_throughputs
 from forgebook.planning.preflight import plan_run
 from forgebook.planning.prepare import prepare
+from forgebook.reporting.console import PAGE_WIDTH
 from forgebook.runs.atomic import read_json
 from forgebook.runs.metrics import read_metrics
 from forgebook.runs.run import open_run
@@ -57,6 +58,10 @@ def test_planned_and_measured_figures_are_side_by_side(cache, make_config, capsy
     largest = read_json(run.plan)["memory"]["largest"]
     assert "  plan   " in printed and f"per worker, most of it {largest}; " in printed
     assert "time unknown: no similar earlier run on this machine" in printed
+    lines = [
+        line for line in printed.splitlines() if line.startswith(("  plan", "  memory", "         time", "  time"))
+    ]
+    assert len(lines) >= 3 and max(map(len, lines)) <= PAGE_WIDTH
     assert "memory per worker (model, optimizer, activations): planned " in printed and "tokens/s (excl" in printed
     planned, measured = summary["planned"], summary["measured"]
     assert planned.keys() == measured.keys() == summary["conventions"].keys() - {"ratio"} | {"steps", "tokens"}
