@@ -160,14 +160,31 @@ class Endpoint:
                         yield number, reply
                         continue
                     if len(running) >= self.settings.concurrency:
-                        yield from _finished(running)
+                        yield from self._finished(running)
                     running[pool.submit(self._ask, request)] = number
                 while running:
-                    yield from _finished(running)
+                    yield from self._finished(running)
             finally:
                 self._stopped.set()  # no further repetition, where this ends early
                 for future in running:
                     future.cancel()
+
+    def _finished(self, running: dict[concurrent.futures.Future[Reply], int]) -> Iterator[tuple[int, Reply]]:
+        """Wait for at least one reply; yield those that are there, and remove them.
+
+        Where a request fails, what is being answered to the others is waited for and yielded first: it is paid for.
+        """
+        done, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
+        problem = next((error for future in done if (error := future.exception()) is not None), None)
+        if problem is not None:
+            self._stopped.set()  # no further repetition
+            done, _ = concurrent.futures.wait(running)
+        for future in done:
+            number = running.pop(future)
+            if future.exception() is None:
+                yield number, future.result()
+        if problem is not None:
+            raise problem
 
     def saved(self, request: AnyRequest) -> Reply | None:
         """Return the saved reply to a request, and count it; None if there is none."""
@@ -253,13 +270,6 @@ class _BusyError(Exception):
     def __init__(self, message: str, wait: float | None = None):
         super().__init__(message)
         self.wait = wait
-
-
-def _finished(running: dict[concurrent.futures.Future[Reply], int]) -> Iterator[tuple[int, Reply]]:
-    """Wait for at least one reply; yield those that are there, and remove them."""
-    done, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
-    for future in done:
-        yield running.pop(future), future.result()
 
 
 def _read_reply(content: bytes) -> Reply:

@@ -131,6 +131,25 @@ def test_an_endpoint_that_stays_busy_is_an_error_and_replies_so_far_are_kept():
         assert answers(one, questions(2)) == {0: "to question 0", 1: "to question 1"} and len(requests) == asked
 
 
+@pytest.mark.parametrize(("status", "error"), [(503, ResourceError), (404, ConfigError)])
+def test_what_is_being_answered_while_another_request_fails_is_returned_before_the_error(status, error):
+    has_failed = threading.Event()
+
+    def one_fails(body):
+        if body["messages"][-1]["content"] == "question 1":
+            has_failed.set()
+            return status
+        has_failed.wait(10)
+        time.sleep(0.3)  # the failure arrives first
+        return echo(body)
+
+    replies = {}
+    with endpoint(one_fails) as (url, requests), pytest.raises(error, match=str(status)):
+        for number, reply in made(url, concurrency=3, retries=0).ask_all(questions(9)):
+            replies[number] = reply.text
+    assert replies == {0: "to question 0", 2: "to question 2"} and len(requests) == 3
+
+
 def test_a_rejected_request_is_an_error_at_once_without_the_key():
     with endpoint(lambda body: (401, "wrong key: sk-the-secret", {})) as (url, requests):
         with pytest.raises(ConfigError, match=r"401 wrong key: \*\*\*"):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 
 import pytest
 
@@ -49,12 +50,13 @@ def test_few_requests_are_sent_from_this_process():
 @pytest.mark.slow
 def test_interrupted_on_ray_it_continues_and_writes_the_same_file(run, ray_session, monkeypatch):
     monkeypatch.setenv("FORGEBOOK_TEST_KEY", "sk-of-the-test")
-    answered, is_down = [], []
+    answered, is_down, one_at_a_time = [], [], threading.Lock()
 
     def writer(body):
-        if is_down and len(answered) >= 9:
-            return 503
-        answered.append(body["seed"])
+        with one_at_a_time:
+            if is_down and len(answered) >= 9:
+                return 503
+            answered.append(body["seed"])
         k = body["seed"] + 10
         return json.dumps(chat(f"What is {k} plus {k}?", str(2 * k), None)) if k % 3 else "I would rather not."
 
