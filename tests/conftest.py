@@ -1,8 +1,11 @@
 """Shared by all tests: the tiny model, small data, configs, and one Ray session."""
 
+import contextlib
 import copy
 import json
 import os
+import random
+import socket
 import sys
 import tempfile
 import textwrap
@@ -55,6 +58,17 @@ def pytest_runtest_setup(item):
     shares = item.path in SLOW_FILES and not is_notebook(item)
     if "ray" in sys.modules and not shares and "ray_session" not in item.fixturenames:
         sys.modules["ray"].shutdown()
+
+
+def free_port() -> int:
+    """Return a port that nothing listens on, below those that systems hand out (from 32768): none takes it meanwhile.
+
+    Ray's workers listen on 10000 to 19999.
+    """
+    while True:
+        with socket.socket() as probe, contextlib.suppress(OSError):  # in use
+            probe.bind(("127.0.0.1", random.SystemRandom().randrange(20000, 32000)))
+            return probe.getsockname()[1]
 
 
 def is_notebook(item) -> bool:
@@ -295,13 +309,9 @@ def s3(door):
 @pytest.fixture
 def google(monkeypatch):
     """A bucket `forgebook` on an emulator of Google's storage over HTTP."""
-    import socket
-
     from gcp_storage_emulator.server import create_server
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     server = create_server("127.0.0.1", port, in_memory=True, default_bucket="forgebook")
     server.start()
     monkeypatch.setenv("CLOUD_STORAGE_EMULATOR_ENDPOINT", f"http://127.0.0.1:{port}")

@@ -8,20 +8,17 @@
 import json
 import os
 import pickle
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
-from conftest import REPOSITORY
+from conftest import REPOSITORY, free_port
 
 
 def start_workers(job, folder: Path, caches: list[Path], **environment: str) -> list[subprocess.Popen]:
     """Start one worker per cache folder; worker k writes what it returns and reports to `folder/k.json`."""
     (folder / "job.pkl").write_bytes(pickle.dumps(job))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     return [
         subprocess.Popen(
             [sys.executable, __file__, str(folder / "job.pkl"), str(folder / f"{k}.json")],

@@ -12,7 +12,6 @@ import functools
 import hashlib
 import math
 import os
-import socket
 import sys
 import time
 from dataclasses import dataclass
@@ -119,7 +118,8 @@ def make_accelerator(config: ResolvedConfig) -> Accelerator:
     # DeepSpeed reads its rank from the environment even if there is one process.
     for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, str(value))
-    os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    if "MASTER_PORT" not in os.environ and not torch.distributed.is_initialized():
+        _join_alone()
     is_bf16 = config.dtype == "bfloat16"
     known = {
         "train_micro_batch_size_per_gpu": config.train_batch_size_per_device,
@@ -141,11 +141,10 @@ def make_accelerator(config: ResolvedConfig) -> Accelerator:
     return accelerator
 
 
-def _free_port() -> int:
-    """Return a port of this machine that no process listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def _join_alone() -> None:
+    """Join a process group of this process alone: it needs no port, which another process could take meanwhile."""
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
 
 
 def make_worker(config: ResolvedConfig, accelerator: Accelerator, steps: int = 1) -> Worker:

@@ -7,7 +7,6 @@ import secrets
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,7 +17,7 @@ import psutil
 import pytest
 import yaml
 
-from conftest import REPOSITORY
+from conftest import REPOSITORY, free_port
 from forgebook.cli.main import main
 from forgebook.runs.atomic import read_json
 
@@ -33,12 +32,6 @@ def here(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
         monkeypatch.setenv(name, "")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 # On a cluster -----------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import socket
 import struct
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import urllib.request
 import pytest
 import yaml
 
+from conftest import free_port
 from forgebook import ray_cluster
 from forgebook.config.blocks import Logger
 from forgebook.config.parse import load_config
@@ -35,9 +35,7 @@ def quick_and_offline(monkeypatch):
 def mlflow_server(tmp_path_factory):
     """An MLflow server of its own process, on SQLite; yields its address."""
     folder = tmp_path_factory.mktemp("mlflow")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [
         sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{folder}/runs.db",
         "--artifacts-destination", str(folder / "artifacts"), "--host", "127.0.0.1", "--port", str(port),

@@ -158,7 +158,7 @@ def test_what_a_checkpoint_says_of_its_base(make_config):
     assert saved["user"] == "U {instruction}" and prompt_format_text(None) is None
 
 
-def test_a_port_is_free_and_deepspeed_gets_the_batch_sizes(make_config, monkeypatch):
+def test_one_process_takes_no_port_and_deepspeed_gets_the_batch_sizes(make_config, monkeypatch):
     """What the config leaves "auto" in DeepSpeed's file is filled in from ours."""
     started = {}
 
@@ -176,12 +176,16 @@ def test_a_port_is_free_and_deepspeed_gets_the_batch_sizes(make_config, monkeypa
     config = make_config(deepspeed="zero_2", gradient_accumulation_steps=2, max_grad_norm=0.5).resolved(
         context_length=128
     )
-    with pytest.raises(TrainingError, match="deepspeed is set, but accelerate started NO"):
-        make_accelerator(config)
+    try:
+        with pytest.raises(TrainingError, match="deepspeed is set, but accelerate started NO"):
+            make_accelerator(config)
+        assert distributed.world_size() == 1 and torch.distributed.is_initialized()
+    finally:
+        torch.distributed.destroy_process_group()
     settings = started["deepspeed_plugin"].hf_ds_config.config
     assert settings["train_micro_batch_size_per_gpu"] == 8 and settings["train_batch_size"] == 16
     assert settings["gradient_accumulation_steps"] == 2 and settings["gradient_clipping"] == 0.5
-    assert settings["bf16"]["enabled"] is False and int(os.environ["MASTER_PORT"]) > 0
+    assert settings["bf16"]["enabled"] is False and "MASTER_PORT" not in os.environ
 
 
 # Two workers ------------------------------------------------------------------------------------------
