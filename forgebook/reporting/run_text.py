@@ -90,14 +90,15 @@ def print_run(output: Console, run: Run, prepared: Prepared, vllm: str | None) -
         output.print("  [yellow]trainer_resources are not reserved: Ray Train gives every worker the same[/yellow]")
 
 
-def _print_parts(output: Console, start: str, text: str) -> None:
-    """Print the parts of a text, as many in a line as a page shows without scrolling."""
+def _print_parts(output: Console, start: str, text: str, is_bold: bool = False) -> None:
+    """Print the parts of a text, as many in a line as a page shows without scrolling. is_bold: its start."""
     first, *others = text.split("; ")
     lines = [start + first]
     for part in others:
         joined = f"{lines[-1]}; {part}"
         lines[-1:] = [joined] if len(joined) <= PAGE_WIDTH else [lines[-1], " " * len(start) + part]
-    output.print("\n".join(lines))
+    printed = "\n".join(lines)
+    output.print(f"[bold]{start}[/bold]{printed.removeprefix(start)}" if is_bold else printed)
 
 
 def print_plan(output: Console, plan: Plan | None, warnings: list[str]) -> None:
@@ -149,10 +150,11 @@ def print_summary(output: Console, run: Run) -> None:
     if summary["eval_loss"] is not None:
         perplexity = f", perplexity {summary['perplexity']:.3f}" if summary["perplexity"] else ""
         loss = f"evaluation loss {summary['eval_loss']:.4f}{perplexity}; "
-    output.print(
-        f"[bold]done[/bold]  {loss}{summary['steps']} steps, {summary['trained_tokens']:,} tokens in "
-        f"{summary['training_seconds']:.0f} s, {summary['trained_tokens_throughput']:,.0f} tokens/s (excluding padding)"
+    speed = (
+        f"{summary['steps']} steps, {summary['trained_tokens']:,} tokens in {summary['training_seconds']:.0f} s, "
+        f"{summary['trained_tokens_throughput']:,.0f} tokens/s (excluding padding)"
     )
+    _print_parts(output, "done  ", loss + speed, is_bold=True)
     if planned_steps := summary.get("steps_without_early_stopping"):
         output.print(
             f"  stopped early after step {summary['steps']} of {planned_steps}: the evaluation loss had stopped falling"
@@ -179,7 +181,7 @@ def print_summary(output: Console, run: Run) -> None:
         output.print(make_table(f"Where the time of {profile['steps']} steps goes", ["", "per step", "share"], rows))
         output.print(f"  trace            {display_path(run.folder / profile['trace'])} (open it in ui.perfetto.dev)")
     best = display_path(run.folder / summary["best_checkpoint"])
-    output.print(f"  best checkpoint  {best}  loss curve  {display_path(run.loss_curve)}")
+    _print_parts(output, "  ", f"best checkpoint  {best}; loss curve  {display_path(run.loss_curve)}")
     if run.uri:
         output.print(f"  stored in        {run.uri}")
 

@@ -88,7 +88,7 @@ def train_loop(config: ResolvedConfig, run: Run, report: Report = lambda metrics
     # (3) Model, optimizer, and the learning rate of every step.
     compiles = config.deepspeed is not None and not saved
     stage = "loading the model" if saved else "loading the model, test-saving a checkpoint"
-    progress.stage(stage + compiles * "; DeepSpeed compiles an extension at its first use (a minute)")
+    progress.stage(stage + compiles * "; at its first use DeepSpeed compiles for a minute")
     explain = partial(explain_out_of_memory, config, accelerator.num_processes)
     with distributed.raised_everywhere():
         about_data = atomic.read_json(run.data_report) if run.data_report.exists() else {}

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from conftest import LORA
 from forgebook.planning.prepare import prepare
+from forgebook.reporting.console import PAGE_WIDTH
 from forgebook.reporting.run_text import print_plan, print_run, print_summary, stopped_text, write_summary
 from forgebook.runs.atomic import read_json
 from forgebook.runs.run import Run, open_run
@@ -62,7 +63,7 @@ def test_a_summary_is_written_and_printed(make_config, output, monkeypatch):
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", '{"metadata": {"job_submission_id": "raysubmit_1"}}')
     result = {
         "best_checkpoint": "checkpoints/epoch-1", "eval_loss": 0.5, "perplexity": 1.649, "steps": 3,
-        "trained_tokens": 1234, "training_seconds": 2.4, "trained_tokens_throughput": 512.6,
+        "trained_tokens": 123_400, "training_seconds": 2.4, "trained_tokens_throughput": 512.6,
         "vllm_serves": "no: why",
     }  # fmt: skip
     assert write_summary(run, prepared.config, None, result, 9.87) == "not saved"
@@ -71,9 +72,10 @@ def test_a_summary_is_written_and_printed(make_config, output, monkeypatch):
     assert summary["job_id"] == "raysubmit_1" and "torch" in summary["versions"] and run.loss_curve.exists()
     print_summary(output, run)
     text = printed(output)
-    assert "done  evaluation loss 0.5000, perplexity 1.649" in text and "checkpoints/epoch-1" in text
+    assert text.startswith("done  evaluation loss 0.5000, perplexity 1.649") and "checkpoints/epoch-1\n" in text
+    assert max(map(len, text.splitlines()[:2])) <= PAGE_WIDTH, text
     assert "  vLLM cannot serve the adapter: why; merge it first" in text
-    assert "3 steps, 1,234 tokens in 2 s, 513 tokens/s (excluding padding)" in text
+    assert "3 steps, 123,400 tokens in 2 s, 513 tokens/s (excluding padding)\n" in text
 
 
 def test_a_run_that_got_worse_says_so_instead_of_how_its_answers_end(make_config, output, monkeypatch):
