@@ -97,16 +97,19 @@ def _device(plan: Plan) -> str:
 
 
 def compare_with_plan(planned: dict[str, Any], measured: dict[str, Any]) -> str:
-    """Write in one line what was planned and what was measured; both as in summary.json."""
+    """Write in one line what was planned and what was measured; both as in summary.json.
+
+    Memory per worker is that of model, optimizer and activations; on a CPU, that of the whole process stands beside it.
+    """
     memory = measured["memory_bytes_per_worker"]
     expected = format_bytes(planned["memory_bytes_per_worker"])
     parts = [
-        f"memory per worker (model, optimizer, activations): planned {expected}, "
+        f"memory per worker: planned {expected}, "
         + ("not measured" if memory is None else f"measured {format_bytes(memory)}")
     ]
     if (process := measured["process_bytes_per_worker"]) is not None:
         expected = format_bytes(planned["process_bytes_per_worker"])
-        parts.append(f"of the whole process: planned {expected}, measured {format_bytes(process)}")
+        parts.append(f"process: planned {expected}, measured {format_bytes(process)}")
     if planned["step_seconds"] is not None:
         seconds = format_duration(planned["step_seconds"]), format_duration(measured["step_seconds"])
         parts.append("time of steps: planned {}, measured {}".format(*seconds))

@@ -107,7 +107,8 @@ def test_the_first_right_answer_to_each_question_is_taken(run):
 def test_a_prompt_of_ones_own(run):
     with endpoint(lambda body: "yes") as (url, requests):
         run(url, ["write=answers", "prompt='Q: {question} Think.'", "count=1"])
-    assert [m["content"] for m in requests[0]["messages"]] == ["Compute.", "Q: What is 2 plus 2? Think."]
+    first = min(requests, key=lambda request: request["messages"][-1]["content"])  # several are asked at a time
+    assert [m["content"] for m in first["messages"]] == ["Compute.", "Q: What is 2 plus 2? Think."]
 
 
 def test_where_nothing_is_accepted_nothing_is_written(run, tmp_path):

@@ -62,7 +62,7 @@ def test_planned_and_measured_figures_are_side_by_side(cache, make_config, capsy
         line for line in printed.splitlines() if line.startswith(("  plan", "  memory", "         time", "  time"))
     ]
     assert len(lines) >= 3 and max(map(len, lines)) <= PAGE_WIDTH
-    assert "memory per worker (model, optimizer, activations): planned " in printed and "tokens/s (excl" in printed
+    assert "memory per worker: planned " in printed and "tokens/s (excl" in printed
     planned, measured = summary["planned"], summary["measured"]
     assert planned.keys() == measured.keys() == summary["conventions"].keys() - {"ratio"} | {"steps", "tokens"}
     assert planned["steps"] == measured["steps"] == len(losses_of(run))
