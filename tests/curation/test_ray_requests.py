@@ -22,6 +22,7 @@ SEEDS = [chat(f"What is {k} plus {k}?", f"{2 * k}", "Compute.") for k in range(2
 def ray_session():
     import ray
 
+    ray.shutdown()  # workers of a cluster that another file has started lack this file's key
     yield
     ray.shutdown()
 
