@@ -126,8 +126,9 @@ def plot_bars(
     axes.set_ylabel(ylabel)
     axes.grid(visible=False, axis="x")
     axes.margins(y=0.15)
-    if len(kinds) > 1:
-        axes.legend(frameon=False, labelcolor=GRAY)
+    if len(kinds) > 1:  # above the bars: high ones leave no room between them
+        above = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncols": len(kinds)}
+        axes.legend(frameon=False, labelcolor=GRAY, **above)
     bars = [
         f"{name}: " + ", ".join(f"{kind} {form.format(value)}".strip() for kind, value in values.items())
         for name, values in nested.items()

@@ -31,6 +31,14 @@ def test_bars_carry_their_values(groups):
     assert {"10%", "90%"} <= {text.get_text() for text in axes.texts}
 
 
+def test_the_legend_of_bars_covers_none_of_them():
+    figure = plot_bars({name: {"x": 1.0, "y": 1.0} for name in ("base", "tuned")}, "accuracy")
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    legend, highest = axes.get_legend().get_window_extent(), axes.patches[0].get_window_extent()
+    assert legend.y0 >= axes.get_window_extent().y1 > highest.y1
+
+
 def test_an_interval_is_plotted_with_the_value_above_it():
     (axes,) = plot_bars({"tuned": 0.9}, "accuracy", errors={"tuned": (0.85, 0.95)}).axes
     assert axes.texts[0].xy[1] == 0.95
