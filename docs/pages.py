@@ -158,7 +158,8 @@ def agents_page() -> str:
         "4. `python main.py CONFIG`: the same command resumes a run that was interrupted.",
         "5. `python main.py evaluate RUN`: compare with the base model; the mistakes are in a file.", "",
         "Exit codes: 0 for a result worth having; 2 for a mistake in the config, the data or the arguments, with one",
-        "message that names the key or `file:line` and the fix; 130 for Ctrl-C. Results go to stdout, notes to stderr.",
+        "message that names the key or `file:line` and the fix; 1 for what fails while it runs, such as a full disk;",
+        "130 for Ctrl-C, 143 for SIGTERM. Results go to stdout, notes to stderr.",
         "",
         "## Commands", "",
     ]  # fmt: skip

@@ -97,7 +97,7 @@ def support_page() -> str:
         "Any decoder in transformers. [tests/oracles/families.md](tests/oracles/families.md) lists the families that",
         "are tested: loading, LoRA, full fine-tuning, the plan's counts, loss masks, vLLM.",
         "[tests/oracles/peers.md](tests/oracles/peers.md) runs the public tests of chat templates and LoRA that TRL,",
-        "axolotl and PEFT have against this engine, and says how many agree and why the others do not.",
+        "axolotl and PEFT have against this project, and says how many agree and why the others do not.",
         "",
         *engine_lines(json.loads((REPOSITORY / "benchmarks/real/results.json").read_text())["engines"]),
     ]  # fmt: skip

@@ -63,7 +63,9 @@ def generate_command(arguments: list[str]) -> int:
                 answer(source, prompts, sampling, engine=engine, num_devices=workers, on_progress=on_progress)
             )
     if "out" in options:
-        print(f"{count} of {len(prompts)} prompts answered, {len(prompts) - count} were there: {options['out']}")
+        print(
+            f"{count} of {len(prompts)} prompts answered, {len(prompts) - count} already in the file: {options['out']}"
+        )
     elif len(prompts) == 1:
         print(answers[0])
     else:

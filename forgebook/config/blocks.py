@@ -62,7 +62,7 @@ class PromptFormat(StrictBlock):
     user: str
     """Template of a user message; with `system_in_user` it also contains `{system}`."""
     assistant: str
-    """Template of an answer. It must end with the end-of-turn token, or the model never learns to stop."""
+    """Template of an answer. The end-of-turn token follows `{instruction}`; it is added if nothing does."""
     trailing_assistant: str = ""
     """Text after the last message that starts the answer; only for generation."""
     bos: str = ""

@@ -208,7 +208,7 @@ class FinetuneConfig(StrictBlock):
     worker_resources: Annotated[Resources, Mark.NO_EFFECT] = Field(default={})
     """Ray resources of every worker, e.g. `accelerator_type:A10G: 0.001` (any value in (0, 1])."""
     trainer_resources: Annotated[Resources, Mark.NO_EFFECT] = Field(default={})
-    """Ray resources of the first worker only, e.g. `memory` in bytes: it gathers the weights."""
+    """Not reserved: Ray Train gives every worker the same resources. Read for compatibility."""
     num_data_blocks_per_device: Annotated[Positive, Mark.NO_EFFECT] = 16
     """Blocks of data per device; with more, separate log-probability workers stay ahead of training."""
     max_failures: Annotated[Int, Field(ge=0), Mark.NO_EFFECT] = 3

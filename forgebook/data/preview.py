@@ -27,7 +27,7 @@ from forgebook.data.data_sources import find_sources
 from forgebook.data.examples import read_examples
 from forgebook.data.image_tokens import ImageTokens
 from forgebook.data.images import IMAGES, thumbnail
-from forgebook.data.masking import Encoded, encode_many
+from forgebook.data.masking import Encoded
 from forgebook.data.row_formats import NAME_KEY, Example
 from forgebook.data.special_tokens import special_ids, special_texts
 from forgebook.data.token_store import Tokens
@@ -77,12 +77,9 @@ def preview_examples(config: FinetuneConfig, count: int = 3) -> list[PreviewedEx
     Raises DataError for rows that cannot be used, unless `on_bad_rows` drops them.
     """
     assert config.task is not None  # filled in when the config is checked
-    labels = labels_of(config.classifier_config)
-    options = tokenize.EncodingOptions(
-        config.task, config.generation_config.prompt_format, config.train_on, config.rewritten_turns, labels
-    )
+    options = tokenize.encoding_options(config)
     # Rows first: what is wrong with them is reported before the tokenizer's library is imported.
-    examples = read_examples(config.train_path, config.task, count, labels, config.on_bad_rows)
+    examples = read_examples(config.train_path, config.task, count, options.labels, config.on_bad_rows)
     tokenizer = tokenizer_of(config)
     processor = processor_of(config, tokenizer)
     images = None if processor is None else ImageTokens(processor)
@@ -211,24 +208,28 @@ def show(encoded: Encoded, tokenizer: PreTrainedTokenizerBase, thumbnails: Seque
 
 
 def show_example(messages: list[Message], source: str | Path, tools: list[dict] | None = None) -> HTML:
-    """Show a conversation in a notebook as a config file (`*.yaml`) or a model (a folder, a hub id, `tiny`) has it."""
-    prompt_format = None
+    """Show a conversation in a notebook as a config file (`*.yaml`) or a model (a folder, a hub id, `tiny`) has it.
+
+    source: a config's task, `train_on` and labels decide which tokens are in the loss; a model's are those of
+            instruction tuning. Raises DataError for a conversation that cannot be trained.
+    """
+    options = tokenize.EncodingOptions()
     if str(source).endswith(".yaml"):
         config = load_config(source)
-        tokenizer, prompt_format = tokenizer_of(config), config.generation_config.prompt_format
-        model = processor_source(config)
+        tokenizer, model = tokenizer_of(config), processor_source(config)
+        options = tokenize.encoding_options(config)
     else:
         model = locate(str(source))
         tokenizer = load_tokenizer(model)
-    images, small = None, list[str]()
+    example, images, small = Example("messages:0", messages, tools=tools), None, list[str]()
     if any(isinstance(message["content"], list) for message in messages):
-        row, _ = row_formats.parse_row({"messages": messages}, "messages:0", "vision_language", base=str(Path.cwd()))
-        images, small = ImageTokens(load_processor(model, tokenizer)), list(_thumbnails(row))
-        messages = images.checked(row.conversation)
-    [encoded] = encode_many([(messages, tools)], tokenizer, prompt_format, images=images)
+        row = {"messages": messages}
+        example, _ = row_formats.parse_row(row, example.where, "vision_language", base=str(Path.cwd()))
+        images, small = ImageTokens(load_processor(model, tokenizer)), list(_thumbnails(example))
+    [encoded] = tokenize.encode_examples([example], tokenizer, options, images)
     if isinstance(encoded, DataError):
         raise encoded
-    return show(encoded[0], tokenizer, small)
+    return show(encoded[-1], tokenizer, small)
 
 
 def print_example(example: PreviewedExample, console: Console) -> None:

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from forgebook.config.blocks import labels_of
 from forgebook.config.data_block import HeldOut
 from forgebook.data import chat_template, forked, masking, readers, split, token_store
 from forgebook.data.batching import group_size
@@ -46,8 +47,9 @@ from forgebook.runs import atomic
 
 if TYPE_CHECKING:
     from forgebook.config.blocks import PromptFormat
+    from forgebook.config.schema import FinetuneConfig
 
-__all__ = ["EncodingOptions", "TokenizedSet", "encode_examples", "tokenize", "tokenize_and_split"]
+__all__ = ["EncodingOptions", "TokenizedSet", "encode_examples", "encoding_options", "tokenize", "tokenize_and_split"]
 
 # Part of the name of cached tokens. Raise it with every change of what a row becomes (readers, messages, row_formats,
 # tools, chat_template and what it imports, masking) or of how shards are written (token_store).
@@ -84,6 +86,17 @@ class EncodingOptions:
         if self.task == "causal_lm":
             return "all"
         return "last" if self.train_on == "last" or self.task in LAST_ANSWER_TASKS else "assistant"
+
+
+def encoding_options(config: FinetuneConfig) -> EncodingOptions:
+    """Return the options of a config: what training, its preview and its pages have in common."""
+    return EncodingOptions(
+        config.task or "instruction_tuning",
+        config.generation_config.prompt_format,
+        config.train_on,
+        config.rewritten_turns,
+        labels_of(config.classifier_config),
+    )
 
 
 # Tokens -----------------------------------------------------------------------------------------------

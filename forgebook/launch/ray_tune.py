@@ -306,19 +306,30 @@ def _trial(parameters: dict[str, Any], configs: dict[str, FinetuneConfig], folde
 
 @contextmanager
 def _reporting(run: Run) -> Iterator[None]:
-    """Report evaluations to Ray Tune as the run makes them, those before a restart first."""
+    """Report evaluations to Ray Tune as the run makes them, those before a restart first.
+
+    The one after the last step is reported when the run is complete: ASHA may stop a trial at a report, and would save
+    nothing then.
+    """
     from ray import tune as ray_tune
 
-    last = -1
+    last, steps, at_end = -1, math.inf, list[dict[str, Any]]()
 
     def report(event: dict[str, Any]) -> None:
-        nonlocal last
+        nonlocal last, steps
+        steps = event.get("steps", steps)
         if "eval_loss" in event and event["step"] > last:
             last = event["step"]
-            ray_tune.report({"eval_loss": event["eval_loss"], "step": last})
+            result = {"eval_loss": event["eval_loss"], "step": last}
+            if last < steps:
+                ray_tune.report(result)
+            else:
+                at_end.append(result)
 
     with watch_lines(run.logs / "progress.jsonl", 0, 0.5, report):
         yield
+    for result in at_end:
+        ray_tune.report(result)
 
 
 def _outcome(run: Run, values: dict[str, Any], reason: str) -> Trial:

@@ -174,14 +174,7 @@ def _tokenize(
 
     Returns by set the tokens and the notes on reading; then the counts of the share held out, and its rows by source.
     """
-    assert config.task is not None  # filled in when the config is checked
-    options = data.EncodingOptions(
-        config.task,
-        config.generation_config.prompt_format,
-        config.train_on,
-        config.rewritten_turns,
-        labels_of(config.classifier_config),
-    )
+    options = data.encoding_options(config)
     cache = _cache_of(run)
     sets: dict[str, Tokens] = {}
     notes: dict[str, DatasetNotes] = {}

@@ -114,7 +114,7 @@ def test_the_command_as_a_process(here):
     assert message.returncode == 0 and message.stderr == "" and len(message.stdout.splitlines()) == 1, message.stderr
     written = run("generate", "c", "data=train.jsonl", "out=answers.jsonl", "max_new_tokens=4")
     # A slow machine shows progress before it.
-    assert written.stdout.endswith("4 of 4 prompts answered, 0 were there: answers.jsonl\n"), written.stderr
+    assert written.stdout.endswith("4 of 4 prompts answered, 0 already in the file: answers.jsonl\n"), written.stderr
     assert len((here / "answers.jsonl").read_text().splitlines()) == 4
     again = run("c.yaml", "deepspeed=none", "valid_path=valid.jsonl", "train_batch_size_per_device=2")
     assert again.returncode == 0 and "is complete already" in again.stdout

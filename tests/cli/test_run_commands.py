@@ -56,7 +56,7 @@ def test_one_prompt_prints_its_answer_and_several_a_table(capsys, tmp_path):
     assert "prompt" in table and "answer" in table and alone.split()[0] in table
     (tmp_path / "p.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "say flim"}]}) + "\n")
     assert main(["generate", "tiny", "data=p.jsonl", "out=a.jsonl", "max_new_tokens=4"]) == 0
-    assert capsys.readouterr().out.endswith("1 of 1 prompts answered, 0 were there: a.jsonl\n")
+    assert capsys.readouterr().out.endswith("1 of 1 prompts answered, 0 already in the file: a.jsonl\n")
     assert alone in json.dumps(json.loads((tmp_path / "a.jsonl").read_text()), ensure_ascii=False)
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import html
 import io
 import json
+import re
 
 import pytest
 from rich.console import Console
@@ -103,6 +104,21 @@ def test_show_example_follows_the_model_or_the_config(make_config, tmp_path):
     make_config(generation_config={"prompt_format": chat_format})
     assert "<|user|>" in html.unescape(show_example(messages, "tiny").data)
     assert "UWhere?" in html.unescape(show_example(messages, tmp_path / "run.yaml").data)
+
+
+def test_show_example_highlights_what_a_configs_training_has_in_the_loss(make_config, tmp_path):
+    two = [*chat("Where?", "On the table.")["messages"], *chat("Who?", "Maria.", system=None)["messages"]]
+    highlighted = {}
+    for name, settings in {
+        "all": {}, "last": {"train_on": "last"}, "labels": {
+            "task": "classification", "classifier_config": {"label_tokens": ["Maria.", "Paul."]}
+        },
+    }.items():  # fmt: skip
+        make_config(**settings)
+        found = re.findall("<mark[^>]*>(.*?)</mark>", show_example(two, tmp_path / "run.yaml").data)
+        highlighted[name] = [re.sub("<.*?>", "", html.unescape(text)).strip() for text in found]
+    assert "On the table." in highlighted["all"] and "On the table." not in highlighted["last"]
+    assert highlighted["labels"] == ["Maria."]
 
 
 def test_bad_rows_are_reported(make_config, tmp_path):

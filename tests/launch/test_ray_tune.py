@@ -15,6 +15,7 @@ from conftest import REPOSITORY
 from forgebook.cli.main import main
 from forgebook.config.parse import load_config
 from forgebook.errors import ConfigError
+from forgebook.launch import ray_tune
 from forgebook.launch.ray_tune import Trial, trial_rank, variants
 from forgebook.runs.run import Run
 
@@ -31,6 +32,21 @@ def test_a_trial_that_diverged_is_never_the_best(tmp_path):
     ranked = [trial.run.name for trial in sorted(trials, key=trial_rank)]
     assert ranked == ["best", "later", "recovered", "diverged", "none", "stopped"]
     assert trials[0].eval_loss is None and trials[1].eval_loss == 2.0
+
+
+def test_a_trial_is_not_stopped_at_its_last_step(tmp_path, monkeypatch):
+    """ASHA stops a trial when it reports: the last evaluation is reported after the run has written its results."""
+    run, reported = Run(tmp_path), []
+    run.logs.mkdir()
+    monkeypatch.setattr("ray.tune.report", lambda result: reported.append(result["step"]))
+    events = [{"kind": "stage", "text": "training", "steps": 8}, *({"step": k, "eval_loss": 1.0} for k in (4, 8))]
+    with ray_tune._reporting(run):
+        (run.logs / "progress.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+        while not reported:
+            time.sleep(0.01)
+        time.sleep(0.01)
+        assert reported == [4]
+    assert reported == [4, 8]
 
 
 def test_lists_make_a_grid():

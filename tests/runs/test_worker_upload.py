@@ -77,6 +77,28 @@ def test_a_folder_saved_again_is_not_mixed_with_the_first(run_folder, tmp_path):
     assert upload.complete_folders(URI, object_store.list_files(URI)) == []
 
 
+def test_a_busy_bucket_holds_a_save_up_and_ends_the_run_when_it_stays_busy(
+    run_folder, door, tmp_path, monkeypatch, capsys
+):
+    def pauses():
+        yield 0.01
+        door.answers = lambda method, path: None
+        yield 0.02
+
+    name = "checkpoints/epoch-1"
+    monkeypatch.setattr(upload, "PAUSES", pauses())
+    door.answers = lambda method, path: "slow down"
+    files = save(tmp_path / "one", name, weights="new")
+    worker_upload.finish_folder(f"{URI}/{name}", files)
+    assert upload.complete_folders(URI, object_store.list_files(URI)) == [name]
+    assert "retrying in 0.01 s" in capsys.readouterr().out
+    monkeypatch.setattr(upload, "PAUSES", (0.01,))
+    door.answers = lambda method, path: "slow down"
+    with pytest.raises(StorageError, match="overloaded") as failed:
+        save(tmp_path / "one", "checkpoints/epoch-2", weights="newer")
+    assert failed.value.exit_code == 2
+
+
 def test_metrics_are_sent_when_they_have_changed(run_folder, door, tmp_path):
     machine = tmp_path / "machine"
     worker_upload.fetch_inputs(URI, machine)
