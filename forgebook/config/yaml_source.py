@@ -175,8 +175,8 @@ def apply_override(override: str, values: dict[str, Any], locations: Locations) 
         written.append(part)
     block = values
     for part in written[:-1]:
-        if not isinstance(block.get(part), dict):
-            block[part] = {}
+        # A copy: an alias in the file gives other keys the same block, which keep theirs.
+        block[part] = dict(block[part]) if isinstance(block.get(part), dict) else {}
         block = block[part]
     block[written[-1]] = tree
     dotted = ".".join(written)

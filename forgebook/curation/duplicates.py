@@ -41,7 +41,8 @@ PAIRS_AT_ONCE = 2**18
 # Scripts without spaces between words: each character is a word.
 _CJK = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
 _WORD = re.compile(rf"[{_CJK}]|[^\W{_CJK}]+")
-_NUMBER = re.compile(r"(?<!\w)\d+")
+# What turns a sentence or a line of code into another: numbers, comparisons, operators between two operands.
+_VALUE = re.compile(r"(?<!\w)\d+|[<>=!]=|[<>%^&|]|(?<=[\w)\]] )[+*/=](?= [\w(\[])")
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ def compared_text(example: Example) -> str:
 
 def _said(message: Mapping[str, Any]) -> str:
     calls = message.get("tool_calls")
-    return str(message.get("content") or "") + (f" {json.dumps(calls, ensure_ascii=False)}" if calls else "")
+    texts = [message.get("reasoning_content"), message.get("content"), calls and json.dumps(calls, ensure_ascii=False)]
+    return " ".join(str(text) for text in texts if text)
 
 
 class DuplicateIndex:
@@ -80,7 +82,7 @@ class DuplicateIndex:
         self._empty = MinHash(num_perm=permutations, hashfunc=int)
         self._rows_per_band = rows_per_band(similarity, permutations)
         # 64-bit hashes: of all content; of the words alone; of the question; of what duplicates have in common.
-        self._exact, self._words, self._groups, self._settings, self._numbers = (array("Q") for _ in range(5))
+        self._exact, self._words, self._groups, self._settings, self._values = (array("Q") for _ in range(5))
         self._is_validation: list[bool] = []
         self._pairs: list[np.ndarray] = []  # [word pairs] of each example: sorted hashes
         self._signatures: list[np.ndarray] = []
@@ -92,11 +94,11 @@ class DuplicateIndex:
     def add(self, example: Example, is_validation: bool = False) -> None:
         """Add an example. The first of several that are alike is the one to keep."""
         text = compared_text(example)
-        words = _WORD.findall(text.lower())
+        words, values = _WORD.findall(text.lower()), " ".join(_VALUE.findall(text))
         self._exact.append(_hash(_content_text(example)))
-        self._words.append(_hash(" ".join([*words, _settings_text(example)])))
+        self._words.append(_hash(" ".join([*words, values, _settings_text(example)])))
         self._groups.append(group_of(example))
-        self._numbers.append(_hash(" ".join(_NUMBER.findall(text))))
+        self._values.append(_hash(values))
         self._settings.append(_hash(_settings_text(example)))
         self._is_validation.append(is_validation)
         self._pairs.append(_word_pairs(words))
@@ -135,7 +137,7 @@ class DuplicateIndex:
     def _may_repeat(self, left: int, right: int) -> bool:
         """Check what near duplicates have in common, whatever their words."""
         is_same_kind = self._settings[left] == self._settings[right] or self._is_validation[left]
-        return is_same_kind and self._numbers[left] == self._numbers[right] and not self._is_validation[right]
+        return is_same_kind and self._values[left] == self._values[right] and not self._is_validation[right]
 
     def _find_exact(self, left_out: Collection[int]) -> dict[int, Duplicate]:
         """Find examples that are the same as an earlier one, or ask the same question as a validation example."""
@@ -181,7 +183,7 @@ class DuplicateIndex:
         """Yield (left, right, similarity) of training examples with an earlier example, if similar enough."""
         signatures = np.array(self._signatures)
         has_words = np.array([len(pairs) > 0 for pairs in self._pairs], bool)
-        settings, numbers = np.array(self._settings, np.uint64), np.array(self._numbers, np.uint64)
+        settings, numbers = np.array(self._settings, np.uint64), np.array(self._values, np.uint64)
         is_validation = np.array(self._is_validation, bool)
         seen: list[np.ndarray] = []
         for start in range(0, signatures.shape[1] - self._rows_per_band + 1, self._rows_per_band):
@@ -216,7 +218,7 @@ class SeenExamples:
         self._empty = MinHash(num_perm=PERMUTATIONS, hashfunc=int)
         self._where: list[str] = []
         self._pairs: list[np.ndarray] = []
-        self._numbers = array("Q")
+        self._values = array("Q")
         self._asked: dict[int, str] = {}
 
     def add(self, example: Example) -> None:
@@ -226,7 +228,7 @@ class SeenExamples:
         self._index.insert(len(self._where), self._signed(pairs))
         self._where.append(example.where)
         self._pairs.append(pairs)
-        self._numbers.append(numbers)
+        self._values.append(numbers)
 
     def find(self, example: Example) -> str | None:
         """Return the file:line of an example that this one repeats; None if it is new."""
@@ -234,7 +236,7 @@ class SeenExamples:
             return where
         pairs, numbers = _words_of(example)
         for number in sorted(self._index.query(self._signed(pairs))):
-            if self._numbers[number] == numbers and _jaccard(self._pairs[number], pairs) >= self._similarity:
+            if self._values[number] == numbers and _jaccard(self._pairs[number], pairs) >= self._similarity:
                 return self._where[number]
         return None
 
@@ -247,7 +249,7 @@ class SeenExamples:
 def _words_of(example: Example) -> tuple[np.ndarray, int]:
     """Return the word pairs of an example, and a hash of its numbers."""
     text = compared_text(example)
-    return _word_pairs(_WORD.findall(text.lower())), _hash(" ".join(_NUMBER.findall(text)))
+    return _word_pairs(_WORD.findall(text.lower())), _hash(" ".join(_VALUE.findall(text)))
 
 
 def rows_per_band(similarity: float, permutations: int = PERMUTATIONS) -> int:

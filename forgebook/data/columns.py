@@ -7,6 +7,7 @@ mapping_text(["question", "answer"], "a.jsonl", "train_path")      the YAML to w
 
 from __future__ import annotations
 
+import math
 import string
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -138,7 +139,12 @@ def _has_value(value: Any) -> bool:
 
 
 def _column(raw: dict[str, Any], name: str) -> Any:
-    """Return a column's value; a dot leads into it. None if there is none."""
+    """Return a column's value; a dot leads into it. None if there is none: pandas writes an empty cell as NaN."""
+    value = _nested(raw, name)
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _nested(raw: dict[str, Any], name: str) -> Any:
     if name in raw:
         return raw[name]
     value: Any = raw

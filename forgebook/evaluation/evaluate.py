@@ -54,6 +54,7 @@ from forgebook.inference import loading
 from forgebook.inference.batch import engine_for
 from forgebook.inference.loading import LoadedModel
 from forgebook.inference.vllm_model import VllmModel, load_in_vllm
+from forgebook.models.adapters import trains_biases
 from forgebook.models.identity import model_identity
 from forgebook.models.tokenizer import locate
 from forgebook.runs.run import Run, display_path, find_checkpoint
@@ -185,8 +186,9 @@ def _tuned(run: Run, checkpoint: str | None) -> str:
 def _load_models(
     sources: list[str], share_weights: bool, dtype: str, defaults: GenerationConfig
 ) -> Iterator[LoadedModel]:
-    """Load each model: if they have the same base, its weights once; else one model after the other."""
-    if share_weights and loading.base_of(sources[0]) == loading.base_of(sources[1]):
+    """Load each model: if they can share the weights of a base, those once; else one model after the other."""
+    can_share = loading.base_of(sources[0]) == loading.base_of(sources[1]) and not any(map(trains_biases, sources))
+    if share_weights and can_share:
         yield from loading.load_together(sources, dtype, defaults)
         return
     for source in sources:

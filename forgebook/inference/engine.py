@@ -288,8 +288,9 @@ def _load_all(folders: dict[str, Path], dtype: str | None, defaults: GenerationC
     together: dict[tuple, list[str]] = {}
     for name, folder in folders.items():
         settings = adapters.read_lora_config(folder) or {}
-        # An adapter that holds full layers or rows of the vocabulary shares no weights.
-        own = settings.get("modules_to_save") or settings.get("trainable_token_indices")
+        # An adapter that holds full layers, rows of the vocabulary or biases shares no weights.
+        full = settings.get("modules_to_save") or settings.get("trainable_token_indices")
+        own = full or adapters.trains_biases(folder)
         key = (json.dumps(loading.base_of(folder), sort_keys=True), name if own else None)
         together.setdefault(key, []).append(name)
     served = {}

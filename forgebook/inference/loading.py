@@ -151,6 +151,8 @@ def load_together(
     if any(base != bases[0] for base in bases):
         listed = "; ".join(f"{source}: {base}" for source, (base, _) in zip(sources, bases, strict=True))
         raise ModelError(f"only adapters of one base share its weights, got {listed}: load the others separately")
+    if len(sources) > 1 and (own := [str(source) for source in sources if adapters.trains_biases(source)]):
+        raise ModelError(f"{own[0]} has biases of its own, in place of its base's: load it separately")
     base, overrides = bases[0]
     configs = [run_config(source) for source in sources]
     dtype = dtype or next((config.dtype for config in configs if config is not None), None) or _usual_dtype(base)

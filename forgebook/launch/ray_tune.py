@@ -205,12 +205,21 @@ def _as_overrides(values: dict[str, Any]) -> list[str]:
 
 def _name(values: dict[str, Any]) -> str:
     """Name a trial's folder by its values, so that a longer sweep finds the trials of a shorter one."""
-    name = re.sub(r"[^\w.=,+-]+", "_", _label(values))
-    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 9]}-{zlib.crc32(name.encode()):08x}"
+    label = _label(values)
+    name = re.sub(r"[^\w.=,+-]+", "_", label)
+    if name == label and len(name) <= LONGEST_NAME:
+        return name
+    return f"{name[: LONGEST_NAME - 9]}-{zlib.crc32(label.encode()):08x}"  # other values may read the same otherwise
 
 
 def _label(values: dict[str, Any]) -> str:
-    return ",".join(f"{key}={value:g}" if _is_number(value) else f"{key}={value}" for key, value in values.items())
+    return ",".join(f"{key}={_shown(value)}" for key, value in values.items())
+
+
+def _shown(value: Any) -> str:
+    """Write a value as short as it stays itself: 0.0001, 20240601."""
+    short = f"{value:g}" if _is_number(value) else str(value)
+    return short if not _is_number(value) or float(short) == value else repr(value)
 
 
 def _is_number(value: Any) -> bool:
@@ -356,7 +365,7 @@ def print_sweep(sweep: Sweep) -> None:
     keys = list(sweep.trials[0].values)
     rows = [
         [
-            *[f"{trial.values[key]:g}" if _is_number(trial.values[key]) else str(trial.values[key]) for key in keys],
+            *[_shown(trial.values[key]) for key in keys],
             "" if trial.eval_loss is None else f"{trial.eval_loss:.4f}",
             str(trial.curve[-1][0]) if trial.curve else "",
             f"failed: {trial.reason[:200]}" if trial.state == "failed" else trial.state,

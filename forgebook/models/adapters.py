@@ -229,6 +229,11 @@ def read_lora_config(folder: str | Path) -> dict[str, Any] | None:
     return read_json(path) if path.exists() else None
 
 
+def trains_biases(folder: str | Path) -> bool:
+    """Check whether a checkpoint's adapter holds biases, which replace its base's: no other model can share it."""
+    return (read_lora_config(folder) or {}).get("bias", "none") != "none"
+
+
 def needs_whole_base(settings: dict[str, Any], is_continued: bool = False) -> str | None:
     """Name the setting of an adapter that cannot be made of a part of each weight of its base; None if none is.
 

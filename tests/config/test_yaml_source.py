@@ -102,6 +102,12 @@ def test_urls(monkeypatch):
     assert "a local file or an https:// URL" in refusal(load_config, "s3://bucket/config.yaml")
 
 
+def test_an_override_changes_one_of_the_keys_that_share_an_alias(load_yaml):
+    block = "&data {path: a.jsonl, columns: {user: q, assistant: a}}"
+    config = load_yaml(f"train_path: {block}\nvalid_path: *data\n", "train_path.path=b.jsonl")
+    assert config.train_path.path == "b.jsonl" and config.valid_path.path == "a.jsonl"
+
+
 def test_overrides_set_nested_values_and_later_ones_win(load_yaml):
     config = load_yaml(
         LORA_BLOCK,

@@ -65,6 +65,8 @@ LONG = "please tell me where the old lamp of my aunt is, which she lost in the g
         ({"question": LONG, "answer": "In the cellar."}, None),
         ({"question": LONG, "system": "Answer in French."}, None),
         ({"question": LONG + " and order 72"}, None),
+        ({"question": LONG + " if a < b"}, None),
+        ({"question": LONG + "! It is urgent - thanks!"}, "near_duplicate"),
         ({"question": "where is the key of the door that leads to the cellar of the other house"}, None),
     ],
 )
@@ -104,6 +106,21 @@ def test_many_copies_of_one_text_are_found_quickly():
 def test_characters_of_scripts_without_spaces_are_words():
     question = "请告诉我昨天在花园里丢失的那盏旧灯现在在哪里因为我的姑妈正在到处寻找它"
     assert found_in([example(question), example(question + "了")]) == {(1, "near_duplicate")}
+
+
+def test_opposite_programs_and_other_thoughts_are_no_duplicates():
+    def written(code):
+        return example(LONG, f"Here is what you asked for, in one line: {code}")
+
+    signs = ["return a < b", "return a >= b", "return a + b", "return a - b"]
+    assert found_in(map(written, signs)) == set()
+
+    def thinking(thought):
+        answer = {"role": "assistant", "content": "In the garden.", "reasoning_content": thought}
+        row = {"messages": [{"role": "user", "content": LONG}, answer]}
+        return parse_row(row, "a.jsonl:1", "instruction_tuning")[0]
+
+    assert found_in([thinking(" ".join(WORDS[:30])), thinking(" ".join(WORDS[30:60]))]) == set()
 
 
 def test_calls_count_as_text():

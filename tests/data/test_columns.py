@@ -87,6 +87,18 @@ def test_preferences_texts_and_messages():
     assert mapped(chat("q", "a", system=None), system="Be brief.")["system"] == "Be brief."
 
 
+def test_nan_is_an_empty_cell():
+    """As pandas writes one: {"system": NaN}."""
+    columns = {"user": "question", "assistant": "answer", "system": "system"}
+    nan = float("nan")
+    row = mapped({"question": "x", "answer": "y", "system": nan}, columns)
+    assert texts(row) == [("user", "x"), ("assistant", "y")] and "system" not in row
+    with pytest.raises(DataError, match=r"the column 'answer', which columns\.assistant reads, is empty"):
+        mapped({"question": "x", "answer": nan}, columns)
+    row = mapped({"question": "x", "more": nan, "answer": "y"}, {"user": "{question}{more}", "assistant": "answer"})
+    assert texts(row)[0] == ("user", "x")
+
+
 @pytest.mark.parametrize(
     ("raw", "message"),
     [

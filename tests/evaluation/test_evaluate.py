@@ -1,11 +1,14 @@
 """Evaluations on real, tiny runs: figures that other code confirms, mistakes that can be read."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from test_judge import endpoint
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from conftest import LORA, TINY_MODEL, chat, uneven_rows
 from forgebook.config.parse import load_config
@@ -71,6 +74,20 @@ def test_a_run_learns_its_rows_by_heart(by_heart):
         and compared.references[0] == "alpha and out\n#### 0"
         and compared.prompts[0] == "alpha"
     )
+
+
+def test_a_base_is_measured_without_the_biases_of_its_adapter(learn, tokenizer, tmp_path):
+    torch.manual_seed(0)
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, **sizes))
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    rows = [chat(question, f"{question} and out") for question in QUESTIONS]
+    lora = LORA | {"bias": "all"}
+    run = learn("biases", rows, model_id=str(tmp_path), lora_config=lora, eval_first=True, learning_rate=3e-2)
+    [score] = evaluate(run, metric="perplexity").scores
+    losses = [row["eval_loss"] for row in read_metrics(run.metrics) if "eval_loss" in row]
+    assert score.before.value == pytest.approx(math.exp(losses[0]), rel=1e-3) and losses[-1] < losses[0]
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,13 @@ def test_lists_make_a_grid():
     assert [tuple(values.values()) for values in tried] == [(1e-4, 8), (1e-4, 16), (3e-4, 8), (3e-4, 16)]
 
 
+def test_values_that_read_alike_are_trials_of_their_own():
+    words = ["seed=[20240601,20240602]", "max_examples=[1000000,1000001]", "train_path=[data/a.jsonl,data_a.jsonl]"]
+    tried = variants(words, None, seed=0)
+    assert len(tried) == 8 and len({ray_tune._name(values) for values in tried}) == 8
+    assert ray_tune._name({"learning_rate": 5e-3, "seed": 20240601}) == "learning_rate=0.005,seed=20240601"
+
+
 def test_ranges_are_sampled_alike_for_a_seed():
     words = ["lora_config.r=[8,16]", "learning_rate=loguniform(1e-5, 1e-3)", "weight_decay=uniform(0,0.1)"]
     tried = variants(words, 20, seed=1)
