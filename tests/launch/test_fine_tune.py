@@ -21,7 +21,9 @@ from forgebook.errors import (
     StorageError,
     TrainingError,
 )
+from forgebook.launch import ray_train
 from forgebook.launch.fine_tune import fine_tune
+from forgebook.launch.ray_train import run_on_ray
 from forgebook.planning.prepare import prepare
 from forgebook.runs.atomic import read_json
 from forgebook.runs.metrics import read_metrics
@@ -112,8 +114,11 @@ def small_disk(tmp_path):
     ],
     ids=["here", "two workers, FSDP2"],
 )
-def test_a_disk_that_fills_up_during_a_run(small_disk, make_config, write_rows, devices):
-    """What is complete stays; once there is room, the same command ends with the same losses."""
+def test_a_disk_that_fills_up_during_a_run(small_disk, make_config, write_rows, devices, without_ray, monkeypatch):
+    """What is complete stays; once there is room, the same command ends with the same losses.
+
+    Of the three runs, the one that fails is on Ray, where the workers' error has to reach the user.
+    """
     settings = {
         "train_path": write_rows(uneven_rows(48), "many.jsonl"), "num_epochs": 2, "lora_config": LORA,
         "checkpoint_and_evaluation_frequency": {"unit": "steps", "frequency": 6}, **devices,
@@ -123,7 +128,11 @@ def test_a_disk_that_fills_up_during_a_run(small_disk, make_config, write_rows, 
     run = Run(small_disk / "disturbed")
     filler = threading.Thread(target=_fill_at, args=(run, 8, small_disk / "filler"))
     filler.start()
-    with pytest.raises((CheckpointError, TrainingError), match=r"is full: make room|No space left") as failed:
+    with (
+        pytest.raises((CheckpointError, TrainingError), match=r"is full: make room|No space left") as failed,
+        monkeypatch.context() as patch,
+    ):
+        patch.setattr(ray_train, "run_on_ray", run_on_ray)
         fine_tune(config)
     filler.join()
     assert re.search("the same command (continues|resumes)", str(failed.value)) and failed.value.exit_code == 1

@@ -161,7 +161,8 @@ def stopped_at(config, step: int) -> tuple[subprocess.Popen, str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sharding", ["none", "zero_2", "fsdp"], ids=["here", "two workers", "two workers, FSDP2"])
-def test_sigterm_saves_and_ends(request, make_config, write_rows, sharding):
+def test_sigterm_saves_and_ends(without_ray, make_config, write_rows, sharding):
+    """The command is stopped with its workers on Ray; what continues it needs no Ray."""
     from forgebook.launch.fine_tune import fine_tune
     from forgebook.runs.run import Run
 
@@ -177,8 +178,6 @@ def test_sigterm_saves_and_ends(request, make_config, write_rows, sharding):
     step = int(re.search(r"StoppedError: stopped by SIGTERM; step (\d+) is saved, and the same command", printed)[1])
     run = Run(Path(config.storage_path) / "stopped")
     assert 5 <= step < 40 and [path.name for path in run.resume.iterdir()] == [f"step-{step}"]
-    if devices:
-        request.getfixturevalue("ray_session")
     fine_tune(config)
     assert f'"start": {step}, "workers": {devices or 1}' in (run.logs / "progress.jsonl").read_text()
     alone = fine_tune(make_config(run_name="alone", **settings | ONE_PROCESS | {"sharding": "none"}))
