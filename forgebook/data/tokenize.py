@@ -54,7 +54,7 @@ __all__ = ["EncodingOptions", "TokenizedSet", "encode_examples", "encoding_optio
 # Part of the name of cached tokens. Raise it with every change of what a row becomes (readers, messages, row_formats,
 # tools, chat_template and what it imports, masking) or of how shards are written (token_store).
 # tests/data/test_tokenize.py pins the tokens of a small file, and fails where this was forgotten.
-CACHE_VERSION = 16
+CACHE_VERSION = 17
 # Examples per call of the tokenizer: enough for all its threads.
 TOKENIZER_BATCH = 512
 # Sources of more chunks than this (of about 2 MB) are worth a Ray cluster.
@@ -366,8 +366,14 @@ class _ShardWriter:
         self.write = write
 
     def __call__(self, batch: dict) -> dict:
-        notes = [self.write(int(n), pickle.loads(c)) for n, c in zip(batch["number"], batch["chunk"], strict=True)]
-        return {"number": batch["number"], "notes": [json.dumps(vars(one)) for one in notes]}
+        notes = [self._notes(int(n), pickle.loads(c)) for n, c in zip(batch["number"], batch["chunk"], strict=True)]
+        return {"number": batch["number"], "notes": notes}
+
+    def _notes(self, number: int, chunk: FileChunk) -> str:
+        try:
+            return json.dumps(vars(self.write(number, chunk)))
+        except DataError as error:  # as a text: Ray would wrap it in errors of its own
+            return json.dumps(str(error))
 
 
 def _with_ray(chunks: list[FileChunk], write: functools.partial) -> Iterator[DatasetNotes]:
@@ -388,4 +394,7 @@ def _with_ray(chunks: list[FileChunk], write: functools.partial) -> Iterator[Dat
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=workers),
     )
     for line in written.iter_rows():
-        yield DatasetNotes.from_json(json.loads(line["notes"]))
+        notes = json.loads(line["notes"])
+        if isinstance(notes, str):
+            raise DataError(notes)
+        yield DatasetNotes.from_json(notes)
