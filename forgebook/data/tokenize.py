@@ -243,13 +243,13 @@ def _batches(shards: list[Path]) -> int:
 
 
 def _mix(whole: TokenizedSet, examples: np.ndarray, sources: list[Source], seed: int, group: int) -> Tokens:
-    """Select some examples of a set, those of each source as often as its weight says."""
+    """Select some examples of a set, those of each entry of the config as often as its weight says."""
     if all(source.weight == 1 for source in sources):
         return whole.tokens.select(examples) if len(examples) < len(whole.tokens) else whole.tokens
-    chosen = []
-    for number, source in enumerate(sources):
-        of_source = examples[whole.source[examples] == number]
-        chosen.append(token_store.repeat_examples(of_source, source.weight, seed + number, group))
+    # Not file by file: a share of a file of few rows may round to none of them.
+    weights = {source.entry: source.weight for source in sources}
+    entry = np.array([source.entry for source in sources])[whole.source[examples]]
+    chosen = [token_store.repeat_examples(examples[entry == k], weights[k], seed + k, group) for k in weights]
     return whole.tokens.select(np.concatenate(chosen))
 
 
