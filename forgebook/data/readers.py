@@ -28,7 +28,7 @@ from forgebook.data.json_values import check_unique, check_value, parse_json, un
 from forgebook.data.tables import HUB, BrokenFileError
 from forgebook.errors import DataError
 
-__all__ = ["FileChunk", "chunks_of", "read_chunk", "split_source"]
+__all__ = ["FileChunk", "chunks_of", "read_chunk", "sized_chunks", "split_source"]
 
 # What one task reads at once: large enough to be worth a task, small enough to share work evenly.
 CHUNK_BYTES = 2 * 2**20
@@ -78,6 +78,15 @@ def chunks_of(source: Source) -> Iterator[FileChunk]:
         yield from (FileChunk(source, kind, *part) for part in _joined(counts, fewest))
     else:
         yield FileChunk(source, kind)
+
+
+def sized_chunks(source: Source) -> list[tuple[FileChunk, int]]:
+    """Divide a file into chunks, each with about how many bytes it has, 1 or more. Raises as `split_source`."""
+    chunks = split_source(source)
+    if not chunks or chunks[0].kind == "jsonl":
+        return [(chunk, chunk.stop - chunk.start) for chunk in chunks]
+    size = plain_copy(local_copy(source.uri, source.version)).stat().st_size
+    return [(chunk, max(1, size // len(chunks))) for chunk in chunks]
 
 
 def _joined(counts: list[int], fewest: int) -> Iterator[tuple[int, int, int]]:
