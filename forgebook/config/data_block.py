@@ -54,7 +54,8 @@ class DataSource(StrictBlock):
     path: str
     """A path, glob, folder or URL, as in train_path."""
     weight: Annotated[Float, Field(gt=0)] = 1.0
-    """How often each example is used per epoch: 2 is twice, 0.5 a random half of them (the same every epoch)."""
+    """How often each example is used per epoch: 2 is twice, 0.5 a random half of them (the same every epoch). Of a
+    glob or folder, this is a share of all its files together."""
     columns: dict[str, str] | None = None
     """Which column holds what, as `{user: question, assistant: answer}`; or a template of columns, as
     `"{question}\\n\\nAnswer briefly."`. Of conversations user and assistant, or messages; of classification text and
@@ -106,7 +107,8 @@ class HeldOut(StrictBlock):
 
     split: Annotated[Float, Field(gt=0, lt=1)]
     """The share of the examples, as 0.05. Examples with the same first user message are held out together, and each
-    distinct one once: none of them, nor a duplicate, is trained."""
+    distinct one once: none of them, nor a duplicate, is trained. Where even the fewest of these are more than twice the
+    share, the run stops: name a file of validation examples."""
     seed: Int = 0
     """Another seed holds out other examples. Not the run's `seed`: runs with several are compared on the same ones."""
 

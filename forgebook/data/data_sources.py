@@ -36,15 +36,17 @@ _HUB_ID = re.compile(r"[\w-]+/[\w-]+")
 class Source:
     """One file or data set.
 
-    weight:  how often its examples are repeated per epoch.
+    weight:  how often the examples of its entry are repeated per epoch.
     mapping: which columns hold what; None: as the format of its rows says.
     version: of a remote file, as of `download.file_version`; of a hub data set the requested revision.
+    entry:   the number of the config's entry that names it: a glob or folder is one of many files.
     """
 
     uri: str
     weight: float = 1.0
     mapping: ColumnMapping | None = None
     version: str | None = None
+    entry: int = 0
 
 
 def find_sources(paths: str | DataSource | Sequence[str | DataSource]) -> list[Source]:
@@ -53,11 +55,11 @@ def find_sources(paths: str | DataSource | Sequence[str | DataSource]) -> list[S
     Raises StorageError where there is no such file.
     """
     sources = []
-    for entry in [paths] if isinstance(paths, str | DataSource) else paths:
-        about = DataSource(path=entry) if isinstance(entry, str) else entry
+    for entry, written in enumerate([paths] if isinstance(paths, str | DataSource) else paths):
+        about = DataSource(path=written) if isinstance(written, str) else written
         mapping = ColumnMapping.of(about.columns, about.system, about.labels)
         if about.path.startswith(HUB):
-            sources.append(Source(about.path, about.weight, mapping, about.revision))
+            sources.append(Source(about.path, about.weight, mapping, about.revision, entry))
             continue
         if about.revision is not None:
             raise StorageError(f"{about.path}: revision is for data sets of the hub (hf://): remove it")
@@ -65,7 +67,7 @@ def find_sources(paths: str | DataSource | Sequence[str | DataSource]) -> list[S
             raise StorageError(f"there is no file {about.path}; a data set of the hub is {HUB}{about.path}:train")
         for uri in _files(about.path):
             version = download.file_version(uri) if object_store.is_remote(uri) else None
-            sources.append(Source(uri, about.weight, mapping, version))
+            sources.append(Source(uri, about.weight, mapping, version, entry))
     return sources
 
 

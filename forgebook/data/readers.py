@@ -5,7 +5,8 @@
             for where, raw in read_chunk(chunk):       a dict, or the DataError that says what is wrong there
 
 JSON lines, JSON, Parquet, Arrow, CSV (also with tabs), compressed or not, and hf://dataset[/config]:split are detected
-from their first bytes, not from their names. A bad line stops nothing: it is an error in its place.
+from their first bytes, not from their names. A bad row stops nothing: it is an error in its place. What makes the rows
+after it unreadable is raised.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from forgebook.data.columns import MappedRow, map_row
 from forgebook.data.compressed import plain_copy
 from forgebook.data.data_sources import Source, local_copy
 from forgebook.data.json_values import check_unique, check_value, parse_json, unique_keys
-from forgebook.data.tables import HUB
+from forgebook.data.tables import HUB, BrokenFileError
 from forgebook.errors import DataError
 
-__all__ = ["FileChunk", "chunks_of", "read_chunk", "split_source"]
+__all__ = ["FileChunk", "chunks_of", "read_chunk", "sized_chunks", "split_source"]
 
 # What one task reads at once: large enough to be worth a task, small enough to share work evenly.
 CHUNK_BYTES = 2 * 2**20
@@ -79,6 +80,15 @@ def chunks_of(source: Source) -> Iterator[FileChunk]:
         yield FileChunk(source, kind)
 
 
+def sized_chunks(source: Source) -> list[tuple[FileChunk, int]]:
+    """Divide a file into chunks, each with about how many bytes it has, 1 or more. Raises as `split_source`."""
+    chunks = split_source(source)
+    if not chunks or chunks[0].kind == "jsonl":
+        return [(chunk, chunk.stop - chunk.start) for chunk in chunks]
+    size = plain_copy(local_copy(source.uri, source.version)).stat().st_size
+    return [(chunk, max(1, size // len(chunks))) for chunk in chunks]
+
+
 def _joined(counts: list[int], fewest: int) -> Iterator[tuple[int, int, int]]:
     """Yield (start, stop, number of the first row) of runs of parts that have together at least `fewest` rows."""
     start, first, rows = 0, 1, 0
@@ -92,12 +102,15 @@ def _joined(counts: list[int], fewest: int) -> Iterator[tuple[int, int, int]]:
 def read_chunk(chunk: FileChunk) -> Iterator[tuple[str, Any]]:
     """Yield (file:line, row) of each row of a chunk; a DataError in the place of a row that cannot be read.
 
+    Raises DataError where the rows after one cannot be read either: they would be lost without being counted.
     Where its source maps columns, a row is a `columns.MappedRow`. Of CSV and typed columns, which give every row the
     keys of all, empty cells are left out.
     """
     name = chunk.source.uri if chunk.source.uri.startswith(HUB) else chunk.source.uri.rstrip("/").rsplit("/", 1)[-1]
     for number, row in _rows(chunk):
         where = f"{name}:{number}"
+        if isinstance(row, BrokenFileError):
+            raise DataError(f"{where}: {row}. Nothing after this can be read, so on_bad_rows: drop does not skip it")
         if chunk.source.mapping and not isinstance(row, DataError):
             try:
                 row = map_row(row, chunk.source.mapping)
@@ -220,7 +233,7 @@ def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        yield 1, DataError(f"not UTF-8 text (byte {error.start}): save the file as UTF-8")
+        yield 1, BrokenFileError(f"not UTF-8 text (byte {error.start}): save the file as UTF-8")
         return
     decoder = json.JSONDecoder(object_pairs_hook=unique_keys)
     blank = re.compile(r"[\s,]*")
@@ -232,13 +245,13 @@ def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
         line, counted = line + text.count("\n", counted, at), at
         if text[at : at + 1] == "]":
             if text[at + 1 :].strip():
-                yield line, DataError("there is text after the end of the JSON array")
+                yield line, BrokenFileError("there is text after the end of the JSON array: join arrays into one")
             return
         try:
             value, end = decoder.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
             # Nothing after this can be parsed: where its elements begin is unknown.
-            yield line, DataError(f"not valid JSON ({error}): the file must be one array of objects")
+            yield line, BrokenFileError(f"not valid JSON ({error}): the file must be one array of objects")
             return
         try:
             yield line, check_value(value, text[at:end])
@@ -263,10 +276,11 @@ def _read_csv(path: Path) -> Iterator[tuple[int, Any]]:
         except StopIteration:
             return
         except DataError as error:
-            yield number, error
+            yield number, BrokenFileError(error)
         except csv.Error as error:
-            fix = "quote cells that contain commas, quotes or line breaks"
-            yield number, DataError(f"not valid CSV ({error}): {fix}")
+            # A cell may have line breaks, so the next line need not begin a row.
+            fix = "quote cells that contain commas, quotes or line breaks, and double the quotes in them"
+            yield number, BrokenFileError(f"not valid CSV ({error}): {fix}")
 
 
 def _csv_row(row: dict) -> Any:

@@ -29,6 +29,8 @@ from forgebook.runs.atomic import atomic_file
 
 __all__ = ["Row", "as_row", "group_of", "hold_out", "rows_of", "write_examples"]
 
+# A group may be so many times as large as the share that is asked for.
+MOST_OVER = 2
 # The line of a file and the group of the example there: a JSON array may have all its examples in one line.
 Row = tuple[int, int]
 
@@ -38,6 +40,7 @@ def group_of(example: Example) -> int:
 
     Plain text, and a conversation without a user message, belong with their own copies alone.
     """
+    # Not the system message: the same question under another one, or none, has much the same answer.
     asked = next((message for message in example.messages or () if message["role"] == "user"), None)
     text = json.dumps(as_row(example)) if asked is None else " ".join(asked["content"].lower().split())
     # The same question about another image is another question.
@@ -51,7 +54,7 @@ def hold_out(tokens: Tokens, share: float, seed: int, size: int = 1) -> tuple[np
     share: of the distinct examples; whole groups are held out, at least one. size: this many adjacent examples are one
     (2: a pair). Returns the numbers of both in their order, and the counts prompts, duplicates_left_out.
 
-    Raises DataError if all examples have the same first user message.
+    Raises DataError if all examples have the same first user message, or so many that no group fits into the share.
     """
     units = np.arange(len(tokens)).reshape(-1, size)
     # A pair is a duplicate if both of its conversations are.
@@ -72,7 +75,15 @@ def hold_out(tokens: Tokens, share: float, seed: int, size: int = 1) -> tuple[np
             taken += counts[k]
         if taken == wanted:
             break
-    chosen = chosen or [np.argmin(counts)]  # every group is larger than the share
+    if not chosen:  # every group is larger than the share
+        smallest = int(counts.min())
+        if smallest > MOST_OVER * wanted:
+            raise DataError(
+                f"valid_path.split: {share:g} of {len(first)} distinct examples is {wanted}, but examples with the same "
+                f"first user message are held out together, and the fewest with the same one are {smallest}: name a file "
+                "of validation examples, or hold out a larger share"
+            )
+        chosen = [np.argmin(counts)]
     is_out = np.isin(group, groups[chosen])
     is_valid = np.zeros(len(units), bool)
     is_valid[first] = is_out[first]

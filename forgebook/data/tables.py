@@ -16,12 +16,17 @@ from forgebook.data.json_values import check_unique, without_nulls
 from forgebook.errors import DataError, StorageError, first_line
 
 __all__ = [
-    "HUB", "hub_dataset", "hub_revision", "read_arrow", "read_hub", "read_parquet", "split_arrow", "split_parquet",
+    "HUB", "BrokenFileError", "hub_dataset", "hub_revision", "read_arrow", "read_hub", "read_parquet", "split_arrow",
+    "split_parquet",
 ]  # fmt: skip
 
 HUB = "hf://"
 ARROW_FILE = b"ARROW1"
 NO_LABEL = -1  # of ClassLabel: the row has none
+
+
+class BrokenFileError(DataError):
+    """What is wrong at a place of a file after which nothing can be read: how many rows follow is unknown."""
 
 
 # Parquet ----------------------------------------------------------------------------------------------
@@ -42,7 +47,7 @@ def split_parquet(uri: str, path: Path) -> list[int]:
 
 
 def read_parquet(path: Path, group: int, first: int) -> Iterator[tuple[int, Any]]:
-    """Yield (number, row) of one row group; first: the number of its first row."""
+    """Yield (number, row) of one row group, BrokenFileError the last; first: the number of its first row."""
     import pyarrow.parquet as pq
 
     number = first
@@ -55,7 +60,7 @@ def read_parquet(path: Path, group: int, first: int) -> Iterator[tuple[int, Any]
                 number += 1
     except Exception as error:
         # Nothing after this in its row group can be read: a damaged page holds many rows.
-        yield number, DataError(f"the Parquet file is damaged here ({first_line(error)}): copy it again")
+        yield number, BrokenFileError(f"the Parquet file is damaged here ({first_line(error)}): copy it again")
 
 
 # Arrow ------------------------------------------------------------------------------------------------

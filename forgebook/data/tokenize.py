@@ -243,13 +243,13 @@ def _batches(shards: list[Path]) -> int:
 
 
 def _mix(whole: TokenizedSet, examples: np.ndarray, sources: list[Source], seed: int, group: int) -> Tokens:
-    """Select some examples of a set, those of each source as often as its weight says."""
+    """Select some examples of a set, those of each entry of the config as often as its weight says."""
     if all(source.weight == 1 for source in sources):
         return whole.tokens.select(examples) if len(examples) < len(whole.tokens) else whole.tokens
-    chosen = []
-    for number, source in enumerate(sources):
-        of_source = examples[whole.source[examples] == number]
-        chosen.append(token_store.repeat_examples(of_source, source.weight, seed + number, group))
+    # Not file by file: a share of a file of few rows may round to none of them.
+    weights = {source.entry: source.weight for source in sources}
+    entry = np.array([source.entry for source in sources])[whole.source[examples]]
+    chosen = [token_store.repeat_examples(examples[entry == k], weights[k], seed + k, group) for k in weights]
     return whole.tokens.select(np.concatenate(chosen))
 
 
@@ -366,8 +366,14 @@ class _ShardWriter:
         self.write = write
 
     def __call__(self, batch: dict) -> dict:
-        notes = [self.write(int(n), pickle.loads(c)) for n, c in zip(batch["number"], batch["chunk"], strict=True)]
-        return {"number": batch["number"], "notes": [json.dumps(vars(one)) for one in notes]}
+        notes = [self._notes(int(n), pickle.loads(c)) for n, c in zip(batch["number"], batch["chunk"], strict=True)]
+        return {"number": batch["number"], "notes": notes}
+
+    def _notes(self, number: int, chunk: FileChunk) -> str:
+        try:
+            return json.dumps(vars(self.write(number, chunk)))
+        except DataError as error:  # as a text: Ray would wrap it in errors of its own
+            return json.dumps(str(error))
 
 
 def _with_ray(chunks: list[FileChunk], write: functools.partial) -> Iterator[DatasetNotes]:
@@ -388,4 +394,7 @@ def _with_ray(chunks: list[FileChunk], write: functools.partial) -> Iterator[Dat
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=workers),
     )
     for line in written.iter_rows():
-        yield DatasetNotes.from_json(json.loads(line["notes"]))
+        notes = json.loads(line["notes"])
+        if isinstance(notes, str):
+            raise DataError(notes)
+        yield DatasetNotes.from_json(notes)

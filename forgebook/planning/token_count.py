@@ -5,21 +5,24 @@ data = count_data(config)       Statistics, or None where the data cannot be rea
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from forgebook.catalog import model_folder
 from forgebook.config.blocks import labels_of
 from forgebook.config.data_block import HeldOut
 from forgebook.data import readers
-from forgebook.data.batching import group_size
 from forgebook.data.data_sources import find_sources
 from forgebook.data.images import IMAGE
 from forgebook.data.row_formats import Example, parse_chunk
+from forgebook.data.token_store import repeat_examples
 from forgebook.errors import DataError
 from forgebook.planning.image_count import image_counter
 from forgebook.runs import object_store
@@ -34,6 +37,22 @@ COUNTING_SECONDS = 2.0
 CHARACTERS_PER_TOKEN = 4
 # What a chat template adds to a message: the role, its delimiters, the end-of-turn token (five in Llama 3's).
 TOKENS_PER_MESSAGE = 5
+# A mix is at most so many times as many examples as were counted.
+MOST_COPIES = 4
+
+
+@dataclass
+class _Entry:
+    """What was counted of an entry of train_path.
+
+    size, read: bytes of its chunks, and of those that were read. examples: the tokens of each one's sequences, and the
+    pixels of its images.
+    """
+
+    weight: float
+    size: int = 0
+    read: int = 0
+    examples: list[tuple[list[int], int]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -82,28 +101,60 @@ def count_data(config: FinetuneConfig) -> Statistics | None:
     count, how = _counter(config.model_id)
     images, about_images = image_counter(config) or (None, "")
     labels = labels_of(config.classifier_config)
-    sources = find_sources(config.train_path)
-    chunks = [(source.weight, chunk) for source in sources for chunk in readers.split_source(source)]
-    lengths: list[int] = []
-    pixels = read = 0
+    entries, chunks = _chunks(config.train_path)
     until = time.monotonic() + COUNTING_SECONDS
-    for _, chunk in chunks:
-        if lengths and time.monotonic() > until:
+    for entry, chunk, size in chunks:
+        if time.monotonic() > until and any(one.examples for one in entries):
             break
         parsed = parse_chunk(chunk, config.task, labels)
         for example in (item[0] for item in parsed if not isinstance(item, DataError)):
-            added, seen = images(example) if images else (0, 0)
-            lengths += [length + added for length in count(example)]
-            pixels += seen
-        read += 1
-    if not lengths:
+            added, pixels = images(example) if images else (0, 0)
+            entry.examples.append(([length + added for length in count(example)], pixels))
+        entry.read += size
+    if not any(one.examples for one in entries):
         return None
-    part = "" if read == len(chunks) else f", from {read / len(chunks):.0%} of the data"
+    share = sum(one.read for one in entries) / sum(one.size for one in entries)
+    part = "" if share == 1 else f", from {share:.0%} of the data"
     held_out = config.valid_path.split if isinstance(config.valid_path, HeldOut) else 0.0
-    scale = sum(weight for weight, _ in chunks) / read * (1 - held_out)
+    mixed, scale = _mixed(entries)
+    scale *= 1 - held_out
     if config.max_examples is not None:
-        scale = min(scale, config.max_examples * group_size(config.task) / len(lengths))
-    return Statistics(tuple(lengths), scale, how + about_images + part, pixels / sum(lengths))
+        scale = min(scale, config.max_examples / len(mixed))
+    lengths = tuple(length for sequences, _ in mixed for length in sequences)
+    return Statistics(lengths, scale, how + about_images + part, sum(pixels for _, pixels in mixed) / sum(lengths))
+
+
+def _chunks(path: DataPath) -> tuple[list[_Entry], list[tuple[_Entry, readers.FileChunk, int]]]:
+    """List the entries of a path, and their chunks with their bytes, in turn: one of each entry, the smallest first."""
+    entries: dict[int, _Entry] = {}
+    chunks: dict[int, list[tuple[_Entry, readers.FileChunk, int]]] = {}
+    for source in find_sources(path):
+        entry = entries.setdefault(source.entry, _Entry(source.weight))
+        for chunk, size in readers.sized_chunks(source):
+            entry.size += size
+            chunks.setdefault(source.entry, []).append((entry, chunk, size))
+    # So some of each is read if time is short: a chunk of CSV may take longer than there is.
+    turns = ([one for one in turn if one is not None] for turn in itertools.zip_longest(*chunks.values()))
+    return list(entries.values()), [one for turn in turns for one in sorted(turn, key=lambda one: one[2])]
+
+
+def _mixed(entries: list[_Entry]) -> tuple[list[tuple[list[int], int]], float]:
+    """Repeat the counted examples of each entry as its weight and its unread part say; return them and their scale."""
+    read = [(one.examples, one.weight * one.size / one.read) for one in entries if one.examples]
+    counted = sum(len(examples) for examples, _ in read)
+    total = sum(len(examples) * times for examples, times in read)
+    # One copy of the rarest, so that every length is there; but no mix of any size.
+    unit = max(min(times for _, times in read), total / (MOST_COPIES * counted))
+    mixed = []
+    for examples, times in read:
+        chosen = repeat_examples(np.arange(len(examples)), times / unit, seed=0).tolist()
+        longest = max(range(len(examples)), key=lambda k: max(examples[k][0]))
+        # What a batch needs is decided by the longest.
+        mixed += [examples[k] for k in (chosen if times >= unit else {*chosen, longest})]
+    # What no time was left for is taken to have as many examples per byte as the others.
+    unread = sum(one.weight * one.size for one in entries if not one.read)
+    total += unread * counted / sum(one.read for one in entries)
+    return mixed, total / len(mixed)
 
 
 def data_is_here(path: DataPath | HeldOut) -> bool:

@@ -267,6 +267,24 @@ def test_a_damaged_csv_is_reported_with_its_line(tmp_path, content, message):
         read_examples(str(tmp_path / "r.csv"))
 
 
+@pytest.mark.parametrize(
+    ("name", "rows", "message"),
+    [
+        ("r.csv", ["prompt,completion", "q,a", '"q"1,a', "q,b"], r"^r\.csv:3: not valid CSV"),
+        ("r.csv", ["prompt,completion", "q,a", '"q,a', "q,b"], r"^r\.csv:3: not valid CSV"),
+        ("r.json", ['[{"text": "a"},', '{"text": b},', '{"text": "c"}]'], r"^r\.json:2: not valid JSON"),
+        ("r.json", ['[{"text": "a"}]', '[{"text": "b"}, {"text": "c"}]'], r"^r\.json:1: there is text after"),
+    ],
+)
+def test_rows_that_cannot_be_counted_are_not_dropped(tmp_path, name, rows, message):
+    """Such a file had lost all rows after the first bad one, and the run said that it dropped one."""
+    (tmp_path / name).write_text("\n".join(rows))
+    task = "causal_lm" if name == "r.json" else "instruction_tuning"
+    for on_bad_rows in ("fail", "drop"):
+        with pytest.raises(DataError, match=f"{message}.*Nothing after this can be read"):
+            read_examples(str(tmp_path / name), task, on_bad_rows=on_bad_rows)
+
+
 def test_a_damaged_page_of_parquet_is_reported_with_its_row(tmp_path):
     path = tmp_path / "r.parquet"
     rows = [chat(f"question {k} " + "x" * 50, f"answer {k}") for k in range(3000)]
@@ -276,9 +294,8 @@ def test_a_damaged_page_of_parquet_is_reported_with_its_row(tmp_path):
     begin = middle.dictionary_page_offset or middle.data_page_offset
     content[begin : begin + 400] = b"\xff" * 400
     path.write_bytes(content)
-    read = everything(path)
-    assert len(read) == 2001 and [where for where, raw in read if isinstance(raw, DataError)] == ["r.parquet:1001"]
-    assert errors(path)[0].startswith("r.parquet:1001: the Parquet file is damaged here (")
+    with pytest.raises(DataError, match=r"^r\.parquet:1001: the Parquet file is damaged here \(.*Nothing after this"):
+        read_examples(str(path), on_bad_rows="drop")
 
 
 def test_text_in_parquet_that_is_not_utf8_is_reported_with_its_row(tmp_path):

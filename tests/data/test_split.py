@@ -63,6 +63,24 @@ def test_pairs_stay_together_under_weights(write_rows, tokenizer, tmp_path):
         assert (tokens.line[::2] == tokens.line[1::2]).all()
 
 
+def test_a_group_much_larger_than_the_share_is_not_held_out(write_rows, tokenizer, tmp_path):
+    """Documents in the system message, and two requests: half of the examples had been held out, for a share of 5%."""
+    many = [
+        chat(asked, f"a {k}", system=f"text {k}")
+        for asked, n in (("Sum up.", 50), ("Translate.", 48))
+        for k in range(n)
+    ]
+    message = (
+        r"valid_path\.split: 0\.05 of 98 distinct examples is 5, .* the fewest with the same one are 48: name a file"
+    )
+    with pytest.raises(DataError, match=message):
+        splits(write_rows(many), tokenizer, tmp_path, share=0.05)
+    _, out, _, _ = splits(write_rows(many), tokenizer, tmp_path, share=0.3)
+    assert len(out.tokens) == 48
+    _, out, _, _ = splits(write_rows(rows(10)), tokenizer, tmp_path, share=0.05)
+    assert len(out.tokens) == 2  # the two answers to one question
+
+
 def test_examples_of_one_prompt_cannot_be_divided(write_rows, tokenizer, tmp_path):
     with pytest.raises(DataError, match=r"valid_path\.split: all examples have the same first user message"):
         splits(write_rows([chat("q", "a"), chat("q", "b")]), tokenizer, tmp_path)

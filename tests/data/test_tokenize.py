@@ -8,6 +8,7 @@ import pytest
 
 from conftest import CONVERSATION, chat
 from forgebook.config.blocks import PromptFormat
+from forgebook.config.data_block import DataSource
 from forgebook.data import readers, tokenize
 from forgebook.data.data_sources import Source, find_sources
 from forgebook.data.examples import read_examples
@@ -217,10 +218,24 @@ def test_progress_counts_the_chunks_of_all_sources(tmp_path, write_rows, tokeniz
 
 def test_weights_repeat_and_sample_the_examples_of_a_source(tmp_path, write_rows, tokenizer):
     paths = [write_rows([chat(f"{name}{k}", "a") for k in range(10)], f"{name}.jsonl") for name in ("x", "y")]
-    sources = [Source(paths[0], 2.0), Source(paths[1], 0.5)]
+    sources = [Source(paths[0], 2.0), Source(paths[1], 0.5, entry=1)]
     tokens, notes = tokenize.tokenize(sources, tokenizer, tokenize.EncodingOptions(), tmp_path)
     names = [tokens.where(k)[0] for k in range(len(tokens))]
     assert names.count("x") == 20 and names.count("y") == 5 and notes.rows == 20
+
+
+@pytest.mark.parametrize(("weight", "expected"), [(0.25, 20), (0.75, 60), (1.5, 120)])
+def test_a_weight_is_of_all_files_of_an_entry(tmp_path, write_rows, tokenizer, weight, expected):
+    """Each file had been rounded by itself: a quarter of 40 files of two rows was nothing."""
+    (tmp_path / "many").mkdir()
+    for k in range(40):
+        write_rows([chat(f"q{k}", "a"), chat(f"r{k}", "a")], f"many/{k:02}.jsonl")
+    big = write_rows([chat(f"big {k}", "a") for k in range(10)], "big.jsonl")
+    sources = find_sources([big, DataSource(path=str(tmp_path / "many/*.jsonl"), weight=weight)])
+    tokens, _ = tokenize.tokenize(sources, tokenizer, tokenize.EncodingOptions(), tmp_path / "cache")
+    names = [tokens.where(k).split(":")[0] for k in range(len(tokens))]
+    assert names.count("big.jsonl") == 10 and len(names) == 10 + expected
+    assert len(set(names)) > 10
 
 
 def test_a_classification_example_has_its_label_alone_in_the_loss(tokenizer):

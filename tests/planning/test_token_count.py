@@ -63,6 +63,33 @@ def test_weights_scale_a_mix(write_rows):
     assert data.scale == 2 and data.examples == 8
 
 
+def write_csv(path, rows, characters):
+    path.write_text("prompt,completion\n" + f"{'q' * characters},{'a' * characters}\n" * rows)
+    return {"path": str(path)}
+
+
+@pytest.mark.parametrize(("weight", "examples"), [(1, 410), (20, 600), (0.5, 405)])
+def test_files_of_different_sizes_count_by_their_rows(tmp_path, weight, examples):
+    """A file of CSV is one chunk of any size: each had counted as half of two."""
+    large = write_csv(tmp_path / "large.csv", 400, 40)
+    small = write_csv(tmp_path / "small.csv", 10, 200) | {"weight": weight}
+    data = count_data(config_for("owner/elsewhere", train_path=[large, small], task="instruction_tuning"))
+    overhead = 2 * token_count.TOKENS_PER_MESSAGE
+    tokens = 400 * (20 + overhead) + weight * 10 * (100 + overhead)
+    assert data.examples == examples and data.tokens == pytest.approx(tokens, rel=0.01)
+    assert data.longest == 100 + overhead
+
+
+def test_what_is_not_read_counts_by_its_bytes(tmp_path, monkeypatch):
+    """Nothing but the smallest file is read: a quarter of its entry, and nothing of the other."""
+    monkeypatch.setattr(token_count, "COUNTING_SECONDS", -1.0)
+    for name, rows in (("a1", 100), ("a2", 300), ("b", 1000)):
+        write_csv(tmp_path / f"{name}.csv", rows, 40)
+    paths = [{"path": str(tmp_path / "a*.csv"), "weight": 2}, {"path": str(tmp_path / "b.csv")}]
+    data = count_data(config_for("owner/elsewhere", train_path=paths, task="instruction_tuning"))
+    assert data.examples == pytest.approx(2 * 400 + 1000, rel=0.01) and data.how.endswith("from 7% of the data")
+
+
 def test_bad_examples_alone_are_no_data(write_rows):
     assert count_data(config_for("tiny", train_path=write_rows([{"answer": 1}]), task="instruction_tuning")) is None
 
