@@ -106,8 +106,7 @@ class FinetuneConfig(StrictBlock):
     rewritten_turns: Literal["refuse", "expand"] = "refuse"
     """Where a template renders earlier answers differently once turns follow: reject, or an example of each answer."""
     on_bad_rows: Literal["fail", "drop"] = "fail"
-    """Malformed examples: stop before training, or drop and report them. A file that cannot be read to its end, as
-    CSV or a JSON array with a syntax error, stops the run in either case: its other rows would be lost uncounted."""
+    """Malformed examples: stop before training, or drop and report them. A file unreadable from a place on: stop."""
     rope_scaling: RopeBlock | None = None
     """Extend the context, e.g. `{rope_type: linear, factor: 2.0}` (linear, dynamic, yarn, longrope, llama3); saved with
     the checkpoint: in its config.json, or in config_overrides.json next to an adapter."""

@@ -79,9 +79,9 @@ def hold_out(tokens: Tokens, share: float, seed: int, size: int = 1) -> tuple[np
         smallest = int(counts.min())
         if smallest > MOST_OVER * wanted:
             raise DataError(
-                f"valid_path.split: {share:g} of {len(first)} distinct examples is {wanted}, but examples with the same "
-                f"first user message are held out together, and the fewest with the same one are {smallest}: name a file "
-                "of validation examples, or hold out a larger share"
+                f"valid_path.split: {share:g} of {len(first)} distinct examples is {wanted}, but examples with the same"
+                f" first user message are held out together, and the fewest with the same one are {smallest}: name a"
+                " file of validation examples, or hold out a larger share"
             )
         chosen = [np.argmin(counts)]
     is_out = np.isin(group, groups[chosen])
