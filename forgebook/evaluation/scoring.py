@@ -75,7 +75,7 @@ def _mistake(metric: str, turn: Turn, answer: str | None) -> str | None:
     if answer is None:
         return "thought does not end"
     if metric == "tool_calls":
-        return tool_accuracy.find_tool_call_mistake(answer, calls_of_message(turn.reference))
+        return tool_accuracy.find_tool_call_mistake(answer, calls_of_message(turn.reference), turn.tools)
     reference = said_by(turn.reference)
     if metric == "gsm8k":
         if statistics.is_gsm8k_right(answer, reference):

@@ -49,6 +49,20 @@ def test_parallel_calls_of_one_function_match_in_any_order():
 
 
 @pytest.mark.parametrize(
+    ("want", "text", "kind"),
+    [("12345", "12345", None), ("true", "true", None), (12345, "12345", None), ([1, 2], "[1, 2]", None),
+     ("12345", "12346", "wrong value"), (None, "null", None), (True, "1", "wrong value")],
+)  # fmt: skip
+@pytest.mark.parametrize("type_", [None, "string", "integer"])
+def test_arguments_between_tags_are_equal_if_their_texts_are(want, text, kind, type_):
+    """Between tags, a number and its digits are written the same."""
+    answer = f"<tool_call><function=f><parameter=x>\n{text}\n</parameter></function></tool_call>"
+    schema = {"type": "object", "properties": {"x": {"type": type_}}}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": schema}}] if type_ else None
+    assert find_tool_call_mistake(answer, [ToolCall("f", {"x": want})], tools) == kind
+
+
+@pytest.mark.parametrize(
     ("want", "have", "same"),
     [(1, True, False), (0, False, False), (2, 2.0, True), ([1, {"a": None}], [1, {"a": None}], True), ("2", 2, False)],
     ids="one-true zero-false int-float nested text-number".split(),

@@ -45,6 +45,35 @@ def test_apostrophes_survive():
     assert read_tool_calls(written(call)) == [call]
 
 
+TAGS = "<tool_call>\n<function=look_up>\n<parameter=key>\n{}\n</parameter>\n</function>\n</tool_call>"
+
+
+@pytest.mark.parametrize(
+    ("schema", "text", "value"),
+    [
+        ({"type": "string"}, "12345", "12345"),
+        ({"type": "string"}, "true", "true"),
+        ({"type": "string"}, "null", "null"),
+        ({"type": ["string", "null"]}, "null", None),
+        ({"anyOf": [{"type": "string"}, {"type": "null"}]}, "12", "12"),
+        ({"enum": ["1", "2"]}, "1", "1"),
+        ({"type": "integer"}, "12345", 12345),
+        ({"type": "array", "items": {"type": "string"}}, '["1"]', ["1"]),
+        ({"type": "boolean"}, "True", True),
+        ({}, "12345", 12345),
+        (None, "12345", 12345),
+        (True, "a b", "a b"),
+        ({"type": 5, "enum": 5, "anyOf": [5]}, "5", 5),
+    ],
+)
+def test_an_argument_between_tags_has_the_type_of_its_schema(schema, text, value):
+    """Qwen3-Coder's form, in which nothing but the schema says what is a text."""
+    function = {"name": "look_up", "parameters": {"type": "object", "properties": {"key": schema}}}
+    for tools in ([{"type": "function", "function": function}], [function]):
+        [call] = read_tool_calls(TAGS.format(text), tools)
+        assert call.arguments == {"key": value} and type(call.arguments["key"]) is type(value)
+
+
 @pytest.mark.parametrize("text", ["<tool_call>{", "[TOOL_CALLS] 7", '{"name": "f", "arguments": [1]}', "<function=f>"])
 def test_what_cannot_be_read_is_an_error_and_not_a_value(text):
     with pytest.raises(DataError):

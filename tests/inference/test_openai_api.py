@@ -238,6 +238,14 @@ def test_tool_calls_are_split_from_the_text():
     assert cut["finish_reason"] == "length"
 
 
+def test_a_number_between_tags_is_a_text_where_its_schema_says_so():
+    body = request(tools=[WEATHER])
+    text = "<tool_call>\n<function=weather>\n<parameter=city>\n1984\n</parameter>\n</function>\n</tool_call>"
+    [choice] = completion_object(body, finished(text))["choices"]
+    [call] = choice["message"]["tool_calls"]
+    assert call["function"]["arguments"] == '{"city": "1984"}'
+
+
 def contents(chunks):
     return [chunk["choices"][0]["delta"].get("content") for chunk in chunks if chunk["choices"]]
 
