@@ -13,7 +13,8 @@ Read in every form that open models write:
     [TOOL_CALLS] [{"name": ..., "arguments": {...}}] [/TOOL_CALLS]  Mistral; LLMForge's prompt formats
     [TOOL_CALLS]name[ARGS]{...}                                     Mistral since 2025
     <function=name>{...}</function>                                 Llama 3, and Qwen3-Coder with <parameter=...>
-    <|python_tag|>{"name": ..., "parameters": {...}}                Llama 3.1 and later, also without the tag
+    <|python_tag|>{"name": ..., "parameters": {...}}                Llama 3.1 and later; also without the tag, if the
+                                                                    name is that of a tool which the prompt offers
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ THINKING = re.compile(r"^.*?</think>", re.DOTALL)
 CALL_MARKS = ("<tool_call>", "[TOOL_CALLS]", "<function=", "<functioncall>", "<|python_tag|>")
 CALL_MARK = re.compile("|".join(map(re.escape, CALL_MARKS)))
 BARE_CALL = re.compile(r'[\[{\s]*"(name|type|function)"\s*:')
+BARE_ARGUMENTS = re.compile(r'"(arguments|parameters)"\s*:')
 FUNCTION = re.compile(r"<function=([^>\s]+)>(.*?)</function>", re.DOTALL)
 PARAMETER = re.compile(r"<parameter=([^>\s]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
 PYTHON_VALUES = {"True": True, "False": False, "None": None}  # as Qwen3-Coder's template writes them between tags
@@ -145,14 +147,14 @@ def calls_of_message(message: Message) -> list[ToolCall]:
 def read_tool_calls(text: str, tools: list[dict] | None = None) -> list[ToolCall]:
     """Read the calls that an answer makes; an empty list if it makes none.
 
-    tools: those that the prompt offers, whose schemas say which arguments between tags are texts.
+    tools: those that the prompt offers; None: not known. Their schemas say which arguments between tags are texts, and
+    JSON without a mark is a call if it names one of them.
 
     Raises DataError for an answer that opens a call in a form that cannot be read.
     """
     text = THINKING.sub("", text).strip()
     if not CALL_MARK.search(text):
-        is_bare = text.startswith(("{", "[{")) and BARE_CALL.match(text)
-        return _json_calls(text) if is_bare else []
+        return _bare_calls(text, tools)
     if "<function=" in text:
         return [_tagged_call(name, body, tools) for name, body in _not_empty(FUNCTION.findall(text), text)]
     calls: list[ToolCall] = []
@@ -160,6 +162,34 @@ def read_tool_calls(text: str, tools: list[dict] | None = None) -> list[ToolCall
         named = NAME_AND_ARGS.fullmatch(body.strip())
         calls += [_call({"name": named[1], "arguments": _from_json(named[2])})] if named else _json_calls(body)
     return _not_empty(calls, text)
+
+
+def _bare_calls(text: str, tools: list[dict] | None) -> list[ToolCall]:
+    """Read calls without a mark; an empty list for JSON that is an answer itself, such as a record with a name."""
+    names = None if tools is None else [tool.get("function", tool).get("name") for tool in tools]
+    if not (text.startswith(("{", "[{")) and BARE_CALL.match(text)):
+        return []
+    try:
+        value = _from_json(text)
+    except DataError:
+        if BARE_ARGUMENTS.search(text) and (names is None or any(_to_json(name) in text for name in names)):
+            raise
+        return []
+    items = value if isinstance(value, list) else [value]
+    return [_call(item) for item in items] if all(_is_bare_call(item, names) for item in items) else []
+
+
+def _is_bare_call(item: Any, names: list[str] | None) -> bool:
+    """Return whether a JSON value has arguments, or nothing but a name, and the name of an offered tool."""
+    function = item.get("function", item) if isinstance(item, dict) else None
+    if isinstance(function, str):
+        function = {**item, "name": function}
+    if not isinstance(function, dict):
+        return False
+    name, has_arguments = function.get("name"), not function.keys().isdisjoint(("arguments", "parameters"))
+    if names is None:
+        return has_arguments
+    return name in names and (has_arguments or function.keys() <= {"name", "type", "function"})
 
 
 def _json_calls(body: str) -> list[ToolCall]:

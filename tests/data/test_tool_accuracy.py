@@ -32,6 +32,7 @@ def written(*calls: ToolCall) -> str:
         (written(WEATHER), [WEATHER], None),
         ("Sure, the weather.", [], None),
         ('A record: {"city": "Paris"}', [], None),
+        ('{"name": "Paris", "country": "France"}', [], None),
         ("I look.\n" + written(WEATHER) + "\n", [WEATHER], None),
         ("<think>A <tool_call>? Yes.</think>" + written(WEATHER), [WEATHER], None),
         (written(ToolCall("weather", {"days": 2.0, "city": "Paris", "unit": "C"})), [WEATHER], None),

@@ -74,6 +74,38 @@ def test_an_argument_between_tags_has_the_type_of_its_schema(schema, text, value
         assert call.arguments == {"key": value} and type(call.arguments["key"]) is type(value)
 
 
+LOOK_UP = [{"type": "function", "function": {"name": "look_up", "parameters": {"type": "object"}}}]
+
+
+@pytest.mark.parametrize(
+    ("text", "offered", "calls"),
+    [
+        ('{"name": "Alice Smith", "email": "a@b.c", "age": 30}', LOOK_UP, []),
+        ('{"name": "Alice Smith", "email": "a@b.c", "age": 30}', None, []),
+        ('[{"name": "Alice"}, {"name": "Bob"}]', LOOK_UP, []),
+        ('{"name": "Alice", "parameters": {}}', LOOK_UP, []),
+        ('{"name": "look_up", "email": "a@b.c"}', LOOK_UP, []),
+        ('{"name": "Alice", "ema', LOOK_UP, []),
+        ('{"name": "Alice", "ema', None, []),
+        ('{"name": ["look_up"], "arguments": {}}', LOOK_UP, []),
+        ('{"type": "circle", "function": null}', LOOK_UP, []),
+        ('{"name": "look_up", "parameters": {}}', LOOK_UP, ["look_up"]),
+        ('{"name": "look_up", "parameters": {}}', [LOOK_UP[0]["function"]], ["look_up"]),
+        ('{"name": "look_up"}', LOOK_UP, ["look_up"]),
+        ('{"type": "function", "function": "look_up", "parameters": {}}', LOOK_UP, ["look_up"]),
+        ('[{"name": "look_up", "arguments": {}}, {"name": "look_up"}]', LOOK_UP, ["look_up", "look_up"]),
+    ],
+)
+def test_json_without_a_mark_is_a_call_of_an_offered_tool_alone(text, offered, calls):
+    assert [call.name for call in read_tool_calls(text, offered)] == calls
+
+
+@pytest.mark.parametrize("tools", [None, LOOK_UP])
+def test_a_call_without_a_mark_that_was_cut_cannot_be_read(tools):
+    with pytest.raises(DataError):
+        read_tool_calls('{"name": "look_up", "parameters": {"ke', tools)
+
+
 @pytest.mark.parametrize("text", ["<tool_call>{", "[TOOL_CALLS] 7", '{"name": "f", "arguments": [1]}', "<function=f>"])
 def test_what_cannot_be_read_is_an_error_and_not_a_value(text):
     with pytest.raises(DataError):
