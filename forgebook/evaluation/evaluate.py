@@ -138,8 +138,9 @@ def evaluate(
     if judge is not None and chosen == "judge":
         evaluation = judged(turns, compared, said, judge, on_progress)
     else:
-        evaluation = scored(chosen, turns, compared, said, len(examples))
-    return dataclasses.replace(evaluation, limits=limits)
+        evaluation = scored(chosen, turns, compared, said)
+    left_out = len(examples) - len({turn.example for turn in turns})
+    return dataclasses.replace(evaluation, limits=limits, left_out=left_out)
 
 
 def _task_of(metric: str, task: str) -> str:

@@ -51,11 +51,11 @@ def said_by(message: dict[str, Any]) -> str:
     return split_thought(message["content"])[1]
 
 
-def scored(metric: str, turns: list[Turn], compared: Comparison, said: list[Said], count: int) -> Evaluation:
-    """Compare the answers with their references; said: by the base and the tuned model; count: of examples."""
+def scored(metric: str, turns: list[Turn], compared: Comparison, said: list[Said]) -> Evaluation:
+    """Compare the answers with their references; said: by the base and the tuned model."""
     kinds = [[_mistake(metric, turn, answer) for turn, answer in zip(turns, answers, strict=True)] for answers in said]
     # A conversation is right if every turn of it is; it counts once, under the kind of its first mistake.
-    by_example = [_first_of_each(turns, one, count) for one in kinds]
+    by_example = [_first_of_each(turns, one) for one in kinds]
     before, after = ([kind is None for kind in one] for one in by_example)
     scores = [share_score("exact_match" if metric == "anls" else metric, before, after)]
     if metric == "anls":
@@ -67,7 +67,7 @@ def scored(metric: str, turns: list[Turn], compared: Comparison, said: list[Said
             for answers in said
         ]
         scores.insert(0, statistic_score("anls", np.mean, points[:1], points[1:], statistics.RESAMPLES))
-    return make_evaluation(metric, scores, compared, kinds, rows=count, kinds_by_example=by_example)
+    return make_evaluation(metric, scores, compared, kinds, rows=len(after), kinds_by_example=by_example)
 
 
 def _mistake(metric: str, turn: Turn, answer: str | None) -> str | None:
@@ -95,12 +95,12 @@ def _mistake(metric: str, turn: Turn, answer: str | None) -> str | None:
     return "case or spaces" if "".join(answer.split()).lower() == "".join(reference.split()).lower() else "different"
 
 
-def _first_of_each(turns: list[Turn], kinds: list[str | None], count: int) -> list[str | None]:
-    """Return the first mistake of each of `count` examples."""
-    first: list[str | None] = [None] * count
+def _first_of_each(turns: list[Turn], kinds: list[str | None]) -> list[str | None]:
+    """Return the first mistake of each example that has a turn to answer."""
+    first: dict[int, str | None] = {turn.example: None for turn in turns}
     for turn, kind in zip(turns, kinds, strict=True):
         first[turn.example] = first[turn.example] or kind
-    return first
+    return list(first.values())
 
 
 def judged(

@@ -285,6 +285,19 @@ def test_what_cannot_be_measured_is_refused(by_heart, options, kind, message):
         evaluate(by_heart, **options)
 
 
+@pytest.mark.parametrize("metric", ["exact_match", "tool_calls"])
+def test_a_row_without_a_prompt_is_left_out(by_heart, write_rows, metric):
+    """It had counted as right for both models."""
+    said = {"role": "assistant", "content": "alpha"}
+    call = {"id": "1", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+    asked = {"messages": [{"role": "user", "content": "alpha"}, said | {"tool_calls": [call]}], "tools": TOOLS}
+    found = evaluate(by_heart, path=write_rows([{"messages": [said]}, asked]), metric=metric, max_new_tokens=4)
+    [score] = found.scores
+    assert (score.before.value, score.after.value, found.rows, found.left_out) == (0, 0, 1, 1)
+    assert found.summary()["rows_left_out"] == 1
+    assert "on 1 held-out examples (1 left out: nothing to answer)" in results.figure_lines(found)[0]
+
+
 def test_a_row_without_an_answer_is_named(by_heart, write_rows):
     rows = [*uneven_rows(1), {"messages": [*chat("a", "b")["messages"], {"role": "user", "content": "c"}]}]
     with pytest.raises(DataError, match=r"rows.jsonl:2: messages: must end with the assistant"):
