@@ -224,7 +224,7 @@ class FinetuneConfig(StrictBlock):
     eval_generation: Annotated[EvalGeneration | None, Mark.NO_EFFECT] = None
     """Answer validation prompts greedily at evaluations, as `{prompts: 50, every: 1}`; print and log some answers."""
     metrics: Annotated[list[AnswerMetric], Mark.NO_EFFECT] = Field(default=[])
-    """Metrics of these answers. exact_match: the reference to the letter; tool_calls, tool_accuracy: its calls."""
+    """Metrics of these answers, thoughts aside. exact_match: the reference; tool_calls, tool_accuracy: its calls."""
     best_metric: BestMetric = "eval_loss"
     """What chooses the best checkpoint: the lowest evaluation loss, or the highest of these metrics."""
     num_checkpoints_to_keep: Annotated[Positive, Mark.NO_EFFECT] = 1

@@ -9,7 +9,14 @@ from __future__ import annotations
 import itertools
 import re
 
-__all__ = ["added_to_prompt", "begins_with_empty_thought", "closes_thought", "fill_thought", "opened_thought"]
+__all__ = [
+    "added_to_prompt",
+    "after_thought",
+    "begins_with_empty_thought",
+    "closes_thought",
+    "fill_thought",
+    "opened_thought",
+]
 
 # <think>, <thought>, <seed:think>, <|inner_thoughts_begin|>; [THINK]; Cohere's <|START_THINKING|>; Gemma 4's channel.
 NAME = r"[\w:]*(?:think|thought|reason)[\w:]*"
@@ -37,6 +44,18 @@ def opened_thought(prompt: str) -> str:
     if match["bracket"]:
         return "[/THINK]"
     return "<|END_THINKING|>" if match["start"] else "<channel|>"
+
+
+def after_thought(answer: str, closing: str = "") -> str | None:
+    """Return what an answer says after its thought; None if the thought does not end.
+
+    closing: what closes the thought that the prompt opened, see `opened_thought`; empty if it opened none.
+    """
+    closing = "</think>" if answer.lstrip().startswith("<think>") else closing
+    if not closing:
+        return answer
+    _, end, rest = answer.partition(closing)
+    return rest.strip() if end else None
 
 
 def begins_with_empty_thought(turn: str) -> bool:

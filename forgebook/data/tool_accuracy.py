@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from forgebook.data.tools import ToolCall, read_tool_calls
+from forgebook.data.tools import ToolCall, as_text, read_tool_calls
 from forgebook.errors import DataError
 
 __all__ = ["TOOL_CALL_MISTAKES", "find_tool_call_mistake"]
@@ -28,10 +28,13 @@ TOOL_CALL_MISTAKES = (
 )
 
 
-def find_tool_call_mistake(answer: str, expected: list[ToolCall]) -> str | None:
-    """Name what is wrong with the calls of an answer, one of TOOL_CALL_MISTAKES; None if nothing is."""
+def find_tool_call_mistake(answer: str, expected: list[ToolCall], tools: list[dict] | None = None) -> str | None:
+    """Name what is wrong with the calls of an answer, one of TOOL_CALL_MISTAKES; None if nothing is.
+
+    tools: those that the prompt offers, as of `read_tool_calls`.
+    """
     try:
-        calls = read_tool_calls(answer)
+        calls = read_tool_calls(answer, tools)
     except DataError:
         return "wrong format" if expected else "unwanted"
     if not expected:
@@ -54,16 +57,21 @@ def _argument_mistakes(name: str, calls: list[ToolCall], expected: list[ToolCall
     from scipy.optimize import linear_sum_assignment
 
     references = [call.arguments for call in expected if call.name == name]
-    candidates = [call.arguments for call in calls if call.name == name]
+    candidates = [call for call in calls if call.name == name]
     mistakes = [[_differences(reference, candidate) for candidate in candidates] for reference in references]
     pairs = linear_sum_assignment(np.array([[len(kinds) for kinds in line] for line in mistakes]))
     return [kind for line, column in zip(*pairs, strict=True) for kind in mistakes[line][column]]
 
 
-def _differences(reference: dict[str, Any], candidate: dict[str, Any]) -> list[str]:
-    missing = ["missing argument" for key in reference if key not in candidate]
-    common = [key for key in reference if key in candidate]
-    return missing + ["wrong value" for key in common if not _is_same(reference[key], candidate[key])]
+def _differences(reference: dict[str, Any], candidate: ToolCall) -> list[str]:
+    missing = ["missing argument" for key in reference if key not in candidate.arguments]
+    common = [key for key in reference if key in candidate.arguments]
+    return missing + ["wrong value" for key in common if not _has_value(candidate, key, reference[key])]
+
+
+def _has_value(call: ToolCall, key: str, value: Any) -> bool:
+    """Return whether an argument has a value; one between tags has it, too, if it is written there as a text."""
+    return _is_same(value, call.arguments[key]) or call.texts.get(key) == as_text(value)
 
 
 def _is_same(one: Any, other: Any) -> bool:

@@ -13,14 +13,15 @@ Read in every form that open models write:
     [TOOL_CALLS] [{"name": ..., "arguments": {...}}] [/TOOL_CALLS]  Mistral; LLMForge's prompt formats
     [TOOL_CALLS]name[ARGS]{...}                                     Mistral since 2025
     <function=name>{...}</function>                                 Llama 3, and Qwen3-Coder with <parameter=...>
-    <|python_tag|>{"name": ..., "parameters": {...}}                Llama 3.1 and later, also without the tag
+    <|python_tag|>{"name": ..., "parameters": {...}}                Llama 3.1 and later; also without the tag, if the
+                                                                    name is that of a tool which the prompt offers
 """
 
 from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from forgebook.data.messages import Message
@@ -29,6 +30,7 @@ from forgebook.errors import DataError
 __all__ = [
     "CALL_MARKS",
     "ToolCall",
+    "as_text",
     "calls_of_message",
     "name_results",
     "read_tool_calls",
@@ -42,17 +44,23 @@ THINKING = re.compile(r"^.*?</think>", re.DOTALL)
 CALL_MARKS = ("<tool_call>", "[TOOL_CALLS]", "<function=", "<functioncall>", "<|python_tag|>")
 CALL_MARK = re.compile("|".join(map(re.escape, CALL_MARKS)))
 BARE_CALL = re.compile(r'[\[{\s]*"(name|type|function)"\s*:')
+BARE_ARGUMENTS = re.compile(r'"(arguments|parameters)"\s*:')
 FUNCTION = re.compile(r"<function=([^>\s]+)>(.*?)</function>", re.DOTALL)
 PARAMETER = re.compile(r"<parameter=([^>\s]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
+PYTHON_VALUES = {"True": True, "False": False, "None": None}  # as Qwen3-Coder's template writes them between tags
 NAME_AND_ARGS = re.compile(r"([\w.\-]+)(?:\[CALL_ID\]\w*)?\[ARGS\](.*)", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class ToolCall:
-    """One call: a function's name and its arguments."""
+    """One call: a function's name and its arguments.
+
+    texts: of arguments between tags, what is written there: it has no type, so that 1 may be a number or a text.
+    """
 
     name: str
     arguments: dict[str, Any]
+    texts: dict[str, str] = field(default_factory=dict, compare=False)
 
 
 # Writing ----------------------------------------------------------------------------------------------
@@ -82,7 +90,7 @@ def tools_as_text(messages: list[Message], tools: list[dict] | None) -> list[Mes
         elif message.get("tool_calls"):
             calls = [
                 {
-                    "function": {"name": call["function"]["name"], "arguments": _arguments_text(call["function"])},
+                    "function": {"name": call["function"]["name"], "arguments": as_text(call["function"]["arguments"])},
                     "type": "function",
                 }
                 for call in message["tool_calls"]
@@ -118,8 +126,9 @@ def _result_as_text(message: Message) -> str:
     return f"[TOOL_RESULT] {_to_json(result)} [/TOOL_RESULT]"
 
 
-def _arguments_text(function: dict) -> str:
-    return function["arguments"] if isinstance(function["arguments"], str) else _to_json(function["arguments"])
+def as_text(value: Any) -> str:
+    """Write a value as templates do between tags: a text as it is, others as JSON."""
+    return value if isinstance(value, str) else _to_json(value)
 
 
 def _to_json(value: Any) -> str:
@@ -135,22 +144,52 @@ def calls_of_message(message: Message) -> list[ToolCall]:
     return [_call({"name": function["name"], "arguments": function["arguments"]}) for function in functions]
 
 
-def read_tool_calls(text: str) -> list[ToolCall]:
+def read_tool_calls(text: str, tools: list[dict] | None = None) -> list[ToolCall]:
     """Read the calls that an answer makes; an empty list if it makes none.
+
+    tools: those that the prompt offers; None: not known. Their schemas say which arguments between tags are texts, and
+    JSON without a mark is a call if it names one of them.
 
     Raises DataError for an answer that opens a call in a form that cannot be read.
     """
     text = THINKING.sub("", text).strip()
     if not CALL_MARK.search(text):
-        is_bare = text.startswith(("{", "[{")) and BARE_CALL.match(text)
-        return _json_calls(text) if is_bare else []
+        return _bare_calls(text, tools)
     if "<function=" in text:
-        return [_tagged_call(name, body) for name, body in _not_empty(FUNCTION.findall(text), text)]
+        return [_tagged_call(name, body, tools) for name, body in _not_empty(FUNCTION.findall(text), text)]
     calls: list[ToolCall] = []
     for body in CALL_MARK.split(text)[1:]:
         named = NAME_AND_ARGS.fullmatch(body.strip())
         calls += [_call({"name": named[1], "arguments": _from_json(named[2])})] if named else _json_calls(body)
     return _not_empty(calls, text)
+
+
+def _bare_calls(text: str, tools: list[dict] | None) -> list[ToolCall]:
+    """Read calls without a mark; an empty list for JSON that is an answer itself, such as a record with a name."""
+    names = None if tools is None else [tool.get("function", tool).get("name") for tool in tools]
+    if not (text.startswith(("{", "[{")) and BARE_CALL.match(text)):
+        return []
+    try:
+        value = _from_json(text)
+    except DataError:
+        if BARE_ARGUMENTS.search(text) and (names is None or any(_to_json(name) in text for name in names)):
+            raise
+        return []
+    items = value if isinstance(value, list) else [value]
+    return [_call(item) for item in items] if all(_is_bare_call(item, names) for item in items) else []
+
+
+def _is_bare_call(item: Any, names: list[str] | None) -> bool:
+    """Return whether a JSON value has arguments, or nothing but a name, and the name of an offered tool."""
+    function = item.get("function", item) if isinstance(item, dict) else None
+    if isinstance(function, str):
+        function = {**item, "name": function}
+    if not isinstance(function, dict):
+        return False
+    name, has_arguments = function.get("name"), not function.keys().isdisjoint(("arguments", "parameters"))
+    if names is None:
+        return has_arguments
+    return name in names and (has_arguments or function.keys() <= {"name", "type", "function"})
 
 
 def _json_calls(body: str) -> list[ToolCall]:
@@ -180,17 +219,50 @@ def _call(value: Any) -> ToolCall:
     return ToolCall(function["name"], arguments)
 
 
-def _tagged_call(name: str, body: str) -> ToolCall:
-    """Read the body of <function=name>: a JSON object, or <parameter=key> tags whose values may be JSON."""
+def _tagged_call(name: str, body: str, tools: list[dict] | None) -> ToolCall:
+    """Read the body of <function=name>: a JSON object, or <parameter=key> tags."""
     if "<parameter=" not in body:
         return _call({"name": name, "arguments": body.strip() or {}})
-    arguments = {}
-    for key, value in PARAMETER.findall(body):
-        try:
-            arguments[key] = json.loads(value)
-        except ValueError:
-            arguments[key] = value
-    return ToolCall(name, arguments)
+    texts = dict(PARAMETER.findall(body))
+    schemas = _argument_schemas(name, tools or [])
+    return ToolCall(name, {key: _typed(text, _types(schemas.get(key))) for key, text in texts.items()}, texts)
+
+
+def _typed(text: str, types: set[str]) -> Any:
+    """Read an argument between tags: as JSON, unless its schema allows a text."""
+    if "string" in types and not ("null" in types and text == "null"):
+        return text
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return PYTHON_VALUES.get(text, text)
+
+
+def _argument_schemas(name: str, tools: list[dict]) -> dict[str, Any]:
+    """Return the JSON schemas of a function's arguments, by their names; empty for a function that is not offered."""
+    for tool in tools:
+        function = tool.get("function", tool)
+        if function.get("name") == name:
+            schema = function.get("parameters")
+            properties = schema.get("properties") if isinstance(schema, dict) else None
+            return properties if isinstance(properties, dict) else {}
+    return {}
+
+
+def _types(schema: Any) -> set[str]:
+    """List the types that a JSON schema allows, in an anyOf or oneOf, too; empty if it names none."""
+    types: set[str] = set()
+    choices = [one for key in ("anyOf", "oneOf") for one in _listed(schema, key)] if isinstance(schema, dict) else []
+    for one in (schema, *choices):
+        if isinstance(one, dict):
+            named = [one["type"]] if isinstance(one.get("type"), str) else _listed(one, "type")
+            are_texts = any(isinstance(value, str) for value in _listed(one, "enum"))
+            types.update(kind for kind in named or ["string"] * are_texts if isinstance(kind, str))
+    return types
+
+
+def _listed(schema: dict[str, Any], key: str) -> list:
+    return schema[key] if isinstance(schema.get(key), list) else []
 
 
 def _not_empty(calls: list, text: str) -> list:

@@ -21,35 +21,25 @@ import functools
 import gc
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from forgebook.config.blocks import GenerationConfig, labels_of
 from forgebook.config.parse import load_config, load_resolved
-from forgebook.data import tokenize, tool_accuracy
+from forgebook.data import tokenize
+from forgebook.data.chat_template import render
 from forgebook.data.examples import read_examples, validation_source
+from forgebook.data.generation_prompt import after_thought, opened_thought
 from forgebook.data.image_parts import image_count
 from forgebook.data.image_tokens import check_images
 from forgebook.data.row_formats import Example
-from forgebook.data.tools import calls_of_message
+from forgebook.data.special_tokens import special_texts
 from forgebook.errors import ConfigError, DataError
 from forgebook.evaluation import statistics
 from forgebook.evaluation.answers import SavedAnswers, prompt_key
-from forgebook.evaluation.judge import AnswerPair, Judge, judge_all
-from forgebook.evaluation.results import (
-    Comparison,
-    Evaluation,
-    Score,
-    conversation_text,
-    limit_text,
-    make_evaluation,
-    message_text,
-    share_score,
-    statistic_score,
-)
+from forgebook.evaluation.judge import Judge
+from forgebook.evaluation.results import Comparison, Evaluation, conversation_text, limit_text, message_text
+from forgebook.evaluation.scoring import Said, Turn, judged, said_by, scored
 from forgebook.inference import loading
 from forgebook.inference.batch import engine_for
 from forgebook.inference.loading import LoadedModel
@@ -135,7 +125,7 @@ def evaluate(
     turns = [turn for k, example in enumerate(examples) for turn in _turns(k, example, chosen == "tool_calls")]
     if not turns:
         raise DataError("no assistant turn of these examples follows a prompt, so there is nothing to answer")
-    numbers = (statistics.gsm8k_number(message_text(turn.reference)) for turn in turns)
+    numbers = (statistics.gsm8k_number(said_by(turn.reference)) for turn in turns)
     if metric is None and chosen == "exact_match" and all(number is not None for number in numbers):
         on_note("every reference has a number after ####: metric=gsm8k compares it alone, exact_match the whole answer")
     folder = run.folder / "evaluation"
@@ -143,14 +133,15 @@ def evaluate(
         models = both_models(run, checkpoint, in_vllm=True)
     with tempfile.TemporaryDirectory() as store:
         turns = [_with_open_images(turn, Path(store)) for turn in turns]
-        compared, limits = _answer(
+        compared, said, limits = _answer(
             turns, chosen == "tool_calls", max_new_tokens, models, folder, Path(store), on_progress, on_note
         )
     if judge is not None and chosen == "judge":
-        evaluation = _judged(turns, compared, judge, on_progress)
+        evaluation = judged(turns, compared, said, judge, on_progress)
     else:
-        evaluation = _scored(chosen, turns, compared, len(examples))
-    return dataclasses.replace(evaluation, limits=limits)
+        evaluation = scored(chosen, turns, compared, said)
+    left_out = len(examples) - len({turn.example for turn in turns})
+    return dataclasses.replace(evaluation, limits=limits, left_out=left_out)
 
 
 def _task_of(metric: str, task: str) -> str:
@@ -199,28 +190,17 @@ def _load_models(
 # By answers -------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Turn:
-    """One turn to answer. example: the number of its conversation, which may have several; where: file:line of it."""
-
-    example: int
-    where: str
-    messages: list[dict[str, Any]]
-    tools: list[dict] | None
-    reference: dict[str, Any]
-
-
-def _turns(number: int, example: Example, every: bool) -> list[_Turn]:
+def _turns(number: int, example: Example, every: bool) -> list[Turn]:
     """List the turns of an example to answer: the last one, or every assistant turn that is in the loss."""
     messages = example.conversation
     if messages[-1]["role"] != "assistant" and not every:
         raise DataError(f"{example.where}: messages: must end with the assistant's turn that answers are compared with")
     places = [k for k, m in enumerate(messages) if m["role"] == "assistant" and m.get("weight") != 0]
     places = places if every else [len(messages) - 1]
-    return [_Turn(number, example.where, messages[:k], example.tools, messages[k]) for k in places if k]
+    return [Turn(number, example.where, messages[:k], example.tools, messages[k]) for k in places if k]
 
 
-def _with_open_images(turn: _Turn, store: Path) -> _Turn:
+def _with_open_images(turn: Turn, store: Path) -> Turn:
     """Check the images of a turn's prompt. Raises DataError with its file:line."""
     try:
         return dataclasses.replace(turn, messages=check_images(turn.messages, store))
@@ -229,7 +209,7 @@ def _with_open_images(turn: _Turn, store: Path) -> _Turn:
 
 
 def _answer(
-    turns: list[_Turn],
+    turns: list[Turn],
     keep_special: bool,
     limit: int | None,
     models: Models,
@@ -237,18 +217,23 @@ def _answer(
     store: Path,
     on_progress: OnProgress,
     on_note: Callable[[str], None],
-) -> tuple[Comparison, dict[str, int]]:
+) -> tuple[Comparison, list[Said], dict[str, int]]:
     """Let both models answer every turn, and save each answer in a folder. store: where images are kept.
 
-    limit: tokens per answer; None: by the longest reference. Returns the answers and the limit as evaluation.json has
-    it.
+    limit: tokens per answer; None: by the longest reference. Returns the answers, what those of the base and of the
+    tuned model say after their thoughts, and the limit as evaluation.json has it.
     """
     references = [message_text(turn.reference) for turn in turns]
+    written = [
+        "\n".join(filter(None, (turn.reference.get("reasoning_content"), text)))
+        for turn, text in zip(turns, references, strict=True)
+    ]
     keys = [prompt_key(turn.messages, turn.tools) for turn in turns]
     answers: dict[str, list[str]] = {}
+    said: list[Said] = []
     limits: dict[str, int] = {}
     for name, loaded in models:
-        limits = limits or _answer_limits(loaded.tokenizer, references, limit)
+        limits = limits or _answer_limits(loaded.tokenizer, written, limit)
         if not answers:
             on_note(limit_text(limits))
         settings = {
@@ -279,9 +264,21 @@ def _answer(
             **of_images,
         )
         answers[name] = [saved[key] for key in keys]
+        closings = [_closing(turn, loaded, keep_special) for turn in turns]
+        said.append([after_thought(*pair) for pair in zip(answers[name], closings, strict=True)])
         del loaded
     prompts = [conversation_text(turn.messages) for turn in turns]
-    return Comparison(prompts, references, answers["base"], answers["tuned"]), limits
+    return Comparison(prompts, references, answers["base"], answers["tuned"]), said, limits
+
+
+def _closing(turn: Turn, loaded: LoadedModel | VllmModel, keep_special: bool) -> str:
+    """Return what closes the thought in which a turn's prompt ends; empty if it ends in none."""
+    tokenizer = loaded.tokenizer
+    closing = opened_thought(
+        render(turn.messages, tokenizer, loaded.prompt_format, for_generation=True, tools=turn.tools)
+    )
+    # A special token is not in the text of an answer, so that nothing tells where its thought ends.
+    return "" if not keep_special and special_texts(closing, tokenizer) else closing
 
 
 def _save(saved: SavedAnswers, keys: list[str], index: int, text: str) -> None:
@@ -299,70 +296,3 @@ def _answer_limits(tokenizer, references: list[str], limit: int | None) -> dict[
     longest = max(map(len, tokenizer(references, add_special_tokens=False)["input_ids"]))
     margin = min(max(longest // 2, 8), MOST_MORE_TOKENS)
     return {"max_new_tokens": limit or max(LEAST_TOKENS, longest + margin), "longest_reference_tokens": longest}
-
-
-def _scored(metric: str, turns: list[_Turn], compared: Comparison, count: int) -> Evaluation:
-    """Compare the answers with their references; count: of examples."""
-    kinds = [
-        [_mistake(metric, turn, answer) for turn, answer in zip(turns, answers, strict=True)]
-        for answers in (compared.base, compared.tuned)
-    ]
-    # A conversation is right if every turn of it is; it counts once, under the kind of its first mistake.
-    by_example = [_first_of_each(turns, one, count) for one in kinds]
-    before, after = ([kind is None for kind in one] for one in by_example)
-    scores = [share_score("exact_match" if metric == "anls" else metric, before, after)]
-    if metric == "anls":
-        points = [
-            [statistics.anls(*pair) for pair in zip(answers, compared.references, strict=True)]
-            for answers in (compared.base, compared.tuned)
-        ]
-        scores.insert(0, statistic_score("anls", np.mean, points[:1], points[1:], statistics.RESAMPLES))
-    return make_evaluation(metric, scores, compared, kinds, rows=count, kinds_by_example=by_example)
-
-
-def _mistake(metric: str, turn: _Turn, answer: str) -> str | None:
-    """Name what is wrong with an answer; None if it is right."""
-    if metric == "tool_calls":
-        return tool_accuracy.find_tool_call_mistake(answer, calls_of_message(turn.reference))
-    reference = turn.reference["content"]
-    if metric == "gsm8k":
-        if statistics.is_gsm8k_right(answer, reference):
-            return None
-        return "no number after ####" if statistics.gsm8k_number(answer) is None else "wrong number"
-    if statistics.is_exact(answer, reference):
-        return None
-    if metric == "anls" and (similarity := statistics.anls(answer, reference)):
-        return "close" if similarity < 1 else "case or spaces"
-    answer, reference = answer.strip(), reference.strip()
-    if not answer:
-        return "empty"
-    if answer.startswith(reference):
-        return "does not stop"
-    if reference.startswith(answer):
-        return "stops early"
-    return "case or spaces" if "".join(answer.split()).lower() == "".join(reference.split()).lower() else "different"
-
-
-def _first_of_each(turns: list[_Turn], kinds: list[str | None], count: int) -> list[str | None]:
-    """Return the first mistake of each of `count` examples."""
-    first: list[str | None] = [None] * count
-    for turn, kind in zip(turns, kinds, strict=True):
-        first[turn.example] = first[turn.example] or kind
-    return first
-
-
-def _judged(turns: list[_Turn], compared: Comparison, judge: Judge, on_progress: OnProgress) -> Evaluation:
-    answers = zip(compared.base, compared.tuned, compared.references, strict=True)
-    pairs = [AnswerPair(turn.messages, *texts) for turn, texts in zip(turns, answers, strict=True)]
-    points = judge_all(judge, pairs, lambda done: on_progress("judge", done, len(pairs)))
-    counted = [one for one in points if one is not None]
-    if not counted:
-        raise ConfigError(f"the judge {judge.model} gave no verdict on any of {len(pairs)} pairs: use another model")
-    wins, losses = ([one > 0.5 for one in counted], [one < 0.5 for one in counted])
-    rate = statistics.share(counted)
-    # McNemar's test on wins and losses is the sign test; ties do not count.
-    chance = statistics.Difference(rate.value - 0.5, statistics.compare_shares(losses, wins).p, "sign test, exact")
-    lost = ["no verdict" if one is None else "lost" if one < 0.5 else None for one in points]
-    beaten = ["no verdict" if one is None else "lost" if one > 0.5 else None for one in points]
-    score = Score("win_rate", None, rate, chance)
-    return make_evaluation("judge", [score], compared, [beaten, lost], rows=len(counted))

@@ -76,7 +76,7 @@ class Evaluation:
 
     rows: how many examples were scored. mistakes: the tuned model's, first those that the base did not make.
     kinds: for each kind of mistake, how many examples the base got wrong that way, and how many the tuned model.
-    left_out: examples that the truncation of the run drops, which are not measured.
+    left_out: examples that are not measured: the truncation of the run drops them, or they have nothing to answer.
     limits: max_new_tokens of the answers, and longest_reference_tokens, from which it is derived by default.
     """
 
@@ -157,7 +157,8 @@ def figure_lines(evaluation: Evaluation) -> list[str]:
     """Return an evaluation's figures as lines for the console."""
     examples = f"{evaluation.rows} held-out examples"
     if evaluation.left_out:
-        examples += f" ({evaluation.left_out} left out: dropped by truncation)"
+        why = "nothing to answer" if evaluation.limits else "dropped by truncation"  # answers alone have limits
+        examples += f" ({evaluation.left_out} left out: {why})"
     return [line for score in evaluation.scores for line in score_lines(score, examples)]
 
 

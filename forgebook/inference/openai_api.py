@@ -355,7 +355,7 @@ def _split_calls(request: ChatRequest, text: str) -> tuple[str, list[dict[str, A
     if not request.offered_tools:
         return text, []
     try:
-        calls = read_tool_calls(text)
+        calls = read_tool_calls(text, request.offered_tools)
     except DataError:
         return text, []
     if not calls or not _is_text([[call.name, call.arguments] for call in calls]):

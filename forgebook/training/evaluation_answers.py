@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from forgebook.config.blocks import EvalGeneration, GenerationConfig
 from forgebook.data.batching import group_size
+from forgebook.data.generation_prompt import after_thought, opened_thought
 from forgebook.data.token_store import Tokens
 from forgebook.data.tool_accuracy import find_tool_call_mistake
 from forgebook.data.tools import read_tool_calls
@@ -70,8 +71,10 @@ class EvaluationAnswers:
         texts = self._answers()
         references = [self._text(one.answer) for one in self._examples]
         pairs = list(zip(texts, references, strict=True))
+        closings = [opened_thought(self._worker.tokenizer.decode(one.prompt)) for one in self._examples]
+        said = [_after_thoughts(*pair, closing) for pair, closing in zip(pairs, closings, strict=True)]
         figures: dict[str, Any] = {
-            metric_key(metric): sum(_is_right(metric, *pair) for pair in pairs) / len(pairs) for metric in self._metrics
+            metric_key(metric): sum(_is_right(metric, *pair) for pair in said) / len(said) for metric in self._metrics
         }
         shown = zip(self._examples, pairs, strict=True)
         figures["generated"] = [
@@ -100,7 +103,15 @@ class EvaluationAnswers:
         return self._ends.text_before(ids, self._worker.tokenizer, "tool_calls" not in self._metrics)
 
 
-def _is_right(metric: str, answer: str, reference: str) -> bool:
+def _after_thoughts(answer: str, reference: str, closing: str) -> tuple[str | None, str]:
+    """Take the thoughts off an answer and its reference, which has none that does not end unless it was cut."""
+    right = after_thought(reference, closing)
+    return (answer, reference) if right is None else (after_thought(answer, closing), right)
+
+
+def _is_right(metric: str, answer: str | None, reference: str) -> bool:
+    if answer is None:  # its thought does not end
+        return False
     if metric == "exact_match":
         return answer == reference
     try:

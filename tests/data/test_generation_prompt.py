@@ -4,6 +4,7 @@ import pytest
 
 from forgebook.data.generation_prompt import (
     added_to_prompt,
+    after_thought,
     begins_with_empty_thought,
     closes_thought,
     fill_thought,
@@ -26,6 +27,23 @@ from forgebook.data.generation_prompt import (
 )
 def test_an_open_thought_is_closed_by_its_own_tag(prompt, closing):
     assert opened_thought(prompt) == closing
+
+
+@pytest.mark.parametrize(
+    ("answer", "closing", "rest"),
+    [
+        ("Four.", "", "Four."),
+        ("<think>\nhm\n</think>\n\nFour.", "", "Four."),
+        ("hm</think>Four.", "</think>", "Four."),
+        ("hm[/THINK]Four, </think>", "[/THINK]", "Four, </think>"),
+        ("Write <think></think>.", "", "Write <think></think>."),
+        ("<think>\nhm", "", None),
+        ("hm", "</think>", None),
+    ],
+    ids="none own of-the-prompt other-tag in-the-answer own-unended unended".split(),
+)
+def test_an_answer_is_what_follows_its_thought(answer, closing, rest):
+    assert after_thought(answer, closing) == rest
 
 
 @pytest.mark.parametrize(

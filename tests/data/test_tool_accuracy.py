@@ -32,6 +32,7 @@ def written(*calls: ToolCall) -> str:
         (written(WEATHER), [WEATHER], None),
         ("Sure, the weather.", [], None),
         ('A record: {"city": "Paris"}', [], None),
+        ('{"name": "Paris", "country": "France"}', [], None),
         ("I look.\n" + written(WEATHER) + "\n", [WEATHER], None),
         ("<think>A <tool_call>? Yes.</think>" + written(WEATHER), [WEATHER], None),
         (written(ToolCall("weather", {"days": 2.0, "city": "Paris", "unit": "C"})), [WEATHER], None),
@@ -46,6 +47,20 @@ def test_parallel_calls_of_one_function_match_in_any_order():
     paris, rome = (ToolCall("weather", {"city": city}) for city in ("Paris", "Rome"))
     assert find_tool_call_mistake(written(rome, paris), [paris, rome]) is None
     assert find_tool_call_mistake(written(rome, rome), [paris, rome]) == "wrong value"
+
+
+@pytest.mark.parametrize(
+    ("want", "text", "kind"),
+    [("12345", "12345", None), ("true", "true", None), (12345, "12345", None), ([1, 2], "[1, 2]", None),
+     ("12345", "12346", "wrong value"), (None, "null", None), (True, "1", "wrong value")],
+)  # fmt: skip
+@pytest.mark.parametrize("type_", [None, "string", "integer"])
+def test_arguments_between_tags_are_equal_if_their_texts_are(want, text, kind, type_):
+    """Between tags, a number and its digits are written the same."""
+    answer = f"<tool_call><function=f><parameter=x>\n{text}\n</parameter></function></tool_call>"
+    schema = {"type": "object", "properties": {"x": {"type": type_}}}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": schema}}] if type_ else None
+    assert find_tool_call_mistake(answer, [ToolCall("f", {"x": want})], tools) == kind
 
 
 @pytest.mark.parametrize(

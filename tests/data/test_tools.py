@@ -45,6 +45,67 @@ def test_apostrophes_survive():
     assert read_tool_calls(written(call)) == [call]
 
 
+TAGS = "<tool_call>\n<function=look_up>\n<parameter=key>\n{}\n</parameter>\n</function>\n</tool_call>"
+
+
+@pytest.mark.parametrize(
+    ("schema", "text", "value"),
+    [
+        ({"type": "string"}, "12345", "12345"),
+        ({"type": "string"}, "true", "true"),
+        ({"type": "string"}, "null", "null"),
+        ({"type": ["string", "null"]}, "null", None),
+        ({"anyOf": [{"type": "string"}, {"type": "null"}]}, "12", "12"),
+        ({"enum": ["1", "2"]}, "1", "1"),
+        ({"type": "integer"}, "12345", 12345),
+        ({"type": "array", "items": {"type": "string"}}, '["1"]', ["1"]),
+        ({"type": "boolean"}, "True", True),
+        ({}, "12345", 12345),
+        (None, "12345", 12345),
+        (True, "a b", "a b"),
+        ({"type": 5, "enum": 5, "anyOf": [5]}, "5", 5),
+    ],
+)
+def test_an_argument_between_tags_has_the_type_of_its_schema(schema, text, value):
+    """Qwen3-Coder's form, in which nothing but the schema says what is a text."""
+    function = {"name": "look_up", "parameters": {"type": "object", "properties": {"key": schema}}}
+    for tools in ([{"type": "function", "function": function}], [function]):
+        [call] = read_tool_calls(TAGS.format(text), tools)
+        assert call.arguments == {"key": value} and type(call.arguments["key"]) is type(value)
+
+
+LOOK_UP = [{"type": "function", "function": {"name": "look_up", "parameters": {"type": "object"}}}]
+
+
+@pytest.mark.parametrize(
+    ("text", "offered", "calls"),
+    [
+        ('{"name": "Alice Smith", "email": "a@b.c", "age": 30}', LOOK_UP, []),
+        ('{"name": "Alice Smith", "email": "a@b.c", "age": 30}', None, []),
+        ('[{"name": "Alice"}, {"name": "Bob"}]', LOOK_UP, []),
+        ('{"name": "Alice", "parameters": {}}', LOOK_UP, []),
+        ('{"name": "look_up", "email": "a@b.c"}', LOOK_UP, []),
+        ('{"name": "Alice", "ema', LOOK_UP, []),
+        ('{"name": "Alice", "ema', None, []),
+        ('{"name": ["look_up"], "arguments": {}}', LOOK_UP, []),
+        ('{"type": "circle", "function": null}', LOOK_UP, []),
+        ('{"name": "look_up", "parameters": {}}', LOOK_UP, ["look_up"]),
+        ('{"name": "look_up", "parameters": {}}', [LOOK_UP[0]["function"]], ["look_up"]),
+        ('{"name": "look_up"}', LOOK_UP, ["look_up"]),
+        ('{"type": "function", "function": "look_up", "parameters": {}}', LOOK_UP, ["look_up"]),
+        ('[{"name": "look_up", "arguments": {}}, {"name": "look_up"}]', LOOK_UP, ["look_up", "look_up"]),
+    ],
+)
+def test_json_without_a_mark_is_a_call_of_an_offered_tool_alone(text, offered, calls):
+    assert [call.name for call in read_tool_calls(text, offered)] == calls
+
+
+@pytest.mark.parametrize("tools", [None, LOOK_UP])
+def test_a_call_without_a_mark_that_was_cut_cannot_be_read(tools):
+    with pytest.raises(DataError):
+        read_tool_calls('{"name": "look_up", "parameters": {"ke', tools)
+
+
 @pytest.mark.parametrize("text", ["<tool_call>{", "[TOOL_CALLS] 7", '{"name": "f", "arguments": [1]}', "<function=f>"])
 def test_what_cannot_be_read_is_an_error_and_not_a_value(text):
     with pytest.raises(DataError):

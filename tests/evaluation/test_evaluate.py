@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -143,6 +144,41 @@ def test_answers_may_be_half_as_long_again_as_the_longest_reference(by_heart, wr
     assert longest > 120 and limits["max_new_tokens"] == longest + longest // 2
 
 
+@pytest.mark.parametrize("opens", [False, True], ids=["thought-in-answer", "thought-opened-by-prompt"])
+def test_thoughts_are_not_compared(learn, write_rows, tmp_path, monkeypatch, opens):
+    """The references' own thoughts are other ones, which have no part in any metric."""
+    model = shutil.copytree(TINY_MODEL, tmp_path / "model")
+    if opens:
+        template = (model / "chat_template.jinja").read_text()
+        (model / "chat_template.jinja").write_text(template.replace('"<|assistant|>"', '"<|assistant|><think>\\n"'))
+
+    def rows(*answers, thought):
+        written = [chat(question, answer) for question, answer in zip(QUESTIONS, answers, strict=True)]
+        for row in written:
+            row["messages"][-1]["reasoning_content"] = thought
+        return written
+
+    known = rows(*(f"{question} it is" for question in QUESTIONS), thought="one lamp")
+    run = learn(f"thoughts-{opens}", known, model_id=str(model), num_epochs=100)
+    long = "one lamp " * 150 + "#### 7"
+    valid = write_rows(
+        rows(*(f"{question} it is" for question in QUESTIONS[:3]), "delta it i", thought=long), "thoughts.jsonl"
+    )
+    found = evaluate(run, path=valid)
+    assert found.scores[0].after.value == 0.75 and found.kinds["does not stop"][1] == 1
+    assert "one lamp\n</think>\n\ndelta it is" in found.mistakes[0]["tuned"]  # all of it, to be read
+    assert found.limits["longest_reference_tokens"] > 200
+    anls, _ = evaluate(run, path=valid, metric="anls").scores
+    assert anls.after.value == pytest.approx((3 + 10 / 11) / 4)
+    cut = evaluate(run, path=valid, max_new_tokens=8)
+    assert cut.scores[0].after.value == 0 and cut.kinds["thought does not end"][1] == 4
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    with endpoint(lambda question: "Verdict: TIE") as (url, requests):
+        evaluate(run, path=valid, metric="judge", judge=Judge("any", url))
+    assert all("lamp" not in one["messages"][1]["content"].partition("# A right")[2] for one in requests)
+    assert any(one["messages"][1]["content"].endswith("# Answer B\nalpha it is") for one in requests)
+
+
 def test_perplexity_is_that_of_the_training_loop(by_heart):
     """The same rows as the run's own validation: the same figure, by other code."""
     last = [row for row in read_metrics(by_heart.metrics) if "eval_loss" in row]
@@ -264,6 +300,19 @@ def test_pairs_and_texts_have_metrics_of_their_own(learn):
 def test_what_cannot_be_measured_is_refused(by_heart, options, kind, message):
     with pytest.raises(kind, match=message):
         evaluate(by_heart, **options)
+
+
+@pytest.mark.parametrize("metric", ["exact_match", "tool_calls"])
+def test_a_row_without_a_prompt_is_left_out(by_heart, write_rows, metric):
+    """It had counted as right for both models."""
+    said = {"role": "assistant", "content": "alpha"}
+    call = {"id": "1", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+    asked = {"messages": [{"role": "user", "content": "alpha"}, said | {"tool_calls": [call]}], "tools": TOOLS}
+    found = evaluate(by_heart, path=write_rows([{"messages": [said]}, asked]), metric=metric, max_new_tokens=4)
+    [score] = found.scores
+    assert (score.before.value, score.after.value, found.rows, found.left_out) == (0, 0, 1, 1)
+    assert found.summary()["rows_left_out"] == 1
+    assert "on 1 held-out examples (1 left out: nothing to answer)" in results.figure_lines(found)[0]
 
 
 def test_a_row_without_an_answer_is_named(by_heart, write_rows):

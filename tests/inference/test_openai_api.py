@@ -238,6 +238,23 @@ def test_tool_calls_are_split_from_the_text():
     assert cut["finish_reason"] == "length"
 
 
+def test_a_number_between_tags_is_a_text_where_its_schema_says_so():
+    body = request(tools=[WEATHER])
+    text = "<tool_call>\n<function=weather>\n<parameter=city>\n1984\n</parameter>\n</function>\n</tool_call>"
+    [choice] = completion_object(body, finished(text))["choices"]
+    [call] = choice["message"]["tool_calls"]
+    assert call["function"]["arguments"] == '{"city": "1984"}'
+
+
+def test_json_with_a_name_is_an_answer_unless_it_names_an_offered_tool():
+    body, record = request(tools=[WEATHER]), '{"name": "Alice Smith", "email": "a@b.c", "age": 30}'
+    [choice] = completion_object(body, finished(record))["choices"]
+    assert choice["message"] == {"role": "assistant", "content": record, "refusal": None}
+    assert choice["finish_reason"] == "stop"
+    [choice] = completion_object(body, finished('{"name": "weather", "parameters": {"city": "Oslo"}}'))["choices"]
+    assert choice["message"]["tool_calls"][0]["function"]["name"] == "weather"
+
+
 def contents(chunks):
     return [chunk["choices"][0]["delta"].get("content") for chunk in chunks if chunk["choices"]]
 

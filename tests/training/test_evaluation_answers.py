@@ -60,6 +60,19 @@ def test_the_answers_are_those_of_the_saved_checkpoint(answering):
     assert [one["answer"] for one in last["generated"]] == [text.strip() for text in expected]
 
 
+def test_thoughts_are_not_compared(answering):
+    """The validation examples think in other words than the model learns."""
+
+    def thinking(thought):
+        row = chat("what is it", "a lamp 7")
+        row["messages"][-1]["reasoning_content"] = thought
+        return [row] * 12
+
+    run = fine_tune(answering(thinking("a table"), thinking("the old door"), num_epochs=8))
+    last = evaluations_of(run)[-1]
+    assert last["eval_exact_match"] == 1 and "a table" in last["generated"][0]["answer"]
+
+
 def test_losses_do_not_know_of_the_answers(answering):
     """Nor the random numbers of dropout, which continue in the second epoch."""
     settings = {"num_epochs": 2, "lora_config": LORA | {"lora_dropout": 0.2}}
