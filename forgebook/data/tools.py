@@ -34,6 +34,7 @@ __all__ = [
     "calls_of_message",
     "name_results",
     "read_tool_calls",
+    "split_calls",
     "tools_as_text",
     "uses_tools",
 ]
@@ -162,6 +163,17 @@ def read_tool_calls(text: str, tools: list[dict] | None = None) -> list[ToolCall
         named = NAME_AND_ARGS.fullmatch(body.strip())
         calls += [_call({"name": named[1], "arguments": _from_json(named[2])})] if named else _json_calls(body)
     return _not_empty(calls, text)
+
+
+def split_calls(text: str, tools: list[dict] | None) -> tuple[str, list[ToolCall]]:
+    """Split an answer into its text and its calls; where none is offered or one cannot be read, all of it is text."""
+    try:
+        calls = read_tool_calls(text, tools) if tools else []
+        _to_json([[call.name, call.arguments] for call in calls]).encode()
+    except (DataError, UnicodeEncodeError):  # half a surrogate pair, which no text in UTF-8 can hold
+        calls = []
+    mark = CALL_MARK.search(text)
+    return (text[: mark.start() if mark else 0].rstrip() if calls else text), calls
 
 
 def _bare_calls(text: str, tools: list[dict] | None) -> list[ToolCall]:

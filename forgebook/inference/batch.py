@@ -4,8 +4,9 @@
     for number, text in answer(find_model("quickstart"), prompts, Sampling(), engine="auto"): ...
     write_answers(Path("answers.jsonl"), source, prompts, Sampling())
 
-A line of the written file is an example whose messages end with the answer, so it can be trained on as it is; "row" is
-the prompt's number, "reference" the answer in the prompts' file, "by" the model, its identity and the sampling.
+A line of the written file is an example whose messages end with the answer, its tool calls read, so it can be trained
+on as it is; "row" is the prompt's number, "reference" the answer in the prompts' file, "by" the model, its identity and
+the sampling.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 from forgebook.data.examples import read_examples
 from forgebook.data.image_parts import PROMPTS, as_parts, image_count
 from forgebook.data.image_tokens import check_images
+from forgebook.data.tools import split_calls
 from forgebook.errors import DataError, ResourceError, StorageError
 from forgebook.inference import generate, loading
 from forgebook.inference.generate import OnAnswers
@@ -153,6 +155,7 @@ def _load(source: str, sampling: Sampling, engine: str) -> AnswerPrompts:
                 sampling,
                 prompt_format=loaded.prompt_format,
                 tools=[prompt.tools for prompt in prompts],
+                keep_special=None,
                 numbers=[prompt.number for prompt in prompts],
                 on_progress=on_progress,
                 images=loaded.images,
@@ -181,6 +184,7 @@ def _load_in_vllm(source: str, sampling: Sampling) -> AnswerPrompts:
             [prompt.tools for prompt in prompts],
             [prompt.number for prompt in prompts],
             sampling,
+            keep_special=None,
             on_finished=lambda done, tokens: on_progress(done, tokens, 0.0),
         )
         for k, text, _ in answers:
@@ -270,16 +274,24 @@ def write_answers(
                 source, missing, sampling, engine=engine, num_devices=num_devices,
                 on_progress=lambda done, tokens, begun: on_progress(answered + done, total, tokens, begun),
             ):  # fmt: skip
-                lines[number] = _line(by_number[number], text, by)
+                lines[number] = _line(by_number[number], _message(text, by_number[number].tools), by)
                 file.write(lines[number] + "\n")
                 file.flush()
     _rewrite(path, dict(sorted(lines.items())))
     return len(missing)
 
 
-def _line(prompt: Prompt, text: str, by: str) -> str:
+def _message(text: str, tools: list[dict] | None) -> dict[str, Any]:
+    """Write an answer as an assistant's turn, its calls as OpenAI has them."""
+    content, calls = split_calls(text, tools)
+    message: dict[str, Any] = {"role": "assistant", "content": content}
+    functions = [{"name": call.name, "arguments": call.arguments} for call in calls]
+    return message | ({"tool_calls": [{"type": "function", "function": one} for one in functions]} if calls else {})
+
+
+def _line(prompt: Prompt, answer: dict[str, Any], by: str) -> str:
     line: dict[str, Any] = {"row": prompt.number}
-    line["messages"] = [*as_parts(prompt.messages), {"role": "assistant", "content": text}]
+    line["messages"] = [*as_parts(prompt.messages), answer]
     optional = {"tools": prompt.tools, "reference": prompt.reference}
     line |= {key: value for key, value in optional.items() if value is not None}
     return json.dumps(line | {"by": by}, ensure_ascii=False)
@@ -304,7 +316,7 @@ def _read_answers(path: Path, prompts: dict[int, Prompt], by: str) -> dict[int, 
             )
         if written_by != by:
             raise StorageError(f"{path}:{line_number} was written by {written_by}, not {by}: choose another out=FILE")
-        lines[number] = _line(prompt, messages[-1]["content"], by)  # the prompts' file may have another reference now
+        lines[number] = _line(prompt, messages[-1], by)  # the prompts' file may have another reference now
     return lines
 
 

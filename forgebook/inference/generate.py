@@ -79,7 +79,7 @@ def answer_in_batches(
     *,
     prompt_format: PromptFormat | None = None,
     tools: list[list[dict] | None] | None = None,
-    keep_special: bool = False,
+    keep_special: bool | None = False,
     numbers: Sequence[int] | None = None,
     streamer: Any = None,
     on_progress: OnAnswers = lambda done, tokens, begun: None,
@@ -89,7 +89,7 @@ def answer_in_batches(
     """Yield (index of a conversation, its answer) in the order in which answers end; the longest prompts come first.
 
     numbers: each conversation's number in the set of which these are a part; its seed is derived from it.
-    on_progress: called at each step.
+    keep_special: as in `complete`; None: where tools are offered. on_progress: called at each step.
     streamer: a transformers streamer, which gets each token; for a single conversation only.
     images: of the model, for conversations with some. image_store: where those that were checked are; None keeps their
     bytes until the last answer.
@@ -100,12 +100,13 @@ def answer_in_batches(
         return
     tools = tools or [None] * len(conversations)
     numbers = range(len(conversations)) if numbers is None else numbers
+    keeps = [bool(offered) if keep_special is None else keep_special for offered in tools]
     with tempfile.TemporaryDirectory() if image_store is None else contextlib.nullcontext(image_store) as store:
         prompts = [
             encode_prompt(messages, tokenizer, images, Path(store), prompt_format, offered)
             for messages, offered in zip(conversations, tools, strict=True)
         ]
-        yield from _decode(model, tokenizer, prompts, sampling, keep_special, numbers, streamer, on_progress, images)
+        yield from _decode(model, tokenizer, prompts, sampling, keeps, numbers, streamer, on_progress, images)
 
 
 def _decode(
@@ -113,7 +114,7 @@ def _decode(
     tokenizer,
     prompts: list[EncodedPrompt],
     sampling: Sampling,
-    keep_special: bool,
+    keeps: list[bool],
     numbers: Sequence[int],
     streamer: Any,
     on_progress: OnAnswers,
@@ -150,7 +151,7 @@ def _decode(
     try:
         for k in decode(model, requests, batch_size, report, images):
             done, tokens_of_done = done + 1, tokens_of_done + len(answers[k].ids)
-            yield k, _text(answers[k].ids, ends, tokenizer, keep_special)
+            yield k, _text(answers[k].ids, ends, tokenizer, keeps[k])
             report()
     except torch.OutOfMemoryError:
         raise ResourceError(

@@ -17,7 +17,7 @@ from pydantic_core import PydanticCustomError
 from forgebook.data.image_parts import PROMPTS, image_count
 from forgebook.data.images import IMAGES
 from forgebook.data.row_formats import parse_row
-from forgebook.data.tools import CALL_MARKS, read_tool_calls
+from forgebook.data.tools import CALL_MARKS, split_calls
 from forgebook.errors import DataError, shown_value
 from forgebook.inference.prompt_images import EncodedPrompt, TemporaryStore, encode_prompt
 from forgebook.inference.request_images import with_bytes, without_images
@@ -352,17 +352,8 @@ def _logprobs(chances: Sequence[TokenChance]) -> dict[str, Any]:
 
 def _split_calls(request: ChatRequest, text: str) -> tuple[str, list[dict[str, Any]]]:
     """Split an answer into its text and its tool calls; where a call cannot be read, all of it is text."""
-    if not request.offered_tools:
-        return text, []
-    try:
-        calls = read_tool_calls(text, request.offered_tools)
-    except DataError:
-        return text, []
-    if not calls or not _is_text([[call.name, call.arguments] for call in calls]):
-        return text, []
-    start = CALL_STARTS.find(text)
+    content, calls = split_calls(text, request.offered_tools)
     functions = [{"name": c.name, "arguments": json.dumps(c.arguments, ensure_ascii=False)} for c in calls]
-    content = "" if start is None else text[:start].rstrip()
     return content, [{"id": _new_id("call"), "type": "function", "function": function} for function in functions]
 
 

@@ -52,12 +52,13 @@ class VllmModel:
         tools: Sequence[list[dict] | None],
         numbers: Sequence[int],
         sampling: Sampling,
-        keep_special: bool = False,
+        keep_special: bool | None = False,
         on_finished: Callable[[int, int], None] = lambda done, tokens: None,
     ) -> Iterator[tuple[int, str, int]]:
         """Yield (index of a conversation, its answer, tokens of it).
 
-        numbers: each conversation's number in its set; its seed is derived from it. on_finished: called with how many
+        numbers: each conversation's number in its set; its seed is derived from it. keep_special: as in
+        `generate.answer_in_batches`. on_finished: called with how many
         answers are complete and about how many tokens they have, also while the others of their chunk are not.
         """
         from vllm import SamplingParams
@@ -83,7 +84,7 @@ class VllmModel:
                     stop_token_ids=ends.eos_token_id,
                     repetition_penalty=ends.repetition_penalty or 1.0,
                     min_tokens=ends.min_new_tokens or 0,
-                    skip_special_tokens=not keep_special,
+                    skip_special_tokens=not (bool(tools[k]) if keep_special is None else keep_special),
                 )
                 for k in part
             ]

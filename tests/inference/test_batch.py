@@ -1,11 +1,14 @@
 """Files of prompts: answered in order, continued where they stopped, the same on Ray workers."""
 
+import copy
 import json
 from dataclasses import replace
 
 import pytest
 
 from conftest import TINY_MODEL, uneven_rows
+from forgebook.data.examples import read_examples
+from forgebook.data.tools import ToolCall, calls_of_message
 from forgebook.errors import ConfigError, DataError, ResourceError, StorageError
 from forgebook.inference.batch import Prompt, answer, engine_for, read_prompts, write_answers
 from forgebook.inference.generate import complete
@@ -64,6 +67,31 @@ def test_a_file_of_answers_is_continued_where_it_stopped(asked, tmp_path, monkey
     with pytest.raises(StorageError, match="not a line of answers"):
         write_answers(path, str(TINY_MODEL), asked, SHORT)
     assert path.read_text() == "notes\n"
+
+
+def test_a_call_whose_mark_is_a_special_token_can_be_trained_on(tmp_path, tokenizer, monkeypatch):
+    """Mistral's [TOOL_CALLS]: the line has the call itself, and the template writes the mark again."""
+    written = copy.deepcopy(tokenizer)
+    written.add_special_tokens({"additional_special_tokens": ["[TOOL_CALLS]"]})
+    ids = written.encode('I look.[TOOL_CALLS] [{"name": "now", "arguments": {"zone": 1}}]', add_special_tokens=False)
+    monkeypatch.setattr("forgebook.inference.loading.load_tokenizer", lambda *source, **options: written)
+
+    def decode(model, requests, *options):
+        for k, request in enumerate(requests):
+            any(request.add_token(token) for token in [*ids, tokenizer.eos_token_id])
+            yield k
+
+    monkeypatch.setattr("forgebook.inference.decode.decode", decode)
+    asked = [Prompt(0, [{"role": "user", "content": "When?"}], [{"type": "function", "function": {"name": "now"}}])]
+    path = tmp_path / "answers.jsonl"
+    assert write_answers(path, str(TINY_MODEL), asked, Sampling(max_new_tokens=200)) == 1
+    whole = path.read_text()
+    function = {"name": "now", "arguments": {"zone": 1}}
+    call = {"type": "function", "function": function}
+    assert json.loads(whole)["messages"][-1] == {"role": "assistant", "content": "I look.", "tool_calls": [call]}
+    assert write_answers(path, str(TINY_MODEL), asked, Sampling(max_new_tokens=200)) == 0 and path.read_text() == whole
+    [example] = read_examples(str(path), "instruction_tuning")
+    assert calls_of_message(example.messages[-1]) == [ToolCall("now", {"zone": 1})]
 
 
 def test_vllm_is_chosen_where_it_is_worth_its_start(monkeypatch, tmp_path):
