@@ -330,10 +330,7 @@ def _reporting(run: Run) -> Iterator[None]:
         if "eval_loss" in event and event["step"] > last:
             last = event["step"]
             result = {"eval_loss": event["eval_loss"], "step": last}
-            if last < steps:
-                ray_tune.report(result)
-            else:
-                at_end.append(result)
+            (ray_tune.report if last < steps else at_end.append)(result)
 
     with watch_lines(run.logs / "progress.jsonl", 0, 0.5, report):
         yield
