@@ -107,7 +107,7 @@ class HeldOut(StrictBlock):
 
     split: Annotated[Float, Field(gt=0, lt=1)]
     """The share of the examples, as 0.05. Examples with the same first user message are held out together, and each
-    distinct one once: none of them, nor a duplicate, is trained. Where even the fewest of these are more than twice the
+    distinct one once: none of them, nor a duplicate, is trained. If even the smallest such group is more than twice the
     share, the run stops: name a file of validation examples."""
     seed: Int = 0
     """Another seed holds out other examples. Not the run's `seed`: runs with several are compared on the same ones."""

@@ -106,7 +106,7 @@ class FinetuneConfig(StrictBlock):
     rewritten_turns: Literal["refuse", "expand"] = "refuse"
     """Where a template renders earlier answers differently once turns follow: reject, or an example of each answer."""
     on_bad_rows: Literal["fail", "drop"] = "fail"
-    """Malformed examples: stop before training, or drop and report them. A file unreadable from a place on: stop."""
+    """Malformed examples: stop, or drop and report them. A file that cannot be read to its end always stops the run."""
     rope_scaling: RopeBlock | None = None
     """Extend the context, e.g. `{rope_type: linear, factor: 2.0}` (linear, dynamic, yarn, longrope, llama3); saved with
     the checkpoint: in its config.json, or in config_overrides.json next to an adapter."""
@@ -224,7 +224,7 @@ class FinetuneConfig(StrictBlock):
     eval_generation: Annotated[EvalGeneration | None, Mark.NO_EFFECT] = None
     """Answer validation prompts greedily at evaluations, as `{prompts: 50, every: 1}`; print and log some answers."""
     metrics: Annotated[list[AnswerMetric], Mark.NO_EFFECT] = Field(default=[])
-    """Metrics of these answers, thoughts aside. exact_match: the reference; tool_calls, tool_accuracy: its calls."""
+    """Metrics of what follows the thought. exact_match: the reference; tool_calls, tool_accuracy: its calls."""
     best_metric: BestMetric = "eval_loss"
     """What chooses the best checkpoint: the lowest evaluation loss, or the highest of these metrics."""
     num_checkpoints_to_keep: Annotated[Positive, Mark.NO_EFFECT] = 1

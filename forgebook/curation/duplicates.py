@@ -247,7 +247,7 @@ class SeenExamples:
 
 
 def _words_of(example: Example) -> tuple[np.ndarray, int]:
-    """Return the word pairs of an example, and a hash of its numbers."""
+    """Return the word pairs of an example, and a hash of its numbers and operators."""
     text = compared_text(example)
     return _word_pairs(_WORD.findall(text.lower())), _hash(" ".join(_VALUE.findall(text)))
 

@@ -29,7 +29,7 @@ from forgebook.runs.atomic import atomic_file
 
 __all__ = ["Row", "as_row", "group_of", "hold_out", "rows_of", "write_examples"]
 
-# A group may be so many times as large as the share that is asked for.
+# The smallest group may be at most this many times the share asked for.
 MOST_OVER = 2
 # The line of a file and the group of the example there: a JSON array may have all its examples in one line.
 Row = tuple[int, int]
@@ -54,7 +54,7 @@ def hold_out(tokens: Tokens, share: float, seed: int, size: int = 1) -> tuple[np
     share: of the distinct examples; whole groups are held out, at least one. size: this many adjacent examples are one
     (2: a pair). Returns the numbers of both in their order, and the counts prompts, duplicates_left_out.
 
-    Raises DataError if all examples have the same first user message, or so many that no group fits into the share.
+    Raises DataError if all examples have the same first user message, or every such group is far larger than the share.
     """
     units = np.arange(len(tokens)).reshape(-1, size)
     # A pair is a duplicate if both of its conversations are.
@@ -80,7 +80,7 @@ def hold_out(tokens: Tokens, share: float, seed: int, size: int = 1) -> tuple[np
         if smallest > MOST_OVER * wanted:
             raise DataError(
                 f"valid_path.split: {share:g} of {len(first)} distinct examples is {wanted}, but examples with the same"
-                f" first user message are held out together, and the fewest with the same one are {smallest}: name a"
+                f" first user message are held out together, and the smallest such group has {smallest}: name a"
                 " file of validation examples, or hold out a larger share"
             )
         chosen = [np.argmin(counts)]
