@@ -70,9 +70,7 @@ def test_a_group_much_larger_than_the_share_is_not_held_out(write_rows, tokenize
         for asked, n in (("Sum up.", 50), ("Translate.", 48))
         for k in range(n)
     ]
-    message = (
-        r"valid_path\.split: 0\.05 of 98 distinct examples is 5, .* the smallest such group has 48: name a file"
-    )
+    message = r"valid_path\.split: 0\.05 of 98 distinct examples is 5, .* the smallest such group has 48: name a file"
     with pytest.raises(DataError, match=message):
         splits(write_rows(many), tokenizer, tmp_path, share=0.05)
     _, out, _, _ = splits(write_rows(many), tokenizer, tmp_path, share=0.3)
