@@ -137,10 +137,10 @@ def _merge(folder: Path, staged: Path, out: Path, on_stage: Callable[[str], None
     on_stage("loading the base and the adapter")
     overrides = adapters.read_overrides(folder)
     rope_scaling = overrides.get("rope_scaling")
-    model, tokenizer = _load_unquantized(folder, rope_scaling)
+    model, tokenizer = _load_base(folder, rope_scaling)
     examples, compared = _compared_examples(folder, tokenizer)
     on_stage("comparing the adapter with the base")
-    adapter, base = _with_and_without_adapter(model, examples)
+    base, model, adapter = _without_and_with_adapter(model, folder, examples)
     kl_base = mean_kl(adapter, base)
     if kl_base == 0:
         raise CheckpointError(f"the adapter {folder} changes nothing: the base has the same probabilities ({compared})")
@@ -160,7 +160,7 @@ def _merge(folder: Path, staged: Path, out: Path, on_stage: Callable[[str], None
         on_stage("comparing again, in float32")
         # Both models round activations to 16 bits, each in other places, and a router may then choose other experts: a
         # small adapter changes less than that. In float32 the weights alone are compared, at twice the memory.
-        adapter, base = _with_and_without_adapter(_load_unquantized(folder, rope_scaling)[0].float(), examples)
+        base, _, adapter = _without_and_with_adapter(_load_base(folder, rope_scaling)[0].float(), folder, examples)
         gc.collect()
         merged = _log_probabilities(_load_plainly(staged).float(), examples)
         kl_base, kl_merged = mean_kl(adapter, base), mean_kl(adapter, merged)
@@ -180,8 +180,8 @@ def _merge(folder: Path, staged: Path, out: Path, on_stage: Callable[[str], None
 # The models -------------------------------------------------------------------------------------------
 
 
-def _load_unquantized(folder: Path, rope_scaling: dict[str, Any] | None):
-    """Load an adapter over its base, the base in its own dtype, however it was quantized in training."""
+def _load_base(folder: Path, rope_scaling: dict[str, Any] | None):
+    """Load an adapter's base in its own dtype, however it was quantized in training, and the adapter's tokenizer."""
     from transformers import AutoConfig
 
     refuse_pickled(str(folder))
@@ -212,7 +212,7 @@ def _load_unquantized(folder: Path, rope_scaling: dict[str, Any] | None):
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
     _untie(model)
-    return saved_adapters.attach_adapter(model, str(folder)).eval(), tokenizer
+    return model.eval(), tokenizer
 
 
 def _load_plainly(folder: Path):
@@ -339,11 +339,15 @@ def _compared(one: masking.Encoded, pixels: Pixels | None = None, store: Path | 
     return Compared(ids, positions[-COMPARED:], inputs)
 
 
-def _with_and_without_adapter(model, examples: list[Compared]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Compute the log-probabilities of an adapter on its base, and of the base."""
-    adapter = _log_probabilities(model, examples)
-    with model.disable_adapter():
-        return adapter, _log_probabilities(model, examples)
+def _without_and_with_adapter(base, folder: Path, examples: list[Compared]):
+    """Compute a base's log-probabilities, load an adapter onto it, and compute those of the two together.
+
+    The base comes first: what an adapter holds in place of the base's (biases) stays when PEFT turns it off.
+    Returns (the base's log-probabilities, the model with its adapter, that model's log-probabilities).
+    """
+    without = _log_probabilities(base, examples)
+    model = saved_adapters.attach_adapter(base, str(folder)).eval()
+    return without, model, _log_probabilities(model, examples)
 
 
 @torch.inference_mode()

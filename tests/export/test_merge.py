@@ -95,6 +95,21 @@ def test_a_merged_model_is_its_adapter(make_checkpoint, tmp_path, kind):
     assert generation["eos_token_id"] == 2 and tokenizer.chat_template == own_tokenizer.chat_template
 
 
+def test_a_base_is_compared_without_the_biases_of_its_adapter(tokenizer, tmp_path):
+    torch.manual_seed(0)
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = transformers.Qwen2Config(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, **sizes)
+    transformers.Qwen2ForCausalLM(config).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    model = adapters.add_lora(load.load_model(str(tmp_path / "base"), dtype="float32"), LORA | {"bias": "all"})
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):  # all that it changes
+            p.data += torch.randn_like(p)
+    checkpoints.save_checkpoint(model, tokenizer, tmp_path / "adapter", trained=False)
+    merged = merge_run(str(tmp_path / "adapter"), tmp_path / "out")
+    assert merged.kl_merged < 1e-3 < merged.kl_base
+
+
 EXPERTS = {
     "Mixtral": {"num_local_experts": 4},
     "Qwen3Moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
