@@ -22,6 +22,7 @@ import ray.train
 from pyarrow import fs
 from ray.train import Checkpoint, CheckpointUploadMode, UserCallback
 
+from forgebook.collector import collect_rarely
 from forgebook.config.schema import ResolvedConfig
 from forgebook.errors import ForgebookError, StorageError
 from forgebook.runs import object_store, worker_upload
@@ -82,6 +83,7 @@ def train_worker(arguments: dict[str, Job]) -> dict[str, Any] | ForgebookError:
     memory, leaves the others in a collective: it is raised, Ray ends them, and `ReportReceiver` prevents that it starts
     them again. arguments: the job, as Ray passes a dictionary.
     """
+    collect_rarely()
     job = arguments["job"]
     rank = ray.train.get_context().get_world_rank()
     run = _own_run(job) if job.through_bucket else Run(job.run.folder)

@@ -257,10 +257,14 @@ def _bytes_of_tensors() -> int:
     """Count the bytes of all CPU tensors in this process, shared storage once."""
     import torch
 
+    # Not isinstance: a proxy object may import or compute something when asked for its class. And looked up, not
+    # asked for: there may be millions of objects.
+    kinds = {torch.Tensor}
+    while more := {kind for known in kinds for kind in type.__subclasses__(known)} - kinds:
+        kinds |= more
     storages = {}
-    for item in gc.get_objects():
-        # Not isinstance: a proxy object may import or compute something when asked for its class.
-        if issubclass(type(item), torch.Tensor) and item.device.type == "cpu":
+    for item in [item for item in gc.get_objects() if type(item) in kinds]:
+        if item.device.type == "cpu":
             with contextlib.suppress(RuntimeError, NotImplementedError):  # a tensor without storage
                 storage = item.untyped_storage()
                 storages[storage.data_ptr()] = storage.nbytes()
