@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import gc
 import json
 import os
 import random
@@ -51,6 +52,12 @@ def pytest_collection_modifyitems(items):
     """Put files with slow tests first, and notebooks last, of which CI may skip some on a slow machine."""
     SLOW_FILES.update(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: (is_notebook(item), item.path not in SLOW_FILES))
+
+
+def pytest_collection_finish():
+    """Let the garbage collector pass over the tests and modules: 600,000 objects that stay."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup(item):
