@@ -25,10 +25,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from forgebook.config.blocks import GenerationConfig, labels_of
+from forgebook.config.data_block import DataPath, DataSource
 from forgebook.config.parse import load_config, load_resolved
 from forgebook.data import tokenize
 from forgebook.data.chat_template import render
-from forgebook.data.examples import read_examples, validation_source
+from forgebook.data.examples import display_paths, read_examples, validation_source
 from forgebook.data.generation_prompt import after_thought, opened_thought
 from forgebook.data.image_parts import image_count
 from forgebook.data.image_tokens import check_images
@@ -77,7 +78,8 @@ def evaluate(
 ) -> Evaluation:
     """Measure a run's checkpoint, and the model from which the run started, on the same held-out examples.
 
-    path: held-out examples; default: the run's validation file. metric: see the table above; default: by the task and
+    path: held-out examples, those without a system message with that of all training data, if `train_path` sets one;
+    default: the run's validation file. metric: see the table above; default: by the task and
     the examples. rows: the first so many. checkpoint: default the best. max_new_tokens: of an answer; default: by the
     longest reference. engine: what generates answers, as in `batch.engine_for`. on_note: called with what the user
     should know before the answers, a sentence at a time.
@@ -88,7 +90,9 @@ def evaluate(
     torch is imported only after the examples are read, so that a mistake in them is reported at once.
     """
     config = load_resolved(run.config)
-    source, classifier = path or validation_source(run, config.valid_path), config.classifier_config
+    source, classifier = validation_source(run, config.valid_path), config.classifier_config
+    if path is not None:
+        source = _with_system(path, config.train_path)
     if source is None:
         raise ConfigError(f"the run {run.name} has no valid_path: name held-out examples with data=FILE")
     metric = "tool_calls" if metric == "tool_accuracy" else metric
@@ -107,7 +111,7 @@ def evaluate(
     examples = read_examples(source, task, rows, labels)
     has_images = any(image_count(example.messages) for example in examples)
     if has_images and chosen in ("judge", *LIKELIHOOD_METRICS):
-        raise ConfigError(f"metric={chosen} reads text alone, and {source} has images: use exact_match or anls")
+        raise ConfigError(f"metric={chosen} reads text alone, and {display_paths(source)} has images: use exact_match or anls")
     if classifier and chosen == "classification":
         from forgebook.evaluation import likelihood_metrics
 
@@ -142,6 +146,14 @@ def evaluate(
         evaluation = scored(chosen, turns, compared, said)
     left_out = len(examples) - len({turn.example for turn in turns})
     return dataclasses.replace(evaluation, limits=limits, left_out=left_out)
+
+
+def _with_system(path: str, train_path: DataPath) -> str | DataSource:
+    """Give a file of examples the system message that the config gave every training example without one."""
+    entries = train_path if isinstance(train_path, list) else [train_path]
+    systems = {entry.system if isinstance(entry, DataSource) else None for entry in entries}
+    system = systems.pop() if len(systems) == 1 else None
+    return DataSource(path=path, system=system) if system else path
 
 
 def _task_of(metric: str, task: str) -> str:

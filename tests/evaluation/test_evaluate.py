@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from test_judge import endpoint
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -89,6 +90,22 @@ def test_a_base_is_measured_without_the_biases_of_its_adapter(learn, tokenizer, 
     [score] = evaluate(run, metric="perplexity").scores
     losses = [row["eval_loss"] for row in read_metrics(run.metrics) if "eval_loss" in row]
     assert score.before.value == pytest.approx(math.exp(losses[0]), rel=1e-3) and losses[-1] < losses[0]
+
+
+def test_examples_of_another_file_get_the_system_message_of_training(by_heart, write_rows, tmp_path):
+    plain, whole = (
+        write_rows([chat(q, f"{q} and out", system) for q in QUESTIONS], f"{name}.jsonl")
+        for name, system in (("plain", None), ("whole", "Be brief."))
+    )
+    run = Run(Path(shutil.copytree(by_heart.folder, tmp_path / "runs" / "heart")))
+    config = yaml.safe_load(run.config.read_text())
+    values = {}
+    for system in (None, "Be brief."):
+        run.config.write_text(yaml.safe_dump(config | {"train_path": {"path": config["train_path"], "system": system}}))
+        for path in (plain, whole):
+            values[system, path] = evaluate(run, path=path, metric="perplexity").scores[0].after.value
+    assert values[None, plain] != values[None, whole]
+    assert values["Be brief.", plain] == values["Be brief.", whole] == values[None, whole]
 
 
 @pytest.mark.parametrize(
