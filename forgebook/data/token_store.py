@@ -355,11 +355,12 @@ def token_statistics(tokens: Tokens) -> dict[str, Any]:
 def repeat_examples(examples: np.ndarray, weight: float, seed: int, group: int = 1) -> np.ndarray:
     """Repeat examples `weight` times: whole copies, and for the fraction a random part of them, in order.
 
-    group: this many adjacent examples stay together: 2 for preference pairs.
+    Of examples there are, at least one is taken. group: this many adjacent examples stay together: 2 for preference pairs.
     """
     copies, fraction = divmod(weight, 1)
     units = len(examples) // group
-    extra = np.sort(np.random.default_rng(seed).permutation(units)[: round(fraction * units)])
+    least = int(copies == 0 and units > 0)
+    extra = np.sort(np.random.default_rng(seed).permutation(units)[: max(round(fraction * units), least)])
     return np.concatenate([np.tile(examples, int(copies)), examples.reshape(-1, group)[extra].reshape(-1)])
 
 

@@ -34,12 +34,13 @@ def test_examples_survive_shards_and_views(tmp_path, tokenizer):
     assert not loaded.example(0)[0].flags.owndata  # mapped, not copied
 
 
-@pytest.mark.parametrize(("weight", "count"), [(1, 10), (2, 20), (0.5, 5), (1.3, 13)])
+@pytest.mark.parametrize(("weight", "count"), [(1, 10), (2, 20), (0.5, 5), (1.3, 13), (0.01, 1)])
 def test_a_weight_says_how_often_examples_are_repeated(weight, count):
     taken = token_store.repeat_examples(np.arange(10), weight, seed=1)
     assert len(taken) == count
     assert {np.sum(taken == row) for row in range(10)} <= {int(weight), int(weight) + 1}
     assert np.array_equal(taken, token_store.repeat_examples(np.arange(10), weight, seed=1))
+    assert not len(token_store.repeat_examples(np.arange(0), weight, seed=1))
 
 
 def test_a_view_collects_its_shards(tmp_path):
