@@ -172,8 +172,10 @@ def split_calls(text: str, tools: list[dict] | None) -> tuple[str, list[ToolCall
         _to_json([[call.name, call.arguments] for call in calls]).encode()
     except (DataError, UnicodeEncodeError):  # half a surrogate pair, which no text in UTF-8 can hold
         calls = []
-    mark = CALL_MARK.search(text)
-    return (text[: mark.start() if mark else 0].rstrip() if calls else text), calls
+    thought = THINKING.match(text)
+    said = thought.end() if thought else 0  # a thought may speak of calls
+    mark = CALL_MARK.search(text, said)
+    return (text[: mark.start() if mark else said].rstrip() if calls else text), calls
 
 
 def _bare_calls(text: str, tools: list[dict] | None) -> list[ToolCall]:

@@ -8,7 +8,7 @@ import pytest
 from conftest import chat
 from forgebook.data.chat_template import render
 from forgebook.data.row_formats import parse_row
-from forgebook.data.tools import ToolCall, calls_of_message, name_results, read_tool_calls, tools_as_text
+from forgebook.data.tools import ToolCall, calls_of_message, name_results, read_tool_calls, split_calls, tools_as_text
 from forgebook.errors import DataError
 
 WEATHER = ToolCall("weather", {"city": "Paris", "days": 2})
@@ -16,6 +16,9 @@ WEATHER = ToolCall("weather", {"city": "Paris", "days": 2})
 
 def written(*calls: ToolCall) -> str:
     return "".join(f"<tool_call>\n{json.dumps(vars(call))}\n</tool_call>" for call in calls)
+
+
+CALL = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
 
 
 @pytest.mark.parametrize(
@@ -104,6 +107,20 @@ def test_json_without_a_mark_is_a_call_of_an_offered_tool_alone(text, offered, c
 def test_a_call_without_a_mark_that_was_cut_cannot_be_read(tools):
     with pytest.raises(DataError):
         read_tool_calls('{"name": "look_up", "parameters": {"ke', tools)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("<think>\nMaybe <tool_call>?\n</think>\n\nI look. " + CALL, "<think>\nMaybe <tool_call>?\n</think>\n\nI look."),
+        ("Maybe <tool_call>?\n</think>\n\n" + CALL, "Maybe <tool_call>?\n</think>"),  # the prompt opened the thought
+        ('<think>\nHm.\n</think>\n\n{"name": "f", "arguments": {}}', "<think>\nHm.\n</think>"),
+        ("I look. " + CALL, "I look."),
+    ],
+    ids=["thought", "thought opened before", "thought before bare JSON", "no thought"],
+)
+def test_text_before_a_call_is_kept_with_its_thought(text, said):
+    assert split_calls(text, [{"function": {"name": "f"}}]) == (said, [ToolCall("f", {})])
 
 
 @pytest.mark.parametrize("text", ["<tool_call>{", "[TOOL_CALLS] 7", '{"name": "f", "arguments": [1]}', "<function=f>"])
