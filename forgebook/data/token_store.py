@@ -355,7 +355,7 @@ def token_statistics(tokens: Tokens) -> dict[str, Any]:
 def repeat_examples(examples: np.ndarray, weight: float, seed: int, group: int = 1) -> np.ndarray:
     """Repeat examples `weight` times: whole copies, and for the fraction a random part of them, in order.
 
-    Of examples there are, at least one is taken. group: this many adjacent examples stay together: 2 for preference pairs.
+    At least one is taken, if there are any. group: this many adjacent examples stay together: 2 for preference pairs.
     """
     copies, fraction = divmod(weight, 1)
     units = len(examples) // group

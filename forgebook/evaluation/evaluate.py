@@ -111,7 +111,8 @@ def evaluate(
     examples = read_examples(source, task, rows, labels)
     has_images = any(image_count(example.messages) for example in examples)
     if has_images and chosen in ("judge", *LIKELIHOOD_METRICS):
-        raise ConfigError(f"metric={chosen} reads text alone, and {display_paths(source)} has images: use exact_match or anls")
+        where = display_paths(source)
+        raise ConfigError(f"metric={chosen} reads text alone, and {where} has images: use exact_match or anls")
     if classifier and chosen == "classification":
         from forgebook.evaluation import likelihood_metrics
 

@@ -112,7 +112,7 @@ def test_a_call_without_a_mark_that_was_cut_cannot_be_read(tools):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("<think>\nMaybe <tool_call>?\n</think>\n\nI look. " + CALL, "<think>\nMaybe <tool_call>?\n</think>\n\nI look."),
+        ("<think>\n<tool_call>?\n</think>\n\nI look. " + CALL, "<think>\n<tool_call>?\n</think>\n\nI look."),
         ("Maybe <tool_call>?\n</think>\n\n" + CALL, "Maybe <tool_call>?\n</think>"),  # the prompt opened the thought
         ('<think>\nHm.\n</think>\n\n{"name": "f", "arguments": {}}', "<think>\nHm.\n</think>"),
         ("I look. " + CALL, "I look."),
