@@ -196,7 +196,8 @@ class ClassifierConfig(StrictBlock):
     """Train the model to answer with one of a few labels."""
 
     label_tokens: Annotated[list[str], Field(min_length=2)]
-    """The labels; each becomes one special token, and the last answer of every example is exactly one of them. Its
+    """The labels; each becomes one token, and the last answer of every example is exactly one of them. Where a question
+    holds a label as a word it is that token, too: better choose labels that it cannot hold, as [[spam]]. A new token's
     embedding starts from the tokens of its text; under LoRA it has a learning rate of 4 / hidden size, in a run of more
     than 40 steps of 160 / (steps x hidden size), or `learning_rate`, whichever is higher."""
     eval_metrics: list[Literal["accuracy", "f1", "precision", "recall", "prauc", "rocauc"]] = ["accuracy"]

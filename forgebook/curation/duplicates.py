@@ -41,8 +41,15 @@ PAIRS_AT_ONCE = 2**18
 # Scripts without spaces between words: each character is a word.
 _CJK = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
 _WORD = re.compile(rf"[{_CJK}]|[^\W{_CJK}]+")
-# What turns a sentence or a line of code into another: numbers, comparisons, operators between two operands.
-_VALUE = re.compile(r"(?<!\w)\d+|[<>=!]=|[<>%^&|]|(?<=[\w)\]] )[+*/=](?= [\w(\[])")
+# What turns a sentence or a line of code into another: numbers, negations, comparisons, operators between two operands.
+_NUMBERS = """
+    zero two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen
+    nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred thousand million billion
+"""
+_VALUE = re.compile(
+    r"\d+|[<>=!]=|[<>%^&|]|(?<=[\w)\]] )[+*/=](?= [\w(\[])"
+    rf"|(?i:\b(?:not|never|cannot|without|{'|'.join(_NUMBERS.split())})\b|n['’]t\b)"
+)
 
 
 @dataclass(frozen=True)

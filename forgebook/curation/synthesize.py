@@ -241,8 +241,11 @@ def _write_answers(
     synthesis: Synthesis,
 ) -> Generator[Example, None, None]:
     """Yield seeds with an accepted answer: a round of requests for each sample, for the seeds still without one."""
-    pending = [seed for seed in seeds if not validation.find(seed)]
-    synthesis.skipped_seeds = len(seeds) - len(pending)
+    questions: dict[str, Example] = {}
+    for seed in seeds:
+        questions.setdefault(json.dumps(_question_of(seed)[0], sort_keys=True), seed)
+    pending = [seed for seed in questions.values() if not validation.find(seed)]
+    synthesis.skipped_seeds = len(questions) - len(pending)
     asked, most = 0, settings.max_requests or REQUESTS_PER_EXAMPLE * settings.count
     for sample in range(settings.samples):
         part = pending[: most - asked]

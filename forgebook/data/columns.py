@@ -7,6 +7,7 @@ mapping_text(["question", "answer"], "a.jsonl", "train_path")      the YAML to w
 
 from __future__ import annotations
 
+import contextlib
 import math
 import string
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from forgebook.config.data_block import as_written, template_columns
-from forgebook.data.json_values import brief
+from forgebook.data.json_values import brief, parse_json
 from forgebook.errors import DataError, near_miss
 
 __all__ = ["ColumnMapping", "MappedRow", "map_row", "mapping_text"]
@@ -38,11 +39,15 @@ LABELS = "label labels category class intent target sentiment answer output".spl
 
 @dataclass(frozen=True)
 class ColumnMapping:
-    """Which columns hold what. columns: (role, column or template); labels: (value as text, label)."""
+    """Which columns hold what. columns: (role, column or template); labels: (value as text, label).
+
+    by_number: the values of labels are numbers, of a column with names for them, too.
+    """
 
     columns: tuple[tuple[str, str], ...] = ()
     system: str | None = None
     labels: tuple[tuple[str, str], ...] = ()
+    by_number: bool = False
 
     @classmethod
     def of(
@@ -55,7 +60,8 @@ class ColumnMapping:
         if columns is None and not system:
             return None
         pairs: Iterable[tuple[Any, str]] = labels.items() if isinstance(labels, Mapping) else enumerate(labels or ())
-        return cls(tuple((columns or {}).items()), system or None, tuple((as_written(k), v) for k, v in pairs))
+        written = tuple((as_written(key), label) for key, label in pairs)
+        return cls(tuple((columns or {}).items()), system or None, written, not isinstance(labels, Mapping))
 
 
 class MappedRow(dict):
@@ -176,7 +182,9 @@ def _text(value: Any, name: str) -> str:
 
 
 def _label(value: Any, mapping: ColumnMapping) -> str:
-    labels, written = dict(mapping.labels), as_written(value)
+    labels, number = dict(mapping.labels), getattr(value, "number", None)
+    is_whole = isinstance(value, float) and value.is_integer()  # as pandas writes numbers beside an empty cell
+    written = as_written(int(value) if is_whole else number if mapping.by_number and number is not None else value)
     if written in labels:
         return labels[written]
     if written in labels.values() and all(key.isdigit() for key in labels):  # a list of names, and their name
@@ -187,9 +195,19 @@ def _label(value: Any, mapping: ColumnMapping) -> str:
 
 def _has_system(row: dict[str, Any]) -> bool:
     """Report whether a row brings a system message, beside its messages or as the first of them."""
-    first = [value[0] for key in CONVERSATIONS if isinstance(value := row.get(key), list) and value]
+    asked = row.get("input")  # of OpenAI's pairs
+    values = [row.get(key) for key in CONVERSATIONS] + [asked.get("messages") if isinstance(asked, dict) else None]
+    first = [value[0] for value in map(_conversation, values) if value]
     roles = [one.get("role") or one.get("from") for one in first if isinstance(one, dict)]
-    return bool(row.get("system")) or any(role in ("system", "developer") for role in roles)
+    return bool(row.get("system")) or any(str(role).lower() in ("system", "developer") for role in roles)
+
+
+def _conversation(value: Any) -> list | None:
+    """Return a list of messages, which may be written as JSON text; None for anything else."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with contextlib.suppress(DataError):
+            value = parse_json(value)
+    return value if isinstance(value, list) else None
 
 
 # The mapping to write ---------------------------------------------------------------------------------

@@ -27,7 +27,10 @@ LARGE_FILE = 64 * 2**20
 KINDS = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".arrow", ".ndjson")
 # Files beside the shards of a data set that hold none of its rows.
 NO_SHARDS = ("dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json", "config.json")
-_SPLITS = re.compile(r"(?<![a-z])(train|valid(?:ation)?|dev|test|eval)(?![a-z])")
+_SPLITS = re.compile(
+    r"(?<![a-z])(?:(train)(?:ing)?|(val)(?:id(?:ation)?)?|(dev)(?:elopment)?|(test)(?:ing)?|(eval)(?:uation)?"
+    r"|(hold|held)[_.-]?out)(?![a-z])"
+)
 
 _HUB_ID = re.compile(r"[\w-]+/[\w-]+")
 
@@ -146,8 +149,8 @@ def _shards(path: str, folder: str, names: list[str]) -> list[str]:
     shards = [name for name in sorted(names) if _is_data(name)]
     if not shards:
         raise StorageError(f"{path} is a folder without data files ({', '.join(KINDS)}, also compressed): name a file")
-    splits = {match[1][:3] for name in shards if (match := _SPLITS.search(name.lower()))}
-    if len(splits) > 1:
+    splits = {match[match.lastindex or 0] if (match := _SPLITS.search(name.lower())) else "" for name in shards}
+    if len(splits) > 1 and splits != {"train", ""}:
         raise StorageError(
             f"{path} holds files of several splits ({', '.join(shards[:5])}): name those to read, as in "
             f"{folder}/{shards[-1].split('.')[0].split('-')[0]}*"

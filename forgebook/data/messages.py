@@ -19,6 +19,7 @@ __all__ = [
     "REASONING_KEYS",
     "TOOL_KEYS",
     "Message",
+    "is_turn",
     "parse_field",
     "read_messages",
     "read_text",
@@ -39,6 +40,7 @@ ROLE_OF = {
     "tool_response": "tool", "tool_result": "tool", "ipython": "tool", "environment": "tool",
 }  # fmt: skip
 CALL_ROLES = ("function_call", "tool_call")  # a call as a turn of its own: LLaMA-Factory, ms-swift
+TURN_KEYS = ("content", "value", "tool_calls", "function_call")  # what a turn says, beside its role
 ARGUMENT_KEYS = ("arguments", "parameters", "args", "input")  # OpenAI, Llama 3, LangChain, Anthropic
 SCHEMA_KEYS = ("parameters", "input_schema", "inputSchema")  # of a tool: OpenAI, Anthropic, MCP
 CALL_KEYS = {"function", "name", "id", "type", "index"}
@@ -72,10 +74,27 @@ def read_messages(value: Any, field: str, ignored: set[str]) -> list[Message]:
     for k, raw in enumerate(value):
         message = _message(raw, f"{field}[{k}]", ignored)
         if k and all(isinstance(one, dict) and _written_role(one) in CALL_ROLES for one in value[k - 1 : k + 1]):
-            messages[-1]["tool_calls"] += message["tool_calls"]  # turns of parallel calls are one
+            messages[-1] = _parallel(messages[-1], message, f"{field}[{k}]")
         else:
             messages.append(message)
     return messages
+
+
+def is_turn(value: Any) -> bool:
+    """Return whether a JSON value is a turn, of any spelling, and not a record that has a key `from` or `role`."""
+    if not isinstance(value, dict) or value.keys().isdisjoint(TURN_KEYS):
+        return False
+    role = _written_role(value)
+    return isinstance(role, str) and (role.lower() in ROLES or role.lower() in ROLE_OF)
+
+
+def _parallel(message: Message, call: Message, at: str) -> Message:
+    """Make one turn of two that call tools one after the other."""
+    if message.get("weight") != call.get("weight"):
+        raise DataError(f"{at} and the call before it are one turn, and marked differently: give both the same mark")
+    thoughts = [turn["reasoning_content"] for turn in (message, call) if turn.get("reasoning_content")]
+    reasoning = {"reasoning_content": "\n\n".join(thoughts)} if thoughts else {}
+    return message | {"tool_calls": message["tool_calls"] + call["tool_calls"]} | reasoning
 
 
 def _written_role(raw: dict) -> Any:
@@ -160,7 +179,10 @@ def with_whole_thought(content: str, field: str) -> str:
     if content.lstrip().startswith("<think>") and "</think>" not in content:
         raise DataError(f"{field} opens a thought with <think> that does not end: add </think>, or remove the row")
     match = UNOPENED_THOUGHT.fullmatch(content)
-    return f"<think>\n{match[1].strip()}\n</think>\n\n{match[2].lstrip()}" if match else content
+    # After an opening tag, or in a block of code, the closing one is what the text speaks of.
+    if match is None or "<think>" in match[1] or match[1].count("```") % 2:
+        return content
+    return f"<think>\n{match[1].strip()}\n</think>\n\n{match[2].lstrip()}"
 
 
 def _check_thoughts(reasoning: Any, message: Message, at: str) -> None:

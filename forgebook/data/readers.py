@@ -147,10 +147,10 @@ def _kind(path: Path, uri: str) -> str:
         return "parquet"
     if start.startswith(ARROW):
         return "arrow"
+    if path.name.lower().endswith((".csv", ".tsv")):  # which no first byte tells
+        return "csv"
     if start.startswith(b"["):
         return "json"
-    if path.name.lower().endswith((".csv", ".tsv")):
-        return "csv"
     if start.lower().startswith((b"<!doctype html", b"<html")):
         raise DataError(f"{uri}: a web page, not a file of data: use the address of the file itself (raw, or resolve)")
     if start.startswith(b"version https://git-lfs"):
@@ -272,7 +272,9 @@ def _read_csv(path: Path) -> Iterator[tuple[int, Any]]:
             check_unique(filter(None, reader.fieldnames or ()), "column")  # reads the header
             while True:
                 number = reader.line_num + 1
-                yield number, _csv_row(next(reader))
+                row = next(reader)
+                # Empty lines before it are passed over; one of its own ends in each of its line breaks.
+                yield reader.line_num - _line_breaks(row), _csv_row(row)
         except StopIteration:
             return
         except DataError as error:
@@ -281,6 +283,11 @@ def _read_csv(path: Path) -> Iterator[tuple[int, Any]]:
             # A cell may have line breaks, so the next line need not begin a row.
             fix = "quote cells that contain commas, quotes or line breaks, and double the quotes in them"
             yield number, BrokenFileError(f"not valid CSV ({error}): {fix}")
+
+
+def _line_breaks(row: dict) -> int:
+    cells = [text for cell in row.values() for text in (cell if isinstance(cell, list) else [cell]) if text]
+    return sum(len(re.findall(r"\r\n|\r|\n", text)) for text in cells)
 
 
 def _csv_row(row: dict) -> Any:

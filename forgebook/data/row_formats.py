@@ -30,6 +30,7 @@ from forgebook.data.json_values import brief
 from forgebook.data.messages import (
     TOOL_KEYS,
     Message,
+    is_turn,
     parse_field,
     read_messages,
     read_text,
@@ -269,6 +270,10 @@ def _pair(raw: dict, ignored: set[str]) -> tuple[tuple[str, ...], list[list[Mess
     if not prompt and len(wholes) == 1 and wholes[0][-1]["role"] == "assistant":  # the other is an answer to its prompt
         prompt = wholes[0][:-1]
     pair = zip(("chosen", "rejected"), answers, strict=True)
+    if prompt and prompt[-1]["role"] == "assistant" and not whole:  # a conversation with one of the answers
+        if _without_margins(prompt[-1]) not in [_without_margins(one[0]) for one in answers if one]:
+            raise DataError(f"{keys[0]} ends with an answer, neither chosen nor rejected: end it with the question")
+        prompt = prompt[:-1]
     return keys, [_joined(prompt, messages, name)[0] for name, messages in pair]
 
 
@@ -358,7 +363,7 @@ def _decoded(raw: dict) -> dict:
         with contextlib.suppress(DataError):  # a text that looks like JSON
             value = parse_field(text, key)
             turns = value if isinstance(value, list) else [value]
-            if turns and all(isinstance(turn, dict) and turn.keys() & {"role", "from"} for turn in turns):
+            if turns and all(map(is_turn, turns)):
                 decoded[key] = turns
     return decoded
 

@@ -126,6 +126,12 @@ def _class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]
     }
 
 
+class _LabelName(str):
+    """The name of a label, for whoever asks for its number instead."""
+
+    number: int
+
+
 def _named(row: dict[str, Any], names: Mapping[str, list[str]]) -> dict[str, Any]:
     """Put the names of labels in the place of their numbers, and leave out what has no value inside of the columns."""
     for key, labels in names.items():
@@ -133,7 +139,8 @@ def _named(row: dict[str, Any], names: Mapping[str, list[str]]) -> dict[str, Any
         if number == NO_LABEL:
             row[key] = None
         elif isinstance(number, int) and 0 <= number < len(labels):
-            row[key] = labels[number]
+            row[key] = _LabelName(labels[number])
+            row[key].number = number
     return {key: without_nulls(value) for key, value in row.items()}
 
 

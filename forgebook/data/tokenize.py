@@ -54,7 +54,7 @@ __all__ = ["EncodingOptions", "TokenizedSet", "encode_examples", "encoding_optio
 # Part of the name of cached tokens. Raise it with every change of what a row becomes (readers, messages, row_formats,
 # tools, chat_template and what it imports, masking) or of how shards are written (token_store).
 # tests/data/test_tokenize.py pins the tokens of a small file, and fails where this was forgotten.
-CACHE_VERSION = 17
+CACHE_VERSION = 18
 # Examples per call of the tokenizer: enough for all its threads.
 TOKENIZER_BATCH = 512
 # Sources of more chunks than this (of about 2 MB) are worth a Ray cluster.

@@ -108,7 +108,8 @@ def evaluate(
     models = both_models(run, checkpoint)
     task = _task_of(chosen, config.task)
     labels = labels_of(classifier) if task == "classification" else ()
-    examples = read_examples(source, task, rows, labels)
+    # The run's own examples were read by its rule; a file that is named here is to be whole.
+    examples = read_examples(source, task, rows, labels, "fail" if path is not None else config.on_bad_rows)
     has_images = any(image_count(example.messages) for example in examples)
     if has_images and chosen in ("judge", *LIKELIHOOD_METRICS):
         where = display_paths(source)

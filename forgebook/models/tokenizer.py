@@ -151,8 +151,10 @@ def load_tokenizer(source: str, labels: Sequence[str] = ()) -> PreTrainedTokeniz
         # Masks go by position, so padding with the end token hides no end token.
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
-    # Not "special" tokens: they are answers, and must show when text is decoded. A word is a label only as a whole.
-    tokenizer.add_tokens([AddedToken(label, normalized=False, single_word=label.isalnum()) for label in labels])
+    # Not "special" tokens: they are answers, and must show when text is decoded. Words are a label only as a whole.
+    for label in labels:
+        is_word = label[:1].isalnum() or label[-1:].isalnum()
+        tokenizer.add_tokens([AddedToken(label, normalized=False, single_word=is_word)])
     return tokenizer
 
 

@@ -96,6 +96,21 @@ def test_personal_data_is_found_and_masked(text, kind):
 
 
 @pytest.mark.parametrize(
+    "said",
+    [
+        {"reasoning_content": "She is ada@example.org."},
+        {"tool_calls": [{"function": {"name": "mail", "arguments": {"to": "ada@example.org"}}}]},
+    ],
+    ids=["thought", "call"],
+)
+def test_personal_data_is_found_in_thoughts_and_calls(said):
+    row = chat("Write to her.", "Done.")
+    row["messages"][-1] |= said
+    example = parse_row(row, "a.jsonl:1", "instruction_tuning")[0]
+    assert [(one.reason, one.detail) for one in TextChecks().find(0, example)] == [("personal_data", "1 email address")]
+
+
+@pytest.mark.parametrize(
     "text", ["order 12345678", "4539 1488 0343 6468", "2026-11-27 10:15", "3.14159265358979", "user@host", "v1.2.3"]
 )
 def test_other_numbers_are_not_personal(text):

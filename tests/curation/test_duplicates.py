@@ -9,7 +9,8 @@ from conftest import chat
 from forgebook.curation.duplicates import DuplicateIndex, rows_per_band
 from forgebook.data.row_formats import parse_row
 
-WORDS = "".join(chr(97 + k % 26) + "aeiou"[k % 5] + chr(97 + k // 7 % 26) + " " for k in range(900)).split()
+WORDS = [chr(97 + k % 26) + "aeiou"[k % 5] + chr(97 + k // 7 % 26) for k in range(900)]
+WORDS = [word for word in WORDS if word not in ("not", "six", "ten")]  # examples with another one are different
 
 
 def example(question: str, answer: str = "It is on the table.", system: str | None = None, **more):
@@ -66,6 +67,9 @@ LONG = "please tell me where the old lamp of my aunt is, which she lost in the g
         ({"question": LONG, "system": "Answer in French."}, None),
         ({"question": LONG + " and order 72"}, None),
         ({"question": LONG + " if a < b"}, None),
+        ({"question": LONG + " is of type GX5"}, None),
+        ({"question": LONG.replace("the old lamp", "seven old lamps")}, None),
+        ({"question": LONG.replace("which she lost", "which she didn't lose")}, None),
         ({"question": LONG + "! It is urgent - thanks!"}, "near_duplicate"),
         ({"question": "where is the key of the door that leads to the cellar of the other house"}, None),
     ],

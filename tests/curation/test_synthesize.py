@@ -104,6 +104,14 @@ def test_the_first_right_answer_to_each_question_is_taken(run):
     assert result.as_json()["rejected"] == {"exact_match": 6}
 
 
+def test_a_question_that_several_seeds_ask_is_answered_once(run):
+    seeds = [chat("What is 3 plus 3?", f"#### {answer}", "Compute.") for answer in (6, 7)] + [chat("And you?", "Fine.")]
+    with endpoint(lambda body: "Well.") as (url, requests):
+        result, written = run(url, ["write=answers", "count=10"], seeds)
+    assert [messages[-2]["content"] for messages in written] == ["What is 3 plus 3?", "And you?"]
+    assert len(requests) == 2 and result.as_json()["seeds_in_validation"] == 0
+
+
 def test_a_prompt_of_ones_own(run):
     with endpoint(lambda body: "yes") as (url, requests):
         run(url, ["write=answers", "prompt='Q: {question} Think.'", "count=1"])

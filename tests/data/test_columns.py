@@ -70,6 +70,7 @@ def test_a_dot_leads_into_a_column():
         ("spam", {"spam": "[[1]]"}, "[[1]]"),
         (True, {True: "yes"}, "yes"),
         (0, {0: "no"}, "no"),
+        (1.0, ["ham", "spam"], "spam"),
         (3, None, "3"),
     ],
 )
@@ -85,6 +86,19 @@ def test_preferences_texts_and_messages():
     assert dict(mapped({"dialog": turns}, {"messages": "dialog"}, system="Other.")) == {"messages": turns}
     assert dict(mapped({"body": "x"}, {"text": "body"})) == {"text": "x"}
     assert mapped(chat("q", "a", system=None), system="Be brief.")["system"] == "Be brief."
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {"messages": json.dumps(chat("q", "a", "Own.")["messages"])},
+        {"messages": [{"role": "System", "content": "Own."}, {"role": "user", "content": "q"}]},
+        {"input": {"messages": chat("q", "a", "Own.")["messages"][:2]}, "preferred_output": [], "chosen": "x"},
+    ],
+    ids=["JSON text", "capitals", "OpenAI's pairs"],
+)
+def test_a_row_keeps_its_own_system_message_however_it_is_written(raw):
+    assert mapped(raw, system="Other.") == raw
 
 
 def test_nan_is_an_empty_cell():
@@ -135,6 +149,9 @@ def test_a_class_label_of_the_hub_gives_its_names(tmp_path):
         assert [one.messages[-1]["content"] for one in read] == ["ham", "spam"]
         with pytest.raises(DataError, match=r"1 of 3 rows[\s\S]*:3: the column 'label', .* is empty"):
             read_examples(source, "classification", None, ("ham", "spam"))
+    by_number = DataSource(path=str(tmp_path / "a.parquet"), columns=columns, labels=["[[0]]", "[[1]]"])
+    read = read_examples(by_number, "classification", 2, ("[[0]]", "[[1]]"), "drop")
+    assert [one.messages[-1]["content"] for one in read] == ["[[0]]", "[[1]]"]
     source = DataSource(path=str(tmp_path / "plain.parquet"), columns=columns, labels=["ham", "spam"])
     assert read_examples(source, "classification", None, ("ham", "spam"))[0].messages[-1]["content"] == "ham"
 

@@ -41,14 +41,23 @@ def test_data_files_in_folders_of_a_folder_are_not_left_out_in_silence(tmp_path,
     assert [source.uri.rsplit("/", 1)[1] for source in find_sources(f"{tmp_path}/more")] == ["b.jsonl"]
 
 
-@pytest.mark.parametrize("others", [("test.jsonl",), ("x-validation-00000.parquet",)])
-def test_a_folder_of_several_splits_is_refused(tmp_path, others):
+@pytest.mark.parametrize(
+    "other", ["test.jsonl", "x-validation-00000.parquet", "val.jsonl", "held_out.csv", "evaluation.json"]
+)
+@pytest.mark.parametrize("first", ["train-00000.jsonl", "rows.jsonl"])
+def test_a_folder_of_several_splits_is_refused(tmp_path, first, other):
     """Its test examples would be trained."""
-    for name in ("train-00000.jsonl", *others):
+    for name in (first, other):
         write(tmp_path / "data" / name)
     with pytest.raises(StorageError, match=r"holds files of several splits .*name those to read"):
         find_sources(str(tmp_path / "data"))
-    assert len(find_sources(str(tmp_path / "data" / "train*"))) == 1
+    assert len(find_sources(str(tmp_path / "data" / first.replace("-00000.jsonl", "*")))) == 1
+
+
+def test_files_beside_those_of_one_split_are_read(tmp_path):
+    for name in ("train.jsonl", "contest.jsonl", "values.jsonl"):
+        write(tmp_path / "data" / name)
+    assert len(find_sources(str(tmp_path / "data"))) == 3
 
 
 def test_a_data_set_that_was_saved_to_disk(tmp_path):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from forgebook.data.json_values import brief
-from forgebook.data.messages import read_messages, read_text, read_tools
+from forgebook.data.messages import read_messages, read_text, read_tools, with_whole_thought
 from forgebook.errors import DataError
 
 Q, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -119,6 +119,28 @@ def test_calls_as_turns_of_their_own_and_parallel_ones_as_one(asking, answering,
 
 
 @pytest.mark.parametrize(
+    ("first", "second", "merged"),
+    [
+        ({"loss": False}, {"loss": False}, {"weight": 0}),
+        ({}, {"reasoning_content": "hm"}, {"reasoning_content": "hm"}),
+        ({"reasoning": "a"}, {"reasoning": "b"}, {"reasoning_content": "a\n\nb"}),
+    ],
+    ids=["marks", "a thought", "two thoughts"],
+)
+def test_parallel_calls_keep_their_marks_and_thoughts(first, second, merged):
+    call = {"role": "tool_call", "content": {"name": "find", "arguments": {"city": "Rome"}}}
+    messages, ignored = read(Q, call | first, call | second)
+    assert messages[1] == {"role": "assistant", "content": "", "tool_calls": [CALL, CALL]} | merged and not ignored
+
+
+@pytest.mark.parametrize(("first", "second"), [({}, {"loss": False}), ({"train": False}, {"train": True})])
+def test_parallel_calls_of_different_marks_are_an_error(first, second):
+    call = {"role": "tool_call", "content": {"name": "find", "arguments": {"city": "Rome"}}}
+    with pytest.raises(DataError, match=r"messages\[2\] and the call before it are one turn, and marked differently"):
+        read(Q, call | first, call | second)
+
+
+@pytest.mark.parametrize(
     "message",
     [
         {"role": "User", "content": "q"},
@@ -164,6 +186,21 @@ def test_two_different_thoughts_are_an_error():
 def test_a_thought_beside_a_content_that_only_names_the_tag():
     message = {"role": "assistant", "content": "Write <think> first.", "reasoning_content": "hm"}
     assert read(message)[0] == [message]
+
+
+@pytest.mark.parametrize(
+    ("content", "whole"),
+    [
+        ("hm\n</think>\n\na", THOUGHT),
+        ("```\n1 + 1\n```\n</think>\na", "<think>\n```\n1 + 1\n```\n</think>\n\na"),
+        ("Write:\n<think>\nhm\n</think>\nThen answer.", None),
+        ("```xml\n<a>\n</think>\n</a>\n```", None),
+        ("Close it with </think> then.", None),
+    ],
+    ids="opened-by-the-prompt with-code shown in-code within-a-line".split(),
+)
+def test_a_thought_that_the_prompt_opened_is_told_from_a_text_about_thoughts(content, whole):
+    assert with_whole_thought(content, "content") == (whole or content)
 
 
 def test_keys_without_a_value_are_no_part_of_a_schema():

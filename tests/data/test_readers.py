@@ -250,6 +250,17 @@ def test_a_damaged_json_array_is_reported_with_its_line(tmp_path, text, message)
         read_examples(str(tmp_path / "r.json"))
 
 
+def test_lines_of_a_csv_are_those_of_the_file(tmp_path):
+    (tmp_path / "r.csv").write_bytes(b'prompt,completion\na,b\n\n\n"c\nc",d\r\ne,"f\r\n\r\nf"\ng,h\n')
+    examples = read_examples(str(tmp_path / "r.csv"))
+    assert [one.where.split(":")[1] for one in examples] == ["2", "5", "7", "10"]
+
+
+def test_a_csv_whose_header_looks_like_an_array(tmp_path):
+    (tmp_path / "r.csv").write_text("[id],prompt,completion\n1,a,b\n")
+    assert read_examples(str(tmp_path / "r.csv"))[0].messages[1]["content"] == "b"
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

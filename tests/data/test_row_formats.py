@@ -184,8 +184,13 @@ def test_a_system_text_inside_and_beside_the_messages_occurs_once():
 
 
 def test_answers_in_json_stay_text():
-    for text in ('{"city": "Rome"}', '["Rome"]', "[not json", '[{"name": "Rome"}]'):
+    for text in (
+        '{"city": "Rome"}', '["Rome"]', "[not json", '[{"name": "Rome"}]', '{"from": "Rome", "to": "Paris"}',
+        '[{"name": "Bo", "role": "lead"}]', '{"from": "Rome", "value": 7}',
+    ):  # fmt: skip
         assert parse({"prompt": "q", "completion": text})[0].messages[1]["content"] == text
+        pair = parse({"prompt": "q", "chosen": text, "rejected": "no"}, "preference_tuning")[0]
+        assert pair.messages[1]["content"] == text
 
 
 def test_marks_that_the_task_cannot_honor_are_named():
@@ -206,9 +211,17 @@ def test_preference_pairs():
         {"prompt": "q", "chosen": "a", "rejected": "b", "score": 2},
         {"prompt": [Q], "chosen": [A], "rejected": rejected[1:], "x": 0},
         {"prompt": [Q], "chosen": chosen, "rejected": rejected, "x": 0},
+        {"messages": [Q, A], "chosen": "a", "rejected": "b", "x": 0},
+        {"conversations": [Q, A], "chosen": A, "rejected": rejected[1], "x": 0},
+        {"messages": rejected, "chosen": "a", "rejected": "b", "x": 0},
     ):
         row, notes = parse(raw, "preference_tuning")
         assert row.messages == chosen and row.rejected == rejected and len(notes.ignored) == 1
+
+
+def test_a_conversation_beside_two_other_answers_is_an_error():
+    with pytest.raises(DataError, match="messages ends with an answer, neither chosen nor rejected"):
+        parse({"messages": [Q, A], "chosen": "x", "rejected": "y"}, "preference_tuning")
 
 
 @pytest.mark.parametrize(

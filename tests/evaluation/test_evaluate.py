@@ -92,6 +92,14 @@ def test_a_base_is_measured_without_the_biases_of_its_adapter(learn, tokenizer, 
     assert score.before.value == pytest.approx(math.exp(losses[0]), rel=1e-3) and losses[-1] < losses[0]
 
 
+def test_the_runs_own_examples_are_read_by_its_rule_for_bad_rows(learn):
+    rows = [chat("alpha", "one"), {"messages": []}, chat("bravo", "two")]
+    run = learn("bad rows", rows, on_bad_rows="drop", num_epochs=1)
+    assert evaluate(run, metric="perplexity").rows == 2
+    with pytest.raises(DataError, match="1 of 3 rows"):
+        evaluate(run, path=load_config(run.config).valid_path, metric="perplexity")
+
+
 def test_examples_of_another_file_get_the_system_message_of_training(by_heart, write_rows, tmp_path):
     plain, whole = (
         write_rows([chat(q, f"{q} and out", system) for q in QUESTIONS], f"{name}.jsonl")

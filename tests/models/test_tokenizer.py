@@ -221,6 +221,15 @@ def test_labels_become_tokens_and_stay_visible(make_config):
     assert tokenizer.decode(tokenizer("[[yes]]")["input_ids"], skip_special_tokens=True).endswith("[[yes]]")
 
 
+def test_a_label_of_several_words_is_no_part_of_a_word():
+    tokenizer = load_tokenizer(str(TINY_MODEL), ["not ok", "ok", "non-spam"])
+    ids = tokenizer.convert_tokens_to_ids(["not ok", "ok", "non-spam"])
+    for text in ("that is not okay", "joke", "non-spammer"):
+        assert not set(ids) & set(tokenizer(text)["input_ids"])
+    for text, label in zip(("not ok", "ok", "non-spam"), ids, strict=True):
+        assert tokenizer(text, add_special_tokens=False)["input_ids"] == [label]
+
+
 def test_a_continued_checkpoint_has_its_own_tokenizer(make_config, tmp_path):
     assert tokenizer_source("tiny", None, str(tmp_path)) == str(TINY_MODEL)
     (tmp_path / "tokenizer_config.json").write_text("{}")
