@@ -114,7 +114,9 @@ class Command:
 DEFAULT = Flag(("--default",), "choose everything that CONFIG leaves out, and print the reasons")
 JSON = Flag(("--json",), "print JSON")
 CHECKPOINT = Option("checkpoint", "one of the run's checkpoints, such as epoch-2; default: the best")
-ADDRESS = Option("address", "the cluster's job server; default: RAY_API_SERVER_ADDRESS, else this machine's")
+ADDRESS = Option(
+    "address", "the cluster's job server; default: RAY_API_SERVER_ADDRESS, an http RAY_ADDRESS, this machine's"
+)
 SAMPLING = (
     Option("temperature", "0 (the default) is greedy", number),
     Option("top_p", "sample among the most likely tokens with this share of the probability; default 1", number),
@@ -234,7 +236,7 @@ _TABLE = (
             CHECKPOINT,
             Option(
                 "max_new_tokens",
-                "longest answer, in tokens; default: 1.5 times the longest reference, at least 128",
+                "longest answer, in tokens; default: half more than the longest reference (at most 512), at least 128",
                 at_least(1),
             ),
             Option("engine", "what generates the answers: auto (the default), transformers or vllm"),

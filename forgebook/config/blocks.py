@@ -62,7 +62,8 @@ class PromptFormat(StrictBlock):
     user: str
     """Template of a user message; with `system_in_user` it also contains `{system}`."""
     assistant: str
-    """Template of an answer. End it with the end-of-turn token, which is added if nothing follows `{instruction}`."""
+    """Template of an answer. End it with the end-of-turn token: it is added to the last answer alone, if that ends with
+    `{instruction}`."""
     trailing_assistant: str = ""
     """Text after the last message that starts the answer; only for generation."""
     bos: str = ""

@@ -132,8 +132,14 @@ Block = Annotated[dict[str, Any], BeforeValidator(_numbers_inside)]
 LoraBlock = Annotated[Block, AfterValidator(_known_to_peft), WithJsonSchema(lora_schema())]
 RopeBlock = Annotated[Block, AfterValidator(_known_to_transformers), WithJsonSchema(_rope_schema())]
 Switch = Annotated[bool | dict[str, Any], BeforeValidator(_switch_or_block)]
-AnswerMetric = Annotated[Literal["exact_match", "tool_calls"], BeforeValidator(_metric)]
-BestMetric = Annotated[Literal["eval_loss", "exact_match", "tool_calls"], BeforeValidator(_metric)]
+_Written = Literal["exact_match", "tool_calls", "tool_accuracy"]
+_WrittenBest = Literal["eval_loss", "exact_match", "tool_calls", "tool_accuracy"]
+AnswerMetric = Annotated[
+    Literal["exact_match", "tool_calls"], BeforeValidator(_metric, json_schema_input_type=_Written)
+]
+BestMetric = Annotated[
+    Literal["eval_loss", "exact_match", "tool_calls"], BeforeValidator(_metric, json_schema_input_type=_WrittenBest)
+]
 Recomputation = Annotated[bool | Literal["auto", "selective", "offload"], BeforeValidator(_recomputation)]
 Resources = dict[str, Annotated[int | float, BeforeValidator(_amount)]]
 RunName = Annotated[str, AfterValidator(_fit_for_a_folder)]

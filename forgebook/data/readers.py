@@ -5,8 +5,8 @@
             for where, raw in read_chunk(chunk):       a dict, or the DataError that says what is wrong there
 
 JSON lines, JSON, Parquet, Arrow, CSV (also with tabs), compressed or not, and hf://dataset[/config]:split are detected
-from their first bytes, not from their names. A bad row stops nothing: it is an error in its place. What makes the rows
-after it unreadable is raised.
+from their first bytes; CSV alone from its name. A bad row stops nothing: it is an error in its place. What makes the
+rows after it unreadable is raised.
 """
 
 from __future__ import annotations

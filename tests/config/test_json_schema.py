@@ -27,6 +27,11 @@ def test_it_is_a_schema_with_a_text_for_every_key():
     assert all(node["description"] for block in blocks for node in block["properties"].values())
 
 
+def test_another_name_of_a_metric_is_valid():
+    assert errors_of(f"{NEEDED}metrics: [tool_accuracy]\nbest_metric: tool_accuracy\n") == []
+    assert errors_of(f"{NEEDED}metrics: [accuracy]\n")
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(REPOSITORY)))
 def test_every_config_of_the_repository_is_valid(path):
     assert errors_of(path.read_text()) == []
