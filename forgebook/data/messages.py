@@ -187,11 +187,12 @@ def with_whole_thought(content: str, field: str) -> str:
 
 def _check_thoughts(reasoning: Any, message: Message, at: str) -> None:
     """Remove a thought from the content that is also under its own key; raise DataError for two different ones."""
-    thought, rest = split_thought(message["content"])
-    if thought and isinstance(reasoning, str) and thought != reasoning.strip():
+    match = LEADING_THOUGHT.fullmatch(message["content"])
+    if match is None:
+        return
+    if (thought := match[1].strip()) and isinstance(reasoning, str) and thought != reasoning.strip():
         raise DataError(f"{at} has reasoning and another thought in its content: keep one of them")
-    if thought:
-        message["content"] = rest
+    message["content"] = match[2].strip()
 
 
 def _weight(message: Message, role: str, at: str) -> int | None:

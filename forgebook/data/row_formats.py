@@ -378,7 +378,7 @@ def _alpaca_question(raw: dict) -> list[Message]:
         if not (isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn)):
             raise DataError(f"history has {brief(turn)}; expected [question, answer] pairs")
         messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
-    question = "\n\n".join(text for text in (_text_of(raw, "instruction"), _text_of(raw, "input")) if text)
+    question = "\n\n".join(text for text in (_text_of(raw, "instruction"), _text_of(raw, "input")) if text.strip())
     return [*messages, {"role": "user", "content": question}]
 
 

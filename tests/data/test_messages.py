@@ -163,6 +163,7 @@ THOUGHT = "<think>\nhm\n</think>\n\na"
     [
         {"content": THOUGHT, "reasoning_content": "hm"},
         {"content": THOUGHT, "reasoning": " hm\n"},
+        {"content": "<think>\n\n</think>\n\na", "reasoning_content": "hm"},
         {"content": [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "a"}]},
         {
             "content": [
@@ -171,7 +172,7 @@ THOUGHT = "<think>\nhm\n</think>\n\na"
             ]
         },
     ],
-    ids="in-content-and-beside with-margins anthropic mistral".split(),
+    ids="in-content-and-beside with-margins empty-in-content anthropic mistral".split(),
 )
 def test_a_thought_written_twice_or_in_parts_is_one(answer):
     [message], ignored = read({"role": "assistant", **answer})
