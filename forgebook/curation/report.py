@@ -128,8 +128,9 @@ def _texts(example: Example) -> list[tuple[str, str]]:
 
 
 def _message_text(message: Any) -> str:
-    calls = message.get("tool_calls")
-    return str(message.get("content") or "") + (json.dumps(calls, ensure_ascii=False) if calls else "")
+    thought, calls = message.get("reasoning_content"), message.get("tool_calls")
+    said = str(message.get("content") or "") + (json.dumps(calls, ensure_ascii=False) if calls else "")
+    return f"({thought}) {said}" if thought else said
 
 
 def _limited(text: str) -> str:

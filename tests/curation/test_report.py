@@ -56,6 +56,13 @@ def test_personal_data_is_in_no_report(tmp_path):
         assert "ada@example.org" not in report and "ada[email address]" in report
 
 
+def test_a_thought_with_personal_data_is_shown_and_masked(tmp_path):
+    row = chat("Who?", "Her.")
+    row["messages"][-1]["reasoning_content"] = "It is ada@example.org."
+    report = json.dumps(as_json(curation_of(tmp_path, [row])))
+    assert "(It is ada[email address].) Her." in report and "ada@example.org" not in report
+
+
 def test_what_a_judge_reports_is_shown(tmp_path):
     def judge(left):
         return Judged([], {"median": 0.25, "shown": [4], "lists": {"lowest loss": [(4, "0.1 nats")]}})
