@@ -196,8 +196,8 @@ def make_worker(config: ResolvedConfig, accelerator: Accelerator, steps: int = 1
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         model.train()
         optimizer = optimizers.deepspeed_adamw(config.optimizer, groups, **hyperparameters)
-        # accelerate and DeepSpeed would import them, for seconds, to see whether the optimizer is one of theirs.
-        with without_unused("bitsandbytes"), without_unused("deepspeed.runtime.zero.muon.muon_optimizer"):
+        # accelerate would import bitsandbytes, which is slow, to see whether the optimizer is one of its.
+        with without_unused("bitsandbytes"):
             deepspeed_engine, optimizer = accelerator.prepare(wrapped, optimizer)
         engine = deepspeed_engine
         return Worker(accelerator, tokenizer, model, engine, optimizer, engine, parameters, notes, processor)

@@ -237,17 +237,14 @@ def test_two_workers_train_a_model_with_a_vision_tower(tmp_path):
 STARTED = """
 import sys
 from forgebook.config.parse import load_config
-from forgebook.training.setup import make_accelerator, make_worker
-config = load_config("training_configs/tiny/quickstart.yaml", ["num_devices=0", "deepspeed=zero_2"]).resolved()
-make_worker(config, make_accelerator(config))
-print("imported:", *(name for name in ("deepspeed", "mlflow", "torch._inductor.compile_fx") if name in sys.modules))
+from forgebook.training.setup import make_accelerator
+make_accelerator(load_config("training_configs/tiny/quickstart.yaml", ["num_devices=0", "deepspeed=zero_2"]).resolved())
+print("imported:", "deepspeed" in sys.modules, "mlflow" in sys.modules)
 """
 
 
 @pytest.mark.slow
-def test_deepspeed_starts_without_mlflow_and_compilers():
-    """Its tuner would import the one, if it is installed, its own Muon the others: two seconds of a worker's start."""
-    as_users = {name: value for name, value in os.environ.items() if name != "TORCHDYNAMO_DISABLE"}
-    command = [sys.executable, "-c", STARTED]
-    started = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env=as_users)
-    assert "imported: deepspeed\n" in started.stdout, started.stderr
+def test_deepspeed_starts_without_importing_mlflow():
+    """Its tuner would, if it is installed: a second of each worker's start."""
+    started = subprocess.run([sys.executable, "-c", STARTED], cwd=REPOSITORY, capture_output=True, text=True)
+    assert "imported: True False" in started.stdout, started.stderr
