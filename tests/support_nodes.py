@@ -48,6 +48,8 @@ class Nodes:
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
             "RAY_worker_niceness": "0",  # as in conftest.py
+            # The nodes share a session's folder: one measures the engine's copy in it while the other compiles there.
+            "PYTHONDONTWRITEBYTECODE": "1",
             "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "200",  # a busy machine starts slowly
         }  # fmt: skip
@@ -132,6 +134,8 @@ class Nodes:
     def _take_down(self) -> None:
         for k in range(1, self.count + 1):
             self.kill(k)
+            # By name: its namespace is there until its last process is gone.
+            subprocess.run(["ip", "link", "del", f"{NAME}v{k}"], check=False, stderr=subprocess.DEVNULL)
             subprocess.run(["ip", "netns", "del", f"{NAME}{k}"], check=False, stderr=subprocess.DEVNULL)
         subprocess.run(["ip", "link", "del", BRIDGE], check=False)
 

@@ -172,7 +172,7 @@ def test_a_sweep_finds_the_better_rate(ray_session, tmp_path, monkeypatch, capfd
 def test_ctrl_c_ends_a_sweep_with_all_its_processes_and_the_same_command_resumes(request, tmp_path, monkeypatch):
     """As a terminal sends it: to Ray's processes and the trials, too."""
     words = [
-        "learning_rate=[5.0e-3,4.0e-3]", "num_devices=0", "deepspeed=none", "max_steps=12", "num_epochs=1",
+        "learning_rate=[5.0e-3,4.0e-3]", "num_devices=0", "deepspeed=none", "max_steps=30", "num_epochs=1",
         "checkpoint_and_evaluation_frequency={unit: steps, frequency: 3}", f"storage_path={tmp_path}",
     ]  # fmt: skip
     command, environment = [sys.executable, "main.py", "tune", QUICKSTART, *words], {"RAY_ADDRESS": "local"}
