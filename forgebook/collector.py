@@ -1,7 +1,7 @@
 """Python's garbage collector, set for processes that import the libraries of the field.
 
-Their modules are a million objects that stay. At Python's defaults the collector goes through them 1,500 times, a sixth
-of the time that the imports take, and finds nothing.
+Their modules are two thirds of a million objects, nearly all of which stay. At Python's defaults importing them starts
+the collector 1,500 times, which takes a sixth of the time.
 """
 
 from __future__ import annotations

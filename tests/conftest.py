@@ -55,7 +55,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """Let the garbage collector pass over the tests and modules: 600,000 objects that stay."""
+    """Let the garbage collector pass over the tests and modules: 800,000 objects that stay."""
     gc.collect()
     gc.freeze()
 

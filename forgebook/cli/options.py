@@ -115,7 +115,7 @@ DEFAULT = Flag(("--default",), "choose everything that CONFIG leaves out, and pr
 JSON = Flag(("--json",), "print JSON")
 CHECKPOINT = Option("checkpoint", "one of the run's checkpoints, such as epoch-2; default: the best")
 ADDRESS = Option(
-    "address", "the cluster's job server; default: RAY_API_SERVER_ADDRESS, an http RAY_ADDRESS, this machine's"
+    "address", "the cluster's job server; default: RAY_API_SERVER_ADDRESS, an http RAY_ADDRESS, or this machine's"
 )
 SAMPLING = (
     Option("temperature", "0 (the default) is greedy", number),
@@ -236,7 +236,7 @@ _TABLE = (
             CHECKPOINT,
             Option(
                 "max_new_tokens",
-                "longest answer, in tokens; default: half more than the longest reference (at most 512), at least 128",
+                "longest answer, in tokens; default: 1.5 times the longest reference, at most 512 more, at least 128",
                 at_least(1),
             ),
             Option("engine", "what generates the answers: auto (the default), transformers or vllm"),

@@ -62,8 +62,8 @@ class PromptFormat(StrictBlock):
     user: str
     """Template of a user message; with `system_in_user` it also contains `{system}`."""
     assistant: str
-    """Template of an answer. End it with the end-of-turn token: it is added to the last answer alone, if that ends with
-    `{instruction}`."""
+    """Template of an answer. End it with the end-of-turn token; one that ends with `{instruction}` gets it after the
+    last answer only."""
     trailing_assistant: str = ""
     """Text after the last message that starts the answer; only for generation."""
     bos: str = ""
@@ -197,8 +197,8 @@ class ClassifierConfig(StrictBlock):
     """Train the model to answer with one of a few labels."""
 
     label_tokens: Annotated[list[str], Field(min_length=2)]
-    """The labels; each becomes one token, and the last answer of every example is exactly one of them. Where a question
-    holds a label as a word it is that token, too: better choose labels that it cannot hold, as [[spam]]. A new token's
+    """The labels; each becomes one token, and the last answer of every example is exactly one of them. A label
+    that is a word of a question is the same token there: choose labels that are not, such as [[spam]]. A new token's
     embedding starts from the tokens of its text; under LoRA it has a learning rate of 4 / hidden size, in a run of more
     than 40 steps of 160 / (steps x hidden size), or `learning_rate`, whichever is higher."""
     eval_metrics: list[Literal["accuracy", "f1", "precision", "recall", "prauc", "rocauc"]] = ["accuracy"]

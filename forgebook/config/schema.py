@@ -97,7 +97,7 @@ class FinetuneConfig(StrictBlock):
     context_length: Annotated[Positive | None, Mark.AUTO] = None
     """Longest example, in tokens. None: the base model's own context, or the data's 95th percentile if longer."""
     truncation: Literal["error", "drop", "left", "right"] = "error"
-    """Longer examples: reject the data, drop them, or cut their start or end. An end outside the loss is always cut."""
+    """Longer examples: reject the data, drop them, or cut their start or end. A tail outside the loss is always cut."""
     padding: Annotated[Literal["longest", "max_length", "packed"], Mark.AUTO] = "longest"
     """Pad a batch to its longest example, or to `context_length` to measure the worst case. packed: fill sequences
     of `context_length` with whole examples, without cross-contamination; a batch then counts sequences."""
@@ -118,7 +118,7 @@ class FinetuneConfig(StrictBlock):
     """Hold the frozen weights in 4 bits (QLoRA: NF4, double quantization) or 8, through bitsandbytes; embeddings and
     output layer stay as they are. Needs `lora_config`; not with ZeRO-3 or FSDP2."""
     train_batch_size_per_device: Annotated[Examples | None, Mark.AUTO] = None
-    """Examples per device in one forward pass. None: 16 for a context of up to 512, 8 to 1024, 4 to 2048, 2 to 4096."""
+    """Examples per device and forward pass. None: 16 for contexts to 512, 8 to 1024, 4 to 2048, 2 to 4096, else 1."""
     eval_batch_size_per_device: Annotated[Examples | None, Mark.AUTO, Mark.NO_EFFECT] = None
     """The same for evaluation."""
     gradient_accumulation_steps: Annotated[Examples, Mark.AUTO] = 1

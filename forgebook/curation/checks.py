@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from forgebook.curation.languages import language_of
 from forgebook.curation.refusals import refusal_in
-from forgebook.data.messages import Message
+from forgebook.data.messages import texts_of
 from forgebook.data.row_formats import Example
 
 __all__ = ["Finding", "TextChecks", "answers_of", "mask_personal_data"]
@@ -139,14 +139,8 @@ def _masked(found: str, name: str) -> str:
 
 
 def _texts(example: Example) -> list[str]:
-    """List what an example says: contents, reasoning, and the arguments of calls."""
     messages = [*(example.messages or ()), *(example.rejected or ())[-1:]]
-    return [text for message in messages for text in _said(message)] or [example.text or ""]
-
-
-def _said(message: Message) -> list[str]:
-    calls = json.dumps(message["tool_calls"], ensure_ascii=False) if message.get("tool_calls") else ""
-    return [text for text in (message.get("reasoning_content"), message.get("content"), calls) if text]
+    return [text for message in messages for text in texts_of(message)] or [example.text or ""]
 
 
 def _characters(text: str) -> int:

@@ -18,13 +18,14 @@ import json
 import re
 import zlib
 from array import array
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from datasketch import MinHash, MinHashLSH
 
+from forgebook.data.messages import texts_of
 from forgebook.data.row_formats import Example
 from forgebook.data.split import as_row, group_of
 
@@ -41,7 +42,8 @@ PAIRS_AT_ONCE = 2**18
 # Scripts without spaces between words: each character is a word.
 _CJK = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
 _WORD = re.compile(rf"[{_CJK}]|[^\W{_CJK}]+")
-# What turns a sentence or a line of code into another: numbers, negations, comparisons, operators between two operands.
+# What turns a sentence or a line of code into another: numbers, comparisons, operators between two operands; in English
+# also numbers in words, and negations.
 _NUMBERS = """
     zero two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen
     nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred thousand million billion
@@ -72,13 +74,7 @@ def compared_text(example: Example) -> str:
     if example.messages is None:
         return example.text or ""
     messages = [*example.messages, *(example.rejected or ())[-1:]]
-    return "\n".join(_said(message) for message in messages if message["role"] != "system")
-
-
-def _said(message: Mapping[str, Any]) -> str:
-    calls = message.get("tool_calls")
-    texts = [message.get("reasoning_content"), message.get("content"), calls and json.dumps(calls, ensure_ascii=False)]
-    return " ".join(str(text) for text in texts if text)
+    return "\n".join(" ".join(texts_of(message)) for message in messages if message["role"] != "system")
 
 
 class DuplicateIndex:

@@ -9,6 +9,7 @@ from typing import Any
 from forgebook.config.curation_blocks import REASONS
 from forgebook.curation.checks import Finding, mask_personal_data
 from forgebook.curation.curate import Curation
+from forgebook.data.messages import texts_of
 from forgebook.data.row_formats import Example
 
 __all__ = ["as_json", "as_page", "figure_rows", "table_rows"]
@@ -124,13 +125,7 @@ def _texts(example: Example) -> list[tuple[str, str]]:
         return [("text", _limited(example.text or ""))]
     messages = [(str(message["role"]), message) for message in example.messages]
     messages += [("rejected", message) for message in (example.rejected or ())[-1:]]
-    return [(role, _limited(_message_text(message))) for role, message in messages]
-
-
-def _message_text(message: Any) -> str:
-    thought, calls = message.get("reasoning_content"), message.get("tool_calls")
-    said = str(message.get("content") or "") + (json.dumps(calls, ensure_ascii=False) if calls else "")
-    return f"({thought}) {said}" if thought else said
+    return [(role, _limited("\n".join(texts_of(message)))) for role, message in messages]
 
 
 def _limited(text: str) -> str:

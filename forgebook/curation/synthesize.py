@@ -207,18 +207,10 @@ def _parsed(row: dict[str, Any], where: str, system: str | None) -> Example | st
     """Read an example in any format; or say why it is none. system: of all seeds, for one that lacks it."""
     if set(row) >= {"question", "answer"}:
         row = {"prompt": row["question"], "completion": row["answer"]}
-    if system is not None and not _has_system(row):
-        row = {**row, "system": system}
     try:
-        return parse_row(row, where, "instruction_tuning")[0]
+        return parse_row(row, where, "instruction_tuning", system=system)[0]
     except DataError as error:
         return f"malformed: {error}"
-
-
-def _has_system(row: dict[str, Any]) -> bool:
-    messages = row.get("messages")
-    first = messages[0] if isinstance(messages, list) and messages else None
-    return "system" in row or (isinstance(first, dict) and first.get("role") == "system")
 
 
 def _shared_system(seeds: list[Example]) -> str | None:

@@ -7,7 +7,6 @@ mapping_text(["question", "answer"], "a.jsonl", "train_path")      the YAML to w
 
 from __future__ import annotations
 
-import contextlib
 import math
 import string
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,13 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from forgebook.config.data_block import as_written, template_columns
-from forgebook.data.json_values import brief, parse_json
+from forgebook.data.json_values import brief
 from forgebook.errors import DataError, near_miss
 
 __all__ = ["ColumnMapping", "MappedRow", "map_row", "mapping_text"]
 
-# Where messages may already begin with a system message.
-CONVERSATIONS = ("messages", "conversations", "prompt", "chosen")
 OPTIONAL = ("system", "tools")
 # The names that data sets give these columns, the most telling first.
 QUESTIONS = """
@@ -41,7 +38,8 @@ LABELS = "label labels category class intent target sentiment answer output".spl
 class ColumnMapping:
     """Which columns hold what. columns: (role, column or template); labels: (value as text, label).
 
-    by_number: the values of labels are numbers, of a column with names for them, too.
+    system: of conversations that have no system message. by_number: labels stand for numbers, even where a column has
+    names for them.
     """
 
     columns: tuple[tuple[str, str], ...] = ()
@@ -78,14 +76,12 @@ def map_row(raw: Any, mapping: ColumnMapping) -> Any:
     if not isinstance(raw, dict):
         return raw  # row_formats says what it should be
     if not mapping.columns:
-        return raw if _has_system(raw) else {**raw, "system": mapping.system}
+        return raw
     values = {role: _value(raw, role, template) for role, template in mapping.columns}
     if mapping.labels:
         key = "label" if "label" in values else "assistant"
         values[key] = _label(values[key], mapping)
     row = MappedRow({key: value for key, value in _as_format(values).items() if value is not None})
-    if mapping.system and not _has_system(row):
-        row["system"] = mapping.system
     used = {name.split(".")[0] for _, template in mapping.columns for name in template_columns(template)}
     used |= {name for _, template in mapping.columns for name in template_columns(template)}
     absent = [(role, name) for role, template in mapping.columns if role in OPTIONAL for name in _absent(raw, template)]
@@ -123,7 +119,7 @@ def _value(raw: dict[str, Any], role: str, template: str) -> Any:
             return None
         return (
             value
-            if role in (*CONVERSATIONS, "rejected", "user", "tools", "label", "images")
+            if role in ("messages", "chosen", "rejected", "user", "tools", "label", "images")
             else _text(value, template)
         )
     parts = [(literal, name) for literal, name, _, _ in string.Formatter().parse(template)]
@@ -182,32 +178,17 @@ def _text(value: Any, name: str) -> str:
 
 
 def _label(value: Any, mapping: ColumnMapping) -> str:
-    labels, number = dict(mapping.labels), getattr(value, "number", None)
-    is_whole = isinstance(value, float) and value.is_integer()  # as pandas writes numbers beside an empty cell
-    written = as_written(int(value) if is_whole else number if mapping.by_number and number is not None else value)
+    if mapping.by_number:
+        value = getattr(value, "number", value)  # of a name
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # as pandas writes it beside an empty cell
+    labels, written = dict(mapping.labels), as_written(value)
     if written in labels:
         return labels[written]
     if written in labels.values() and all(key.isdigit() for key in labels):  # a list of names, and their name
         return written
     known = ", ".join(f"{key}: {label}" for key, label in mapping.labels)
     raise DataError(f"the label is {brief(value)}, which `labels` does not have ({known}): add it")
-
-
-def _has_system(row: dict[str, Any]) -> bool:
-    """Report whether a row brings a system message, beside its messages or as the first of them."""
-    asked = row.get("input")  # of OpenAI's pairs
-    values = [row.get(key) for key in CONVERSATIONS] + [asked.get("messages") if isinstance(asked, dict) else None]
-    first = [value[0] for value in map(_conversation, values) if value]
-    roles = [one.get("role") or one.get("from") for one in first if isinstance(one, dict)]
-    return bool(row.get("system")) or any(str(role).lower() in ("system", "developer") for role in roles)
-
-
-def _conversation(value: Any) -> list | None:
-    """Return a list of messages, which may be written as JSON text; None for anything else."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        with contextlib.suppress(DataError):
-            value = parse_json(value)
-    return value if isinstance(value, list) else None
 
 
 # The mapping to write ---------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ __all__ = [
     "read_text",
     "read_tools",
     "split_thought",
+    "texts_of",
     "with_whole_thought",
     "without_filled_arguments",
 ]
@@ -164,6 +165,12 @@ def _divided(parts: list) -> Message:
         return {}
     texts = [read_text(part.get("thinking"), "thinking") for part in thoughts]
     return {"thinking": "\n".join(texts), "content": [part for part in parts if part not in thoughts]}
+
+
+def texts_of(message: Message) -> list[str]:
+    """List what a checked message says: its reasoning, its content, and its calls as JSON."""
+    calls = json.dumps(message["tool_calls"], ensure_ascii=False) if message.get("tool_calls") else None
+    return [text for text in (message.get("reasoning_content"), message.get("content"), calls) if text]
 
 
 def split_thought(content: str) -> tuple[str, str]:

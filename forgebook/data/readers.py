@@ -266,15 +266,15 @@ def _read_csv(path: Path) -> Iterator[tuple[int, Any]]:
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         header = file.readline(LONGEST_LINE)
         file.seek(0)
-        reader = csv.DictReader(file, strict=True, delimiter=max(DELIMITERS, key=header.count))
+        rows = csv.reader(file, strict=True, delimiter=max(DELIMITERS, key=header.count))
         number = 1
         try:
-            check_unique(filter(None, reader.fieldnames or ()), "column")  # reads the header
+            names = next(rows)
+            check_unique(filter(None, names), "column")
             while True:
-                number = reader.line_num + 1
-                row = next(reader)
-                # Empty lines before it are passed over; one of its own ends in each of its line breaks.
-                yield reader.line_num - _line_breaks(row), _csv_row(row)
+                number = rows.line_num + 1
+                if cells := next(rows):  # not an empty line
+                    yield number, _csv_row(names, cells)
         except StopIteration:
             return
         except DataError as error:
@@ -285,16 +285,11 @@ def _read_csv(path: Path) -> Iterator[tuple[int, Any]]:
             yield number, BrokenFileError(f"not valid CSV ({error}): {fix}")
 
 
-def _line_breaks(row: dict) -> int:
-    cells = [text for cell in row.values() for text in (cell if isinstance(cell, list) else [cell]) if text]
-    return sum(len(re.findall(r"\r\n|\r|\n", text)) for text in cells)
-
-
-def _csv_row(row: dict) -> Any:
+def _csv_row(names: list[str], cells: list[str]) -> Any:
     try:
-        "".join(text for cell in row.items() for text in cell if isinstance(text, str)).encode()
+        "".join([*names, *cells]).encode()
     except UnicodeEncodeError:
         return DataError("not UTF-8 text: save the file as UTF-8")
-    if None in row or None in row.values():
+    if len(cells) != len(names):
         return DataError("more or fewer cells than the header: quote cells that contain commas")
-    return {key: cell or None for key, cell in row.items()}
+    return {name: cell or None for name, cell in zip(names, cells, strict=True)}

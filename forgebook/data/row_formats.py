@@ -110,24 +110,25 @@ def parse_chunk(
     """Read and check the rows of a chunk; a DataError in the place of one that cannot be used."""
     labels = tuple(labels)
     base = image_base(chunk.source.uri)
+    system = chunk.source.mapping.system if chunk.source.mapping else None
     for where, raw in read_chunk(chunk):
         try:
-            yield raw if isinstance(raw, DataError) else parse_row(raw, where, task, labels, base)
+            yield raw if isinstance(raw, DataError) else parse_row(raw, where, task, labels, base, system)
         except DataError as error:
             yield error
 
 
 def parse_row(
-    raw: Any, where: str, task: str, labels: Iterable[str] = (), base: str | None = None
+    raw: Any, where: str, task: str, labels: Iterable[str] = (), base: str | None = None, system: str | None = None
 ) -> tuple[Example, RowNotes]:
     """Detect the format of one row, convert and check it.
 
-    labels: of task classification, what the last answer may be. base: where relative paths of images begin.
+    labels: the allowed last answers. base: where relative image paths begin. system: for rows without a system message.
 
     Raises DataError: `where: field: what it is, what to do`.
     """
     try:
-        example, notes = _detect(raw, where, task)
+        example, notes = _detect(raw, where, task, system)
         image_keys = set[str]()
         for messages in (example.messages, example.rejected):
             if messages is not None:
@@ -151,7 +152,7 @@ def parse_row(
 # Detecting the format ---------------------------------------------------------------------------------
 
 
-def _detect(raw: Any, where: str, task: str) -> tuple[Example, RowNotes]:
+def _detect(raw: Any, where: str, task: str, system: str | None) -> tuple[Example, RowNotes]:
     if not isinstance(raw, dict):
         kind = JSON_TYPES.get(type(raw), type(raw).__name__)
         raise DataError(f"the row is a JSON {kind}; expected an object with the key 'messages'")
@@ -171,7 +172,7 @@ def _detect(raw: Any, where: str, task: str) -> tuple[Example, RowNotes]:
             raise _unknown(f"no 'chosen' and 'rejected' (its keys: {_names(raw)}), which preference_tuning needs", raw)
         used, pair = _pair(raw, ignored)
         tools = read_tools(raw)
-        chosen, rejected = (without_filled_arguments(_with_system(raw, messages), tools) for messages in pair)
+        chosen, rejected = (without_filled_arguments(_with_system(raw, messages, system), tools) for messages in pair)
         example = Example(where, messages=chosen, rejected=rejected, tools=tools)
         return example, _notes("preference", raw, {"chosen", "rejected", *used} | SHARED_KEYS, ignored)
     if conversation := _conversation(raw, ignored, task):
@@ -182,11 +183,13 @@ def _detect(raw: Any, where: str, task: str) -> tuple[Example, RowNotes]:
                 "key label if it means something else; task: preference_tuning takes pairs of chosen and rejected"
             )
         tools = read_tools(raw)
-        messages = without_filled_arguments(_with_system(raw, messages), tools)
+        messages = without_filled_arguments(_with_system(raw, messages, system), tools)
         example = Example(where, messages=messages, tools=tools)
         return example, _notes(name, raw, {*used} | SHARED_KEYS, ignored)
     if task in UNMASKED and isinstance(raw.get("text"), str) and raw["text"]:
-        return Example(where, text=raw["text"]), _notes("text", raw, {"text"}, ignored)
+        return Example(where, text=raw["text"]), _notes(
+            "text", raw, {"text"}, ignored | {"system"} if system else ignored
+        )
     if has_pair:
         raise DataError("a pair of 'chosen' and 'rejected': set task: preference_tuning to train on it")
     if "messages" in raw:
@@ -207,11 +210,7 @@ def _unknown(message: str, raw: dict) -> DataError:
 
 def _is_conversation(value: Any) -> bool:
     """Return whether a column of any name holds messages."""
-    return isinstance(value, list) and bool(value) and all(isinstance(one, dict) and _speaker(one) for one in value)
-
-
-def _speaker(message: dict) -> bool:
-    return isinstance(message.get("role", message.get("from")), str) and bool(message.keys() & {"content", "value"})
+    return isinstance(value, list) and bool(value) and all(map(is_turn, value))
 
 
 def _with_openai_pair(raw: dict, ignored: set[str]) -> dict:
@@ -308,12 +307,14 @@ def _without_margins(message: Message) -> Message:
     return message | {"content": message["content"].strip()}
 
 
-def _with_system(raw: dict, messages: list[Message]) -> list[Message]:
-    """Put the system text that stands beside the messages before them."""
-    if not raw.get("system"):
+def _with_system(raw: dict, messages: list[Message], default: str | None) -> list[Message]:
+    """Put the system text that stands beside the messages before them, or the default if there is none at all."""
+    has_own = bool(messages) and messages[0]["role"] == "system"
+    text = read_text(raw["system"], "system") if raw.get("system") else None if has_own else default
+    if text is None:
         return messages
-    system = {"role": "system", "content": read_text(raw["system"], "system")}
-    if messages and messages[0]["role"] == "system":
+    system = {"role": "system", "content": text}
+    if has_own:
         if _without_margins(messages[0]) == _without_margins(system):
             return messages
         raise DataError("system: the messages begin with another system message: keep one of them")
@@ -362,8 +363,7 @@ def _decoded(raw: dict) -> dict:
             continue
         with contextlib.suppress(DataError):  # a text that looks like JSON
             value = parse_field(text, key)
-            turns = value if isinstance(value, list) else [value]
-            if turns and all(map(is_turn, turns)):
+            if _is_conversation(turns := value if isinstance(value, list) else [value]):
                 decoded[key] = turns
     return decoded
 

@@ -9,8 +9,9 @@ from conftest import chat
 from forgebook.curation.duplicates import DuplicateIndex, rows_per_band
 from forgebook.data.row_formats import parse_row
 
-WORDS = [chr(97 + k % 26) + "aeiou"[k % 5] + chr(97 + k // 7 % 26) for k in range(900)]
-WORDS = [word for word in WORDS if word not in ("not", "six", "ten")]  # examples with another one are different
+SYLLABLES = (chr(97 + k % 26) + "aeiou"[k % 5] + chr(97 + k // 7 % 26) for k in range(900))
+# Without the English words that make two examples different, however alike they are.
+WORDS = [syllable for syllable in SYLLABLES if syllable not in ("not", "six", "ten")]
 
 
 def example(question: str, answer: str = "It is on the table.", system: str | None = None, **more):

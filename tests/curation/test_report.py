@@ -60,7 +60,7 @@ def test_a_thought_with_personal_data_is_shown_and_masked(tmp_path):
     row = chat("Who?", "Her.")
     row["messages"][-1]["reasoning_content"] = "It is ada@example.org."
     report = json.dumps(as_json(curation_of(tmp_path, [row])))
-    assert "(It is ada[email address].) Her." in report and "ada@example.org" not in report
+    assert r"It is ada[email address].\nHer." in report and "ada@example.org" not in report
 
 
 def test_what_a_judge_reports_is_shown(tmp_path):

@@ -16,8 +16,8 @@ from forgebook.errors import DataError
 GSM = {"question": "2 + 2?", "answer": "4 {so}", "id": 7}
 
 
-def mapped(raw, columns=None, **about):
-    return map_row(raw, ColumnMapping.of(columns, about.get("system"), about.get("labels")))
+def mapped(raw, columns, labels=None):
+    return map_row(raw, ColumnMapping.of(columns, None, labels))
 
 
 def texts(row):
@@ -25,8 +25,8 @@ def texts(row):
 
 
 def test_user_and_assistant():
-    row = mapped(GSM, {"user": "question", "assistant": "answer"}, system="Be brief.")
-    assert texts(row) == [("user", "2 + 2?"), ("assistant", "4 {so}")] and row["system"] == "Be brief."
+    row = mapped(GSM, {"user": "question", "assistant": "answer"})
+    assert texts(row) == [("user", "2 + 2?"), ("assistant", "4 {so}")]
     assert row.unused == ("id",)
 
 
@@ -83,22 +83,52 @@ def test_preferences_texts_and_messages():
     pair = mapped({"q": "?", "good": "a", "bad": "b"}, {"user": "q", "chosen": "good", "rejected": "bad"})
     assert dict(pair) == {"prompt": "?", "chosen": "a", "rejected": "b"}
     turns = chat("q", "a")["messages"]
-    assert dict(mapped({"dialog": turns}, {"messages": "dialog"}, system="Other.")) == {"messages": turns}
+    assert dict(mapped({"dialog": turns}, {"messages": "dialog"})) == {"messages": turns}
     assert dict(mapped({"body": "x"}, {"text": "body"})) == {"text": "x"}
-    assert mapped(chat("q", "a", system=None), system="Be brief.")["system"] == "Be brief."
+
+
+def read_with_system(write_rows, raw, columns=None, task="instruction_tuning"):
+    source = DataSource(path=write_rows([raw]), columns=columns, system="Be brief.")
+    return read_examples(source, task)[0]
+
+
+ANSWER = {"role": "assistant", "content": "a"}
+OWN = {
+    "messages": chat("q", "a", "Own."),
+    "JSON text": {"messages": json.dumps(chat("q", "a", "Own.")["messages"])},
+    "capitals": {"messages": [{"role": "System", "content": "Own."}, *chat("q", "a", None)["messages"]]},
+    "beside the messages": {**chat("q", "a", None), "system": "Own."},
+    "pair of OpenAI": {
+        "input": {"messages": chat("q", "a", "Own.")["messages"][:2]}, "preferred_output": [ANSWER],
+        "non_preferred_output": [ANSWER | {"content": "b"}],
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("raw", OWN.values(), ids=OWN)
+def test_a_conversation_keeps_its_own_system_message_however_it_is_written(write_rows, raw):
+    task = "preference_tuning" if "input" in raw else "instruction_tuning"
+    example = read_with_system(write_rows, raw, task=task)
+    assert [(m["role"], m["content"]) for m in example.messages] == [
+        ("system", "Own."),
+        ("user", "q"),
+        ("assistant", "a"),
+    ]
 
 
 @pytest.mark.parametrize(
-    "raw",
+    ("raw", "columns"),
     [
-        {"messages": json.dumps(chat("q", "a", "Own.")["messages"])},
-        {"messages": [{"role": "System", "content": "Own."}, {"role": "user", "content": "q"}]},
-        {"input": {"messages": chat("q", "a", "Own.")["messages"][:2]}, "preferred_output": [], "chosen": "x"},
+        (chat("q", "a", None), None),
+        ({"prompt": "q", "completion": "a"}, None),
+        ({"ask": "q", "say": "a"}, {"user": "ask", "assistant": "say"}),
+        ({"talk": chat("q", "a", None)["messages"]}, {"messages": "talk"}),
     ],
-    ids=["JSON text", "capitals", "OpenAI's pairs"],
+    ids=["messages", "prompt", "columns", "a column of messages"],
 )
-def test_a_row_keeps_its_own_system_message_however_it_is_written(raw):
-    assert mapped(raw, system="Other.") == raw
+def test_a_conversation_without_a_system_message_gets_that_of_the_config(write_rows, raw, columns):
+    example = read_with_system(write_rows, raw, columns)
+    assert example.messages[0] == {"role": "system", "content": "Be brief."} and len(example.messages) == 3
 
 
 def test_nan_is_an_empty_cell():
