@@ -48,8 +48,6 @@ class Nodes:
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
             "RAY_worker_niceness": "0",  # as in conftest.py
-            # The nodes share a session's folder: one measures the engine's copy in it while the other compiles there.
-            "PYTHONDONTWRITEBYTECODE": "1",
             "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "200",  # a busy machine starts slowly
         }  # fmt: skip
@@ -76,9 +74,10 @@ class Nodes:
     def start(self, k: int) -> None:
         """Start a node's Ray; after `kill` it is a new machine at the old address."""
         ray = str(Path(sys.executable).with_name("ray"))
-        place = ["--head", "--port", "6379", "--include-dashboard", "false", "--temp-dir", str(self.temporary / "ray")]
-        joining = ["--address", self.address]
-        command = [ray, "start", *(place if k == 1 else joining), "--node-ip-address", f"{NET}.{k}", "--num-cpus", "2"]
+        role = ["--head", "--port", "6379", "--include-dashboard", "false"] if k == 1 else ["--address", self.address]
+        # A folder of its own, as a machine has: a node that joins removes what is there of the engine, and unpacks it.
+        place = ["--temp-dir", str(self.temporary / f"ray{k}"), "--node-ip-address", f"{NET}.{k}", "--num-cpus", "2"]
+        command = [ray, "start", *role, *place]
         for _ in range(3):  # on a busy machine Ray's raylet does not wait long enough for its own agent, and ends
             done = subprocess.run(self._on(k, command), env=self.environment, capture_output=True, text=True)
             if done.returncode == 0:
