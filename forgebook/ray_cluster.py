@@ -218,7 +218,10 @@ def _runtime_env(secrets: Sequence[str] = ()) -> dict[str, Any]:
     # A worker runs in a copy of this repository, which has no .models/.
     variables = {"FORGEBOOK_MODELS": str(model_mirrors()[0])}
     variables |= {name: os.environ[name] for name in names if name in os.environ}
-    hook = {"worker_process_setup_hook": _worker_hook(variables)}
+    # A machine that joins would unpack the engine for the job at once, too: the second to unpack removes what the first
+    # did, maybe under a worker that imports it.
+    config = {"eager_install": False}
+    hook = {"worker_process_setup_hook": _worker_hook(variables), "config": config}
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ or not IS_CHECKOUT:
         return hook
     return {"working_dir": str(REPOSITORY), "excludes": EXCLUDED, **hook}

@@ -176,7 +176,8 @@ def workers_of(run: Run) -> list[int]:
 def test_nodes_that_share_a_bucket_alone(nodes, bucket, make_config, write_rows, name, sharding, shard):
     """Full parameter with ZeRO-3 or FSDP2, rows and run in a bucket; a node dies and another comes: as one process.
 
-    The second node sees nothing of the first one's disk where the run is: both upload their own shards.
+    The second node sees nothing of the first one's disk where the run is: both upload their own shards. Ray unpacks the
+    engine there once: each time it does, it removes what is there.
     """
     settings = {"train_path": write_rows(uneven_rows(96), "many.jsonl"), "num_epochs": 3, "learning_rate": 3e-4}
     alone = fine_tune(make_config(run_name="alone", **settings))
@@ -205,6 +206,8 @@ def test_nodes_that_share_a_bucket_alone(nodes, bucket, make_config, write_rows,
     summary = read_json(run.summary)
     assert summary["workers"] == 2 and summary["zero_stage"] == (3 if "deepspeed" in sharding else None)
     assert (run.logs / "worker-1.log").exists()
+    logs = nodes.temporary.glob("ray2/session_*/logs/runtime_env_agent*.log")
+    assert max(logs, key=os.path.getmtime).read_text().count("Creating runtime env") == 1
     assert object_store.read_manifest(f"s3://forgebook/runs/{name}/{summary['best_checkpoint']}")
     paths = object_store.list_files(f"s3://forgebook/runs/{name}")
     assert not any(path.startswith((".", "checkpoint_manager")) for path in paths if "/" not in path)
