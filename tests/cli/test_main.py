@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -162,28 +163,49 @@ def test_a_terminal_sees_a_bar(here):
         ("fsdp", "{r: 4, lora_dropout: 0.1}", ["train_batch_size_per_device=1", "num_devices=2"]),
     ],
 )
-def test_a_killed_command_continues_to_the_same_losses(here, without_ray, sharding, lora, devices):
-    """SIGKILL of the process, on Ray of the driver, between two saved states, then the same command again."""
+def test_a_killed_command_continues_to_the_same_losses(here, without_ray, capsys, sharding, lora, devices):
+    """SIGKILL of the process, on Ray of the driver, between two saved states, then the same command again.
+
+    With FSDP2 on Ray that one is stopped by SIGTERM, which saves the state, and the next one ends.
+    """
     (here / "train.jsonl").write_text("".join(ROW.replace('"q"', f'"{"q " * (1 + k % 7)}"') for k in range(48)))
     command = [
         sys.executable, str(REPOSITORY / "main.py"), "c.yaml", f"sharding={sharding}", f"lora_config={lora}",
         *devices, "num_epochs=2", "learning_rate=1e-3", "checkpoint_and_evaluation_frequency="
         "{unit: steps, frequency: 10}",
     ]  # fmt: skip
-    if "num_devices=2" in devices:
+    on_ray = "num_devices=2" in devices
+    if on_ray:
         assert main([*command[2:], "run_name=undisturbed"]) == 0  # its workers are started by this process, without Ray
     else:  # DeepSpeed in this process would stay in it
         undisturbed = subprocess.run([*command, "run_name=undisturbed"], capture_output=True, text=True, cwd=here)
         assert undisturbed.returncode == 0, undisturbed.stderr
     metrics = here / "runs/disturbed/metrics.jsonl"
-    first = subprocess.Popen([*command, "run_name=disturbed"], stdout=subprocess.DEVNULL, cwd=here)
-    while first.poll() is None and not (metrics.exists() and len(metrics.read_text().splitlines()) > 15):
-        time.sleep(0.02)
-    first.kill()
-    assert first.wait() == -signal.SIGKILL, "the run had ended before it could be killed"
-    again = subprocess.run([*command, "run_name=disturbed"], capture_output=True, text=True, cwd=here)
-    assert again.returncode == 0, again.stderr
-    assert "resumed after step" in again.stdout
+
+    def ended_at(lines: int, by: signal.Signals) -> tuple[int, str]:
+        """Run the command until it has written so many lines of metrics; return its exit status and what it printed."""
+        with open(here / "printed.txt", "w+") as file:
+            process = subprocess.Popen([*command, "run_name=disturbed"], stdout=file, stderr=file, cwd=here)
+            while process.poll() is None and not (metrics.exists() and len(metrics.read_text().splitlines()) > lines):
+                time.sleep(0.02)
+            process.send_signal(by)
+            status = process.wait()
+            file.seek(0)
+            return status, file.read()
+
+    assert ended_at(15, signal.SIGKILL)[0] == -signal.SIGKILL, "the run had ended before it could be killed"
+    if on_ray:
+        status, printed = ended_at(30, signal.SIGTERM)
+        assert status == 143 and "resumed after step 10" in printed, printed
+        step = int(re.search(r"StoppedError: stopped by SIGTERM; step (\d+) is saved, and the same", printed)[1])
+        assert [path.name for path in (here / "runs/disturbed/resume").iterdir()] == [f"step-{step}"]
+        capsys.readouterr()
+        assert main([*command[2:], "run_name=disturbed"]) == 0
+        assert f"resumed after step {step}" in capsys.readouterr().out
+    else:
+        again = subprocess.run([*command, "run_name=disturbed"], capture_output=True, text=True, cwd=here)
+        assert again.returncode == 0, again.stderr
+        assert "resumed after step" in again.stdout
     losses = [
         [row["train_loss_batch"] for row in read_metrics(here / f"runs/{name}/metrics.jsonl") if "grad_norm" in row]
         for name in ("undisturbed", "disturbed")

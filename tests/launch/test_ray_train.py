@@ -58,7 +58,7 @@ def test_every_sharding_trains_alike(without_ray, make_config, plain_ddp, shardi
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sharding", ["none", "zero_3", "fsdp"])
+@pytest.mark.parametrize("sharding", ["zero_3", "fsdp"])
 def test_a_killed_worker_changes_nothing(ray_session, make_config, write_rows, sharding):
     """SIGKILL in the middle of an epoch: Ray restarts the workers, which end with the losses of plain processes.
 
