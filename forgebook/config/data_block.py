@@ -1,7 +1,7 @@
 """The blocks of train_path and valid_path: a path with its columns, mixtures, and a share that is held out."""
 
 import string
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
@@ -9,7 +9,16 @@ from forgebook.config.blocks import StrictBlock
 from forgebook.config.values import Float, Int
 from forgebook.errors import near_miss, shown_value
 
-__all__ = ["COLUMN_ROLES", "DataPath", "DataSource", "HeldOut", "ValidPath", "as_written", "template_columns"]
+__all__ = [
+    "COLUMN_ROLES",
+    "DataPath",
+    "DataSource",
+    "HeldOut",
+    "ValidPath",
+    "as_written",
+    "template_columns",
+    "with_training_system",
+]
 
 # What a column may hold. Each line is one kind of example; those in the second part may stand beside it.
 _SHAPES = (
@@ -62,7 +71,8 @@ class DataSource(StrictBlock):
     label; of preferences chosen, rejected and user; of task causal_lm text; beside them system and tools. A dot leads
     into a column: `answers.text.0`. None: the format is detected from the keys."""
     system: str | None = None
-    """System message of every example that has none."""
+    """System message of every example that has none. An entry of valid_path that leaves it out has that of train_path,
+    if all entries there have the same; an empty text adds none."""
     labels: list[str] | dict[str | int | bool, str] | None = None
     """The labels that stand for the values of the column `label`: a list, for the numbers from 0, or
     `{spam: "[[1]]", ham: "[[2]]"}`. None: the names in a ClassLabel column of Parquet or the hub, else as they are."""
@@ -140,3 +150,31 @@ ValidPath = Annotated[
     | Annotated[HeldOut, Tag("a share")],
     Discriminator(_form),
 ]
+
+
+def with_training_system(values: dict[str, Any]) -> dict[str, Any]:
+    """Fill in the system message of validation entries that leave it out: a loss without it is another model's.
+
+    values: of a config, as written or checked. The message is that of all entries of train_path, if they agree.
+    """
+    train, valid = values.get("train_path"), values.get("valid_path")
+    entries = train if isinstance(train, list) else [train]
+    systems = [_settings(entry).get("system") for entry in entries]
+    if not valid or not systems or not systems[0] or systems.count(systems[0]) < len(systems):
+        return values
+    if isinstance(valid, list):
+        return values | {"valid_path": [_with_system(entry, systems[0]) for entry in valid]}
+    return values | {"valid_path": _with_system(valid, systems[0])}
+
+
+def _settings(entry: object) -> dict[str, Any]:
+    """Return what an entry of train_path or valid_path sets."""
+    if isinstance(entry, DataSource):
+        return entry.model_dump(exclude_unset=True)
+    return entry if isinstance(entry, dict) else {"path": entry}
+
+
+def _with_system(entry: object, system: object) -> object:
+    is_source = isinstance(entry, str | DataSource) or (isinstance(entry, dict) and "split" not in entry)
+    settings = _settings(entry)
+    return entry if not is_source or "system" in settings else settings | {"system": system}

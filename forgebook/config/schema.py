@@ -37,7 +37,7 @@ from forgebook.config.blocks import (
     with_one_sharding,
 )
 from forgebook.config.curation_blocks import CurationConfig, SynthesisConfig
-from forgebook.config.data_block import DataPath, ValidPath
+from forgebook.config.data_block import DataPath, ValidPath, with_training_system
 from forgebook.config.values import (
     AnswerMetric,
     BestMetric,
@@ -284,7 +284,7 @@ class FinetuneConfig(StrictBlock):
         if not isinstance(values, dict):
             return values
         blocks = [block for block in TASK_OF_BLOCK if values.get(block) is not None]
-        filled = with_deepspeed(values)
+        filled = with_training_system(with_deepspeed(values))
         filled["task"] = filled.get("task") or (TASK_OF_BLOCK[blocks[0]] if blocks else "causal_lm")
         for block in ("preference_tuning_config", "vision_language_config"):
             if filled["task"] == TASK_OF_BLOCK[block] and filled.get(block) is None:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from forgebook.config.blocks import GenerationConfig, labels_of
-from forgebook.config.data_block import DataPath, DataSource
+from forgebook.config.data_block import DataSource, with_training_system
 from forgebook.config.parse import load_config, load_resolved
 from forgebook.data import tokenize
 from forgebook.data.chat_template import render
@@ -92,7 +92,8 @@ def evaluate(
     config = load_resolved(run.config)
     source, classifier = validation_source(run, config.valid_path), config.classifier_config
     if path is not None:
-        source = _with_system(path, config.train_path)
+        source = with_training_system({"train_path": config.train_path, "valid_path": path})["valid_path"]
+        source = DataSource.model_validate(source) if isinstance(source, dict) else source
     if source is None:
         raise ConfigError(f"the run {run.name} has no valid_path: name held-out examples with data=FILE")
     metric = "tool_calls" if metric == "tool_accuracy" else metric
@@ -148,14 +149,6 @@ def evaluate(
         evaluation = scored(chosen, turns, compared, said)
     left_out = len(examples) - len({turn.example for turn in turns})
     return dataclasses.replace(evaluation, limits=limits, left_out=left_out)
-
-
-def _with_system(path: str, train_path: DataPath) -> str | DataSource:
-    """Give a file of examples the system message that the config gave every training example without one."""
-    entries = train_path if isinstance(train_path, list) else [train_path]
-    systems = {entry.system if isinstance(entry, DataSource) else None for entry in entries}
-    system = systems.pop() if len(systems) == 1 else None
-    return DataSource(path=path, system=system) if system else path
 
 
 def _task_of(metric: str, task: str) -> str:

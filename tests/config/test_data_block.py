@@ -27,6 +27,36 @@ def test_every_form_is_read_and_written_back(write_yaml, tmp_path):
     assert mix.train_path[1] == DataSource(path="b", system="s") and mix.valid_path.path == "c"
 
 
+@pytest.mark.parametrize(
+    ("train", "valid", "systems"),
+    [
+        ("{path: a, system: s}", "v", ["s"]),
+        ("{path: a, system: s}", "{path: v, columns: {user: q, assistant: a}}", ["s"]),
+        ("[{path: a, system: s}, {path: b, system: s}]", "[v, {path: w, system: t}, {path: x}]", ["s", "t", "s"]),
+        ("{path: a, system: s}", "{path: v, system: ''}", [""]),
+        ("{path: a, system: s}", "{path: v, system: null}", [None]),
+        ("[{path: a, system: s}, b]", "{path: v}", [None]),
+        ("[{path: a, system: s}, {path: b, system: t}]", "{path: v}", [None]),
+        ("{path: a, system: ''}", "{path: v}", [None]),
+    ],
+    ids="path columns list empty none one-of-two two no-system".split(),
+)
+def test_validation_has_the_system_message_of_training(write_yaml, tmp_path, train, valid, systems):
+    """Where training has one, and validation says nothing of it; also of a config that a run has stored."""
+    config = load_config(write_yaml(f"model_id: tiny\ntrain_path: {train}\nvalid_path: {valid}\n"))
+    (tmp_path / "again.yaml").write_text(dump_config(config))
+    for one in (config, load_config(tmp_path / "again.yaml")):
+        entries = one.valid_path if isinstance(one.valid_path, list) else [one.valid_path]
+        assert [entry.system for entry in entries] == systems
+
+
+def test_a_share_and_paths_alone_stay_as_they_are(write_yaml):
+    head = "model_id: tiny\ntrain_path: {path: a, system: s}\n"
+    assert load_config(write_yaml(f"{head}valid_path: {{split: 0.05}}\n")).valid_path == HeldOut(split=0.05)
+    assert load_config(write_yaml(head)).valid_path is None
+    assert load_config(write_yaml("model_id: tiny\ntrain_path: a\nvalid_path: v\n")).valid_path == "v"
+
+
 def test_labels_of_numbers_and_switches_are_written_back(write_yaml, tmp_path):
     source = "{path: a, columns: {text: t, label: l}, labels: {true: x, 0: y}}"
     config = load_config(write_yaml(f"model_id: tiny\ntrain_path: [{source}]\nvalid_path: {source}\n"))
