@@ -136,7 +136,8 @@ def test_a_sweep_finds_the_better_rate(ray_session, tmp_path, monkeypatch, capfd
     monkeypatch.chdir(REPOSITORY)
     words = [
         "learning_rate=[5.0e-3,1.0e-7]", "num_devices=0", "deepspeed=none", "max_steps=12", "num_epochs=9",
-        "max_examples=64", "checkpoint_and_evaluation_frequency={unit: steps, frequency: 4}", f"storage_path={tmp_path}",
+        "checkpoint_and_evaluation_frequency={unit: steps, frequency: 4}", "max_examples=64",
+        f"storage_path={tmp_path}",
     ]  # fmt: skip
     assert main(["tune", QUICKSTART, *words, "--json"]) == 0
     printed = capfd.readouterr().out  # here Ray Tune's own lines come first; a command sends them to tune.log
@@ -173,7 +174,8 @@ def test_ctrl_c_ends_a_sweep_with_all_its_processes_and_the_same_command_resumes
     """As a terminal sends it: to Ray's processes and the trials, too."""
     words = [
         "learning_rate=[5.0e-3,4.0e-3]", "num_devices=0", "deepspeed=none", "max_steps=30", "num_epochs=9",
-        "max_examples=64", "checkpoint_and_evaluation_frequency={unit: steps, frequency: 3}", f"storage_path={tmp_path}",
+        "checkpoint_and_evaluation_frequency={unit: steps, frequency: 3}", "max_examples=64",
+        f"storage_path={tmp_path}",
     ]  # fmt: skip
     command, environment = [sys.executable, "main.py", "tune", QUICKSTART, *words], {"RAY_ADDRESS": "local"}
     folder = tmp_path / "quickstart-tune"
