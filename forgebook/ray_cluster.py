@@ -218,8 +218,8 @@ def _runtime_env(secrets: Sequence[str] = ()) -> dict[str, Any]:
     # A worker runs in a copy of this repository, which has no .models/.
     variables = {"FORGEBOOK_MODELS": str(model_mirrors()[0])}
     variables |= {name: os.environ[name] for name in names if name in os.environ}
-    # A machine that joins would unpack the engine for the job at once, too: the second to unpack removes what the first
-    # did, maybe under a worker that imports it.
+    # Else Ray unpacks the engine as soon as a machine joins, and again for the workers: each unpacking deletes the
+    # previous copy, possibly while a worker imports from it.
     config = {"eager_install": False}
     hook = {"worker_process_setup_hook": _worker_hook(variables), "config": config}
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ or not IS_CHECKOUT:

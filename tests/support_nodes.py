@@ -75,7 +75,7 @@ class Nodes:
         """Start a node's Ray; after `kill` it is a new machine at the old address."""
         ray = str(Path(sys.executable).with_name("ray"))
         role = ["--head", "--port", "6379", "--include-dashboard", "false"] if k == 1 else ["--address", self.address]
-        # A folder of its own, as a machine has: a node that joins removes what is there of the engine, and unpacks it.
+        # Each node has its own folder, as a machine would: a node that joins deletes the engine's copy in it.
         place = ["--temp-dir", str(self.temporary / f"ray{k}"), "--node-ip-address", f"{NET}.{k}", "--num-cpus", "2"]
         command = [ray, "start", *role, *place]
         for _ in range(3):  # on a busy machine Ray's raylet does not wait long enough for its own agent, and ends

@@ -206,8 +206,8 @@ def workers_of(run: Run) -> list[int]:
 def test_nodes_that_share_a_bucket_alone(nodes, bucket, make_config, write_rows):
     """Full parameter with ZeRO-3, rows and run in a bucket; a node dies and another comes: as one process.
 
-    The second node sees nothing of the first one's disk where the run is: both upload their own shards. Ray unpacks the
-    engine there once: each time it does, it removes what is there.
+    The second node sees nothing of the first one's disk where the run is: both upload their own shards. The engine is
+    unpacked once per node: unpacking deletes the previous copy.
     """
     settings = {"train_path": write_rows(uneven_rows(96), "many.jsonl"), "num_epochs": 3, "learning_rate": 3e-4}
     alone = fine_tune(make_config(run_name="alone", **settings))

@@ -71,8 +71,8 @@ class DataSource(StrictBlock):
     label; of preferences chosen, rejected and user; of task causal_lm text; beside them system and tools. A dot leads
     into a column: `answers.text.0`. None: the format is detected from the keys."""
     system: str | None = None
-    """System message of every example that has none. An entry of valid_path that leaves it out has that of train_path,
-    if all entries there have the same; an empty text adds none."""
+    """System message of every example that has none. An entry of valid_path without this key takes it from train_path
+    if all entries there agree; an empty text means no system message."""
     labels: list[str] | dict[str | int | bool, str] | None = None
     """The labels that stand for the values of the column `label`: a list, for the numbers from 0, or
     `{spam: "[[1]]", ham: "[[2]]"}`. None: the names in a ClassLabel column of Parquet or the hub, else as they are."""
@@ -153,9 +153,9 @@ ValidPath = Annotated[
 
 
 def with_training_system(values: dict[str, Any]) -> dict[str, Any]:
-    """Fill in the system message of validation entries that leave it out: a loss without it is another model's.
+    """Give validation entries without `system` the one on which all training entries agree.
 
-    values: of a config, as written or checked. The message is that of all entries of train_path, if they agree.
+    Without it, evaluation would measure prompts that training never shows. values: of a config, as written or checked.
     """
     train, valid = values.get("train_path"), values.get("valid_path")
     entries = train if isinstance(train, list) else [train]

@@ -344,8 +344,8 @@ def fit(
     """Search the fastest settings that fit and break no rule, with the same examples per optimizer step; None if none.
 
     keep: keys whose values stay as they are; fewer examples per step are tried only if the accumulation is kept.
-    Speeds are not measured but ordered: offloading the weights is slower than offloading optimizer states, that
-    than sharding the weights, that than recomputing activations, and that than smaller micro batches.
+    Speeds are not measured but ordered, the slowest first: offloading weights, optimizer states, activations;
+    sharding the weights; recomputing activations; smaller micro batches.
     """
     workers, gpu = hardware
     if workers != max(1, config.num_devices):
@@ -359,22 +359,25 @@ def fit(
     shardings: list[dict[str, Any]] = [{"deepspeed": name} for name in names]
     if workers > 1:
         shardings.insert(names.index("zero_3") + 1, {"sharding": "fsdp"})
-    checkpointings: list[Any] = [False, True]
     if "deepspeed" in keep:
         shardings = [{}]
+    on_device = [sharding for sharding in shardings if sharding.get("deepspeed") not in offloading]
+    stages: list[tuple[list[dict[str, Any]], list[Any]]] = [(on_device, [False, True])]
+    stages += [(on_device, ["offload"])] * on_gpu  # without a GPU, activations are in the host's memory already
+    stages += [([sharding for sharding in shardings if sharding not in on_device], [False, True])]
     if "gradient_checkpointing" in keep:
-        checkpointings = [config.gradient_checkpointing]
+        stages = [(shardings, [config.gradient_checkpointing])]
     splits = _splits(config.train_batch_size_per_device or 1, config.gradient_accumulation_steps, keep)
-    for sharding in shardings:
-        sharded = config.resolve(**sharding)
-        if broken_rules(sharded):
-            continue
-        for checkpointing, (micro, accumulation) in itertools.product(checkpointings, splits):
-            attempt = sharded.resolve(
+    for some, checkpointings in stages:
+        for sharding, checkpointing, (micro, accumulation) in itertools.product(some, checkpointings, splits):
+            attempt = config.resolve(
+                **sharding,
                 gradient_checkpointing=checkpointing,
                 train_batch_size_per_device=micro,
                 gradient_accumulation_steps=accumulation,
             )
+            if broken_rules(attempt):
+                continue
             need = memory_of(attempt, shape, workers=workers, length=length, on_gpu=on_gpu, lengths=lengths)
             if fits(need, gpu):
                 return attempt

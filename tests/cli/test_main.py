@@ -166,7 +166,7 @@ def test_a_terminal_sees_a_bar(here):
 def test_a_killed_command_continues_to_the_same_losses(here, without_ray, capsys, sharding, lora, devices):
     """SIGKILL of the process, on Ray of the driver, between two saved states, then the same command again.
 
-    With FSDP2 on Ray that one is stopped by SIGTERM, which saves the state, and the next one ends.
+    With FSDP2 on Ray, SIGTERM stops the second command, which saves its state, and a third one finishes the run.
     """
     (here / "train.jsonl").write_text("".join(ROW.replace('"q"', f'"{"q " * (1 + k % 7)}"') for k in range(48)))
     command = [

@@ -42,7 +42,7 @@ def test_every_form_is_read_and_written_back(write_yaml, tmp_path):
     ids="path columns list empty none one-of-two two no-system".split(),
 )
 def test_validation_has_the_system_message_of_training(write_yaml, tmp_path, train, valid, systems):
-    """Where training has one, and validation says nothing of it; also of a config that a run has stored."""
+    """If training has one and validation sets none; also when a stored config is read again."""
     config = load_config(write_yaml(f"model_id: tiny\ntrain_path: {train}\nvalid_path: {valid}\n"))
     (tmp_path / "again.yaml").write_text(dump_config(config))
     for one in (config, load_config(tmp_path / "again.yaml")):

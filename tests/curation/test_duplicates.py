@@ -9,9 +9,10 @@ from conftest import chat
 from forgebook.curation.duplicates import DuplicateIndex, rows_per_band
 from forgebook.data.row_formats import parse_row
 
-SYLLABLES = (chr(97 + k % 26) + "aeiou"[k % 5] + chr(97 + k // 7 % 26) for k in range(900))
-# Without the English words that make two examples different, however alike they are.
-WORDS = [syllable for syllable in SYLLABLES if syllable not in ("not", "six", "ten")]
+LETTERS, VOWELS = "abcdefghijklmnopqrstuvwxyz", "aeiou"
+MADE_UP = [LETTERS[k % 26] + VOWELS[k % 5] + LETTERS[k // 7 % 26] for k in range(900)]
+# Not these: examples that differ in a negation or a number are never near duplicates.
+WORDS = [word for word in MADE_UP if word not in ("not", "six", "ten")]
 
 
 def example(question: str, answer: str = "It is on the table.", system: str | None = None, **more):

@@ -157,6 +157,17 @@ def test_the_fastest_settings_that_fit_keep_the_examples_of_a_step():
     assert fit(config, shape, hardware_of("1xH200")).deepspeed.config_path.endswith("offload_optim.json")
 
 
+def test_activations_are_offloaded_before_the_optimizer_is():
+    """As `plan` advises: of an adapter the optimizer is small, and ZeRO-3 alone would gather each layer again."""
+    config = big("Qwen/Qwen3-8B", lora_config=LORA, context_length=12288, train_batch_size_per_device=2)
+    shape, (workers, gpu) = shape_of(config.model_id), hardware_of("1xL4")
+    fitted = fit(config, shape, (workers, gpu))
+    assert (fitted.gradient_checkpointing, fitted.train_batch_size_per_device) == ("offload", 1)
+    assert fitted.deepspeed is None and fits(memory_of(fitted, shape, workers=1, length=12288), gpu)
+    advised, _ = cheapest_change(config.resolve(gradient_checkpointing=True), shape, workers, 12288, gpu)
+    assert advised[-1] == "gradient_checkpointing=offload"
+
+
 def test_nothing_fits_where_nothing_can():
     large = big("meta-llama/Meta-Llama-3-70B", context_length=8192)
     assert fit(large, shape_of(large.model_id), hardware_of("1xT4")) is None
